@@ -1,0 +1,45 @@
+// The stored form of AGQ4 as structs: one tile, the attribute header, and the constants of the format (docs/format.md).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace agq {
+
+constexpr int panel_rows = 16;     ///< rows of a panel
+constexpr int tile_columns = 128;  ///< columns of a tile, the ggml block size
+constexpr int group_columns = 64;  ///< columns that share a scale: half a tile
+constexpr int code_offset = 64;    ///< a codebook byte u stands for u - 64
+
+/// Layout: one cache line of scales and attributes, then the codes in the order in which the kernels load them, so that
+/// a mapped file needs no repacking. See docs/format.md for the meaning of each field.
+struct tile {
+    uint8_t scale_hi[2][panel_rows];
+    uint8_t scale_lo[panel_rows];
+    uint8_t attributes[16];
+    uint8_t codes[16][64];
+};
+static_assert(sizeof(tile) == 1088, "a tile is 17 cache lines");
+
+/// First 16 bytes of the attribute stream (little endian).
+struct attribute_header {
+    uint8_t magic;
+    uint8_t version;
+    uint8_t activation;  ///< low nibble: bits, high nibble: 0 = scale per token, 1 = per token and group
+    uint8_t flags;
+    float tensor_scale;
+    uint32_t crc32;
+    uint32_t length;
+};
+static_assert(sizeof(attribute_header) == 16, "the header is the attributes of one tile");
+
+constexpr uint8_t attribute_magic = 0xA4;
+constexpr uint8_t attribute_version = 1;
+constexpr uint8_t flag_channel_order = 1;
+constexpr int max_exponent = 15;
+
+constexpr int ggml_type_id = 38;
+constexpr int ggml_block_size = tile_columns;
+constexpr int ggml_block_bytes = sizeof(tile) / panel_rows;
+
+}  // namespace agq

@@ -1,0 +1,80 @@
+// THE kernel contract: what a kernel row offers, and the layout of every operand. One row per instruction set.
+//
+// A kernel never allocates, never starts threads, never prints. It may be called from many threads at once on disjoint
+// outputs. Weights, activations and outputs do not overlap. No pointer need be aligned beyond its element type (weights:
+// 1 byte), though 64-byte alignment is fastest. No byte outside the operands described here is read or written;
+// prefetches may go beyond.
+#pragma once
+
+#include "../blocks.h"
+
+namespace agq {
+
+/// How activations are quantized; the parameters come from the weight matrix they will be multiplied with.
+struct activation_format {
+    int k;                     ///< columns, a multiple of 128
+    int bits;                  ///< 8 or 4: values are clamped to +-127 or +-7
+    bool per_group;            ///< one scale per (token, group of 64) instead of one per token
+    const uint8_t *exponents;  ///< [k / 64] refinement exponents, 0..15
+    const uint16_t *listed;    ///< channels that come first in the stored order, in this order; null if n_listed == 0
+    const uint16_t *listed_sorted;  ///< the same channels ascending
+    int n_listed;
+};
+
+/// Packed activations of up to `nr` tokens, nr being the kernel's.
+///
+/// Layout for n tokens (n <= nr), columns in stored order:
+///   q      int8  [k / 4][n][4]   token t, column 4 i + j at (i * n + t) * 4 + j
+///   bias   int32 [k / 64][n]     -64 * (sum of q over the group): starting value of the integer sums, because kernels
+///                                multiply by the unsigned codebook byte u, which stands for u - 64
+///   scale  float [n] or [k / 64][n] with per_group
+struct activation_block {
+    int8_t *q;
+    int32_t *bias;
+    float *scale;
+    int n;
+};
+
+/// Quantizes and packs one block. `rows[t]`, t < block.n, points at `format.k` floats. Formulas: docs/format.md,
+/// "Meaning"; the integers are exact and equal on all kernels. A token that holds a NaN or an infinity gets scale NaN
+/// (for every group) and q = 0.
+using quantize_fn = void (*)(const activation_format &format, const float *const *rows, const activation_block &block);
+
+/// Work of one call: `panels` consecutive panels of a weight matrix times `n_blocks` consecutive activation blocks.
+///
+///   dst[t][16 p + r] = tensor_scale * sum over groups of D * I * scale    (docs/format.md, "Meaning")
+///
+/// for panels p < `panels`, rows r < 16 and tokens t < n_tokens. All blocks but the last hold nr tokens, the last holds the
+/// rest, 1..nr. Block b begins at q + b * nr * k, bias + b * nr * (k / 64), scale + b * nr * (1 or k / 64).
+struct gemm_args {
+    const tile *weights;      ///< first tile of the first panel; panel p begins k / 128 tiles further per panel
+    int k;                    ///< columns, a multiple of 128
+    int panels;               ///< >= 1
+    const uint8_t *codebook;  ///< [16] values 0..127
+    float tensor_scale;
+    bool per_group;
+    const int8_t *q;
+    const int32_t *bias;
+    const float *scale;
+    int n_tokens;       ///< >= 1
+    float *const *dst;  ///< [n_tokens] where the first row of the first panel goes, for each token
+};
+
+using gemm_fn = void (*)(const gemm_args &args);
+
+/// One kernel. Adding one is a file, a row in select.cpp and a flags row in cmake/kernels.cmake.
+struct kernel {
+    const char *name;
+    bool (*supported)();  ///< whether this CPU and operating system can run it
+    int nr;               ///< tokens of a full activation block
+    int panel_step;       ///< panels a call should cover at least, and a multiple of which is best
+    quantize_fn quantize;
+    gemm_fn gemm;
+};
+
+extern const kernel kernel_scalar;
+extern const kernel kernel_avx2;
+extern const kernel kernel_avxvnni;
+extern const kernel kernel_avx512vnni;
+
+}  // namespace agq
