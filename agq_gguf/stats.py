@@ -1,0 +1,96 @@
+"""What calibration knows of the input of a matrix product, and how that is saved, loaded and merged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.errors import InputError
+from agq_gguf.reader import open_gguf
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"  # names in llama.cpp's imatrix files
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """Statistics of one input x [tokens, K] over the calibration text, in input-channel order.
+
+    `mean_square` is E[x^2]; where the source is an imatrix it is all there is. `sample` holds rows of x as they were,
+    spread over the text, so that choices about activations can be tried out. `hessian` is E[x x^T].
+    """
+
+    tokens: int
+    mean_square: NDArray[np.float32]  # [K]
+    abs_max: NDArray[np.float32] | None = None  # [K]
+    sample: NDArray[np.float32] | None = None  # [n, K]
+    hessian: NDArray[np.float32] | None = None  # [K, K]
+
+    @property
+    def columns(self) -> int:
+        return len(self.mean_square)
+
+
+@dataclass(frozen=True)
+class WeightStats:
+    """What is known for one weight: the input as a whole and, for experts, the part that each expert has seen.
+
+    Weights that multiply the same input share the object, so identity tells what can share work.
+    """
+
+    whole: InputStats
+    experts: tuple[InputStats, ...] = ()
+
+    def of(self, expert: int) -> InputStats:
+        return self.experts[expert] if self.experts else self.whole
+
+
+def load_imatrix(path: str | os.PathLike[str]) -> dict[str, WeightStats]:
+    """Reads an importance matrix as llama-imatrix writes it (GGUF): mean squares per weight, per expert where there are.
+
+    Raises InputError when the file is no imatrix or its tensors do not fit together.
+    """
+    with open_gguf(path) as reader:
+        if reader.get("general.type") != "imatrix":
+            raise InputError(f"{path}: not an imatrix (general.type is {reader.get('general.type')!r})")
+        found: dict[str, WeightStats] = {}
+        for key in reader.tensors:
+            if not key.endswith(_SUMS):
+                continue
+            name = key.removesuffix(_SUMS)
+            if name + _COUNTS not in reader.tensors:
+                raise InputError(f"{path}: {name} has sums and no counts")
+            sums, counts = reader.read(key), reader.read(name + _COUNTS).reshape(-1)
+            sums = sums.reshape(-1, sums.shape[-1])
+            if len(sums) != len(counts) or not (np.isfinite(sums).all() and (sums >= 0).all() and (counts >= 0).all()):
+                raise InputError(f"{path}: the entry of {name} is damaged")
+            found[name] = _from_sums(sums.astype(np.float64), counts)
+    if not found:
+        raise InputError(f"{path}: holds no entries")
+    return found
+
+
+def _from_sums(sums: NDArray[np.float64], counts: NDArray[np.float32]) -> WeightStats:
+    """Sums of squares [experts, K] and counts [experts]; an expert that was never used gets the mean of all."""
+    total = max(float(counts.sum()), 1.0)
+    whole = InputStats(int(counts.sum()), (sums.sum(axis=0) / total).astype(np.float32))
+    if len(counts) == 1:
+        return WeightStats(whole)
+    experts = [
+        InputStats(int(n), (row / n).astype(np.float32) if n else whole.mean_square)
+        for row, n in zip(sums, counts, strict=True)
+    ]
+    return WeightStats(whole, tuple(experts))
+
+
+def check_shapes(stats: Mapping[str, WeightStats], columns: Mapping[str, int], origin: str) -> None:
+    """Raises InputError unless each weight in `columns` (name -> K) that has statistics has them for K channels."""
+    for name, k in columns.items():
+        found = stats.get(name)
+        if found is not None and found.whole.columns != k:
+            raise InputError(
+                f"{origin}: has {found.whole.columns} channels for {name}, the model has {k}; is it another model's?"
+            )
