@@ -1,0 +1,34 @@
+# The flags table: which kernel files this processor builds, and the compile flags of each.
+#
+#   agq_add_kernels(<target>)   adds cpp/kernels/*.cpp to the target
+#
+# Flags for instruction sets go on kernel files only, and these are never built with link-time optimization or -ffast-math:
+# the rest of the program must run on every CPU, and NaN must stay NaN.
+
+function(agq_kernel target file flags flags_msvc)
+    set(path "${PROJECT_SOURCE_DIR}/cpp/kernels/${file}")
+    if(MSVC AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+        set(flags "${flags_msvc}")
+    else()
+        # -O3 unrolls the loops over tokens, without which their accumulators would not stay in registers.
+        set(flags -O3 -fno-lto -fno-fast-math ${flags})
+    endif()
+    set_source_files_properties("${path}" PROPERTIES COMPILE_OPTIONS "${flags}")
+    target_sources(${target} PRIVATE "${path}")
+endfunction()
+
+function(agq_add_kernels target)
+    # Universal macOS builds and cross builds name the target here; otherwise it is the machine's own.
+    string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" processor)
+    if(APPLE AND CMAKE_OSX_ARCHITECTURES)
+        string(TOLOWER "${CMAKE_OSX_ARCHITECTURES}" processor)
+    endif()
+
+    agq_kernel(${target} scalar.cpp "" "")
+    if(processor MATCHES "^(x86_64|amd64|x64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
+        agq_kernel(${target} avx512vnni.cpp
+                   "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512"
+                   "/arch:AVX512")
+    endif()
+    target_sources(${target} PRIVATE "${PROJECT_SOURCE_DIR}/cpp/kernels/select.cpp")
+endfunction()

@@ -1,0 +1,389 @@
+// AVX-512 with VNNI: VPDPBUSD multiplies 16 rows x 4 columns of unsigned codebook bytes with 4 signed activations that
+// are broadcast to all rows.
+//
+// Two loops share the work:
+//   stream_panel  one panel x 1..12 tokens, codes looked up on the way. For a single block of tokens, where reading the
+//                 weights from memory is the limit: it walks the tiles strictly in file order and prefetches ahead.
+//   pair_block    two panels x 1..12 tokens, 24 accumulators. For many tokens, where arithmetic is the limit: codes are
+//                 looked up once into a scratch that stays in L1 and is used for many blocks.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+// The headers of GCC 12 start many intrinsics from a variable that is initialized with itself (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+#include <cstring>
+#include <limits>
+
+#include "columns.h"
+#include "kernel.h"
+#include "x86_cpu.h"
+
+namespace agq {
+namespace {
+
+constexpr int nr = 12;
+
+// integer arithmetic
+
+/// sum + the products of unsigned bytes `u` and signed bytes `x`, four neighbours added up.
+///
+/// GCC 12 compiles _mm512_dpbusd_epi32 in a block of 24 accumulators with a register copy for almost every product,
+/// which halves the speed. The accumulator as an in-out operand leaves it no choice.
+inline __m512i dot(__m512i sum, __m512i u, __m512i x) {
+#if defined(__GNUC__)
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
+    return sum;
+#else
+    return _mm512_dpbusd_epi32(sum, u, x);
+#endif
+}
+
+/// The 4 activations at `x`, for all rows.
+inline __m512i broadcast(const int8_t *x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+/// dot() with the 4 activations at `x`, broadcast by the instruction itself.
+inline __m512i dot_broadcast(__m512i sum, __m512i u, const int8_t *x) {
+#if defined(__GNUC__)
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+    return sum;
+#else
+    return dot(sum, u, broadcast(x));
+#endif
+}
+
+/// The codebook bytes of one chunk: `low` is columns 0..3 of its 8, `high` columns 4..7.
+struct chunk {
+    __m512i low, high;
+};
+
+inline chunk look_up(const uint8_t *codes, __m512i codebook) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i pairs = _mm512_loadu_si512(codes);
+    return {_mm512_shuffle_epi8(codebook, _mm512_and_si512(pairs, nibble)),
+            _mm512_shuffle_epi8(codebook, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble))};
+}
+
+/// The codebook in each of the four 128-bit lanes.
+inline __m512i load_codebook(const uint8_t *codebook) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codebook)));
+}
+
+/// The scales D of the 16 rows in one half of a tile: 12 bits, high byte and nibble, are a binary16 without its last
+/// four.
+inline __m512 row_scales(const tile &w, int half) {
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_hi[half]));
+    __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_lo));
+    if (half == 0) low = _mm_slli_epi16(low, 4);
+    low = _mm_and_si128(low, _mm_set1_epi8(static_cast<char>(0xF0)));
+    return _mm512_cvtph_ps(_mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high)));
+}
+
+/// sum + D * I, times the scale of (token, group) if there is one.
+template <bool per_group>
+inline __m512 add_group(__m512 sum, __m512 d, __m512i integers, const float *scale) {
+    const __m512 product = _mm512_cvtepi32_ps(integers);
+    if (per_group) return _mm512_fmadd_ps(_mm512_mul_ps(product, d), _mm512_set1_ps(*scale), sum);
+    return _mm512_fmadd_ps(product, d, sum);
+}
+
+// a single block of tokens: one panel at a time, at the speed of memory
+
+/// How far ahead of the tile in use the next one is fetched. Panels follow one another in the file, so this runs across
+/// their borders.
+constexpr int prefetch_bytes = 4 * static_cast<int>(sizeof(tile));
+
+/// dst[t][0 .. 15] of one panel for a block of n tokens.
+template <int n, bool per_group>
+void stream_panel(const gemm_args &args, const tile *panel, const activation_block &block, float *const *dst, int row) {
+    const __m512i codebook = load_codebook(args.codebook);
+    const int8_t *q = block.q;
+    const int32_t *bias = block.bias;
+    const float *scale = block.scale;
+    __m512 sum[n];
+    for (int t = 0; t < n; t++) sum[t] = _mm512_setzero_ps();
+
+    for (const tile *w = panel, *end = panel + args.k / tile_columns; w != end; w++) {
+        const char *ahead = reinterpret_cast<const char *>(w) + prefetch_bytes;
+        _mm_prefetch(ahead, _MM_HINT_T0);
+#if defined(__GNUC__)
+#pragma GCC unroll 2
+#endif
+        for (int half = 0; half < 2; half++) {
+            // Separate sums of low and high nibbles halve the chain of dependent instructions.
+            __m512i low[n], high[n];
+            for (int t = 0; t < n; t++) {
+                low[t] = _mm512_set1_epi32(bias[t]);
+                high[t] = _mm512_setzero_si512();
+            }
+#if defined(__GNUC__)
+#pragma GCC unroll 8
+#endif
+            for (int c = 0; c < 8; c++) {
+                _mm_prefetch(ahead + 64 * (1 + 8 * half + c), _MM_HINT_T0);
+                const chunk u = look_up(w->codes[8 * half + c], codebook);
+                for (int t = 0; t < n; t++) {
+                    low[t] = dot_broadcast(low[t], u.low, q + 4 * t);
+                    high[t] = dot_broadcast(high[t], u.high, q + 4 * (n + t));
+                }
+                q += 8 * n;
+            }
+            const __m512 d = row_scales(*w, half);
+            for (int t = 0; t < n; t++) {
+                sum[t] = add_group<per_group>(sum[t], d, _mm512_add_epi32(low[t], high[t]), scale + t);
+            }
+            bias += n;
+            if (per_group) scale += n;
+        }
+    }
+    for (int t = 0; t < n; t++) {
+        const float factor = per_group ? args.tensor_scale : args.tensor_scale * block.scale[t];
+        _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(sum[t], _mm512_set1_ps(factor)));
+    }
+}
+
+// many tokens: two panels at a time, codes looked up once for many blocks
+
+/// A group of 64 columns of two panels, ready for pair_block: codebook bytes and scales.
+struct pair_group {
+    uint8_t u[16][2][64];  ///< [4 columns][panel][16 rows x 4 columns]
+    float d[2][16];
+};
+
+constexpr int scratch_groups = 8;   ///< groups of a scratch: 17 KiB, half of the smallest L1
+constexpr int scratch_blocks = 16;  ///< token blocks that share one look-up
+
+/// The f32 sums of a block of tokens for a pair of panels.
+using pair_sums = float[nr][2][16];
+
+void look_up_pair(const tile *first, const tile *second, int group, int groups, __m512i codebook, pair_group *out) {
+    for (int g = group; g < group + groups; g++, out++) {
+        const tile *w[2] = {first + g / 2, second + g / 2};
+        for (int p = 0; p < 2; p++) {
+            for (int c = 0; c < 8; c++) {
+                const chunk u = look_up(w[p]->codes[8 * (g % 2) + c], codebook);
+                _mm512_store_si512(out->u[2 * c][p], u.low);
+                _mm512_store_si512(out->u[2 * c + 1][p], u.high);
+            }
+            _mm512_store_ps(out->d[p], row_scales(*w[p], g % 2));
+        }
+    }
+}
+
+/// sums[t] += the groups of the scratch times n tokens.
+template <int n, bool per_group>
+void pair_block(const pair_group *w, int groups, const int8_t *q, const int32_t *bias, const float *scale,
+                pair_sums sums) {
+    for (const pair_group *end = w + groups; w != end; w++) {
+        __m512i first[n], second[n];
+        for (int t = 0; t < n; t++) first[t] = second[t] = _mm512_set1_epi32(bias[t]);
+#if defined(__GNUC__)
+#pragma GCC unroll 2
+#endif
+        for (int i = 0; i < 16; i++) {
+            const __m512i u0 = _mm512_load_si512(w->u[i][0]);
+            const __m512i u1 = _mm512_load_si512(w->u[i][1]);
+            for (int t = 0; t < n; t++) {
+                const __m512i x = broadcast(q + 4 * t);
+                first[t] = dot(first[t], u0, x);
+                second[t] = dot(second[t], u1, x);
+            }
+            q += 4 * n;
+        }
+        const __m512 d0 = _mm512_load_ps(w->d[0]);
+        const __m512 d1 = _mm512_load_ps(w->d[1]);
+        for (int t = 0; t < n; t++) {
+            _mm512_store_ps(sums[t][0], add_group<per_group>(_mm512_load_ps(sums[t][0]), d0, first[t], scale + t));
+            _mm512_store_ps(sums[t][1], add_group<per_group>(_mm512_load_ps(sums[t][1]), d1, second[t], scale + t));
+        }
+        bias += n;
+        if (per_group) scale += n;
+    }
+}
+
+// the loops by number of tokens
+
+using stream_fn = void (*)(const gemm_args &, const tile *, const activation_block &, float *const *, int);
+using pair_fn = void (*)(const pair_group *, int, const int8_t *, const int32_t *, const float *, pair_sums);
+
+#define AGQ_BY_TOKENS(name, mode)                                                                    \
+    {                                                                                                \
+        name<1, mode>, name<2, mode>, name<3, mode>, name<4, mode>,  name<5, mode>,  name<6, mode>,  \
+        name<7, mode>, name<8, mode>, name<9, mode>, name<10, mode>, name<11, mode>, name<12, mode>, \
+    }
+constexpr stream_fn stream_table[2][nr] = {AGQ_BY_TOKENS(stream_panel, false), AGQ_BY_TOKENS(stream_panel, true)};
+constexpr pair_fn pair_table[2][nr] = {AGQ_BY_TOKENS(pair_block, false), AGQ_BY_TOKENS(pair_block, true)};
+#undef AGQ_BY_TOKENS
+
+/// Block b of the packed activations, for reading only; the type is shared with the quantizer, which writes.
+activation_block block_at(const gemm_args &args, int b) {
+    const size_t tokens = static_cast<size_t>(b) * nr;
+    const size_t groups = args.k / group_columns;
+    const int left = args.n_tokens - b * nr;
+    return {const_cast<int8_t *>(args.q + tokens * args.k), const_cast<int32_t *>(args.bias + tokens * groups),
+            const_cast<float *>(args.scale + tokens * (args.per_group ? groups : 1)), left < nr ? left : nr};
+}
+
+/// One panel times all blocks.
+void multiply_panel(const gemm_args &args, int panel, int block_begin, int block_end) {
+    const tile *w = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
+    for (int b = block_begin; b < block_end; b++) {
+        const activation_block block = block_at(args, b);
+        stream_table[args.per_group][block.n - 1](args, w, block, args.dst + b * nr, panel * panel_rows);
+    }
+}
+
+/// Two panels times some blocks, at most scratch_blocks of them.
+void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_end) {
+    alignas(64) pair_group scratch[scratch_groups];
+    alignas(64) pair_sums sums[scratch_blocks];
+    const __m512i codebook = load_codebook(args.codebook);
+    const int groups = args.k / group_columns;
+    const tile *first = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
+    const tile *second = first + args.k / tile_columns;
+
+    std::memset(sums, 0, sizeof(pair_sums) * (block_end - block_begin));
+    for (int g = 0; g < groups; g += scratch_groups) {
+        const int count = groups - g < scratch_groups ? groups - g : scratch_groups;
+        look_up_pair(first, second, g, count, codebook, scratch);
+        for (int b = block_begin; b < block_end; b++) {
+            const activation_block block = block_at(args, b);
+            const size_t skipped = static_cast<size_t>(g) * block.n;
+            pair_table[args.per_group][block.n - 1](scratch, count, block.q + skipped * group_columns,
+                                                    block.bias + skipped, block.scale + (args.per_group ? skipped : 0),
+                                                    sums[b - block_begin]);
+        }
+    }
+    for (int b = block_begin; b < block_end; b++) {
+        const activation_block block = block_at(args, b);
+        for (int t = 0; t < block.n; t++) {
+            const __m512 factor =
+                _mm512_set1_ps(args.per_group ? args.tensor_scale : args.tensor_scale * block.scale[t]);
+            float *out = args.dst[b * nr + t] + panel * panel_rows;
+            _mm512_storeu_ps(out, _mm512_mul_ps(factor, _mm512_load_ps(sums[b - block_begin][t][0])));
+            _mm512_storeu_ps(out + 16, _mm512_mul_ps(factor, _mm512_load_ps(sums[b - block_begin][t][1])));
+        }
+    }
+}
+
+void gemm(const gemm_args &args) {
+    const int blocks = (args.n_tokens + nr - 1) / nr;
+    // The outer loop is over tokens: their activations stay in L2 while the weights, which are smaller, pass by.
+    for (int b = 0; b < blocks; b += scratch_blocks) {
+        const int end = blocks - b < scratch_blocks ? blocks : b + scratch_blocks;
+        int panel = 0;
+        if (end - b > 1) {
+            for (; panel + 2 <= args.panels; panel += 2) multiply_pair(args, panel, b, end);
+        }
+        for (; panel < args.panels; panel++) multiply_panel(args, panel, b, end);
+    }
+}
+
+// quantizer
+
+/// 2^-e for an exponent of 0..15, built from its bits.
+inline __m512 refinement(int e) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32((127 - e) << 23));
+}
+
+/// Largest |x * 2^-e| of 64 columns as the bits of a binary32. Among numbers without sign the order of the bits is the
+/// order of the values, with infinity above all finite numbers and NaN above infinity: so an integer maximum finds them
+/// too.
+inline __m512i group_maximum(__m512i maximum, const float *x, __m512 refine) {
+    for (int i = 0; i < group_columns; i += 16) {
+        const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(x + i), refine));
+        maximum = _mm512_max_epi32(maximum, _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)));
+    }
+    return maximum;
+}
+
+constexpr int bits_of_infinity = 0x7F800000;
+constexpr int bits_of_smallest = (127 - 100) << 23;  ///< 2^-100: what is below counts as zero
+
+inline float bits_to_float(int bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/// Quantizes 64 columns of one token; `q` is where its first column goes, `n` the tokens of the block. Returns the
+/// bias.
+inline int quantize_group(const float *x, __m512 refine, float factor, int limit, int n, int8_t *q) {
+    const __m512i high = _mm512_set1_epi32(limit);
+    const __m512i low = _mm512_set1_epi32(-limit);
+    const __m512 f = _mm512_set1_ps(factor);
+    __m512i sum = _mm512_setzero_si512();
+    for (int i = 0; i < group_columns; i += 16) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), refine), f);
+        // The rounding of the conversion is the current one of the thread: to nearest, ties to even.
+        const __m512i value = _mm512_max_epi32(low, _mm512_min_epi32(high, _mm512_cvtps_epi32(scaled)));
+        sum = _mm512_add_epi32(sum, value);
+        alignas(16) int8_t bytes[16];
+        _mm_store_si128(reinterpret_cast<__m128i *>(bytes), _mm512_cvtepi32_epi8(value));
+        for (int j = 0; j < 4; j++) std::memcpy(q + static_cast<size_t>(i / 4 + j) * n * 4, bytes + 4 * j, 4);
+    }
+    return -code_offset * _mm512_reduce_add_epi32(sum);
+}
+
+void quantize_token(const activation_format &format, const float *row, const activation_block &block, int t) {
+    const int groups = format.k / group_columns;
+    const int limit = format.bits == 4 ? 7 : 127;
+    const int n = block.n;
+    int maximum = 0;     // of the columns that share a scale
+    int all_maxima = 0;  // of the whole token
+    float factor = 0.0f;
+
+    const auto set_scale = [&](int i) {
+        const float amax = bits_to_float(maximum);
+        const bool zero = maximum < bits_of_smallest;
+        factor = zero ? 0.0f : static_cast<float>(limit) / amax;
+        block.scale[static_cast<size_t>(i) * n + t] = zero ? 0.0f : amax / static_cast<float>(limit);
+        if (maximum > all_maxima) all_maxima = maximum;
+    };
+    if (!format.per_group) {
+        column_reader columns(format, row);
+        __m512i found = _mm512_setzero_si512();
+        for (int g = 0; g < groups; g++) {
+            found = group_maximum(found, columns.next_group(), refinement(format.exponents[g]));
+        }
+        maximum = _mm512_reduce_max_epi32(found);
+        set_scale(0);
+    }
+    column_reader columns(format, row);
+    for (int g = 0; g < groups; g++) {
+        const float *x = columns.next_group();
+        const __m512 refine = refinement(format.exponents[g]);
+        if (format.per_group) {
+            maximum = _mm512_reduce_max_epi32(group_maximum(_mm512_setzero_si512(), x, refine));
+            set_scale(g);
+        }
+        int8_t *q = block.q + (static_cast<size_t>(g) * group_columns * n + 4 * t);
+        block.bias[static_cast<size_t>(g) * n + t] = quantize_group(x, refine, factor, limit, n, q);
+    }
+    if (all_maxima < bits_of_infinity) return;
+
+    for (int i = 0; i < format.k / 4; i++) std::memset(block.q + (static_cast<size_t>(i) * n + t) * 4, 0, 4);
+    for (int g = 0; g < groups; g++) block.bias[static_cast<size_t>(g) * n + t] = 0;
+    for (int i = 0; i < (format.per_group ? groups : 1); i++) {
+        block.scale[static_cast<size_t>(i) * n + t] = std::numeric_limits<float>::quiet_NaN();
+    }
+}
+
+void quantize(const activation_format &format, const float *const *rows, const activation_block &block) {
+    for (int t = 0; t < block.n; t++) quantize_token(format, rows[t], block, t);
+}
+
+bool supported() {
+    return detect_x86().avx512vnni;
+}
+
+}  // namespace
+
+const kernel kernel_avx512vnni = {"avx512vnni", supported, nr, 2, quantize, gemm};
+
+}  // namespace agq
