@@ -26,6 +26,8 @@ function(agq_add_kernels target)
 
     agq_kernel(${target} scalar.cpp "" "")
     if(processor MATCHES "^(x86_64|amd64|x64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
+        agq_kernel(${target} avx2.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
+        agq_kernel(${target} avxvnni.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
         agq_kernel(${target} avx512vnni.cpp
                    "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512"
                    "/arch:AVX512")

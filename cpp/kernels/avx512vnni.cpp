@@ -14,10 +14,9 @@
 #include <immintrin.h>
 
 #include <cstring>
-#include <limits>
 
-#include "columns.h"
 #include "kernel.h"
+#include "vector_kernel.h"
 #include "x86_cpu.h"
 
 namespace agq {
@@ -142,8 +141,7 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
         }
     }
     for (int t = 0; t < n; t++) {
-        const float factor = per_group ? args.tensor_scale : args.tensor_scale * block.scale[t];
-        _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(sum[t], _mm512_set1_ps(factor)));
+        _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(sum[t], _mm512_set1_ps(final_factor(args, block, t))));
     }
 }
 
@@ -220,20 +218,11 @@ constexpr stream_fn stream_table[2][nr] = {AGQ_BY_TOKENS(stream_panel, false), A
 constexpr pair_fn pair_table[2][nr] = {AGQ_BY_TOKENS(pair_block, false), AGQ_BY_TOKENS(pair_block, true)};
 #undef AGQ_BY_TOKENS
 
-/// Block b of the packed activations, for reading only; the type is shared with the quantizer, which writes.
-activation_block block_at(const gemm_args &args, int b) {
-    const size_t tokens = static_cast<size_t>(b) * nr;
-    const size_t groups = args.k / group_columns;
-    const int left = args.n_tokens - b * nr;
-    return {const_cast<int8_t *>(args.q + tokens * args.k), const_cast<int32_t *>(args.bias + tokens * groups),
-            const_cast<float *>(args.scale + tokens * (args.per_group ? groups : 1)), left < nr ? left : nr};
-}
-
 /// One panel times all blocks.
 void multiply_panel(const gemm_args &args, int panel, int block_begin, int block_end) {
     const tile *w = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
     for (int b = block_begin; b < block_end; b++) {
-        const activation_block block = block_at(args, b);
+        const activation_block block = block_at<nr>(args, b);
         stream_table[args.per_group][block.n - 1](args, w, block, args.dst + b * nr, panel * panel_rows);
     }
 }
@@ -252,7 +241,7 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
         const int count = groups - g < scratch_groups ? groups - g : scratch_groups;
         look_up_pair(first, second, g, count, codebook, scratch);
         for (int b = block_begin; b < block_end; b++) {
-            const activation_block block = block_at(args, b);
+            const activation_block block = block_at<nr>(args, b);
             const size_t skipped = static_cast<size_t>(g) * block.n;
             pair_table[args.per_group][block.n - 1](scratch, count, block.q + skipped * group_columns,
                                                     block.bias + skipped, block.scale + (args.per_group ? skipped : 0),
@@ -260,10 +249,9 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
         }
     }
     for (int b = block_begin; b < block_end; b++) {
-        const activation_block block = block_at(args, b);
+        const activation_block block = block_at<nr>(args, b);
         for (int t = 0; t < block.n; t++) {
-            const __m512 factor =
-                _mm512_set1_ps(args.per_group ? args.tensor_scale : args.tensor_scale * block.scale[t]);
+            const __m512 factor = _mm512_set1_ps(final_factor(args, block, t));
             float *out = args.dst[b * nr + t] + panel * panel_rows;
             _mm512_storeu_ps(out, _mm512_mul_ps(factor, _mm512_load_ps(sums[b - block_begin][t][0])));
             _mm512_storeu_ps(out + 16, _mm512_mul_ps(factor, _mm512_load_ps(sums[b - block_begin][t][1])));
@@ -286,97 +274,39 @@ void gemm(const gemm_args &args) {
 
 // quantizer
 
-/// 2^-e for an exponent of 0..15, built from its bits.
-inline __m512 refinement(int e) {
-    return _mm512_castsi512_ps(_mm512_set1_epi32((127 - e) << 23));
-}
+struct quantize_ops {
+    class maximum {
+      public:
+        void add(const float *x, float refine) {
+            for (int i = 0; i < group_columns; i += 16) {
+                const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(refine));
+                const __m512i bits = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7FFFFFFF));
+                found_ = _mm512_max_epi32(found_, bits);
+            }
+        }
+        int bits() const { return _mm512_reduce_max_epi32(found_); }
 
-/// Largest |x * 2^-e| of 64 columns as the bits of a binary32. Among numbers without sign the order of the bits is the
-/// order of the values, with infinity above all finite numbers and NaN above infinity: so an integer maximum finds them
-/// too.
-inline __m512i group_maximum(__m512i maximum, const float *x, __m512 refine) {
-    for (int i = 0; i < group_columns; i += 16) {
-        const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(x + i), refine));
-        maximum = _mm512_max_epi32(maximum, _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)));
-    }
-    return maximum;
-}
-
-constexpr int bits_of_infinity = 0x7F800000;
-constexpr int bits_of_smallest = (127 - 100) << 23;  ///< 2^-100: what is below counts as zero
-
-inline float bits_to_float(int bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/// Quantizes 64 columns of one token; `q` is where its first column goes, `n` the tokens of the block. Returns the
-/// bias.
-inline int quantize_group(const float *x, __m512 refine, float factor, int limit, int n, int8_t *q) {
-    const __m512i high = _mm512_set1_epi32(limit);
-    const __m512i low = _mm512_set1_epi32(-limit);
-    const __m512 f = _mm512_set1_ps(factor);
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = 0; i < group_columns; i += 16) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), refine), f);
-        // The rounding of the conversion is the current one of the thread: to nearest, ties to even.
-        const __m512i value = _mm512_max_epi32(low, _mm512_min_epi32(high, _mm512_cvtps_epi32(scaled)));
-        sum = _mm512_add_epi32(sum, value);
-        alignas(16) int8_t bytes[16];
-        _mm_store_si128(reinterpret_cast<__m128i *>(bytes), _mm512_cvtepi32_epi8(value));
-        for (int j = 0; j < 4; j++) std::memcpy(q + static_cast<size_t>(i / 4 + j) * n * 4, bytes + 4 * j, 4);
-    }
-    return -code_offset * _mm512_reduce_add_epi32(sum);
-}
-
-void quantize_token(const activation_format &format, const float *row, const activation_block &block, int t) {
-    const int groups = format.k / group_columns;
-    const int limit = format.bits == 4 ? 7 : 127;
-    const int n = block.n;
-    int maximum = 0;     // of the columns that share a scale
-    int all_maxima = 0;  // of the whole token
-    float factor = 0.0f;
-
-    const auto set_scale = [&](int i) {
-        const float amax = bits_to_float(maximum);
-        const bool zero = maximum < bits_of_smallest;
-        factor = zero ? 0.0f : static_cast<float>(limit) / amax;
-        block.scale[static_cast<size_t>(i) * n + t] = zero ? 0.0f : amax / static_cast<float>(limit);
-        if (maximum > all_maxima) all_maxima = maximum;
+      private:
+        __m512i found_ = _mm512_setzero_si512();
     };
-    if (!format.per_group) {
-        column_reader columns(format, row);
-        __m512i found = _mm512_setzero_si512();
-        for (int g = 0; g < groups; g++) {
-            found = group_maximum(found, columns.next_group(), refinement(format.exponents[g]));
-        }
-        maximum = _mm512_reduce_max_epi32(found);
-        set_scale(0);
-    }
-    column_reader columns(format, row);
-    for (int g = 0; g < groups; g++) {
-        const float *x = columns.next_group();
-        const __m512 refine = refinement(format.exponents[g]);
-        if (format.per_group) {
-            maximum = _mm512_reduce_max_epi32(group_maximum(_mm512_setzero_si512(), x, refine));
-            set_scale(g);
-        }
-        int8_t *q = block.q + (static_cast<size_t>(g) * group_columns * n + 4 * t);
-        block.bias[static_cast<size_t>(g) * n + t] = quantize_group(x, refine, factor, limit, n, q);
-    }
-    if (all_maxima < bits_of_infinity) return;
 
-    for (int i = 0; i < format.k / 4; i++) std::memset(block.q + (static_cast<size_t>(i) * n + t) * 4, 0, 4);
-    for (int g = 0; g < groups; g++) block.bias[static_cast<size_t>(g) * n + t] = 0;
-    for (int i = 0; i < (format.per_group ? groups : 1); i++) {
-        block.scale[static_cast<size_t>(i) * n + t] = std::numeric_limits<float>::quiet_NaN();
+    static int quantize(const float *x, float refine, float factor, int limit, int n, int8_t *q) {
+        const __m512i high = _mm512_set1_epi32(limit);
+        const __m512i low = _mm512_set1_epi32(-limit);
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = 0; i < group_columns; i += 16) {
+            const __m512 refined = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(refine));
+            // The conversion rounds as the thread is set to: to nearest, ties to even.
+            const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(refined, _mm512_set1_ps(factor)));
+            const __m512i clamped = _mm512_max_epi32(low, _mm512_min_epi32(high, value));
+            sum = _mm512_add_epi32(sum, clamped);
+            alignas(16) int8_t bytes[16];
+            _mm_store_si128(reinterpret_cast<__m128i *>(bytes), _mm512_cvtepi32_epi8(clamped));
+            for (int j = 0; j < 4; j++) std::memcpy(q + (i / 4 + j) * n * 4, bytes + 4 * j, 4);
+        }
+        return _mm512_reduce_add_epi32(sum);
     }
-}
-
-void quantize(const activation_format &format, const float *const *rows, const activation_block &block) {
-    for (int t = 0; t < block.n; t++) quantize_token(format, rows[t], block, t);
-}
+};
 
 bool supported() {
     return detect_x86().avx512vnni;
@@ -384,6 +314,6 @@ bool supported() {
 
 }  // namespace
 
-const kernel kernel_avx512vnni = {"avx512vnni", supported, nr, 2, quantize, gemm};
+const kernel kernel_avx512vnni = {"avx512vnni", supported, nr, 2, quantize_block<quantize_ops>, gemm};
 
 }  // namespace agq

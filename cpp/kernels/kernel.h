@@ -58,6 +58,7 @@ struct gemm_args {
     const float *scale;
     int n_tokens;       ///< >= 1
     float *const *dst;  ///< [n_tokens] where the first row of the first panel goes, for each token
+    int bits = 8;       ///< 8 or 4, as in activation_format: promises |q| <= 127 or 7. 8 is always right, 4 may be faster
 };
 
 using gemm_fn = void (*)(const gemm_args &args);

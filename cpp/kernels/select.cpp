@@ -26,6 +26,8 @@ const std::vector<const kernel *> &compiled_kernels() {
     static const std::vector<const kernel *> table = {
 #if defined(__x86_64__) || defined(_M_X64)
         &kernel_avx512vnni,
+        &kernel_avxvnni,
+        &kernel_avx2,
 #endif
         &kernel_scalar,
     };

@@ -284,6 +284,7 @@ void test_quantizers(const std::vector<const kernel *> &kernels) {
 /// A product in plain form: matrices by index, nothing packed.
 struct problem {
     int k, panels, tokens;
+    int bits;
     bool per_group;
     float tensor_scale;
     uint8_t codebook[16];
@@ -311,6 +312,7 @@ problem random_problem() {
     p.tokens = chance(20) ? random_int(190, 400) : random_int(1, 70);
     if (p.tokens > 70) p.k = std::min(p.k, 1024);
     p.per_group = chance(2);
+    p.bits = chance(3) ? 4 : 8;
     p.tensor_scale = 1.0f;
     for (uint8_t &u : p.codebook) u = static_cast<uint8_t>(random_int(0, 127));
     std::sort(p.codebook, p.codebook + 16);
@@ -321,13 +323,10 @@ problem random_problem() {
     const int code_kind = random_int(0, 5);  // 0: all 0, 1: all 15, otherwise random
     for (uint8_t &code : p.codes) code = static_cast<uint8_t>(code_kind < 2 ? 15 * code_kind : random_int(0, 15));
     p.q.resize(static_cast<size_t>(p.tokens) * p.k);
-    const int q_kind = random_int(0, 6);  // 0, 1: the extremes, 2: both, 3: 4-bit range, otherwise random
+    const int q_kind = random_int(0, 5);  // 0, 1: the extremes, 2: both, otherwise random
+    const int b = p.bits == 4 ? 7 : 127;
     for (int8_t &x : p.q) {
-        const int value = q_kind == 0   ? 127
-                          : q_kind == 1 ? -127
-                          : q_kind == 2 ? 254 * random_int(0, 1) - 127
-                          : q_kind == 3 ? random_int(-7, 7)
-                                        : random_int(-127, 127);
+        const int value = q_kind == 0 ? b : q_kind == 1 ? -b : q_kind == 2 ? (chance(2) ? b : -b) : random_int(-b, b);
         x = static_cast<int8_t>(value);
     }
     p.d.resize(static_cast<size_t>(p.rows()) * p.groups());
@@ -390,7 +389,7 @@ std::vector<float> run_gemm(const kernel &row, const problem &p) {
         dst[t] = outputs.back()->data();
     }
     row.gemm({weights.data(), p.k, p.panels, codebook.data(), p.tensor_scale, p.per_group, q.data(), bias.data(),
-              scale.data(), p.tokens, dst.data()});
+              scale.data(), p.tokens, dst.data(), p.bits});
     std::vector<float> result;
     for (const auto &output : outputs) {
         CHECK(output->intact(), "%s: gemm wrote outside its rows", row.name);
@@ -432,8 +431,9 @@ void compare_gemm(const std::vector<const kernel *> &kernels, const problem &p, 
         const std::vector<float> got = run_gemm(*row, p);
         for (size_t i = 0; i < want.size(); i++) {
             const bool agree = std::isnan(want[i]) ? std::isnan(got[i]) : std::fabs(got[i] - want[i]) <= tolerance[i];
-            CHECK(agree, "%s, k %d, %d panels, %d tokens, per_group %d: token %d row %d is %.9g, not %.9g", row->name,
-                  p.k, p.panels, p.tokens, p.per_group, int(i) / p.rows(), int(i) % p.rows(), got[i], want[i]);
+            CHECK(agree, "%s, k %d, %d panels, %d tokens, %d bits, per_group %d: token %d row %d is %.9g, not %.9g",
+                  row->name, p.k, p.panels, p.tokens, p.bits, p.per_group, int(i) / p.rows(), int(i) % p.rows(), got[i],
+                  want[i]);
             if (!agree) break;
         }
     }
