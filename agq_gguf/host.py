@@ -1,0 +1,396 @@
+"""A thin layer over the installed llama-cpp-python: models, contexts and batches, with clear errors and a silent log.
+
+Files are checked by `agq_gguf.reader` before llama.cpp sees them, and the plugin is registered when a file holds AGQ4
+tensors, so that a model either opens or fails with one sentence. While a model is open (or inside `quiet_log`), what
+llama.cpp logs goes to the Python logger ``agq_gguf.llama``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from agq_gguf import blocks
+from agq_gguf.errors import HostError, InputError, OutputError
+from agq_gguf.plugin import register
+from agq_gguf.reader import open_gguf
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+    from typing_extensions import Self
+
+FlashAttention = Literal["auto", "on", "off"]
+EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor, whether this is the question before it runs
+
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+_STOCK_FILE_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_s": 14, "q4_k_m": 15}  # enum llama_ftype
+_INFO, _WARN, _ERROR, _CONTINUE = 1, 2, 3, 5  # enum ggml_log_level
+_NO_ROPE = -1
+_VOCABULARY_KEYS = {"tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
+
+logger = logging.getLogger("agq_gguf.llama")
+logging.getLogger("agq_gguf").addHandler(logging.NullHandler())
+
+
+def llama_api() -> Any:
+    """The ctypes bindings `llama_cpp.llama_cpp`. Raises HostError if llama-cpp-python cannot be imported."""
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as e:
+        raise HostError(f"llama-cpp-python cannot be imported ({e}); install it with pip") from e
+    return llama_cpp.llama_cpp
+
+
+def ggml_version() -> str:
+    """Version of the ggml that llama-cpp-python brings."""
+    try:
+        function = llama_api()._lib.ggml_version  # looked up in the libraries that libllama depends on
+    except AttributeError:
+        return "unknown"
+    function.restype = ctypes.c_char_p
+    return str((function() or b"unknown").decode())
+
+
+def default_threads() -> int:
+    """Number of CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# log
+
+
+class _LogRedirect:
+    """Counts who wants llama.cpp quiet; the first installs our callback, the last puts the previous one back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._users = 0
+        self._level = logging.DEBUG
+        self._callback: Any = None
+        self._previous: tuple[Any, Any] | None = None
+        self.errors: deque[str] = deque(maxlen=8)  # the last lines of level error
+
+    def acquire(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            api = llama_api()
+            if self._callback is None:
+                self._callback = api.llama_log_callback(self._receive)
+            previous, user_data = api.llama_log_callback(), ctypes.c_void_p()
+            api.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
+            self._previous = (previous, user_data)
+            api.llama_log_set(self._callback, ctypes.c_void_p())
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._previous is not None:
+                llama_api().llama_log_set(*self._previous)
+
+    def _receive(self, level: int, text: bytes, _user_data: object) -> None:
+        line = text.decode("utf-8", "replace").strip()
+        if level != _CONTINUE:
+            # What is information for llama.cpp, a hundred lines for a model, is detail for our users.
+            self._level = {_WARN: logging.WARNING, _ERROR: logging.ERROR}.get(level, logging.DEBUG)
+        if line and line.strip("."):
+            if self._level == logging.ERROR:
+                self.errors.append(line)
+            logger.log(self._level, "%s", line)
+
+
+_log = _LogRedirect()
+
+
+@contextlib.contextmanager
+def quiet_log() -> Iterator[None]:
+    """Sends the log of llama.cpp to the logger ``agq_gguf.llama`` for the duration of the block."""
+    _log.acquire()
+    try:
+        yield
+    finally:
+        _log.release()
+
+
+def _last_error(default: str) -> str:
+    """The most telling of the error lines that llama.cpp logged lately, without the name of its function."""
+    lines = [line for line in _log.errors if "error loading model" in line] or list(_log.errors)
+    return lines[-1].split(": ", 1)[-1].removeprefix("error loading model: ") if lines else default
+
+
+# models
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What has to be known of a model file before it is loaded."""
+
+    agq_tensors: int
+    causal: bool  # False: an encoder, which has no next token to predict
+    tokens: bytes  # the vocabulary as it stands in the file
+
+
+def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
+    """Reads the whole header. Raises InputError for what llama.cpp would only call a failure to load."""
+    with open_gguf(path) as reader:
+        if not reader.architecture or not reader.tensors:
+            raise InputError(f"{path}: a GGUF file, but not a model (no architecture or no tensors)")
+        vocabulary = [reader.metadata[key].raw for key in sorted(reader.metadata) if key in _VOCABULARY_KEYS]
+        return FileFacts(
+            sum(tensor.type_name == blocks.TYPE_NAME for tensor in reader.tensors.values()),
+            bool(reader.get(f"{reader.architecture}.attention.causal", True)),
+            b"".join(vocabulary),
+        )
+
+
+def prepare(path: str | os.PathLike[str]) -> FileFacts:
+    """Checks a model file and registers the plugin if the file needs it. Raises InputError or HostError."""
+    facts = check_model_file(path)
+    if facts.agq_tensors:
+        try:
+            register()
+        except HostError as e:
+            message = f"{path} holds {facts.agq_tensors} AGQ4 tensors, which need our plugin; {e}"
+            raise HostError(message) from e
+    return facts
+
+
+class _Closable:
+    """Something with `close`, as a context manager."""
+
+    def close(self) -> None:
+        """Frees it; may be called again."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        """Nothing to do: it is open already."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        """Closes it, whatever happened."""
+        self.close()
+
+
+class Model(_Closable):
+    """A loaded model; a context manager. Close its contexts first."""
+
+    def __init__(self, path: str | os.PathLike[str], *, use_mmap: bool = True, vocab_only: bool = False):
+        """Opens the file. Raises InputError if the file is at fault, HostError if the host is."""
+        self.path = Path(path)
+        self.facts = prepare(path)
+        self._api = api = llama_api()
+        self._model: Any = None
+        _log.acquire()
+        try:
+            api.llama_backend_init()
+            parameters = api.llama_model_default_params()
+            if hasattr(parameters, "load_mode"):  # since 0.3.35; a flag of its own before
+                parameters.load_mode = api.LLAMA_LOAD_MODE_MMAP if use_mmap else api.LLAMA_LOAD_MODE_NONE
+            else:
+                parameters.use_mmap = use_mmap
+            parameters.vocab_only = vocab_only
+            _log.errors.clear()
+            self._model = api.llama_model_load_from_file(os.fsencode(self.path), parameters)
+            if not self._model:
+                raise InputError(f"{path}: llama.cpp cannot load this model: {_last_error('no reason given')}")
+        except BaseException:
+            _log.release()
+            raise
+        self._vocabulary = api.llama_model_get_vocab(self._model)
+        self.n_vocab = int(api.llama_vocab_n_tokens(self._vocabulary))
+        self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model))
+        self.n_params = int(api.llama_model_n_params(self._model))
+        self.size = int(api.llama_model_size(self._model))  # bytes of all tensors
+        self.add_bos = bool(api.llama_vocab_get_add_bos(self._vocabulary))
+        self.bos = int(api.llama_vocab_bos(self._vocabulary))
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> NDArray[np.int32]:
+        """Token ids of the text."""
+        raw = text.encode("utf-8", "surrogateescape")
+        room = len(raw) + 8
+        while True:
+            tokens = np.empty(room, np.int32)
+            pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            n = self._api.llama_tokenize(self._vocabulary, raw, len(raw), pointer, room, add_special, parse_special)
+            if n >= 0:
+                return tokens[:n]
+            if -n <= room:
+                raise InputError(f"{self.path}: its tokenizer cannot tokenize this text ({len(raw)} bytes)")
+            room = -n
+
+    def require_logits(self) -> None:
+        """Raises InputError unless the model predicts a next token."""
+        if not self.facts.causal or self._api.llama_model_has_encoder(self._model):
+            raise InputError(f"{self.path}: an encoder model, it predicts no next token; a decoder model is wanted")
+
+    def context(
+        self,
+        n_ctx: int,
+        *,
+        n_batch: int = 0,
+        n_ubatch: int = 512,
+        threads: int = 0,
+        flash_attention: FlashAttention = "auto",
+        eval_callback: EvalCallback | None = None,
+    ) -> Context:
+        """A context of `n_ctx` tokens; `n_batch` 0 means n_ctx, `threads` 0 all CPUs.
+
+        Raises InputError or HostError.
+        """
+        if n_ctx > self.n_ctx_train and self._api.llama_model_rope_type(self._model) == _NO_ROPE:
+            # llama.cpp would read past the end of the table of positions, and abort.
+            raise InputError(
+                f"{self.path}: can take at most {self.n_ctx_train} tokens at a time, {n_ctx} were asked for"
+            )
+        return Context(self, n_ctx, n_batch or n_ctx, n_ubatch, threads, flash_attention, eval_callback)
+
+    def close(self) -> None:
+        if self._model:
+            self._api.llama_model_free(self._model)
+            self._model = None
+            _log.release()
+
+
+class Batch:
+    """Tokens of one sequence, laid out for llama.cpp once and decoded as often as wanted."""
+
+    def __init__(self, tokens: ArrayLike, *, first_position: int = 0, first_logits: int | None = None):
+        """Logits are computed from the token with index `first_logits` on; None: for the last token only."""
+        ids = np.ascontiguousarray(tokens, np.int32)
+        n = len(ids)
+        self._tokens = ids.copy()
+        self._positions = np.arange(first_position, first_position + n, dtype=np.int32)
+        self._n_sequences = np.ones(n, np.int32)
+        self._sequence = ctypes.c_int32(0)
+        self._sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*[ctypes.pointer(self._sequence)] * n)
+        self._logits = np.zeros(n, np.int8)
+        self._logits[n - 1 if first_logits is None else first_logits :] = 1
+        self.n_outputs = int(self._logits.sum())
+        self.raw: Any = llama_api().llama_batch(
+            n_tokens=n,
+            token=self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            embd=None,
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=self._n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._sequences,
+            logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+
+class Context(_Closable):
+    """State of one running sequence; made by `Model.context`; a context manager."""
+
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int,
+        n_batch: int,
+        n_ubatch: int,
+        threads: int,
+        flash_attention: FlashAttention,
+        eval_callback: EvalCallback | None,
+    ):
+        """For `Model.context`."""
+        self.model = model
+        self._api = api = model._api
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = n_ctx, n_batch, min(n_ubatch, n_batch)
+        parameters.n_threads = parameters.n_threads_batch = threads or default_threads()
+        parameters.flash_attn_type = _FLASH[flash_attention]
+        parameters.no_perf = True
+        if eval_callback is not None:
+            self._eval_callback = api.ggml_backend_sched_eval_callback(
+                lambda tensor, ask, _: eval_callback(tensor, ask)
+            )
+            parameters.cb_eval = self._eval_callback
+        _log.errors.clear()
+        self._context: Any = api.llama_init_from_model(model._model, parameters)
+        if not self._context:
+            reason = _last_error("not enough memory, or the model does not allow it")
+            raise HostError(f"{model.path}: llama.cpp cannot make a context of {n_ctx} tokens: {reason}")
+        self._memory = api.llama_get_memory(self._context)
+        self._decode, self._synchronize = api.llama_decode, api.llama_synchronize
+
+    def clear(self) -> None:
+        """Forgets all tokens."""
+        if self._memory:
+            self._api.llama_memory_clear(self._memory, False)
+
+    def decode(self, batch: Batch) -> None:
+        """Runs the batch and waits for it. Raises HostError if llama.cpp cannot."""
+        status = self._decode(self._context, batch.raw)
+        if status != 0:
+            raise HostError(self._failure(status))
+        self._synchronize(self._context)
+
+    def _failure(self, status: int) -> str:
+        reason = {1: "the context is full", 2: "it was aborted"}.get(status) or _last_error(f"status {status}")
+        return f"{self.model.path}: llama.cpp cannot run this model: {reason}"
+
+    def logits(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits [batch.n_outputs, n_vocab] of the batch decoded last; a view that the next decode overwrites."""
+        pointer = self._api.llama_get_logits(self._context)
+        if not pointer:
+            raise HostError(f"{self.model.path}: this model gives no logits")
+        return np.ctypeslib.as_array(pointer, (batch.n_outputs, self.model.n_vocab))
+
+    def close(self) -> None:
+        if self._context:
+            self._api.llama_free(self._context)
+            self._context = None
+
+
+# what else llama-cpp-python offers
+
+
+def open_llama(path: str | os.PathLike[str], **options: Any) -> Llama:
+    """A `llama_cpp.Llama` on a checked file, with the plugin where it is needed. Raises InputError or HostError."""
+    prepare(path)
+    llama_api()
+    from llama_cpp import Llama
+
+    with quiet_log():
+        _log.errors.clear()
+        try:
+            return Llama(str(path), verbose=False, **options)
+        except (ValueError, AssertionError) as e:
+            raise InputError(f"{path}: llama.cpp cannot load this model: {_last_error(str(e))}") from e
+
+
+def quantize_stock(src: str | os.PathLike[str], dst: str | os.PathLike[str], type_name: str, threads: int = 0) -> None:
+    """Makes one of llama.cpp's own types from a float GGUF, as llama-quantize does without an importance matrix."""
+    if type_name not in _STOCK_FILE_TYPES:
+        raise InputError(f"unknown stock type {type_name!r}; known are {', '.join(_STOCK_FILE_TYPES)}")
+    check_model_file(src)
+    api = llama_api()
+    parameters = api.llama_model_quantize_default_params()
+    parameters.ftype = _STOCK_FILE_TYPES[type_name]
+    parameters.nthread = threads or default_threads()
+    with quiet_log():
+        _log.errors.clear()
+        if api.llama_model_quantize(os.fsencode(src), os.fsencode(dst), ctypes.byref(parameters)) != 0:
+            raise OutputError(f"{dst}: llama.cpp cannot write {type_name}: {_last_error('no reason given')}")
+
+
+def check_same_tokens(models: Sequence[Model]) -> None:
+    """Raises InputError unless all models have the vocabulary of the first."""
+    for model in models[1:]:
+        if model.n_vocab != models[0].n_vocab or model.facts.tokens != models[0].facts.tokens:
+            raise InputError(
+                f"{model.path} and {models[0].path} have different tokenizers; their logits do not compare"
+            )
