@@ -81,6 +81,11 @@ def stream_bytes(rows: int, columns: int) -> int:
     return rows * columns // TILE_COLUMNS
 
 
+def listable(rows: int, columns: int) -> int:
+    """How many channels a matrix of this shape can list in its channel order."""
+    return max(0, (stream_bytes(rows, columns) - parameters_bytes(columns, 0) - 2) // 2)
+
+
 def shape_problem(rows: int, columns: int) -> str | None:
     """Why a matrix of this shape cannot be AGQ4, or None."""
     if columns % TILE_COLUMNS or columns == 0:
@@ -268,7 +273,7 @@ def quantize_activations(
     """
     tokens, columns = x.shape
     limit = np.float32(127 if parameters.activation_bits == 8 else 7)
-    bad = ~np.isfinite(x).all(axis=1)
+    bad = np.logical_not(np.isfinite(x).all(axis=1, keepdims=True))[:, 0]
     stored = np.where(bad[:, None], np.float32(0), x)[:, channel_order(parameters.listed, columns)]
     refined = np.ldexp(stored.reshape(tokens, -1, GROUP_COLUMNS), -parameters.exponents.astype(np.int32)[:, None])
     amax = np.abs(refined).max(axis=2)  # [T, K / 64]

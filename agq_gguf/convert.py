@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from numpy.typing import NDArray
 
 from agq_gguf import blocks
 from agq_gguf.errors import InputError
-from agq_gguf.quantizer import MatrixOptions, PreparedInput, prepare_input, quantize_matrix
+from agq_gguf.quantizer import MatrixOptions, QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.reader import Reader, Tensor, check_source, open_gguf
-from agq_gguf.recipe import TensorPlan, plan
+from agq_gguf.recipe import EMBEDDING, TensorPlan, plan
 from agq_gguf.stats import WeightStats, check_shapes, load_imatrix
 from agq_gguf.writer import Writer, layout
+
+_FEW_TOKENS = 4096  # of calibration text; less is worth a warning
 
 Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
 
@@ -38,6 +42,8 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class TensorReport:
+    """What became of one tensor."""
+
     name: str
     type_name: str
     n_elements: int
@@ -49,6 +55,8 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
+    """What became of a model."""
+
     tensors: list[TensorReport]
     n_bytes: int  # of the file
     guidance: str  # what guided the quantization
@@ -65,6 +73,7 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
+        """Over all tensors, without the header."""
         return 8 * sum(t.n_bytes for t in self.tensors) / sum(t.n_elements for t in self.tensors)
 
 
@@ -91,93 +100,168 @@ def quantize(
 ) -> Report:
     """Quantizes the model `src` (F32, F16 or BF16 GGUF) into `dst`.
 
-    `calibration` is the path of a text file, or strings of text; `imatrix` an importance matrix for the same model, used
-    where no text is given. Without both, all activations count alike, which costs quality; the report then says so.
+    `calibration` is the path of a text file, or strings of text; `imatrix` an importance matrix for the same model,
+    used where no text is given. Without both, all activations count alike, at a cost in quality; the report then says so.
     Raises InputError, FormatError or OutputError; `dst` is untouched then.
     """
     options, progress = options or QuantizeOptions(), progress or _silent
-    with open_gguf(src) as reader:
+    with open_gguf(src) as reader, ExitStack() as stack:
         check_source(reader)
-        if os.path.exists(dst) and os.path.samefile(src, dst):
+        if Path(dst).exists() and Path(dst).samefile(src):
             raise InputError(f"{dst}: is the model that is read; write to another file")
         plans = plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
-        stats, guidance, warnings = _gather(reader, plans, calibration, imatrix, options, progress)
-        return _write(reader, Path(dst), plans, stats, guidance, warnings, options, progress)
+        wanted = {p.source.name: p.source for p in plans if p.type_name == blocks.TYPE_NAME}
+        if calibration is not None and wanted:
+            guide = _from_text(stack, reader, wanted, calibration, options, progress)
+        elif imatrix is not None and wanted:
+            guide = _from_imatrix(wanted, imatrix)
+        else:
+            guide = _unguided(wanted)
+        return _write(reader, Path(dst), plans, guide, options, progress)
 
 
-def _gather(
+# what guides the quantization
+
+
+@dataclass(frozen=True)
+class _Guide:
+    """Where statistics come from. `groups` yields the weights to quantize, those with the same input together."""
+
+    origin: str
+    groups: Iterator[tuple[tuple[str, ...], WeightStats | None]]
+    warnings: list[str]
+
+
+def _unguided(wanted: dict[str, Tensor]) -> _Guide:
+    warning = "quantized without calibration: all activations count alike; a text file gives better results"
+    return _Guide("none", (((name,), None) for name in wanted), [warning])
+
+
+def _from_imatrix(wanted: dict[str, Tensor], path: str | os.PathLike[str]) -> _Guide:
+    stats = load_imatrix(path)
+    check_shapes(stats, {name: tensor.shape for name, tensor in wanted.items()}, str(path))
+    warnings = _unseen([name for name in wanted if name not in stats and name != EMBEDDING])
+    return _Guide(f"imatrix {Path(path).name}", (((name,), stats.get(name)) for name in wanted), warnings)
+
+
+def _from_text(
+    stack: ExitStack,
     reader: Reader,
-    plans: list[TensorPlan],
-    calibration: str | os.PathLike[str] | Iterable[str] | None,
-    imatrix: str | os.PathLike[str] | None,
+    wanted: dict[str, Tensor],
+    text: str | os.PathLike[str] | Iterable[str],
     options: QuantizeOptions,
     progress: Progress,
-) -> tuple[dict[str, WeightStats], str, list[str]]:
-    """Statistics by weight name, what they come from, warnings."""
-    columns = {p.source.name: p.source.shape[-1] for p in plans if p.type_name == blocks.TYPE_NAME}
-    if imatrix is not None:
-        stats = load_imatrix(imatrix)
-        check_shapes(stats, columns, str(imatrix))
-        return stats, f"imatrix {Path(imatrix).name}", _missing(stats, columns)
-    return {}, "none", ["quantized without calibration: all activations count alike; a text file gives better results"]
+) -> _Guide:
+    from agq_gguf.calibrate import Calibrator, read_text
+
+    progress("calibrate", 0, 1, "loading the model")
+    calibrator = stack.enter_context(
+        Calibrator(
+            reader.path,
+            read_text(text),
+            {name: tensor.shape for name, tensor in wanted.items()},
+            context=options.context,
+            max_tokens=options.calibration_tokens,
+            threads=options.threads,
+        )
+    )
+    hessians = options.matrix.error_feedback
+    parts = calibrator.passes(options.memory, hessians)
+    seen = {name for part in parts for found in part for name in found.weights}
+    unseen = [name for name in wanted if name not in seen]
+
+    def groups() -> Iterator[tuple[tuple[str, ...], WeightStats | None]]:
+        total = calibrator.n_tokens * len(parts)
+        for i, part in enumerate(parts):
+            before, detail = i * calibrator.n_tokens, f"pass {i + 1} of {len(parts)}"
+            report = partial(_report, progress, before, total, detail)
+            for found, stats in zip(part, calibrator.collect(part, options.memory, report, hessians), strict=True):
+                yield found.weights, stats
+        yield from (((name,), None) for name in unseen)
+
+    source = Path(text).name if isinstance(text, (str, os.PathLike)) else "text"
+    warnings = _unseen([name for name in unseen if name != EMBEDDING])  # a table to look up multiplies with nothing
+    if calibrator.n_tokens < _FEW_TOKENS:
+        warnings.append(f"calibrated on {calibrator.n_tokens} tokens only; {_FEW_TOKENS} or more give better results")
+    return _Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings)
 
 
-def _missing(stats: dict[str, WeightStats], columns: dict[str, int]) -> list[str]:
+def _report(progress: Progress, before: int, total: int, detail: str, done: int) -> None:
+    progress("calibrate", before + done, total, detail)
+
+
+def _unseen(names: list[str]) -> list[str]:
     """A warning about the weights that got no statistics."""
-    missing = [name for name in columns if name not in stats]
-    if not missing:
+    if not names:
         return []
-    return [f"no activations were seen for {len(missing)} tensors ({', '.join(missing[:3])}...), they count alike there"]
+    which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [f"no activations were seen for {len(names)} tensors ({which}): there, all activations count alike"]
+
+
+# writing
 
 
 def _write(
-    reader: Reader,
-    dst: Path,
-    plans: list[TensorPlan],
-    stats: dict[str, WeightStats],
-    guidance: str,
-    warnings: list[str],
-    options: QuantizeOptions,
-    progress: Progress,
+    reader: Reader, dst: Path, plans: list[TensorPlan], guide: _Guide, options: QuantizeOptions, progress: Progress
 ) -> Report:
     placed = layout((p.source.name, p.type_name, p.source.shape) for p in plans)
     total = sum(p.source.n_elements for p in plans)
-    done, reports = 0, []
-    with Writer(dst, reader.metadata, _metadata(plans, guidance, options), placed) as writer:
-        for p, target in zip(plans, placed, strict=True):
-            progress("quantize", done, total, p.source.name)
-            error, note = None, ""
-            if p.type_name == blocks.TYPE_NAME:
-                data, error, note = _quantize_tensor(reader, p.source, stats.get(p.source.name), options)
-                writer.write(p.source.name, data)
-            elif p.type_name == p.source.type_name:
-                writer.write(p.source.name, reader.raw(p.source.name))
-            else:
-                writer.write(p.source.name, _stock(reader.read(p.source.name), p.type_name))
-            done += p.source.n_elements
-            reports.append(
-                TensorReport(p.source.name, p.type_name, p.source.n_elements, target.n_bytes, p.reason, error, note)
-            )
+    done = 0
+    results: dict[str, _Quantized] = {}
+    with Writer(dst, reader.metadata, _metadata(plans, guide.origin, options), placed) as writer:
+        for p in plans:
+            if p.type_name != blocks.TYPE_NAME:
+                same = p.type_name == p.source.type_name
+                name = p.source.name
+                writer.write(name, reader.raw(name) if same else _stock(reader.read(name), p.type_name))
+                done += p.source.n_elements
+                progress("quantize", done, total, name)
+        for names, stats in guide.groups:
+            progress("quantize", done, total, names[0])
+            for name, result in _quantize_group(reader, names, stats, options.matrix).items():
+                writer.write(name, result.data)
+                results[name] = result
+                done += reader.tensors[name].n_elements
         progress("quantize", done, total, "")
-    return Report(reports, writer.n_bytes, guidance, warnings)
+    reports = []
+    for p, target in zip(plans, placed, strict=True):
+        found = results.get(p.source.name)
+        error, note = (found.error, found.note) if found else (None, "")
+        reports.append(TensorReport(target.name, p.type_name, target.n_elements, target.n_bytes, p.reason, error, note))
+    return Report(reports, writer.n_bytes, guide.origin, guide.warnings)
 
 
-def _quantize_tensor(
-    reader: Reader, tensor: Tensor, stats: WeightStats | None, options: QuantizeOptions
-) -> tuple[NDArray[np.uint8], float, str]:
-    """AGQ4 bytes of a tensor (of each of its experts), its mean error, notes."""
-    weights = reader.read(tensor.name)
-    matrices = weights.reshape(-1, *weights.shape[-2:])
-    rows, columns = matrices.shape[1:]
-    capacity = (blocks.stream_bytes(rows, columns) - blocks.parameters_bytes(columns, 0) - 2) // 2
-    packed, errors, notes = [], [], []
-    for expert, matrix in enumerate(matrices):
-        prepared = prepare_input(stats.of(expert) if stats else None, columns, capacity, options.matrix)
-        result = quantize_matrix(matrix, prepared, options.matrix, tensor.name)
-        packed.append(blocks.pack(result.matrix))
-        errors.append(result.error)
-        notes.append(result.note)
-    return np.concatenate(packed), float(np.mean(errors)), "; ".join(sorted(set(filter(None, notes))))
+@dataclass(frozen=True)
+class _Quantized:
+    data: bytes
+    error: float
+    note: str
+
+
+def _quantize_group(
+    reader: Reader, names: tuple[str, ...], stats: WeightStats | None, options: MatrixOptions
+) -> dict[str, _Quantized]:
+    """Quantizes weights that share an input, expert by expert, so that what belongs to the input is prepared once."""
+    shapes = [reader.tensors[name].shape for name in names]
+    experts = shapes[0][0] if len(shapes[0]) == 3 else 1
+    capacity = min(blocks.listable(*shape[-2:]) for shape in shapes)
+    found: dict[str, list[QuantizedMatrix]] = {name: [] for name in names}
+    packed: dict[str, list[bytes]] = {name: [] for name in names}
+    for expert in range(experts):
+        if expert == 0 or (stats is not None and stats.experts):
+            prepared = prepare_input(stats.of(expert) if stats else None, shapes[0][-1], capacity, options)
+        for name in names:
+            result = quantize_matrix(reader.read(name, expert), prepared, options, name)
+            packed[name].append(blocks.pack(result.matrix).tobytes())
+            found[name].append(result)
+    return {
+        name: _Quantized(
+            b"".join(packed[name]),
+            float(np.mean([result.error for result in found[name]])),
+            "; ".join(sorted({result.note for result in found[name] if result.note})),
+        )
+        for name in names
+    }
 
 
 def _stock(weights: NDArray[np.float32], type_name: str) -> NDArray[Any]:

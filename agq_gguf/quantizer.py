@@ -1,7 +1,7 @@
 """From float weights and input statistics to an AGQ4 matrix. Pure: arrays in, arrays out.
 
-Two steps. `prepare_input` decides what belongs to the input and is shared by all weights that multiply it: channel order,
-refinement exponents, error weights, the factor for error feedback. `quantize_matrix` then does one matrix.
+Two steps. `prepare_input` decides what belongs to the input and is shared by all weights that multiply it: channel
+order, refinement exponents, error weights, the factor for error feedback. `quantize_matrix` then does one matrix.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf import codebook as cb
+from agq_gguf import feedback, refine
 from agq_gguf.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
 from agq_gguf.errors import InputError
+from agq_gguf.refine import Refinement
 from agq_gguf.stats import InputStats
+
+_FLOOR = 1e-4  # importance of a channel that was silent in the calibration text: it still must be stored sensibly
+_ERROR_ROWS = 256  # rows on which the reported error is measured
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,19 @@ class MatrixOptions:
 class PreparedInput:
     """What holds for every weight that multiplies one input; columns in stored order."""
 
-    listed: NDArray[np.uint16]
-    exponents: NDArray[np.uint8]  # [K / 64]
-    importance: torch.Tensor  # [K] float32, E[x'^2] of the refined input x' = x * 2^-e
+    refinement: Refinement
+    importance: torch.Tensor  # [K] float32, E[x'^2] of the refined input x' = x * 2^-e, mean 1
+    hessian: torch.Tensor | None = None  # [K, K] float32, E[x' x'^T] in the same unit
+    upper: torch.Tensor | None = None  # [K, K] float32, for error feedback
     note: str = ""  # what was done with less than wanted, and why
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
+    """A matrix and how well it is represented."""
+
     matrix: Matrix
-    error: float  # squared output error over squared output on the calibration data (or on white noise without any)
+    error: float  # squared output error over squared output on the calibration data (on white noise without any)
     note: str = ""
 
 
@@ -52,19 +60,26 @@ def prepare_input(stats: InputStats | None, columns: int, capacity: int, options
 
     `capacity` is how many channels the smallest of these weights can list. Without statistics all channels count alike.
     """
-    listed, exponents = np.empty(0, np.uint16), np.zeros(columns // GROUP_COLUMNS, np.uint8)
-    square = np.ones(columns, np.float32) if stats is None else stats.mean_square
-    order = channel_order(listed, columns)
-    refined = np.ldexp(square[order], -2 * np.repeat(exponents.astype(np.int32), GROUP_COLUMNS))
-    return PreparedInput(listed, exponents, torch.from_numpy(_usable(refined)))
-
-
-def _usable(importance: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scaled to mean 1, with a floor: a channel that was silent in the calibration text still has to be stored sensibly."""
-    mean = float(importance.mean(dtype=np.float64))
+    if stats is None:
+        return PreparedInput(refine.none(columns), torch.ones(columns))
+    refinement = refine.none(columns)
+    if stats.sample is not None:
+        refinement = refine.choose(stats.sample, capacity, options.activation_bits, options.per_group, options.refine)
+    order = channel_order(refinement.listed, columns)
+    shrink = np.ldexp(np.float32(1), -refinement.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
+    square = stats.mean_square[order] * shrink**2
+    mean = float(square.mean(dtype=np.float64))
     if not mean > 0:
-        return np.ones_like(importance)
-    return np.maximum(importance / np.float32(mean), np.float32(1e-4)).astype(np.float32)
+        return PreparedInput(refinement, torch.ones(columns), note="its input is always zero in the calibration text")
+    importance = torch.from_numpy(square / np.float32(mean)).clamp_min(_FLOOR)
+    if stats.hessian is None or not options.error_feedback:
+        return PreparedInput(refinement, importance)
+    hessian = torch.from_numpy(stats.hessian[np.ix_(order, order)])
+    hessian *= torch.from_numpy(shrink) / mean
+    hessian *= torch.from_numpy(shrink)[:, None]
+    upper = feedback.factor(hessian, options.damping + refinement.noise / mean)
+    note = "" if upper is not None else "error feedback failed (no Cholesky factor): scales were searched instead"
+    return PreparedInput(refinement, importance, hessian, upper, note)
 
 
 def quantize_matrix(
@@ -77,34 +92,47 @@ def quantize_matrix(
     if not np.isfinite(weight).all():
         raise InputError(f"tensor {name} holds a NaN or an infinity; the model is damaged")
     rows, columns = weight.shape
-    stored, tensor_scale = _stored_weights(weight, prepared)
-    h = prepared.importance.reshape(1, -1, GROUP_COLUMNS).expand(rows, -1, -1).reshape(-1, GROUP_COLUMNS)
+    stored, tensor_scale = _stored_weights(weight, prepared.refinement)
     groups = stored.reshape(-1, GROUP_COLUMNS)
+    h = prepared.importance.reshape(1, -1, GROUP_COLUMNS).expand(rows, -1, -1).reshape(-1, GROUP_COLUMNS)
     codebook = cb.learn(groups, h) if options.learn_codebook else cb.fixed()
-    scales = cb.search_scales(groups, h, codebook)
-    codes = cb.encode(groups, scales, codebook)
-    difference = groups - scales[:, None] * codebook[codes]
-    total = float((groups.square() * h).sum(dtype=torch.float64))
-    error = float((difference.square() * h).sum(dtype=torch.float64)) / total if total else 0.0
+    if prepared.upper is not None:
+        codes, scales = feedback.quantize(stored, prepared.upper, codebook)
+    else:
+        scales = cb.search_scales(groups, h, codebook)
+        codes = codebook.encode(groups * cb.reciprocal(scales)[:, None]).reshape(rows, columns)
+        scales = scales.reshape(rows, -1)
+    restored = codebook.values[codes] * scales.repeat_interleave(GROUP_COLUMNS, 1)
     parameters = Parameters(
-        codebook=(codebook + 64).numpy().astype(np.uint8),
-        exponents=prepared.exponents,
-        listed=prepared.listed,
+        codebook=(codebook.values + 64).numpy().astype(np.uint8),
+        exponents=prepared.refinement.exponents,
+        listed=prepared.refinement.listed,
         tensor_scale=tensor_scale,
         activation_bits=options.activation_bits,
         per_group=options.per_group,
     )
-    matrix = Matrix(
-        codes.reshape(rows, columns).numpy().astype(np.uint8), scales.reshape(rows, -1).numpy(), parameters
-    )
-    return QuantizedMatrix(matrix, error, prepared.note)
+    matrix = Matrix(codes.numpy().astype(np.uint8), scales.numpy(), parameters)
+    return QuantizedMatrix(matrix, _relative_error(stored, restored, prepared), prepared.note)
 
 
-def _stored_weights(weight: NDArray[np.float32], prepared: PreparedInput) -> tuple[torch.Tensor, float]:
-    """Weights W' = W * 2^e / alpha in stored order, so that W' = D * code, and alpha, which makes the largest D about 1."""
+def _stored_weights(weight: NDArray[np.float32], refinement: Refinement) -> tuple[torch.Tensor, float]:
+    """W * 2^e / alpha in stored order, which is D * code, and alpha, which makes the largest D about 1."""
     columns = weight.shape[1]
-    growth = np.ldexp(np.float32(1), prepared.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
-    stored = torch.from_numpy(weight[:, channel_order(prepared.listed, columns)] * growth)
-    largest = float(stored.abs().max())
-    alpha = float(np.float32(largest / 64)) or 1.0  # also when the division underflows
+    growth = np.ldexp(np.float32(1), refinement.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
+    ordered = np.ascontiguousarray(weight[:, channel_order(refinement.listed, columns)])
+    stored = torch.from_numpy(ordered * growth)
+    alpha = float(np.float32(float(stored.abs().max()) / 64)) or 1.0  # 1 also where the division underflows
     return stored / alpha, alpha
+
+
+def _relative_error(stored: torch.Tensor, restored: torch.Tensor, prepared: PreparedInput) -> float:
+    """tr(E H E^T) / tr(W H W^T), on an even choice of rows; H is diagonal where no Hessian is known."""
+    step = -(-len(stored) // _ERROR_ROWS)
+    weights, difference = stored[::step], (stored - restored)[::step]
+
+    def energy(w: torch.Tensor) -> float:
+        product = w @ prepared.hessian if prepared.hessian is not None else w * prepared.importance
+        return float((product * w).sum(dtype=torch.float64))
+
+    total = energy(weights)
+    return energy(difference) / total if total > 0 else 0.0

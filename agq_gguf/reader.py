@@ -1,7 +1,7 @@
 """GGUF in: reads and checks an untrusted header, hands out tensors one at a time.
 
-The header is parsed here rather than by `gguf.GGUFReader` for two reasons: that class trusts every count and length, and
-it does not keep the bytes of a metadata value, which a converter must pass on unchanged.
+The header is parsed here rather than by `gguf.GGUFReader` for two reasons: that class trusts every count and length,
+and it does not keep the bytes of a metadata value, which a converter must pass on unchanged.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Tensor:
 
     @property
     def n_elements(self) -> int:
+        """Weights in the tensor."""
         return math.prod(self.shape)
 
 
@@ -76,6 +77,7 @@ def decode_text(raw: bytes) -> str:
 
 
 def encode_text(text: str) -> bytes:
+    """Bytes of a GGUF string."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -126,6 +128,7 @@ class Reader:
 
     @property
     def architecture(self) -> str:
+        """llama.cpp's name of the architecture, '' if the file has none."""
         return str(self.get("general.architecture", ""))
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -138,10 +141,17 @@ class Reader:
         tensor = self.tensors[name]
         return memoryview(self._map)[tensor.offset : tensor.offset + tensor.n_bytes]
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """A float tensor (f32, f16, bf16) as float32 in its shape; always a copy. Raises InputError for other types."""
-        tensor = self.tensors[name]
-        data = self.raw(name)
+    def read(self, name: str, expert: int | None = None) -> NDArray[np.float32]:
+        """A float tensor (f32, f16, bf16) as float32 in its shape, or one matrix of it; always a copy.
+
+        Raises InputError for other types.
+        """
+        tensor, data = self.tensors[name], self.raw(name)
+        shape = tensor.shape
+        if expert is not None:
+            shape = shape[-2:]
+            size = len(data) * math.prod(shape) // tensor.n_elements
+            data = data[expert * size : (expert + 1) * size]
         if tensor.type_name == "f32":
             values = np.frombuffer(data, "<f4").astype(np.float32)
         elif tensor.type_name == "f16":
@@ -150,9 +160,10 @@ class Reader:
             values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
         else:
             raise InputError(f"{self.path}: tensor {name} is {tensor.type_name}, wanted f32, f16 or bf16")
-        return values.reshape(tensor.shape)
+        return values.reshape(shape)
 
     def close(self) -> None:
+        """Unmaps the file."""
         self._map.close()
 
     def __enter__(self) -> Reader:
@@ -170,7 +181,7 @@ def open_gguf(path: str | os.PathLike[str]) -> Reader:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
                 raise InputError(f"{path}: too short to be a GGUF file")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

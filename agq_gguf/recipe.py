@@ -1,4 +1,4 @@
-"""Which tensor becomes what: AGQ4 where the runtime multiplies with it, a stock type elsewhere, each with its reason."""
+"""Which tensor becomes what: AGQ4 where the runtime multiplies with it, a stock type elsewhere, with the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEPT = {
     "router": r"ffn_gate_inp|ffn_gate_tid2eid|exp_probs",
     "position or token type table": r"position_embd|pos_embd|token_types|attn_rel_b|rel_pos|rope_",
     "convolution": r"conv1d|\.conv\.|conv_|patch_embd|patch_merger",
-    "recurrent or state space vector": r"ssm_a\.|ssm_d\.|ssm_dt|time_mix_(?!key|value|receptance|gate|output)|_mix_lerp",
+    "recurrent state": r"ssm_a\.|ssm_d\.|ssm_dt|time_mix_(?!key|value|receptance|gate|output)|_mix_lerp",
     "small low-rank or mixing matrix": r"altup|laurel|per_layer_model_proj|lora_|indexer|hc_|ssm_[fg]_[ab]",
     "used through views of heads": r"attn_[kv]_b\.",
     "table of codes": r"codebook|code_embd|per_layer_token_embd|res_score",

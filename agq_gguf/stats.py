@@ -31,6 +31,7 @@ class InputStats:
 
     @property
     def columns(self) -> int:
+        """K."""
         return len(self.mean_square)
 
 
@@ -45,11 +46,12 @@ class WeightStats:
     experts: tuple[InputStats, ...] = ()
 
     def of(self, expert: int) -> InputStats:
+        """Statistics for one expert's matrix."""
         return self.experts[expert] if self.experts else self.whole
 
 
 def load_imatrix(path: str | os.PathLike[str]) -> dict[str, WeightStats]:
-    """Reads an importance matrix as llama-imatrix writes it (GGUF): mean squares per weight, per expert where there are.
+    """Reads an importance matrix as llama-imatrix writes it (GGUF): mean squares per weight and expert.
 
     Raises InputError when the file is no imatrix or its tensors do not fit together.
     """
@@ -86,11 +88,14 @@ def _from_sums(sums: NDArray[np.float64], counts: NDArray[np.float32]) -> Weight
     return WeightStats(whole, tuple(experts))
 
 
-def check_shapes(stats: Mapping[str, WeightStats], columns: Mapping[str, int], origin: str) -> None:
-    """Raises InputError unless each weight in `columns` (name -> K) that has statistics has them for K channels."""
-    for name, k in columns.items():
+def check_shapes(stats: Mapping[str, WeightStats], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
+    """Raises InputError unless the statistics that there are fit the weights' shapes (numpy order)."""
+    for name, shape in shapes.items():
         found = stats.get(name)
-        if found is not None and found.whole.columns != k:
-            raise InputError(
-                f"{origin}: has {found.whole.columns} channels for {name}, the model has {k}; is it another model's?"
-            )
+        if found is None:
+            continue
+        have, want = found.whole.columns, shape[-1]
+        if have != want:
+            raise InputError(f"{origin}: has {have} channels for {name}, the model has {want}; is it another model's?")
+        if found.experts and (len(shape) != 3 or len(found.experts) != shape[0]):
+            raise InputError(f"{origin}: has {len(found.experts)} experts for {name} of shape {shape}")

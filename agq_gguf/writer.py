@@ -6,6 +6,7 @@ import os
 import secrets
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -45,7 +46,7 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
 
 
 def _header(metadata: dict[str, Field], added: dict[str, _Value], tensors: list[Tensor]) -> bytes:
-    """Header with the padding behind it. Fields of the source keep their bytes and their place unless `added` has them."""
+    """Header and padding. Fields of the source keep their bytes and their place unless `added` has them."""
     added = {**added, ALIGNMENT_KEY: ALIGNMENT}
     values = {key: found.raw for key, found in metadata.items()} | {key: encode_value(v) for key, v in added.items()}
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(values))]
@@ -85,7 +86,7 @@ class Writer:
             raise OutputError(f"{self.path}: is a folder, wanted a file name")
         self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
         try:
-            self._file: IO[bytes] = open(self._temporary, "xb")  # noqa: SIM115 - closed by __exit__
+            self._file: IO[bytes] = self._temporary.open("xb")
         except OSError as e:
             raise OutputError(f"{self.path}: cannot write there: {e.strerror}") from e
         try:
@@ -99,7 +100,7 @@ class Writer:
     def write(self, name: str, data: NDArray[Any] | memoryview | bytes) -> None:
         """Writes the bytes of one tensor at its place."""
         tensor = self._tensors[name]
-        view = memoryview(np.ascontiguousarray(data).reshape(-1)).cast("B") if isinstance(data, np.ndarray) else data
+        view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
         if len(view) != tensor.n_bytes:
             raise ValueError(f"tensor {name}: {len(view)} bytes, its place has {tensor.n_bytes}")
         self._missing.remove(name)
@@ -118,10 +119,8 @@ class Writer:
             raise OutputError(f"{self.path}: cannot be written: {e.strerror}; nothing was left behind") from e
 
     def _discard(self) -> None:
-        try:
+        with suppress(OSError):  # a full disk shows again when the rest of the buffer is flushed
             self._file.close()
-        except OSError:
-            pass  # a full disk shows again when the rest of the buffer is flushed; the file goes anyway
         self._temporary.unlink(missing_ok=True)
 
     def _finish(self) -> None:
@@ -130,7 +129,7 @@ class Writer:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._temporary, self.path)
+        self._temporary.replace(self.path)
 
     def __enter__(self) -> Writer:
         return self

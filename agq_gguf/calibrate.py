@@ -1,0 +1,366 @@
+"""Runs text through the model in llama.cpp and gathers statistics of what the weights are multiplied with.
+
+llama.cpp calls back for each node of its graph (context parameter `cb_eval`), so this works for every architecture it
+runs. Weights that read the same tensor (q, k and v; gate and up) share one set of statistics.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agq_gguf.errors import InputError
+from agq_gguf.ggml_view import Ggml, GgmlTensor, ggml
+from agq_gguf.stats import InputStats, WeightStats
+
+MIN_TOKENS = 64  # less text than this says nothing
+_SAMPLE_ROWS = 256  # of an input, kept as they were
+_EXPERT_PRIOR = 128  # tokens' worth of the whole input mixed into an expert's own statistics
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor that weights are multiplied with; the first weight in the graph stands for all of them."""
+
+    weights: tuple[str, ...]
+    columns: int
+    experts: int  # 0: an ordinary product
+
+
+class _Accumulator:
+    """Sums over the rows of one input."""
+
+    def __init__(self, columns: int, rows_per_call: int, with_hessian: bool):
+        self.tokens = self.calls = 0
+        self.square = np.zeros(columns, np.float64)
+        self.abs_max = np.zeros(columns, np.float32)
+        self.sample: list[NDArray[np.float32]] = []
+        self.rows_per_call = rows_per_call
+        self.gram = torch.zeros(columns, columns) if with_hessian else None
+
+    def add(self, x: NDArray[np.float32]) -> None:
+        """Adds rows [n, K]."""
+        if not len(x):
+            return
+        square = np.einsum("nk,nk->k", x, x, dtype=np.float64)
+        if not np.isfinite(square).all():
+            raise InputError("the model computes a NaN or an infinity on the calibration text; it cannot be calibrated")
+        self.tokens += len(x)
+        self.square += square
+        np.maximum(self.abs_max, np.abs(x).max(axis=0), out=self.abs_max)
+        if sum(map(len, self.sample)) < _SAMPLE_ROWS:
+            # Another place in each chunk: the first token of a text is often unlike all others.
+            step = max(1, len(x) // self.rows_per_call)
+            self.sample.append(x[self.calls * 7919 % step :: step][: self.rows_per_call].copy())
+        self.calls += 1
+        if self.gram is not None:
+            rows = torch.from_numpy(np.ascontiguousarray(x))
+            self.gram.addmm_(rows.T, rows)
+
+    def stats(self) -> InputStats:
+        """What was found; the last call, since it takes the sums."""
+        n = max(self.tokens, 1)
+        sample = np.concatenate(self.sample) if self.sample else np.zeros((0, len(self.square)), np.float32)
+        hessian = None if self.gram is None else self.gram.div_(n).numpy()
+        return InputStats(self.tokens, (self.square / n).astype(np.float32), self.abs_max, sample, hessian)
+
+
+class Calibrator:
+    """A model open for calibration; a context manager.
+
+    `wanted` are the names of the weights to learn about. Raises InputError when llama.cpp cannot load the model or the
+    text is too short, HostError when the installed llama.cpp is not laid out as expected.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        text: Iterable[str],
+        wanted: Mapping[str, tuple[int, ...]],
+        *,
+        context: int = 512,
+        max_tokens: int = 32768,
+        threads: int = 0,
+    ):
+        self._path, self._wanted = Path(path), wanted
+        self._threads = threads or os.cpu_count() or 1
+        self._model = self._context = None
+        self._visit: Callable[[GgmlTensor, bool], bool] = lambda node, ask: not ask
+        self._failure: BaseException | None = None
+        # ctypes does not keep the callback alive, llama.cpp calls it as long as the context lives
+        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
+        self._ggml: Ggml = ggml()
+        try:
+            with _quiet():
+                self._load(context)
+            self.chunks = self._tokenize(text, max_tokens)
+            self.inputs = self._discover()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that one pass runs through the model."""
+        return sum(map(len, self.chunks))
+
+    def passes(self, memory: int, hessians: bool = True) -> list[list[Input]]:
+        """Splits the inputs, in the order of the graph, so that the Hessians of each part fit into `memory` bytes."""
+        if not hessians:
+            return [self.inputs]
+        parts: list[list[Input]] = [[]]
+        used = 0
+        for found in self.inputs:
+            need = 4 * found.columns**2 * self._matrices(found, memory)
+            if parts[-1] and used + need > memory:
+                parts.append([])
+                used = 0
+            parts[-1].append(found)
+            used += need
+        return parts
+
+    @staticmethod
+    def _matrices(found: Input, memory: int) -> int:
+        """Hessians kept for an input: one for each expert if they fit into the memory, else one for all."""
+        return found.experts if 4 * found.columns**2 * found.experts <= memory and found.experts else 1
+
+    def collect(
+        self, part: list[Input], memory: int, progress: Callable[[int], None], hessians: bool = True
+    ) -> list[WeightStats]:
+        """Runs the text once and returns the statistics of the inputs in `part`."""
+        rows = -(-_SAMPLE_ROWS // len(self.chunks))
+        sums: dict[str, list[_Accumulator]] = {}
+        for found in part:
+            split = found.experts and (not hessians or self._matrices(found, memory) > 1)
+            keep = [_Accumulator(found.columns, rows, hessians) for _ in range(found.experts if split else 1)]
+            sums[found.weights[0]] = keep
+        last = part[-1].weights[0]
+
+        def visit(node: GgmlTensor, ask: bool) -> bool:
+            name = self._weight_of(node)
+            if name not in sums:
+                return False
+            if not ask:
+                self._add(node, sums[name])
+            return ask or name != last  # nothing behind the last input is of interest: stop the graph there
+
+        self._visit = visit
+        done = 0
+        for chunk in self.chunks:
+            self._run(chunk)
+            done += len(chunk)
+            progress(done)
+        return [_finish(sums[found.weights[0]]) for found in part]
+
+    # the model
+
+    def _load(self, context: int) -> None:
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self._path), model_params)
+        if self._model is None:
+            raise InputError(f"{self._path}: llama.cpp cannot load this model; try it in llama.cpp first")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._size = min(context, llama_cpp.llama_model_n_ctx_train(self._model) or context)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = self._size
+        params.n_threads = params.n_threads_batch = self._threads
+        params.offload_kqv = params.op_offload = False
+        params.cb_eval = self._callback
+        if self._meta("attention.causal") == "false":  # an encoder: token embeddings are its output
+            params.embeddings, params.pooling_type = True, llama_cpp.LLAMA_POOLING_TYPE_NONE
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if self._context is None:
+            raise InputError(f"{self._path}: llama.cpp cannot run this model; try it in llama.cpp first")
+
+    def _meta(self, key: str) -> str:
+        def get(name: str) -> str:
+            buffer = ctypes.create_string_buffer(128)
+            llama_cpp.llama_model_meta_val_str(self._model, name.encode(), buffer, len(buffer))
+            return buffer.value.decode("utf-8", "replace")
+
+        return get(f"{get('general.architecture')}.{key}")
+
+    def _tokenize(self, text: Iterable[str], max_tokens: int) -> list[list[int]]:
+        """Chunks of the context's size, with the special tokens that the model wants, evenly spread over the text."""
+        tokens: list[int] = []
+        for piece in text:
+            raw = piece.encode("utf-8", "surrogateescape")
+            buffer = (llama_cpp.llama_token * (len(raw) + 2))()
+            n = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), buffer, len(buffer), False, False)
+            tokens += buffer[: max(n, 0)]
+        if len(tokens) < MIN_TOKENS:
+            raise InputError(f"the calibration text has {len(tokens)} tokens, at least {MIN_TOKENS} are needed")
+        first = [llama_cpp.llama_vocab_bos(self._vocab)] if llama_cpp.llama_vocab_get_add_bos(self._vocab) else []
+        last = [llama_cpp.llama_vocab_sep(self._vocab)] if llama_cpp.llama_vocab_get_add_sep(self._vocab) else []
+        body = self._size - len(first) - len(last)
+        bodies = [tokens[i : i + body] for i in range(0, len(tokens), body)]
+        if len(bodies) > 1 and len(bodies[-1]) < body // 4:
+            bodies.pop()  # a few words without context are not what the model usually sees
+        n_chunks = max(1, min(len(bodies), max_tokens // self._size))
+        return [first + bodies[i * len(bodies) // n_chunks] + last for i in range(n_chunks)]
+
+    def _run(self, chunk: list[int]) -> None:
+        """Decodes one chunk from scratch; an exception from the callback is raised here."""
+        n = len(chunk)
+        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, token in enumerate(chunk):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = 1  # else the last layer would skip the tokens whose result nobody reads
+            memory = llama_cpp.llama_get_memory(self._context)
+            if memory is not None:
+                llama_cpp.llama_memory_clear(memory, True)
+            status = 0
+            with _quiet():
+                if llama_cpp.llama_model_has_encoder(self._model):
+                    status = llama_cpp.llama_encode(self._context, batch)
+                if not status and (llama_cpp.llama_model_has_decoder(self._model)):
+                    status = llama_cpp.llama_decode(self._context, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        if status:
+            raise InputError(f"{self._path}: llama.cpp failed on the calibration text (status {status})")
+
+    # the graph
+
+    def _on_node(self, node: Any, ask: bool, _: Any) -> bool:
+        """What llama.cpp calls; no exception may pass through its C code."""
+        try:
+            return self._failure is None and self._visit(GgmlTensor.from_address(node), ask)
+        except BaseException as e:
+            self._failure = e
+            return False
+
+    def _weight_of(self, node: GgmlTensor) -> str:
+        """Name of the wanted weight that the node multiplies with, or ''."""
+        if node.op not in (self._ggml.mul_mat, self._ggml.mul_mat_id):
+            return ""
+        name: str = node.src[0].contents.name.decode("utf-8", "surrogateescape")
+        return name if name in self._wanted else ""
+
+    def _discover(self) -> list[Input]:
+        """Which weights share an input, from one look at the graph."""
+        found: dict[int, list[str]] = {}
+        seen: set[str] = set()
+
+        def visit(node: GgmlTensor, ask: bool) -> bool:
+            name = self._weight_of(node)
+            if name and name not in seen:
+                seen.add(name)
+                found.setdefault(ctypes.addressof(node.src[1].contents), []).append(name)
+            return False
+
+        self._visit = visit
+        self._run(self.chunks[0][:2])
+        shapes = self._wanted
+        return [
+            Input(tuple(names), shapes[names[0]][-1], shapes[names[0]][0] if len(shapes[names[0]]) == 3 else 0)
+            for names in found.values()
+        ]
+
+    def _add(self, node: GgmlTensor, sums: list[_Accumulator]) -> None:
+        x = self._ggml.floats(node.src[1].contents)
+        if len(sums) == 1:
+            sums[0].add(x.reshape(-1, x.shape[-1]))
+            return
+        x = x[0]  # [tokens, slots, K], slots being 1 where all experts see the same
+        ids = self._ggml.integers(node.src[2].contents)[0, 0]  # [tokens, used]
+        for expert, total in enumerate(sums):
+            token, slot = np.nonzero(ids == expert)
+            total.add(x[token, slot % x.shape[1]])
+
+    # closing
+
+    def close(self) -> None:
+        """Frees the model."""
+        with _quiet():
+            if self._context is not None:
+                llama_cpp.llama_free(self._context)
+            if self._model is not None:
+                llama_cpp.llama_model_free(self._model)
+        self._model = self._context = None
+
+    def __enter__(self) -> Calibrator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _finish(sums: list[_Accumulator]) -> WeightStats:
+    if len(sums) == 1:
+        return WeightStats(sums[0].stats())
+    parts = [total.stats() for total in sums]
+    whole = merge(parts)
+    return WeightStats(whole, tuple(_with_prior(part, whole) for part in parts))
+
+
+def merge(parts: list[InputStats]) -> InputStats:
+    """Statistics of all rows that the parts have seen."""
+    tokens = sum(part.tokens for part in parts)
+    shares = [np.float32(part.tokens / max(tokens, 1)) for part in parts]
+    hessian = None
+    if parts[0].hessian is not None:
+        hessian = np.zeros_like(parts[0].hessian)
+        for part, share in zip(parts, shares, strict=True):
+            hessian += 0 if part.hessian is None else part.hessian * share
+    every = max(1, len(parts) // 2)
+    return InputStats(
+        tokens,
+        np.sum([part.mean_square * s for part, s in zip(parts, shares, strict=True)], axis=0, dtype=np.float32),
+        np.max([part.abs_max for part in parts if part.abs_max is not None], axis=0),
+        np.concatenate([part.sample[::every] for part in parts if part.sample is not None]),
+        hessian,
+    )
+
+
+def _with_prior(own: InputStats, whole: InputStats) -> InputStats:
+    """An expert's statistics, drawn towards those of all experts the less text it has seen."""
+    s = np.float32(own.tokens / (own.tokens + _EXPERT_PRIOR))
+    hessian = None
+    if own.hessian is not None and whole.hessian is not None:
+        hessian = own.hessian * s + whole.hessian * (1 - s)
+    square = own.mean_square * s + whole.mean_square * (1 - s)
+    return InputStats(own.tokens, square, whole.abs_max, whole.sample, hessian)
+
+
+def read_text(source: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
+    """Strings of text from a path or from an iterable. Raises InputError when the file cannot be read."""
+    if not isinstance(source, (str, os.PathLike)):
+        yield from source
+        return
+    try:
+        yield Path(source).read_text("utf-8", "surrogateescape")
+    except OSError as e:
+        raise InputError(f"{source}: the calibration text cannot be read: {e.strerror}") from e
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """llama-cpp-python prints what llama.cpp logs, unless its logger is told otherwise; told so here for a while."""
+    logger = logging.getLogger("llama-cpp-python")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it takes llama.cpp's warnings for errors
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

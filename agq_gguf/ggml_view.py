@@ -1,0 +1,133 @@
+"""Looks at ggml tensors of the running llama.cpp through ctypes; only what calibration needs.
+
+`struct ggml_tensor` is not part of llama-cpp-python's interface, so its layout is declared here and checked once
+against the library's own functions: any other layout is refused before a byte is misread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.errors import HostError
+
+_MAX_DIMENSIONS = 4
+_MAX_SOURCES = 10
+F32, I32 = 0, 26
+
+
+class GgmlTensor(ctypes.Structure):
+    """`struct ggml_tensor` of ggml.h."""
+
+
+GgmlTensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * _MAX_DIMENSIONS),
+    ("nb", ctypes.c_size_t * _MAX_DIMENSIONS),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(GgmlTensor) * _MAX_SOURCES),
+    ("view_src", ctypes.POINTER(GgmlTensor)),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+]
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+class Ggml:
+    """The library that llama_cpp has loaded. Raises HostError when it is not laid out as expected."""
+
+    def __init__(self) -> None:
+        import llama_cpp
+
+        folder = Path(llama_cpp.__file__).parent / "lib"
+        found = sorted(folder.glob("*ggml-base.*"))
+        if not found:
+            raise HostError(f"no ggml-base library in {folder}; install llama-cpp-python again")
+        self._lib = ctypes.CDLL(str(found[0]))
+        self._lib.ggml_op_name.restype = ctypes.c_char_p
+        self._lib.ggml_backend_buffer_is_host.restype = ctypes.c_bool
+        self._lib.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]
+        self._probe()
+        names = [self._lib.ggml_op_name(i) for i in range(64)]  # both are far from the end of the enum
+        self.mul_mat, self.mul_mat_id = names.index(b"MUL_MAT"), names.index(b"MUL_MAT_ID")
+
+    def _probe(self) -> None:
+        lib = self._lib
+        lib.ggml_init.restype, lib.ggml_init.argtypes = ctypes.c_void_p, [_InitParams]
+        lib.ggml_free.restype, lib.ggml_free.argtypes = None, [ctypes.c_void_p]
+        for name, extra in (
+            ("ggml_new_tensor_2d", [ctypes.c_int, ctypes.c_int64, ctypes.c_int64]),
+            ("ggml_mul_mat", []),
+        ):
+            function = getattr(lib, name)
+            pointers = [ctypes.c_void_p] if extra else [ctypes.c_void_p] * 3
+            function.restype, function.argtypes = ctypes.POINTER(GgmlTensor), pointers + extra
+        lib.ggml_set_name.restype = ctypes.c_void_p
+        lib.ggml_set_name.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        context = lib.ggml_init(_InitParams(1 << 16, None, False))
+        try:
+            left = lib.ggml_new_tensor_2d(context, F32, 5, 7)
+            right = lib.ggml_new_tensor_2d(context, F32, 5, 3)
+            lib.ggml_set_name(left, b"probe")
+            product = lib.ggml_mul_mat(context, left, right).contents
+            t = left.contents
+            fits = (
+                lib.ggml_type_size(F32) == 4
+                and (t.type, t.name, list(t.ne), list(t.nb)) == (F32, b"probe", [5, 7, 1, 1], [4, 20, 140, 140])
+                and t.data is not None
+                and not t.view_src
+                and lib.ggml_op_name(product.op) == b"MUL_MAT"
+                and ctypes.addressof(product.src[0].contents) == ctypes.addressof(t)
+                and product.src[1].contents.data == right.contents.data
+                and not product.src[2]
+            )
+        finally:
+            lib.ggml_free(context)
+        if not fits:
+            raise HostError(
+                "the ggml inside the installed llama-cpp-python lays out its tensors in an unknown way; "
+                "install a release named in the README"
+            )
+
+    def floats(self, tensor: GgmlTensor) -> NDArray[np.float32]:
+        """The data of an F32 tensor, not copied, dimensions in numpy order [ne3, ne2, ne1, ne0].
+
+        Raises HostError if the data is of another type or not in host memory.
+        """
+        return self._array(tensor, F32, np.dtype(np.float32))
+
+    def integers(self, tensor: GgmlTensor) -> NDArray[np.int32]:
+        """`floats` for an I32 tensor."""
+        return self._array(tensor, I32, np.dtype(np.int32))
+
+    def _array(self, tensor: GgmlTensor, wanted: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        owner = tensor.view_src.contents if tensor.view_src else tensor
+        if tensor.type != wanted or not tensor.data:
+            name = tensor.name.decode("utf-8", "replace")
+            raise HostError(f"the graph's tensor {name} is of ggml type {tensor.type}, wanted {wanted}")
+        if owner.buffer and not self._lib.ggml_backend_buffer_is_host(owner.buffer):
+            raise HostError("activations are not in host memory; calibrate with a CPU build of llama-cpp-python")
+        shape, strides = tuple(reversed(tensor.ne)), tuple(reversed(tensor.nb))
+        n_bytes = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 4
+        memory = (ctypes.c_uint8 * n_bytes).from_address(tensor.data)
+        return np.ndarray(shape, dtype, buffer=memory, strides=strides)
+
+
+@cache
+def ggml() -> Ggml:
+    """The library, probed once."""
+    return Ggml()
