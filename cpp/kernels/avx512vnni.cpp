@@ -4,7 +4,7 @@
 // Two loops share the work:
 //   stream_panel  one panel x 1..12 tokens, codes looked up on the way. For a single block of tokens, where reading the
 //                 weights from memory is the limit: it walks the tiles strictly in file order and prefetches ahead.
-//   pair_block    two panels x 1..12 tokens, 24 accumulators. For many tokens, where arithmetic is the limit: codes are
+//   pair_blocks   two panels x 1..12 tokens, 24 accumulators. For many tokens, where arithmetic is the limit: codes are
 //                 looked up once into a scratch that stays in L1 and is used for many blocks.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
 // The headers of GCC 12 start many intrinsics from a variable that is initialized with itself (GCC bug 105593).
@@ -21,6 +21,16 @@
 
 namespace agq {
 namespace {
+
+// Accumulators are arrays indexed by the token: only when the loops over tokens are unrolled early do they become
+// registers.
+#if defined(__clang__)
+#define AGQ_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define AGQ_UNROLL _Pragma("GCC unroll 16")
+#else
+#define AGQ_UNROLL
+#endif
 
 constexpr int nr = 12;
 
@@ -105,27 +115,25 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
     const int32_t *bias = block.bias;
     const float *scale = block.scale;
     __m512 sum[n];
+    AGQ_UNROLL
     for (int t = 0; t < n; t++) sum[t] = _mm512_setzero_ps();
 
     for (const tile *w = panel, *end = panel + args.k / tile_columns; w != end; w++) {
         const char *ahead = reinterpret_cast<const char *>(w) + prefetch_bytes;
         _mm_prefetch(ahead, _MM_HINT_T0);
-#if defined(__GNUC__)
-#pragma GCC unroll 2
-#endif
         for (int half = 0; half < 2; half++) {
             // Separate sums of low and high nibbles halve the chain of dependent instructions.
             __m512i low[n], high[n];
+            AGQ_UNROLL
             for (int t = 0; t < n; t++) {
                 low[t] = _mm512_set1_epi32(bias[t]);
                 high[t] = _mm512_setzero_si512();
             }
-#if defined(__GNUC__)
-#pragma GCC unroll 8
-#endif
+            AGQ_UNROLL
             for (int c = 0; c < 8; c++) {
                 _mm_prefetch(ahead + 64 * (1 + 8 * half + c), _MM_HINT_T0);
                 const chunk u = look_up(w->codes[8 * half + c], codebook);
+                AGQ_UNROLL
                 for (int t = 0; t < n; t++) {
                     low[t] = dot_broadcast(low[t], u.low, q + 4 * t);
                     high[t] = dot_broadcast(high[t], u.high, q + 4 * (n + t));
@@ -133,6 +141,7 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
                 q += 8 * n;
             }
             const __m512 d = row_scales(*w, half);
+            AGQ_UNROLL
             for (int t = 0; t < n; t++) {
                 sum[t] = add_group<per_group>(sum[t], d, _mm512_add_epi32(low[t], high[t]), scale + t);
             }
@@ -140,6 +149,7 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
             if (per_group) scale += n;
         }
     }
+    AGQ_UNROLL
     for (int t = 0; t < n; t++) {
         _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(sum[t], _mm512_set1_ps(final_factor(args, block, t))));
     }
@@ -173,41 +183,89 @@ void look_up_pair(const tile *first, const tile *second, int group, int groups, 
     }
 }
 
-/// sums[t] += the groups of the scratch times n tokens.
-template <int n, bool per_group>
-void pair_block(const pair_group *w, int groups, const int8_t *q, const int32_t *bias, const float *scale,
-                pair_sums sums) {
-    for (const pair_group *end = w + groups; w != end; w++) {
-        __m512i first[n], second[n];
-        for (int t = 0; t < n; t++) first[t] = second[t] = _mm512_set1_epi32(bias[t]);
+/// Adds D * I of two panels and one token to its sums.
+template <bool per_group>
+inline void add_pair(float sums[2][16], const pair_group &w, __m512i first, __m512i second, const float *scale) {
+    _mm512_store_ps(sums[0], add_group<per_group>(_mm512_load_ps(sums[0]), _mm512_load_ps(w.d[0]), first, scale));
+    _mm512_store_ps(sums[1], add_group<per_group>(_mm512_load_ps(sums[1]), _mm512_load_ps(w.d[1]), second, scale));
+}
+
+/// Keeps the compiler from moving loads and stores, and what depends on the two sums, across this line.
+inline void stay_in_order(__m512i &a, __m512i &b) {
 #if defined(__GNUC__)
-#pragma GCC unroll 2
+    asm volatile("" : "+v"(a), "+v"(b) : : "memory");
+#else
+    (void)a, (void)b;
 #endif
-        for (int i = 0; i < 16; i++) {
-            const __m512i u0 = _mm512_load_si512(w->u[i][0]);
-            const __m512i u1 = _mm512_load_si512(w->u[i][1]);
+}
+
+/// Where the activations of a pair_blocks call are: at the scratch's first group, of the first block.
+struct activation_cursor {
+    const int8_t *q;
+    const int32_t *bias;
+    const float *scale;
+};
+
+/// sums[b][t] += the groups of the scratch times n tokens, for each block b.
+///
+/// Zen 4 can start one 512-bit VPDPBUSD or one FMA per cycle, so the two FMAs per token and group cost 24 cycles next
+/// to the 384 of the products. Written group after group, the conversions, FMAs and stores at the end of each one fill
+/// the schedulers while they wait for one another, and cost 50 cycles more. So the end of a group is woven into the
+/// first products of the next one, token by token, and the loop goes on through all blocks.
+template <int n, bool per_group>
+void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blocks, activation_cursor x,
+                 pair_sums *sums) {
+    const size_t k = args.k;
+    __m512i first[n], second[n];
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) first[t] = second[t] = _mm512_setzero_si512();
+    const pair_group *last_w = w;  // the group whose integers are complete but not yet added; at first zeros are added
+    const float *last_scale = x.scale;
+    float (*last_sums)[2][16] = sums[0];
+
+    for (int b = 0; b < blocks; b++) {
+        const int8_t *q = x.q + b * (n * k);
+        const int32_t *bias = x.bias + b * (n * k / group_columns);
+        const float *scale = x.scale + (per_group ? b * (n * k / group_columns) : 0);
+        for (int g = 0; g < groups; g++) {
+            __m512i u0 = _mm512_load_si512(w[g].u[0][0]);
+            __m512i u1 = _mm512_load_si512(w[g].u[0][1]);
+            AGQ_UNROLL
             for (int t = 0; t < n; t++) {
-                const __m512i x = broadcast(q + 4 * t);
-                first[t] = dot(first[t], u0, x);
-                second[t] = dot(second[t], u1, x);
+                add_pair<per_group>(last_sums[t], *last_w, first[t], second[t], last_scale + t);
+                const __m512i four = broadcast(q + 4 * t);
+                first[t] = second[t] = _mm512_set1_epi32(bias[t]);
+                first[t] = dot(first[t], u0, four);
+                second[t] = dot(second[t], u1, four);
+                stay_in_order(first[t], second[t]);
             }
             q += 4 * n;
+            for (int i = 1; i < 16; i++) {
+                u0 = _mm512_load_si512(w[g].u[i][0]);
+                u1 = _mm512_load_si512(w[g].u[i][1]);
+                AGQ_UNROLL
+                for (int t = 0; t < n; t++) {
+                    const __m512i four = broadcast(q + 4 * t);
+                    first[t] = dot(first[t], u0, four);
+                    second[t] = dot(second[t], u1, four);
+                }
+                q += 4 * n;
+            }
+            last_w = w + g;
+            last_sums = sums[b];
+            last_scale = scale;
+            bias += n;
+            if (per_group) scale += n;
         }
-        const __m512 d0 = _mm512_load_ps(w->d[0]);
-        const __m512 d1 = _mm512_load_ps(w->d[1]);
-        for (int t = 0; t < n; t++) {
-            _mm512_store_ps(sums[t][0], add_group<per_group>(_mm512_load_ps(sums[t][0]), d0, first[t], scale + t));
-            _mm512_store_ps(sums[t][1], add_group<per_group>(_mm512_load_ps(sums[t][1]), d1, second[t], scale + t));
-        }
-        bias += n;
-        if (per_group) scale += n;
     }
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) add_pair<per_group>(last_sums[t], *last_w, first[t], second[t], last_scale + t);
 }
 
 // the loops by number of tokens
 
 using stream_fn = void (*)(const gemm_args &, const tile *, const activation_block &, float *const *, int);
-using pair_fn = void (*)(const pair_group *, int, const int8_t *, const int32_t *, const float *, pair_sums);
+using pair_fn = void (*)(const gemm_args &, const pair_group *, int, int, activation_cursor, pair_sums *);
 
 #define AGQ_BY_TOKENS(name, mode)                                                                    \
     {                                                                                                \
@@ -215,7 +273,7 @@ using pair_fn = void (*)(const pair_group *, int, const int8_t *, const int32_t 
         name<7, mode>, name<8, mode>, name<9, mode>, name<10, mode>, name<11, mode>, name<12, mode>, \
     }
 constexpr stream_fn stream_table[2][nr] = {AGQ_BY_TOKENS(stream_panel, false), AGQ_BY_TOKENS(stream_panel, true)};
-constexpr pair_fn pair_table[2][nr] = {AGQ_BY_TOKENS(pair_block, false), AGQ_BY_TOKENS(pair_block, true)};
+constexpr pair_fn pair_table[2][nr] = {AGQ_BY_TOKENS(pair_blocks, false), AGQ_BY_TOKENS(pair_blocks, true)};
 #undef AGQ_BY_TOKENS
 
 /// One panel times all blocks.
@@ -238,14 +296,18 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
 
     std::memset(sums, 0, sizeof(pair_sums) * (block_end - block_begin));
     for (int g = 0; g < groups; g += scratch_groups) {
-        const int count = groups - g < scratch_groups ? groups - g : scratch_groups;
-        look_up_pair(first, second, g, count, codebook, scratch);
-        for (int b = block_begin; b < block_end; b++) {
+        const int groups_here = groups - g < scratch_groups ? groups - g : scratch_groups;
+        look_up_pair(first, second, g, groups_here, codebook, scratch);
+        // All full blocks in one go, then the last one of the matrix if it is smaller.
+        for (int b = block_begin; b < block_end;) {
             const activation_block block = block_at<nr>(args, b);
+            const int full = args.n_tokens / nr;
+            const int count = block.n < nr ? 1 : (block_end < full ? block_end : full) - b;
             const size_t skipped = static_cast<size_t>(g) * block.n;
-            pair_table[args.per_group][block.n - 1](scratch, count, block.q + skipped * group_columns,
-                                                    block.bias + skipped, block.scale + (args.per_group ? skipped : 0),
-                                                    sums[b - block_begin]);
+            const activation_cursor x = {block.q + skipped * group_columns, block.bias + skipped,
+                                         block.scale + (args.per_group ? skipped : 0)};
+            pair_table[args.per_group][block.n - 1](args, scratch, groups_here, count, x, sums + (b - block_begin));
+            b += count;
         }
     }
     for (int b = block_begin; b < block_end; b++) {

@@ -1,0 +1,269 @@
+// How fast the kernels are, next to what the machine could do at best. Every measurement of a kernel alternates with
+// one of the peak, so that both meet the same clock and the same neighbours; what counts is the best of all
+// repetitions.
+//
+//   kernel_bench [--filter TEXT] [--isa NAME] [--threads N] [--repeat N] [--clock wall|cpu]
+//
+// --clock cpu counts the time in which the threads really ran (for machines that are busy with other work).
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../cpp/kernels/select.h"
+#include "peak.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <time.h>
+#endif
+
+namespace {
+
+using namespace agq;
+
+struct options {
+    std::string filter, isa, clock = "wall";
+    int threads = 2;
+    int repeat = 12;
+};
+
+double wall_seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+/// Seconds this thread has run, not counting the time it had to wait for a core.
+double cpu_seconds() {
+#if defined(__unix__) || defined(__APPLE__)
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+#else
+    return wall_seconds();
+#endif
+}
+
+/// Runs `work(thread number)` on all threads at once and returns the seconds it took, by the clock of the options.
+double run(const options &o, const std::function<void(int)> &work) {
+    std::atomic<int> waiting{o.threads};
+    std::vector<double> begin(o.threads), end(o.threads), busy(o.threads);
+    const auto body = [&](int i) {
+        waiting--;
+        while (waiting > 0) std::this_thread::yield();
+        begin[i] = wall_seconds();
+        const double cpu_begin = cpu_seconds();
+        work(i);
+        busy[i] = cpu_seconds() - cpu_begin;
+        end[i] = wall_seconds();
+    };
+    std::vector<std::thread> threads;
+    for (int i = 1; i < o.threads; i++) threads.emplace_back(body, i);
+    body(0);
+    for (std::thread &t : threads) t.join();
+    if (o.clock == "cpu") {
+        double sum = 0;
+        for (double b : busy) sum += b;
+        return sum / o.threads;
+    }
+    return *std::max_element(end.begin(), end.end()) - *std::min_element(begin.begin(), begin.end());
+}
+
+/// GOPS of the peak loop on all threads, over a few milliseconds.
+double measure_peak(const options &o, peak::loop loop) {
+    if (loop == nullptr) return 0;
+    std::atomic<double> operations{0};
+    const double seconds = run(o, [&](int) {
+        const double done = loop(400000);
+        double before = operations;
+        while (!operations.compare_exchange_weak(before, before + done)) {
+        }
+    });
+    return operations / seconds * 1e-9;
+}
+
+std::atomic<uint64_t> sink{0};
+
+/// GB/s of reading `memory` on all threads.
+double measure_read(const options &o, const std::vector<tile> &memory, size_t ahead) {
+    const size_t share = memory.size() * sizeof(tile) / o.threads / 256 * 256;
+    const char *begin = reinterpret_cast<const char *>(memory.data());
+    const double seconds = run(o, [&](int i) { sink += peak::read(begin + i * share, share, ahead); });
+    return static_cast<double>(share) * o.threads / seconds * 1e-9;
+}
+
+/// Random operands; the values do not matter for the time, but they are valid.
+struct operands {
+    std::vector<tile> weights;
+    uint8_t codebook[16];
+    std::vector<int8_t> q;
+    std::vector<int32_t> bias;
+    std::vector<float> scale, out;
+    std::vector<float *> rows;
+    int k, panels, tokens;
+
+    operands(int k_, int panels_, int tokens_, int matrices)
+        : weights(static_cast<size_t>(panels_) * (k_ / 128) * matrices),
+          q(static_cast<size_t>(k_) * tokens_),
+          bias(static_cast<size_t>(k_ / 64) * tokens_),
+          scale(static_cast<size_t>(k_ / 64) * tokens_, 0.01f),
+          out(static_cast<size_t>(panels_) * 16 * tokens_),
+          k(k_),
+          panels(panels_),
+          tokens(tokens_) {
+        std::mt19937_64 rng(1);
+        for (int i = 0; i < 16; i++) codebook[i] = static_cast<uint8_t>(4 + 8 * i);
+        for (tile &w : weights) {
+            for (auto &chunk : w.codes) {
+                for (int i = 0; i < 64; i += 8) {
+                    const uint64_t bits = rng();
+                    std::memcpy(chunk + i, &bits, 8);
+                }
+            }
+            std::memset(w.scale_hi, 0x20, sizeof w.scale_hi);
+            std::memset(w.scale_lo, 0x77, sizeof w.scale_lo);
+        }
+        for (int8_t &x : q) x = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
+        for (int t = 0; t < tokens; t++) rows.push_back(out.data() + static_cast<size_t>(t) * panels * 16);
+    }
+
+    /// The product with matrix number i, in units of panels that the threads take in turn.
+    double multiply(const options &o, const kernel &row, int i, bool per_group, int bits) {
+        const int units = 8 * o.threads;
+        const int step = std::max(1, (panels / row.panel_step + units - 1) / units) * row.panel_step;
+        std::atomic<int> next{0};
+        const tile *first = weights.data() + static_cast<size_t>(i) * panels * (k / 128);
+        return run(o, [&](int) {
+            for (int p; (p = next.fetch_add(step)) < panels;) {
+                std::vector<float *> dst(rows);
+                for (float *&d : dst) d += p * 16;
+                row.gemm({first + static_cast<size_t>(p) * (k / 128), k, std::min(step, panels - p), codebook, 1.0f,
+                          per_group, q.data(), bias.data(), scale.data(), tokens, dst.data(), bits});
+            }
+        });
+    }
+};
+
+void print(const char *what, const char *detail, double value, const char *unit, double best, const char *of) {
+    std::printf("%-10s %-34s %8.1f %-5s", what, detail, value, unit);
+    if (best > 0) std::printf(" %5.1f%% of %.1f %s", 100 * value / best, best, of);
+    std::printf("\n");
+    std::fflush(stdout);
+}
+
+void bench_gemm(const options &o, const kernel &row, int m, int k, int tokens, bool per_group, int bits) {
+    char detail[80];
+    std::snprintf(detail, sizeof detail, "%dx%d, %d tokens%s%s", m, k, tokens, per_group ? ", group scales" : "",
+                  bits == 4 ? ", 4 bits" : "");
+    if ((std::string("gemm ") + detail).find(o.filter) == std::string::npos) return;
+    // Enough matrices that the weights come from memory, as they do in a model.
+    const int matrices = static_cast<int>(80e6 / (static_cast<double>(m) * k * 0.53)) + 1;
+    operands data(k, m / 16, tokens, matrices);
+    double best = 0, best_peak = 0;
+    for (int i = 0; i < o.repeat; i++) {
+        best_peak = std::max(best_peak, measure_peak(o, peak::of_kernel(row.name)));
+        const double seconds = data.multiply(o, row, i % matrices, per_group, bits);
+        best = std::max(best, 2.0 * m * k * tokens / seconds * 1e-9);
+    }
+    print("gemm", detail, best, "GOPS", best_peak, "GOPS peak");
+}
+
+/// A tall matrix of 136 MB, far more than the caches hold, times few tokens.
+void bench_gemv(const options &o, const kernel &row, int k, int tokens) {
+    char detail[80];
+    std::snprintf(detail, sizeof detail, "K %d, %d token%s", k, tokens, tokens > 1 ? "s" : "");
+    if ((std::string("gemv ") + detail).find(o.filter) == std::string::npos) return;
+    const int panels = 125000 / (k / 128);
+    operands data(k, panels, tokens, 1);
+    const double gigabytes = static_cast<double>(data.weights.size()) * sizeof(tile) * 1e-9;
+    double best = 0, best_read = 0;
+    for (int i = 0; i < o.repeat; i++) {
+        for (size_t ahead : {0, 1024, 4096}) best_read = std::max(best_read, measure_read(o, data.weights, ahead));
+        best = std::max(best, gigabytes / data.multiply(o, row, 0, false, 8));
+        best = std::max(best, gigabytes / data.multiply(o, row, 0, false, 8));
+    }
+    print("gemv", detail, best, "GB/s", best_read, "GB/s read");
+}
+
+void bench_quantizer(const options &o, const kernel &row, int k, bool per_group, int n_listed) {
+    char detail[80];
+    std::snprintf(detail, sizeof detail, "K %d%s, %d listed", k, per_group ? ", group scales" : "", n_listed);
+    if ((std::string("quantize ") + detail).find(o.filter) == std::string::npos) return;
+    const int tokens = 512;
+    std::vector<float> x(static_cast<size_t>(k) * tokens);
+    std::mt19937 rng(1);
+    for (float &v : x) v = static_cast<float>(static_cast<int>(rng() % 2000) - 1000);
+    std::vector<uint16_t> listed;
+    for (int i = 0; i < n_listed; i++) listed.push_back(static_cast<uint16_t>(i * (k / n_listed)));
+    const std::vector<uint8_t> exponents(k / 64, 1);
+    const activation_format format = {k, 8, per_group, exponents.data(), listed.data(), listed.data(), n_listed};
+    operands data(k, 1, tokens, 1);
+    double best = 0;
+    for (int i = 0; i < 3 * o.repeat; i++) {
+        std::atomic<int> next{0};
+        const double seconds = run(o, [&](int) {
+            for (int t; (t = next.fetch_add(row.nr)) < tokens;) {
+                const float *rows[64];
+                const int n = std::min(row.nr, tokens - t);
+                for (int j = 0; j < n; j++) rows[j] = x.data() + static_cast<size_t>(t + j) * k;
+                const size_t begin = t;
+                row.quantize(format, rows,
+                             {data.q.data() + begin * k, data.bias.data() + begin * (k / 64),
+                              data.scale.data() + begin * (per_group ? k / 64 : 1), n});
+            }
+        });
+        best = std::max(best, 4.0 * k * tokens / seconds * 1e-9);
+    }
+    print("quantize", detail, best, "GB/s", 0, "");
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    options o;
+    for (int i = 1; i < argc; i++) {
+        const std::string name = argv[i];
+        if (i + 1 >= argc) {
+            std::printf("usage: %s [--filter TEXT] [--isa NAME] [--threads N] [--repeat N] [--clock wall|cpu]\n",
+                        argv[0]);
+            return 2;
+        }
+        if (name == "--filter")
+            o.filter = argv[++i];
+        else if (name == "--isa")
+            o.isa = argv[++i];
+        else if (name == "--clock")
+            o.clock = argv[++i];
+        else if (name == "--threads")
+            o.threads = std::max(1, std::atoi(argv[++i]));
+        else if (name == "--repeat")
+            o.repeat = std::max(1, std::atoi(argv[++i]));
+        else
+            i = argc;
+    }
+    std::string error;
+    const kernel *row = select_kernel(o.isa.c_str(), &error);
+    if (row == nullptr) {
+        std::printf("%s\n", error.c_str());
+        return 2;
+    }
+    std::printf("kernel %s, %d threads, best of %d, %s clock\n", row->name, o.threads, o.repeat, o.clock.c_str());
+    for (const auto &shape : {std::pair<int, int>{2048, 2048}, {5632, 2048}, {2048, 5632}, {11008, 4096}}) {
+        bench_gemm(o, *row, shape.first, shape.second, 512, false, 8);
+    }
+    bench_gemm(o, *row, 2048, 2048, 512, true, 8);
+    bench_gemm(o, *row, 2048, 2048, 512, false, 4);
+    bench_gemm(o, *row, 2048, 14336, 2048, false, 8);
+    for (int tokens : {13, 24, 32, 64, 128}) bench_gemm(o, *row, 5632, 2048, tokens, false, 8);
+    for (int tokens : {1, 2, 4, 8, 12}) bench_gemv(o, *row, 2048, tokens);
+    bench_gemv(o, *row, 5632, 1);
+    bench_quantizer(o, *row, 2048, false, 0);
+    bench_quantizer(o, *row, 2048, true, 0);
+    bench_quantizer(o, *row, 2048, false, 64);
+    return 0;
+}
