@@ -1,0 +1,112 @@
+"""Where the built plugin is, and how to load it into the llama.cpp of the installed llama-cpp-python."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import HostError
+
+_SUFFIX = {"win32": ".dll", "darwin": ".so"}.get(sys.platform, ".so")
+_FILE_NAME = f"libggml-agq{_SUFFIX}"
+_lock = threading.Lock()
+
+
+def backend_path() -> Path:
+    """Path of the plugin library, for ``GGML_BACKEND_PATH``.
+
+    Raises HostError if it is not there, which means that the package was not built.
+    """
+    candidates = [Path(__file__).parent / _FILE_NAME]
+    try:
+        # An editable install keeps the sources in place and the built library in site-packages.
+        files = metadata.distribution("agq-gguf").files or []
+        candidates += [Path(str(f.locate())) for f in files if f.name == _FILE_NAME]
+    except metadata.PackageNotFoundError:
+        pass
+    for path in candidates:
+        if path.is_file():
+            return path.resolve()
+    raise HostError(f"the plugin library {_FILE_NAME} is not built; install the package with pip install .")
+
+
+class _DlInfo(ctypes.Structure):
+    """What dladdr(3) fills in."""
+
+    _fields_ = (
+        ("file_name", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol_name", ctypes.c_char_p),
+        ("symbol", ctypes.c_void_p),
+    )
+
+
+def _make_visible(function: Any) -> None:
+    """Load the library that holds ``function`` once more, so that its symbols become global.
+
+    llama_cpp loads its libraries privately. A wheel holds each of them under several names, as copies and not as links, so
+    the one in use is found by the address of a function of it, never by its name.
+    """
+    if sys.platform == "win32":
+        return  # the plugin asks for the modules by name there
+    info = _DlInfo()
+    dladdr = ctypes.CDLL(None).dladdr
+    dladdr.argtypes = [ctypes.c_void_p, ctypes.POINTER(_DlInfo)]
+    if dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info)) and info.file_name:
+        ctypes.CDLL(os.fsdecode(info.file_name), mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD)
+
+
+def _host() -> ctypes.CDLL:
+    """libllama of llama-cpp-python; through it, all functions of ggml can be reached."""
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise HostError(f"llama-cpp-python cannot be imported ({error}); install it with pip") from error
+    library = llama_cpp.llama_cpp._lib
+    try:
+        for function in (library.ggml_version, library.ggml_backend_load):
+            _make_visible(function)
+        library.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+        library.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
+        library.ggml_backend_load.restype = ctypes.c_void_p
+        library.ggml_backend_load.argtypes = [ctypes.c_char_p]
+    except (AttributeError, OSError) as error:
+        raise HostError(
+            f"llama-cpp-python {llama_cpp.__version__} does not offer the ggml functions that the plugin needs "
+            f"({error}); supported are releases 0.3.30 to 0.3.36"
+        ) from error
+    return library
+
+
+def is_registered() -> bool:
+    """Whether this process's ggml has the AGQ backend already."""
+    return bool(_host().ggml_backend_reg_by_name(b"AGQ"))
+
+
+def register() -> None:
+    """Load the plugin into this process's llama-cpp-python; models of type AGQ4 can then be loaded.
+
+    May be called any number of times and from any thread. Raises HostError if the plugin is not built, or if this
+    llama-cpp-python is not one it supports; the message names what was found.
+    """
+    with _lock:
+        if is_registered():
+            return
+        path = backend_path()
+        if not _host().ggml_backend_load(os.fsencode(path)):
+            raise HostError(f"the plugin {path} did not load: {_reason(path)}")
+
+
+def _reason(path: Path) -> str:
+    """What the plugin said about its refusal, or the dynamic linker about the library."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return str(error)
+    library.agq_last_error.restype = ctypes.c_char_p
+    return (library.agq_last_error() or b"").decode() or "no reason given"

@@ -1,0 +1,14 @@
+// Reads the environment; nothing else in the plugin does.
+#include "options.h"
+
+#include <cstdlib>
+
+namespace agq {
+
+options read_options() {
+    options result;
+    if (const char *isa = std::getenv("AGQ_FORCE_ISA")) result.force_isa = isa;
+    return result;
+}
+
+}  // namespace agq

@@ -1,0 +1,45 @@
+// The exported entry points of the plugin library, nothing else.
+#include <string>
+
+#include "backend.h"
+#include "host.h"
+#include "kernels/select.h"
+#include "options.h"
+#include "type_registry.h"
+
+#ifdef _WIN32
+#define AGQ_EXPORT extern "C" __declspec(dllexport)
+#else
+#define AGQ_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+std::string last_error;
+
+const agq::kernel *prepare() {
+    if (!agq::connect_host(&last_error)) return nullptr;
+    if (agq::host.ggml_backend_reg_by_name("AGQ")) {
+        last_error = "the AGQ plugin is loaded already";
+        return nullptr;
+    }
+    const std::string forced = agq::read_options().force_isa;
+    const agq::kernel *kern = agq::select_kernel(forced.empty() ? nullptr : forced.c_str(), &last_error);
+    return kern && agq::register_type(&last_error) ? kern : nullptr;
+}
+
+}  // namespace
+
+/// Called by ggml_backend_load: the registry, or null if this host cannot be used; the reason goes to the host's log and
+/// to agq_last_error.
+AGQ_EXPORT agq::ggml_backend_reg *ggml_backend_init() {
+    const agq::kernel *kern = prepare();
+    if (!kern) {
+        agq::log_line(agq::log_error, last_error);
+        return nullptr;
+    }
+    return agq::backend_registry(kern);
+}
+
+/// Why the last ggml_backend_init returned null; empty if it did not.
+AGQ_EXPORT const char *agq_last_error() { return last_error.c_str(); }
