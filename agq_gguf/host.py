@@ -38,6 +38,7 @@ _FLASH = {"auto": -1, "off": 0, "on": 1}
 _STOCK_FILE_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_s": 14, "q4_k_m": 15}  # enum llama_ftype
 _INFO, _WARN, _ERROR, _CONTINUE = 1, 2, 3, 5  # enum ggml_log_level
 _NO_ROPE = -1
+_CHAT_CONTEXT = 4096  # tokens; what models are trained for today needs gigabytes of cache
 _VOCABULARY_KEYS = {"tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
 
 logger = logging.getLogger("agq_gguf.llama")
@@ -64,10 +65,16 @@ def ggml_version() -> str:
 
 
 def default_threads() -> int:
-    """Number of CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Number of CPUs this process may use: its affinity, and the quota of its container.
+
+    More threads than that would wait for one another in ggml's spinning barriers.
+    """
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(n, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control groups, or "max": no quota
+        return n
 
 
 # log
@@ -142,6 +149,7 @@ class FileFacts:
 
     agq_tensors: int
     causal: bool  # False: an encoder, which has no next token to predict
+    n_ctx_train: int  # tokens; 0 if the file does not say
     tokens: bytes  # the vocabulary as it stands in the file
 
 
@@ -154,6 +162,7 @@ def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
         return FileFacts(
             sum(tensor.type_name == blocks.TYPE_NAME for tensor in reader.tensors.values()),
             bool(reader.get(f"{reader.architecture}.attention.causal", True)),
+            int(reader.get(f"{reader.architecture}.context_length", 0)),
             b"".join(vocabulary),
         )
 
@@ -260,6 +269,7 @@ class Model(_Closable):
         return Context(self, n_ctx, n_batch or n_ctx, n_ubatch, threads, flash_attention, eval_callback)
 
     def close(self) -> None:
+        """Frees the model and stops listening to the log."""
         if self._model:
             self._api.llama_model_free(self._model)
             self._model = None
@@ -350,6 +360,7 @@ class Context(_Closable):
         return np.ctypeslib.as_array(pointer, (batch.n_outputs, self.model.n_vocab))
 
     def close(self) -> None:
+        """Frees the context."""
         if self._context:
             self._api.llama_free(self._context)
             self._context = None
@@ -358,18 +369,57 @@ class Context(_Closable):
 # what else llama-cpp-python offers
 
 
-def open_llama(path: str | os.PathLike[str], **options: Any) -> Llama:
-    """A `llama_cpp.Llama` on a checked file, with the plugin where it is needed. Raises InputError or HostError."""
-    prepare(path)
-    llama_api()
-    from llama_cpp import Llama
-
+@contextlib.contextmanager
+def _llama_errors(what: str) -> Iterator[None]:
+    """Turns what `llama_cpp.Llama` raises into errors of ours, and keeps llama.cpp quiet."""
     with quiet_log():
         _log.errors.clear()
         try:
-            return Llama(str(path), verbose=False, **options)
-        except (ValueError, AssertionError) as e:
-            raise InputError(f"{path}: llama.cpp cannot load this model: {_last_error(str(e))}") from e
+            yield
+        except RuntimeError as e:  # llama_decode failed
+            raise HostError(f"{what}: {_last_error(str(e))}") from e
+        except (ValueError, AssertionError) as e:  # the file, or too many tokens
+            raise InputError(f"{what}: {_last_error(str(e))}") from e
+
+
+def open_llama(path: str | os.PathLike[str], *, context: int = 0, threads: int = 0) -> Llama:
+    """A `llama_cpp.Llama` for text on a checked file, with the plugin where it is needed.
+
+    `context` 0 means what the model was trained for, but not more than 4096 tokens. Raises InputError or HostError.
+    """
+    facts = prepare(path)
+    if not facts.causal:
+        raise InputError(f"{path}: an encoder model, it generates no text")
+    llama_api()
+    from llama_cpp import Llama
+
+    n_ctx = context or min(facts.n_ctx_train or _CHAT_CONTEXT, _CHAT_CONTEXT)
+    threads = threads or default_threads()
+    with _llama_errors(f"{path}: llama.cpp cannot load this model"):
+        return Llama(str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+
+def generated_text(llama: Llama, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """The pieces of text that follow the prompt, as they come. Raises InputError or HostError."""
+    with _llama_errors("no text can be generated"):
+        stream: Any = llama.create_completion(
+            prompt, max_tokens=tokens, temperature=temperature, seed=seed, stream=True
+        )
+        for part in stream:
+            yield part["choices"][0]["text"]
+
+
+def chat_answer(
+    llama: Llama, messages: list[dict[str, str]], *, tokens: int, temperature: float, seed: int
+) -> Iterator[str]:
+    """The pieces of the assistant's next message, as they come. Raises InputError or HostError."""
+    with _llama_errors("no answer can be generated"):
+        request: Any = messages
+        stream: Any = llama.create_chat_completion(
+            request, max_tokens=tokens, temperature=temperature, seed=seed, stream=True
+        )
+        for part in stream:
+            yield part["choices"][0]["delta"].get("content") or ""
 
 
 def quantize_stock(src: str | os.PathLike[str], dst: str | os.PathLike[str], type_name: str, threads: int = 0) -> None:

@@ -1,0 +1,128 @@
+"""How the command line shows things: tables, progress, sizes. Used by `cli.py` only."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PLAIN_WIDTH = 200  # of tables in a file or a pipe, where nothing needs folding
+_STEP = 0.1  # of a phase, between two lines of plain progress
+
+
+def safe(text: object) -> str:
+    """Text fit for the terminal: names in a file may hold escape sequences, bytes that are no text, or any script."""
+    clean = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in str(text))
+    encoding = sys.stdout.encoding or "utf-8"
+    return clean.encode(encoding, "replace").decode(encoding)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on the present stdout or stderr that takes text as it is."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=None if terminal else _PLAIN_WIDTH)
+
+
+def say(text: str = "") -> None:
+    """Prints a line to stdout."""
+    console().print(safe(text), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Prints a line to stderr."""
+    console(stderr=True).print(safe(text), soft_wrap=True)
+
+
+def write_json(value: Any) -> None:
+    """Prints a value as JSON to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1, title: str = "") -> None:
+    """Prints a table to stdout; the first `left` columns are aligned left, numbers follow."""
+    out = console()
+    style = box.SIMPLE_HEAD if out.is_terminal else None
+    shown = Table(box=style, title=title or None, title_justify="left", pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        shown.add_column(name, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*[safe(cell) for cell in row])
+    out.print(shown)
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class ProgressView:
+    """Shows `(phase, done, total, what)`: bars on a terminal, a few plain lines elsewhere, on stderr."""
+
+    def __init__(self, *, quiet: bool = False):
+        """With `quiet` nothing is shown."""
+        self._console = console(stderr=True)
+        self._quiet = quiet
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._begun: dict[str, float] = {}
+        self._next_line: dict[str, float] = {}  # share of the phase at which the next line is due
+
+    def __enter__(self) -> ProgressView:
+        """Starts the display."""
+        if not self._quiet and self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[what]}"),
+            )
+            self._bars = Progress(*columns, console=self._console)
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        """Leaves the terminal as it was."""
+        if self._bars is not None:
+            self._bars.stop()
+
+    def update(self, phase: str, done: int, total: int, what: str) -> None:
+        """Takes note that `done` of `total` units of a phase are done, and shows it."""
+        if self._bars is not None:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bars.add_task(phase, total=total, what="")
+            self._bars.update(self._tasks[phase], completed=done, total=total, what=safe(what))
+        elif not self._quiet:
+            self._line(phase, done, total, what)
+
+    def _line(self, phase: str, done: int, total: int, what: str) -> None:
+        now, share = time.monotonic(), done / max(total, 1)
+        begun = self._begun.setdefault(phase, now)
+        if share < self._next_line.get(phase, 0.0):
+            return
+        # The end has a line of its own, whatever the step.
+        self._next_line[phase] = min(share + _STEP, 1.0) if share < 1 else float("inf")
+        elapsed = now - begun
+        left = f", {_duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
+        took = f" in {_duration(elapsed)}" if share >= 1 else ""
+        complain(f"{phase}: {share:.0%}{took}{left}{f' ({what})' if what else ''}")

@@ -1,0 +1,112 @@
+"""The demonstration: the packaged model through the whole pipeline, beside stock Q4_0 made from the same file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agq_gguf.bench import bench
+from agq_gguf.errors import HostError
+from agq_gguf.evaluate import evaluate, read_text
+from agq_gguf.host import generated_text, open_llama, quantize_stock
+from agq_gguf.inspection import inspect_file
+
+DATA = Path(__file__).parent / "data"
+MODEL, CALIBRATION, EVALUATION = (DATA / name for name in ("story-f16.gguf", "calibration.txt", "evaluation.txt"))
+PROMPT = "Once upon a time"
+_CHUNKS = 24  # of the evaluation text
+_PROMPT_TOKENS, _GENERATED_TOKENS, _REPETITIONS = 256, 64, 5
+_TEXT_TOKENS, _TEMPERATURE, _SEED = 96, 0.7, 4
+
+Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table; speeds in tokens per second, medians."""
+
+    name: str
+    path: str
+    file_bytes: int
+    bits_per_weight: float
+    mean_kl: float  # to the F16 model, nats per token
+    perplexity: float
+    prompt_speed: float
+    generation_speed: float
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What the demo shows."""
+
+    prompt: str
+    text: str  # by the AGQ4 model
+    rows: list[Row]
+
+
+def run(folder: Path, *, threads: int = 0, progress: Progress | None = None) -> Demonstration:
+    """Makes the AGQ4 and the Q4_0 model in `folder` (which exists), compares them. Raises AgqError."""
+    try:
+        from agq_gguf.convert import QuantizeOptions, quantize
+    except ImportError as e:
+        raise HostError(f"the demo quantizes, which needs {e.name}: pip install 'agq-gguf[convert]'") from e
+    report = progress or (lambda phase, done, total, what: None)
+    missing = [path.name for path in (MODEL, CALIBRATION, EVALUATION) if not path.is_file()]
+    if missing:
+        raise HostError(f"the package has no {', '.join(missing)} in {DATA}; install it again")
+    paths = {"F16": MODEL, "Q4_0": folder / "story-q4_0.gguf", "AGQ4": folder / "story-agq4.gguf"}
+
+    quantize(MODEL, paths["AGQ4"], calibration=CALIBRATION, options=QuantizeOptions(threads=threads), progress=report)
+    quantize_stock(MODEL, paths["Q4_0"], "q4_0", threads)
+
+    text = read_text(EVALUATION)
+    judged = {
+        name: evaluate(
+            paths[name],
+            MODEL,
+            text,
+            chunks=_CHUNKS,
+            threads=threads,
+            progress=lambda done, total, name=name: report(f"evaluate {name}", done, total, ""),  # type: ignore[misc]
+        )
+        for name in ("Q4_0", "AGQ4")
+    }
+    perplexity = {name: found.perplexity for name, found in judged.items()}
+    perplexity["F16"] = judged["AGQ4"].reference_perplexity
+
+    speeds = bench(
+        list(paths.values()),
+        prompt=_PROMPT_TOKENS,
+        generation=_GENERATED_TOKENS,
+        repetitions=_REPETITIONS,
+        threads=threads,
+        starts=False,
+        progress=lambda done, total, what: report("bench", done, total, what),
+    )
+    rows = []
+    for (name, path), speed in zip(paths.items(), speeds, strict=True):
+        assert speed.prompt is not None and speed.generation is not None
+        rows.append(
+            Row(
+                name=name,
+                path=str(path),
+                file_bytes=speed.file_bytes,
+                bits_per_weight=inspect_file(path).bits_per_weight,
+                mean_kl=judged[name].mean_kl if name in judged else 0.0,
+                perplexity=perplexity[name],
+                prompt_speed=speed.prompt.median,
+                generation_speed=speed.generation.median,
+            )
+        )
+    return Demonstration(PROMPT, _generate(paths["AGQ4"], threads), rows)
+
+
+def _generate(path: Path, threads: int) -> str:
+    """A text that starts with PROMPT, through the ordinary interface of llama-cpp-python."""
+    llama = open_llama(path, threads=threads)
+    try:
+        pieces = generated_text(llama, PROMPT, tokens=_TEXT_TOKENS, temperature=_TEMPERATURE, seed=_SEED)
+        return PROMPT + "".join(pieces)
+    finally:
+        llama.close()
