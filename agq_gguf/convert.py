@@ -101,7 +101,7 @@ def quantize(
     """Quantizes the model `src` (F32, F16 or BF16 GGUF) into `dst`.
 
     `calibration` is the path of a text file, or strings of text; `imatrix` an importance matrix for the same model,
-    used where no text is given. Without both, all activations count alike, at a cost in quality; the report then says so.
+    used where no text is given. Without both, all activations count alike, which costs quality and is reported.
     Raises InputError, FormatError or OutputError; `dst` is untouched then.
     """
     options, progress = options or QuantizeOptions(), progress or _silent

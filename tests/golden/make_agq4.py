@@ -1,0 +1,50 @@
+"""Writes the golden files of test_blocks.py: one tiny AGQ4 matrix and what it means.
+
+Run it only when the format version changes: bytes that change without that are a bug.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from agq_gguf import blocks
+
+HERE = Path(__file__).parent
+
+
+def matrix() -> blocks.Matrix:
+    """32 x 256, every feature of the format in use; from plain integer arithmetic, so that no generator matters."""
+    rows, columns = 32, 256
+    index = np.arange(rows * columns, dtype=np.int64)
+    codes = (index * 7 + index // 11 + index // 256 * 3) % 16
+    scales = ((index[: rows * 4] * 37 % 101) - 50) / 64
+    return blocks.Matrix(
+        codes.reshape(rows, columns).astype(np.uint8),
+        blocks.round_scale(scales.reshape(rows, 4).astype(np.float32)),
+        blocks.Parameters(
+            codebook=np.array([0, 5, 17, 26, 36, 45, 53, 60, 66, 72, 79, 86, 95, 105, 117, 127], np.uint8),
+            exponents=np.array([3, 0, 1, 15], np.uint8),
+            listed=np.array([200, 3, 77], np.uint16),
+            tensor_scale=float(np.float32(0.0123)),
+            activation_bits=8,
+            per_group=True,
+        ),
+    )
+
+
+def activations() -> np.ndarray:
+    """[3, 256] f32: ordinary values, zeros, outliers."""
+    x = ((np.arange(3 * 256) * 29 % 257) - 128).reshape(3, 256).astype(np.float32) / 32
+    x[1] = 0
+    x[2, 200] = 500
+    return x
+
+
+if __name__ == "__main__":
+    m = matrix()
+    xq, s = blocks.quantize_activations(activations(), m.parameters)
+    (HERE / "agq4_32x256.bin").write_bytes(blocks.pack(m).tobytes())
+    (HERE / "agq4_32x256_weights.f32").write_bytes(blocks.dequantize(m).astype("<f4").tobytes()[: 4 * 256 * 4])
+    (HERE / "agq4_32x256_xq.i8").write_bytes(xq.tobytes() + s.astype("<f4").tobytes())

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden import make_agq4
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agq_gguf import blocks
+from agq_gguf.blocks import Matrix, Parameters
+from agq_gguf.errors import FormatError
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Matrix:
+    panels, tiles = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    rows, columns = 16 * max(panels, 4 - tiles), 128 * tiles  # smaller ones cannot carry their parameters
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n_listed = draw(st.integers(0, min(blocks.listable(rows, columns), columns)))
+    scales = rng.standard_normal((rows, columns // 64)) * 2.0 ** rng.integers(-22, 15, (rows, columns // 64))
+    return Matrix(
+        rng.integers(0, 16, (rows, columns), dtype=np.uint8),
+        blocks.round_scale(scales.astype(np.float32)),
+        Parameters(
+            codebook=np.sort(rng.integers(0, 128, 16, dtype=np.uint8)),
+            exponents=rng.integers(0, 16, columns // 64, dtype=np.uint8),
+            listed=rng.permutation(columns)[:n_listed].astype(np.uint16),
+            tensor_scale=float(np.float32(draw(st.floats(1e-30, 1e30)))),
+            activation_bits=draw(st.sampled_from([4, 8])),
+            per_group=draw(st.booleans()),
+        ),
+    )
+
+
+def assert_equal(a: Matrix, b: Matrix) -> None:
+    np.testing.assert_array_equal(a.codes, b.codes)
+    np.testing.assert_array_equal(a.scales, b.scales)
+    for name in ("codebook", "exponents", "listed"):
+        np.testing.assert_array_equal(getattr(a.parameters, name), getattr(b.parameters, name))
+    plain = [replace(m.parameters, codebook=None, exponents=None, listed=None) for m in (a, b)]  # type: ignore[arg-type]
+    assert plain[0] == plain[1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(matrices())
+def test_unpack_inverts_pack(matrix: Matrix) -> None:
+    data = blocks.pack(matrix)
+    assert data.shape == (matrix.codes.shape[0], matrix.codes.shape[1] // 128 * 68)
+    assert_equal(blocks.unpack(data), matrix)
+    parameters = blocks.read_parameters(data)
+    np.testing.assert_array_equal(parameters.listed, matrix.parameters.listed)
+
+
+def test_golden_bytes() -> None:
+    matrix = make_agq4.matrix()
+    stored = np.fromfile(GOLDEN / "agq4_32x256.bin", np.uint8)
+    np.testing.assert_array_equal(blocks.pack(matrix).ravel(), stored)
+    assert_equal(blocks.unpack(stored.reshape(32, -1)), matrix)
+    weights = np.fromfile(GOLDEN / "agq4_32x256_weights.f32", "<f4").reshape(4, 256)
+    np.testing.assert_array_equal(blocks.dequantize(matrix)[:4], weights)
+    raw = (GOLDEN / "agq4_32x256_xq.i8").read_bytes()
+    xq, s = blocks.quantize_activations(make_agq4.activations(), matrix.parameters)
+    assert xq.tobytes() + s.tobytes() == raw
+
+
+def test_every_byte_is_where_the_format_says() -> None:
+    """Reads single values with the formulas of docs/format.md, none of the code under test."""
+    matrix = make_agq4.matrix()
+    raw = blocks.pack(matrix).tobytes()
+    tiles = 2
+    for row, column in [(0, 0), (5, 3), (5, 4), (15, 127), (16, 128), (31, 255), (20, 70), (9, 135)]:
+        panel, r, g, k = row // 16, row % 16, column // 128, column % 128
+        tile = (panel * tiles + g) * 1088
+        byte = raw[tile + 64 + k // 8 * 64 + 4 * r + k % 4]
+        assert (byte >> 4 if k % 8 >= 4 else byte & 15) == matrix.codes[row, column]
+        half = k // 64
+        low = raw[tile + 32 + r]
+        bits = raw[tile + 16 * half + r] << 8 | (low >> 4 if half else low & 15) << 4
+        assert struct.unpack("<e", struct.pack("<H", bits))[0] == matrix.scales[row, column // 64]
+    stream = b"".join(raw[t * 1088 + 48 : t * 1088 + 64] for t in range(4))
+    assert stream[:4] == bytes([0xA4, 1, 0x18, 1])
+    assert struct.unpack_from("<f", stream, 4)[0] == np.float32(0.0123)
+    crc, length = struct.unpack_from("<II", stream, 8)
+    assert length == 16 + 4 + 2 + 2 * 3 and crc == zlib.crc32(stream[16 : 16 + length])
+    assert stream[16:36] == matrix.parameters.codebook.tobytes() + matrix.parameters.exponents.tobytes()
+    assert struct.unpack_from("<4H", stream, 36) == (3, 200, 3, 77)
+    assert not any(stream[44:])
+
+
+def corrupt(change: dict[int, bytes], seal: bool = True) -> np.ndarray:
+    """The golden matrix with bytes of its attribute stream replaced and, with `seal`, a checksum that fits them."""
+    data = blocks.pack(make_agq4.matrix()).reshape(4, 1088).copy()
+    stream = bytearray(data[:, 48:64].tobytes())
+    for at, new in change.items():
+        stream[at : at + len(new)] = new
+    if seal:
+        length = min(struct.unpack_from("<I", stream, 12)[0], len(stream) - 16)
+        stream[8:12] = struct.pack("<I", zlib.crc32(bytes(stream[16 : 16 + length])))
+    data[:, 48:64] = np.frombuffer(bytes(stream), np.uint8).reshape(4, 16)
+    return data.reshape(32, -1)
+
+
+@pytest.mark.parametrize(
+    ("change", "seal", "message"),
+    [
+        ({0: b"\xa5"}, True, "0xA5, wanted 0xA4"),
+        ({1: b"\x02"}, True, "version 2"),
+        ({2: b"\x15"}, True, "5 activation bits"),
+        ({2: b"\x28"}, True, "unknown attributes"),
+        ({3: b"\x03"}, True, "unknown attributes"),
+        ({3: b"\x00"}, True, "flags 0x00"),
+        ({4: struct.pack("<f", 0.0)}, True, "tensor scale is 0"),
+        ({4: struct.pack("<f", -1.0)}, True, "tensor scale is -1"),
+        ({4: struct.pack("<f", float("nan"))}, True, "tensor scale is nan"),
+        ({4: struct.pack("<f", float("inf"))}, True, "tensor scale is inf"),
+        ({8: b"\0\0\0\0"}, False, "checksum"),
+        ({20: b"\x25"}, False, "checksum"),
+        ({12: struct.pack("<I", 27)}, True, "channel order announces 3"),
+        ({12: struct.pack("<I", 20)}, True, "20 bytes of parameters"),
+        ({12: struct.pack("<I", 0)}, True, "0 bytes of parameters"),
+        ({12: struct.pack("<I", 2**32 - 1)}, True, "4294967295 bytes of parameters are announced"),
+        ({16: b"\xff"}, True, "codebook"),
+        ({31: b"\x80"}, True, "codebook"),
+        ({17: b"\x7f"}, True, "codebook"),
+        ({33: b"\x10"}, True, "exponent is 16"),
+        ({36: struct.pack("<H", 0)}, True, "announces 0 channels"),
+        ({36: struct.pack("<H", 4)}, True, "announces 4 channels"),
+        ({38: struct.pack("<H", 256)}, True, "beyond the 256 columns"),
+        ({38: struct.pack("<H", 3)}, True, "twice"),
+        ({63: b"\x01"}, True, "not zero"),
+    ],
+)  # fmt: skip
+def test_each_clause_is_refused(change: dict[int, bytes], seal: bool, message: str) -> None:
+    blocks.unpack(corrupt({}))  # the untouched matrix is fine
+    data = corrupt(change, seal)
+    for read in (blocks.unpack, blocks.read_parameters):
+        with pytest.raises(FormatError, match=re.escape(message)):
+            read(data)
+
+
+def test_infinite_scale_is_refused() -> None:
+    data = blocks.pack(make_agq4.matrix()).copy()
+    data[0, 0] = 0x7C
+    with pytest.raises(FormatError, match="a scale is infinite"):
+        blocks.unpack(data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4 * 1088 - 1), st.integers(0, 255)), max_size=4))
+def test_damage_is_an_error_of_ours_or_harmless(changes: list[tuple[int, int]]) -> None:
+    data = blocks.pack(make_agq4.matrix()).reshape(-1).copy()
+    for at, value in changes:
+        data[at] = value
+    try:
+        matrix = blocks.unpack(data.reshape(32, -1))
+    except FormatError:
+        return
+    assert np.isfinite(blocks.dequantize(matrix)).all()
+    np.testing.assert_array_equal(blocks.pack(matrix).reshape(-1), data)
+
+
+def test_packer_refuses_what_the_reader_would() -> None:
+    good = make_agq4.matrix()
+    parameters = good.parameters
+    small = Matrix(good.codes[:16, :128], good.scales[:16, :2], replace(parameters, exponents=np.zeros(2, np.uint8)))
+    for bad in (
+        replace(good, codes=good.codes + np.uint8(1)),
+        replace(good, scales=good.scales + np.float32(1e-3)),
+        replace(good, scales=np.full_like(good.scales, np.inf)),
+        replace(good, codes=good.codes[:24], scales=good.scales[:24]),
+        replace(good, parameters=replace(parameters, tensor_scale=1e-60)),
+        replace(good, parameters=replace(parameters, tensor_scale=1e60)),
+        replace(good, parameters=replace(parameters, exponents=np.zeros(3, np.uint8))),
+        replace(good, parameters=replace(parameters, listed=np.arange(14, dtype=np.uint16))),
+        small,
+    ):
+        with pytest.raises(FormatError), np.errstate(invalid="ignore"):
+            blocks.pack(bad)
+
+
+@given(st.floats(-70000, 70000, width=32))
+def test_round_scale_is_the_nearest_storable(value: float) -> None:
+    bits = np.arange(0x000, 0x7C0, dtype=np.uint16) << 4
+    storable = bits.view(np.float16).astype(np.float64)
+    found = float(blocks.round_scale(np.array([value], np.float32))[0])
+    assert abs(found) in storable
+    assert abs(abs(value) - abs(found)) == np.abs(storable - abs(value)).min()
+
+
+def test_dequantize_follows_the_formula() -> None:
+    matrix = make_agq4.matrix()
+    p = matrix.parameters
+    order = [200, 3, 77] + [k for k in range(256) if k not in (200, 3, 77)]
+    weights = blocks.dequantize(matrix)
+    for m, k in [(0, 0), (3, 2), (17, 130), (31, 255)]:
+        value = float(matrix.scales[m, k // 64]) * 2.0 ** -int(p.exponents[k // 64])
+        value *= int(p.codebook[matrix.codes[m, k]]) - 64
+        assert weights[m, order[k]] == np.float32(value * float(np.float32(p.tensor_scale)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(matrices(), st.integers(0, 2**32 - 1))
+def test_activations_and_product_follow_the_formulas(matrix: Matrix, seed: int) -> None:
+    """Element by element in binary32, as docs/format.md has it."""
+    p = matrix.parameters
+    columns = matrix.codes.shape[1]
+    x = np.random.default_rng(seed).standard_normal((2, columns)).astype(np.float32)
+    x[0, 0] *= 1000
+    xq, s = blocks.quantize_activations(x, p)
+    order = blocks.channel_order(p.listed, columns)
+    b = np.float32(127 if p.activation_bits == 8 else 7)
+    refined = x[:, order] * np.exp2(-p.exponents.astype(np.float32)).repeat(64)
+    for t in range(2):
+        for g in range(columns // 64):
+            here = slice(64 * g, 64 * g + 64)
+            amax = np.abs(refined[t, here] if p.per_group else refined[t]).max()
+            assert s[t, g if p.per_group else 0] == amax / b
+            expected = np.clip(np.rint(refined[t, here] * (b / amax)), -b, b)
+            np.testing.assert_array_equal(xq[t, here], expected.astype(np.int8))
+    y = blocks.matmul_reference(x, matrix)
+    restored = np.empty_like(x)
+    growth = np.exp2(p.exponents.astype(np.float32)).repeat(64)
+    restored[:, order] = xq * np.repeat(s, columns // s.shape[1], axis=1) * growth
+    exact = restored.astype(np.float64) @ blocks.dequantize(matrix).astype(np.float64).T
+    scale = np.abs(restored.astype(np.float64)) @ np.abs(blocks.dequantize(matrix)).astype(np.float64).T
+    assert (np.abs(y - exact) <= 1e-5 * scale + 1e-37).all()
+
+
+def test_bad_and_tiny_activations() -> None:
+    p = replace(make_agq4.matrix().parameters, per_group=False)
+    x = np.ones((4, 256), np.float32)
+    x[0, 7], x[1, 9], x[2] = np.nan, np.inf, 2.0**-101
+    xq, s = blocks.quantize_activations(x, p)
+    assert np.isnan(s[:2]).all() and not xq[:3].any() and s[2] == 0 and s[3] > 0
+    y = blocks.matmul_reference(x, replace(make_agq4.matrix(), parameters=p))
+    assert np.isnan(y[:2]).all() and not y[2].any() and np.isfinite(y[3]).all()
