@@ -274,7 +274,8 @@ def bench(
         show.write_json({**setup, "models": [asdict(result) for result in results]})
         return
     tables.show_bench(results)
-    show.say(f"{threads} threads, flash attention {flash_attention.value}, median (quartiles) of {repetitions}")
+    show.say(f"tokens/s: median of {repetitions} ± half the distance of the quartiles; ratios to the first model")
+    show.say(f"{threads} threads, flash attention {flash_attention.value}")
 
 
 # generate, chat

@@ -26,6 +26,14 @@ def safe(text: object) -> str:
     return clean.encode(encoding, "replace").decode(encoding)
 
 
+class _Console(Console):
+    """Leaves a reader that went away to the caller, as plain writes do."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises what rich would turn into a silent end of the process."""
+        raise BrokenPipeError
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console on the present stdout or stderr that takes text as it is."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
@@ -47,13 +55,13 @@ def write_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1, title: str = "") -> None:
-    """Prints a table to stdout; the first `left` columns are aligned left, numbers follow."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints a table to stdout; a name that begins with ``>`` is that of a column aligned right, as numbers are."""
     out = console()
     style = box.SIMPLE_HEAD if out.is_terminal else None
-    shown = Table(box=style, title=title or None, title_justify="left", pad_edge=False, header_style="bold")
-    for index, name in enumerate(columns):
-        shown.add_column(name, justify="left" if index < left else "right", overflow="fold")
+    shown = Table(box=style, pad_edge=False, header_style="bold")
+    for name in columns:
+        shown.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
     for row in rows:
         shown.add_row(*[safe(cell) for cell in row])
     out.print(shown)

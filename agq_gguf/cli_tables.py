@@ -28,7 +28,7 @@ def show_plan(plans: list[TensorPlan]) -> None:
         rows.append(
             [plan.source.name, shape, plan.source.type_name, plan.type_name, show.size(target.n_bytes), plan.reason]
         )
-    show.table(["tensor", "shape", "from", "to", "size", "reason"], rows, left=4)
+    show.table(["tensor", "shape", "from", "to", ">size", "reason"], rows)
     elements = sum(plan.source.n_elements for plan in plans)
     show.say(f"{show.size(total)}, {8 * total / elements:.2f} bits per weight; nothing was written")
 
@@ -38,14 +38,14 @@ def show_report(report: Report, target: Path) -> None:
     by_type = [
         [name, count, show.size(n_bytes), f"{bits:.2f}"] for name, (count, n_bytes, bits) in report.by_type().items()
     ]
-    show.table(["type", "tensors", "size", "bits per weight"], by_type)
+    show.table(["type", ">tensors", ">size", ">bits per weight"], by_type)
     reasons: dict[tuple[str, str], list[str]] = {}
     for tensor in report.tensors:
         if tensor.reason:
             reasons.setdefault((tensor.type_name, tensor.reason), []).append(tensor.name)
     if reasons:
         rows = [[name, len(names), reason, _some(names)] for (name, reason), names in reasons.items()]
-        show.table(["not AGQ4", "tensors", "why", "which"], rows, left=4)
+        show.table(["not AGQ4", ">tensors", "why", "which"], rows)
     for tensor in report.tensors:
         if tensor.note:
             show.complain(f"note: {tensor.name}: {tensor.note}")
@@ -67,16 +67,16 @@ def show_model(info: ModelInfo) -> None:
         f"{info.bits_per_weight:.2f} bits per weight\n"
     )
     types = [[n, t.tensors, show.size(t.bytes), f"{t.bits_per_weight:.2f}"] for n, t in info.types.items()]
-    show.table(["type", "tensors", "size", "bits per weight"], types)
+    show.table(["type", ">tensors", ">size", ">bits per weight"], types)
     show.say()
     rows = []
     for tensor in info.tensors:
         shape = " x ".join(map(str, tensor.shape))
         rows.append([tensor.name, tensor.type, shape, show.size(tensor.bytes), _attributes(tensor)])
-    show.table(["tensor", "type", "shape", "size", "AGQ4 attributes"], rows, left=2)
+    show.table(["tensor", "type", "shape", ">size", "AGQ4 attributes"], rows)
     if info.metadata:
         show.say()
-        show.table(["metadata", "value"], [[f"agq.{key}", value] for key, value in info.metadata.items()], left=2)
+        show.table(["metadata", "value"], [[f"agq.{key}", value] for key, value in info.metadata.items()])
 
 
 def _attributes(tensor: TensorInfo) -> str:
@@ -97,7 +97,7 @@ def _attributes(tensor: TensorInfo) -> str:
 def show_evaluation(found: Evaluation) -> None:
     """The figures of a comparison."""
     show.table(
-        ["", "value"],
+        ["", ">value"],
         [
             ["perplexity", f"{found.perplexity:.4f}"],
             ["perplexity of the reference", f"{found.reference_perplexity:.4f}"],
@@ -113,11 +113,11 @@ def show_evaluation(found: Evaluation) -> None:
 
 def show_bench(results: list[Result]) -> None:
     """Speeds, one line for each model."""
-    columns = ["model", "file"]
+    columns = ["model", ">file"]
     for part in ("prompt", "generation"):
         speed = getattr(results[0], part)
-        columns += [f"{part} {speed.tokens if speed else 0}, tokens/s", "ratio"]
-    columns += ["memory", "first token"]
+        columns += [f">{part} {speed.tokens if speed else 0}", ">ratio"]
+    columns += [">memory", ">first token"]
     show.table(columns, [_bench_row(result) for result in results])
 
 
@@ -133,14 +133,15 @@ def _speed(speed: Speed | None) -> tuple[str, str]:
     if speed is None:
         return "-", "-"
     low, high = speed.quartiles
-    return f"{speed.median:.1f} ({low:.1f}..{high:.1f})", f"{speed.ratio:.2f}"
+    spread = (high - low) / 2 / speed.median
+    return f"{speed.median:.{0 if speed.median >= 1000 else 1}f} ± {spread:.0%}", f"{speed.ratio:.2f}"
 
 
 def show_demonstration(shown: Demonstration) -> None:
     """The text and the one table."""
     show.say(f"\nThe AGQ4 model, asked to continue {shown.prompt!r}:\n\n{shown.text}\n")
     show.table(
-        ["model", "file", "bits per weight", "KL to F16", "perplexity", "prompt tokens/s", "generation tokens/s"],
+        ["model", ">file", ">bits per weight", ">KL to F16", ">perplexity", ">prompt tokens/s", ">generation tokens/s"],
         [
             [
                 row.name,

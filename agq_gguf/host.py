@@ -36,7 +36,7 @@ EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor, whether 
 
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _STOCK_FILE_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_s": 14, "q4_k_m": 15}  # enum llama_ftype
-_INFO, _WARN, _ERROR, _CONTINUE = 1, 2, 3, 5  # enum ggml_log_level
+_WARN, _ERROR, _CONTINUE = 3, 4, 5  # enum ggml_log_level
 _NO_ROPE = -1
 _CHAT_CONTEXT = 4096  # tokens; what models are trained for today needs gigabytes of cache
 _VOCABULARY_KEYS = {"tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
@@ -172,7 +172,8 @@ def prepare(path: str | os.PathLike[str]) -> FileFacts:
     facts = check_model_file(path)
     if facts.agq_tensors:
         try:
-            register()
+            with quiet_log():
+                register()
         except HostError as e:
             message = f"{path} holds {facts.agq_tensors} AGQ4 tensors, which need our plugin; {e}"
             raise HostError(message) from e

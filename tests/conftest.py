@@ -1,0 +1,91 @@
+"""Fixtures shared by all tests: tiny models made once, and the ``slow`` marker."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+PACKAGED = Path(__file__).parent.parent / "agq_gguf" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the fixtures below write to; read only for tests."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def words() -> str:
+    """About 3000 tokens of text for the tiny models."""
+    choose = random.Random(7)
+    return " ".join(choose.choices(tiny_models.WORDS, k=3000))
+
+
+@pytest.fixture(scope="session")
+def words_file(models: Path, words: str) -> Path:
+    path = models / "words.txt"
+    path.write_text(words, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_f16(models: Path) -> Path:
+    return tiny_models.write_llama(models / "llama-f16.gguf")
+
+
+@pytest.fixture(scope="session")
+def gpt2_f16(models: Path) -> Path:
+    return tiny_models.write_gpt2(models / "gpt2-f16.gguf")
+
+
+@pytest.fixture(scope="session")
+def bert_f16(models: Path) -> Path:
+    return tiny_models.write_bert(models / "bert-f16.gguf")
+
+
+def _stock(source: Path, type_name: str) -> Path:
+    from agq_gguf.host import quantize_stock
+
+    path = source.with_name(f"{source.stem}-{type_name}.gguf")
+    quantize_stock(source, path, type_name, threads=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_q8(llama_f16: Path) -> Path:
+    return _stock(llama_f16, "q8_0")
+
+
+@pytest.fixture(scope="session")
+def llama_q4(llama_f16: Path) -> Path:
+    return _stock(llama_f16, "q4_0")
+
+
+@pytest.fixture(scope="session")
+def llama_agq(llama_f16: Path, words_file: Path) -> Path:
+    from agq_gguf.convert import QuantizeOptions, quantize
+
+    path = llama_f16.with_name("llama-agq4.gguf")
+    quantize(llama_f16, path, calibration=words_file, options=QuantizeOptions(threads=1, calibration_tokens=1024))
+    return path
+
+
+@pytest.fixture(scope="session")
+def packaged_model() -> Path:
+    """The trained model that the package ships."""
+    return PACKAGED / "story-f16.gguf"
