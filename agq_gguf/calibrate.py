@@ -7,22 +7,20 @@ runs. Weights that read the same tensor (q, k and v; gate and up) share one set 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import llama_cpp
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from agq_gguf.errors import InputError
 from agq_gguf.ggml_view import Ggml, GgmlTensor, ggml
+from agq_gguf.host import Batch, Model, llama_api
 from agq_gguf.stats import InputStats, WeightStats
 
 MIN_TOKENS = 64  # less text than this says nothing
@@ -95,21 +93,20 @@ class Calibrator:
         threads: int = 0,
     ):
         self._path, self._wanted = Path(path), wanted
-        self._threads = threads or os.cpu_count() or 1
-        self._model = self._context = None
-        self._visit: Callable[[GgmlTensor, bool], bool] = lambda node, ask: not ask
+        self._visit: Callable[[GgmlTensor, bool], bool] = lambda node, ask: False
         self._failure: BaseException | None = None
-        # ctypes does not keep the callback alive, llama.cpp calls it as long as the context lives
-        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
         self._ggml: Ggml = ggml()
-        try:
-            with _quiet():
-                self._load(context)
-            self.chunks = self._tokenize(text, max_tokens)
+        with ExitStack() as stack:
+            model = stack.enter_context(Model(path))
+            if llama_api().llama_model_has_encoder(model._model):
+                raise InputError(f"{path}: encoder-decoder models cannot be calibrated; use an imatrix, or neither")
+            size = min(context, model.n_ctx_train or context)
+            self.chunks = _chunks(model, text, size, max_tokens)
+            self._context = stack.enter_context(
+                model.context(size, n_ubatch=size, threads=threads, eval_callback=self._on_node)
+            )
             self.inputs = self._discover()
-        except BaseException:
-            self.close()
-            raise
+            self._open = stack.pop_all()
 
     @property
     def n_tokens(self) -> int:
@@ -135,6 +132,15 @@ class Calibrator:
     def _matrices(found: Input, memory: int) -> int:
         """Hessians kept for an input: one for each expert if they fit into the memory, else one for all."""
         return found.experts if 4 * found.columns**2 * found.experts <= memory and found.experts else 1
+
+    def pooled(self, memory: int) -> list[str]:
+        """Expert weights whose experts share one Hessian because one for each would not fit into `memory` bytes."""
+        return [
+            name
+            for found in self.inputs
+            if found.experts > 1 and self._matrices(found, memory) == 1
+            for name in found.weights
+        ]
 
     def collect(
         self, part: list[Input], memory: int, progress: Callable[[int], None], hessians: bool = True
@@ -164,85 +170,18 @@ class Calibrator:
             progress(done)
         return [_finish(sums[found.weights[0]]) for found in part]
 
-    # the model
-
-    def _load(self, context: int) -> None:
-        llama_cpp.llama_backend_init()
-        model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self._path), model_params)
-        if self._model is None:
-            raise InputError(f"{self._path}: llama.cpp cannot load this model; try it in llama.cpp first")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self._size = min(context, llama_cpp.llama_model_n_ctx_train(self._model) or context)
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = self._size
-        params.n_threads = params.n_threads_batch = self._threads
-        params.offload_kqv = params.op_offload = False
-        params.cb_eval = self._callback
-        if self._meta("attention.causal") == "false":  # an encoder: token embeddings are its output
-            params.embeddings, params.pooling_type = True, llama_cpp.LLAMA_POOLING_TYPE_NONE
-        self._context = llama_cpp.llama_init_from_model(self._model, params)
-        if self._context is None:
-            raise InputError(f"{self._path}: llama.cpp cannot run this model; try it in llama.cpp first")
-
-    def _meta(self, key: str) -> str:
-        def get(name: str) -> str:
-            buffer = ctypes.create_string_buffer(128)
-            llama_cpp.llama_model_meta_val_str(self._model, name.encode(), buffer, len(buffer))
-            return buffer.value.decode("utf-8", "replace")
-
-        return get(f"{get('general.architecture')}.{key}")
-
-    def _tokenize(self, text: Iterable[str], max_tokens: int) -> list[list[int]]:
-        """Chunks of the context's size, with the special tokens that the model wants, evenly spread over the text."""
-        tokens: list[int] = []
-        for piece in text:
-            raw = piece.encode("utf-8", "surrogateescape")
-            buffer = (llama_cpp.llama_token * (len(raw) + 2))()
-            n = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), buffer, len(buffer), False, False)
-            tokens += buffer[: max(n, 0)]
-        if len(tokens) < MIN_TOKENS:
-            raise InputError(f"the calibration text has {len(tokens)} tokens, at least {MIN_TOKENS} are needed")
-        first = [llama_cpp.llama_vocab_bos(self._vocab)] if llama_cpp.llama_vocab_get_add_bos(self._vocab) else []
-        last = [llama_cpp.llama_vocab_sep(self._vocab)] if llama_cpp.llama_vocab_get_add_sep(self._vocab) else []
-        body = self._size - len(first) - len(last)
-        bodies = [tokens[i : i + body] for i in range(0, len(tokens), body)]
-        if len(bodies) > 1 and len(bodies[-1]) < body // 4:
-            bodies.pop()  # a few words without context are not what the model usually sees
-        n_chunks = max(1, min(len(bodies), max_tokens // self._size))
-        return [first + bodies[i * len(bodies) // n_chunks] + last for i in range(n_chunks)]
-
-    def _run(self, chunk: list[int]) -> None:
-        """Decodes one chunk from scratch; an exception from the callback is raised here."""
-        n = len(chunk)
-        batch = llama_cpp.llama_batch_init(n, 0, 1)
-        try:
-            batch.n_tokens = n
-            for i, token in enumerate(chunk):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
-                batch.seq_id[i][0] = 0
-                batch.logits[i] = 1  # else the last layer would skip the tokens whose result nobody reads
-            memory = llama_cpp.llama_get_memory(self._context)
-            if memory is not None:
-                llama_cpp.llama_memory_clear(memory, True)
-            status = 0
-            with _quiet():
-                if llama_cpp.llama_model_has_encoder(self._model):
-                    status = llama_cpp.llama_encode(self._context, batch)
-                if not status and (llama_cpp.llama_model_has_decoder(self._model)):
-                    status = llama_cpp.llama_decode(self._context, batch)
-        finally:
-            llama_cpp.llama_batch_free(batch)
+    def _run(self, chunk: NDArray[np.int32]) -> None:
+        """Runs one chunk from scratch; an exception from the callback is raised here."""
+        self._context.clear()
+        # All logits are asked for: else the last layer would skip the tokens whose result nobody reads.
+        self._context.decode(Batch(chunk, first_logits=0))
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
-        if status:
-            raise InputError(f"{self._path}: llama.cpp failed on the calibration text (status {status})")
 
     # the graph
 
-    def _on_node(self, node: Any, ask: bool, _: Any) -> bool:
+    def _on_node(self, node: int, ask: bool) -> bool:
         """What llama.cpp calls; no exception may pass through its C code."""
         try:
             return self._failure is None and self._visit(GgmlTensor.from_address(node), ask)
@@ -292,18 +231,28 @@ class Calibrator:
 
     def close(self) -> None:
         """Frees the model."""
-        with _quiet():
-            if self._context is not None:
-                llama_cpp.llama_free(self._context)
-            if self._model is not None:
-                llama_cpp.llama_model_free(self._model)
-        self._model = self._context = None
+        self._open.close()
 
     def __enter__(self) -> Calibrator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _chunks(model: Model, text: Iterable[str], size: int, max_tokens: int) -> list[NDArray[np.int32]]:
+    """Tokens in chunks of `size` with the special tokens that the model wants around, evenly spread over the text."""
+    tokens = np.concatenate([np.empty(0, np.int32), *(model.tokenize(piece, add_special=False) for piece in text)])
+    if len(tokens) < MIN_TOKENS:
+        raise InputError(f"the calibration text has {len(tokens)} tokens, at least {MIN_TOKENS} are needed")
+    around = model.tokenize("")
+    first, last = np.split(around, [int(model.add_bos and len(around) > 0)])
+    body = size - len(around)
+    bodies = [tokens[i : i + body] for i in range(0, len(tokens), body)]
+    if len(bodies) > 1 and len(bodies[-1]) < body // 4:
+        bodies.pop()  # a few words without context are not what the model usually sees
+    n_chunks = max(1, min(len(bodies), max_tokens // size))
+    return [np.concatenate([first, bodies[i * len(bodies) // n_chunks], last]) for i in range(n_chunks)]
 
 
 def _finish(sums: list[_Accumulator]) -> WeightStats:
@@ -352,15 +301,3 @@ def read_text(source: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
         yield Path(source).read_text("utf-8", "surrogateescape")
     except OSError as e:
         raise InputError(f"{source}: the calibration text cannot be read: {e.strerror}") from e
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """llama-cpp-python prints what llama.cpp logs, unless its logger is told otherwise; told so here for a while."""
-    logger = logging.getLogger("llama-cpp-python")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it takes llama.cpp's warnings for errors
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -181,6 +181,10 @@ def _from_text(
 
     source = Path(text).name if isinstance(text, (str, os.PathLike)) else "text"
     warnings = _unseen([name for name in unseen if name != EMBEDDING])  # a table to look up multiplies with nothing
+    if hessians and (pooled := calibrator.pooled(options.memory)):
+        warnings.append(
+            f"the experts of {len(pooled)} tensors share their statistics; more memory would keep them apart"
+        )
     if calibrator.n_tokens < _FEW_TOKENS:
         warnings.append(f"calibrated on {calibrator.n_tokens} tokens only; {_FEW_TOKENS} or more give better results")
     return _Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings)

@@ -162,5 +162,5 @@ def test_unsuitable_sources(tmp_path: Path) -> None:
         pytest.raises(InputError, match="split model"),
     ):
         check_source(reader)
-    with open_gguf(write_small(tmp_path / "a", arch="")) as reader, pytest.raises(InputError, match="no general.arch"):
+    with open_gguf(write_small(tmp_path / "a", arch="")) as reader, pytest.raises(InputError, match="no general"):
         check_source(reader)
