@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from agq_gguf import blocks
 from agq_gguf.errors import InputError
+from agq_gguf.host import default_threads
 from agq_gguf.quantizer import MatrixOptions, QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.reader import Reader, Tensor, check_source, open_gguf
 from agq_gguf.recipe import EMBEDDING, TensorPlan, plan
@@ -33,7 +35,7 @@ class QuantizeOptions:
 
     output_type: str = "q8_0"
     embedding_type: str = blocks.TYPE_NAME
-    threads: int = 0  # 0: all cores
+    threads: int = 0  # 0: all that this process may use
     memory: int = 4 << 30  # bytes that calibration may use for the statistics it holds at a time
     calibration_tokens: int = 32768  # at most
     context: int = 512  # tokens of a calibration chunk
@@ -105,7 +107,7 @@ def quantize(
     Raises InputError, FormatError or OutputError; `dst` is untouched then.
     """
     options, progress = options or QuantizeOptions(), progress or _silent
-    with open_gguf(src) as reader, ExitStack() as stack:
+    with open_gguf(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         check_source(reader)
         if Path(dst).exists() and Path(dst).samefile(src):
             raise InputError(f"{dst}: is the model that is read; write to another file")
@@ -118,6 +120,16 @@ def quantize(
         else:
             guide = _unguided(wanted)
         return _write(reader, Path(dst), plans, guide, options, progress)
+
+
+@contextmanager
+def _torch_threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or default_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # what guides the quantization

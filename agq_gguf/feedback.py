@@ -1,58 +1,141 @@
-"""Error feedback (GPTQ, arXiv 2210.17323): columns are rounded one after the other, and what one loses the following
-ones, as far as they are correlated with it, make up for.
+"""Rounding that minds correlations: error feedback (GPTQ, arXiv 2210.17323), then coordinate descent.
 
-With H = E[x x^T] and H^-1 = U^T U, U upper triangular, rounding column k of the weights W to Q changes the later
-columns by -(W_k - Q_k) / U_kk * U_k,later, and the output loses ((W_k - Q_k) / U_kk)^2 per row.
+What a matrix of weights W [M, K] loses on inputs x by becoming Q is tr((W - Q) H (W - Q)^T) with H = E[x x^T]. Error
+feedback rounds columns one after the other and lets the following ones, as far as they are correlated, make up for what
+one loses: with H^-1 = U^T U, U upper triangular, rounding column k changes the later columns by
+-(W_k - Q_k) / U_kk * U_k,later at a loss of ((W_k - Q_k) / U_kk)^2 per row. Descent then visits all columns again, now
+that all others are known.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from agq_gguf.blocks import GROUP_COLUMNS
-from agq_gguf.codebook import Codebook, reciprocal, search_scales
+from agq_gguf.codebook import Codebook, reciprocal, search_scales, storable
 
 
-def factor(hessian: torch.Tensor, damping: float) -> torch.Tensor | None:
-    """U [K, K] float32 for H [K, K] with `damping` times its mean diagonal added; None if H is not positive definite.
+@dataclass(frozen=True)
+class Correlations:
+    """What error feedback needs to know of an input of K channels, in stored order unless said otherwise."""
+
+    hessian: torch.Tensor  # [K, K] float32, damped
+    order: torch.Tensor  # [K] int64, the stored columns in the order of their rounding, groups in one piece
+    upper: torch.Tensor  # [K, K] float32, U of the damped Hessian in that order
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """What a squared error of each column costs [K], once the columns after it have made up for what they can."""
+        found = torch.empty(len(self.order))
+        found[self.order] = self.upper.diagonal().square().reciprocal()
+        return found
+
+
+def correlations(hessian: torch.Tensor, damping: float) -> Correlations | None:
+    """Prepares H [K, K] with `damping` times its mean diagonal added; None if it is not positive definite then.
+
+    Channels of much energy come first, since the last ones find nobody to make up for their errors; whole groups, and
+    columns inside a group, because a group gets its scale when its turn comes.
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(damping * float(hessian.diagonal().mean()))
+    energy = damped.diagonal().reshape(-1, GROUP_COLUMNS)
+    groups = energy.sum(1).argsort(dim=0, descending=True, stable=True)
+    inside = energy.argsort(dim=1, descending=True, stable=True)
+    order = (groups[:, None] * GROUP_COLUMNS + inside[groups]).reshape(-1)
+    upper = _inverse_factor(damped[order][:, order])
+    return None if upper is None else Correlations(damped, order, upper)
+
+
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
+    """U of H^-1 = U^T U.
 
     With J reversing the order, J H J = L L^T gives H = R R^T with R = J L J upper triangular, so that U is R^-1: one
     Cholesky and one triangular inverse, where inverting H first would take twice the work.
     """
-    columns = len(hessian)
-    damped = hessian.flip(0, 1)
-    damped.diagonal().add_(damping * float(damped.diagonal().mean()))
-    lower, info = torch.linalg.cholesky_ex(damped)
+    reversed_ = hessian.flip(0, 1)
+    lower, info = torch.linalg.cholesky_ex(reversed_)
     if int(info):
-        damped, info = damped.double(), info
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower, info = torch.linalg.cholesky_ex(reversed_.double())
     if int(info):
         return None
-    identity = torch.eye(columns, dtype=lower.dtype)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
-    return inverse if bool(torch.isfinite(inverse).all()) else None
+    identity = torch.eye(len(lower), dtype=lower.dtype)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    return upper if bool(torch.isfinite(upper).all()) else None
 
 
-def quantize(weights: torch.Tensor, upper: torch.Tensor, codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [M, K] int64 and scales [M, K / 64] for weights [M, K] (not changed) with `upper` from `factor`.
+def quantize(
+    weights: torch.Tensor, known: Correlations, codebook: Codebook, sweeps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [M, K] int64 and scales [M, K / 64] for weights [M, K] in stored order, which are left as they are."""
+    codes, scales = _feed_back(weights, known, codebook)
+    return _descend(weights, known.hessian, codebook, codes, scales, sweeps)
 
-    The scale of a group is searched when its turn comes, on weights that already carry the earlier errors.
-    """
-    rows, columns = weights.shape
-    rest = weights.T.clone(memory_format=torch.contiguous_format)  # [K, M]: a column is one contiguous row
-    codes = torch.empty(columns, rows, dtype=torch.int64)
-    scales = torch.empty(columns // GROUP_COLUMNS, rows)
-    for g in range(columns // GROUP_COLUMNS):
-        here = slice(g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS)
-        group, inside = rest[here], upper[here, here]
+
+# Below, matrices are transposed, [K, M]: one column of the weights is one contiguous row.
+
+
+def _feed_back(weights: torch.Tensor, known: Correlations, codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [K, M] and scales [K / 64, M]; a group's scale is searched on weights that carry the earlier errors."""
+    rest, upper = weights.T[known.order], known.upper
+    codes = torch.empty(rest.shape, dtype=torch.int64)
+    scales = torch.empty(len(rest) // GROUP_COLUMNS, rest.shape[1])
+    for begin in range(0, len(rest), GROUP_COLUMNS):
+        here, later = slice(begin, begin + GROUP_COLUMNS), slice(begin + GROUP_COLUMNS, None)
+        group, inside, columns = rest[here], upper[here, here], known.order[here]
         importance = inside.diagonal().square().reciprocal()[None]
-        scales[g] = search_scales(group.T.contiguous(), importance, codebook)
-        inverse = reciprocal(scales[g])
-        errors = torch.empty_like(group)
+        scale = search_scales(group.T.contiguous(), importance, codebook)
+        inverse, errors = reciprocal(scale), torch.empty_like(group)
         for j in range(GROUP_COLUMNS):
             normal = group[j] * inverse
-            codes[here.start + j] = codebook.encode(normal)
-            errors[j] = (group[j] - codebook.nearest(normal) * scales[g]) / inside[j, j]
+            codes[columns[j]] = codebook.encode(normal)
+            errors[j] = (group[j] - codebook.nearest(normal) * scale) / inside[j, j]
             group[j + 1 :].addr_(inside[j, j + 1 :], errors[j], alpha=-1)
-        rest[here.stop :].addmm_(upper[here, here.stop :].T, errors, alpha=-1)
+        rest[later].addmm_(upper[here, later].T, errors, alpha=-1)
+        scales[columns[0] // GROUP_COLUMNS] = scale
+    return codes, scales
+
+
+def _descend(
+    weights: torch.Tensor,
+    hessian: torch.Tensor,
+    codebook: Codebook,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    sweeps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinate descent from codes [K, M] and scales [K / 64, M]; returns them as [M, K] and [M, K / 64].
+
+    With the slope S = H (W - Q), column k alone is best at Q_k + S_k / H_kk, and the scale of a group with values c at
+    D + c S / c H c. Every step lowers the loss or leaves it.
+    """
+    restored = codebook.values[codes] * scales.repeat_interleave(GROUP_COLUMNS, 0)
+    slope = hessian @ (weights.T - restored)
+    for _ in range(sweeps):
+        for g in range(len(scales)):
+            here = slice(g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS)
+            inside, group, before = hessian[here, here], slope[here].clone(), restored[here].clone()
+            scales[g] = _refit_scale(codebook.values[codes[here]], scales[g], inside, group)
+            restored[here] = codebook.values[codes[here]] * scales[g]
+            group -= inside @ (restored[here] - before)
+            inverse = reciprocal(scales[g])
+            for j in range(GROUP_COLUMNS):
+                k = here.start + j
+                normal = (restored[k] + group[j] / inside[j, j]) * inverse
+                codes[k] = codebook.encode(normal)
+                value = codebook.nearest(normal) * scales[g]
+                group.addr_(inside[j], value - restored[k], alpha=-1)
+                restored[k] = value
+            slope.addmm_(hessian[:, here], restored[here] - before, alpha=-1)
     return codes.T.contiguous(), scales.T.contiguous()
+
+
+def _refit_scale(values: torch.Tensor, scale: torch.Tensor, inside: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Storable scale [M] for fixed values [64, M]; the old one where rounding to a storable one would lose."""
+    linear = (values * slope).sum(0)
+    square = (values * (inside @ values)).sum(0)
+    change = storable(scale + linear * reciprocal(square)) - scale
+    gain = change * (2 * linear - change * square)
+    return torch.where(gain > 0, scale + change, scale)

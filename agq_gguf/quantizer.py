@@ -16,10 +16,15 @@ from agq_gguf import codebook as cb
 from agq_gguf import feedback, refine
 from agq_gguf.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
 from agq_gguf.errors import InputError
+from agq_gguf.feedback import Correlations
 from agq_gguf.refine import Refinement
 from agq_gguf.stats import InputStats
 
 _FLOOR = 1e-4  # importance of a channel that was silent in the calibration text: it still must be stored sensibly
+# Scales keep their full precision from 2^-14 up to 2^16: room for rows that are a million times smaller than the
+# largest, and for error feedback, which may make weights larger.
+_LARGEST = 4096.0
+_SMALLEST_ALPHA = 2.0**-126  # smaller binary32 numbers lose precision, or count as 0 on some machines
 _ERROR_ROWS = 256  # rows on which the reported error is measured
 
 
@@ -32,7 +37,8 @@ class MatrixOptions:
     refine: bool = True  # exponents and channel order
     learn_codebook: bool = True
     error_feedback: bool = True
-    damping: float = 0.01
+    damping: float = 0.01  # of the Hessian, as a share of its mean diagonal
+    sweeps: int = 3  # of coordinate descent after error feedback
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,9 @@ class PreparedInput:
     """What holds for every weight that multiplies one input; columns in stored order."""
 
     refinement: Refinement
-    importance: torch.Tensor  # [K] float32, E[x'^2] of the refined input x' = x * 2^-e, mean 1
-    hessian: torch.Tensor | None = None  # [K, K] float32, E[x' x'^T] in the same unit
-    upper: torch.Tensor | None = None  # [K, K] float32, for error feedback
+    importance: torch.Tensor  # [K] float32, what a squared error in each column costs
+    hessian: torch.Tensor | None = None  # [K, K] float32, E[x' x'^T] of the refined input x' = x * 2^-e
+    correlations: Correlations | None = None  # for error feedback
     note: str = ""  # what was done with less than wanted, and why
 
 
@@ -77,9 +83,12 @@ def prepare_input(stats: InputStats | None, columns: int, capacity: int, options
     hessian = torch.from_numpy(stats.hessian[np.ix_(order, order)])
     hessian *= torch.from_numpy(shrink) / mean
     hessian *= torch.from_numpy(shrink)[:, None]
-    upper = feedback.factor(hessian, options.damping + refinement.noise / mean)
-    note = "" if upper is not None else "error feedback failed (no Cholesky factor): scales were searched instead"
-    return PreparedInput(refinement, importance, hessian, upper, note)
+    # Rounding the activations adds noise of its own to the diagonal: the Hessian of what the runtime multiplies with.
+    known = feedback.correlations(hessian, options.damping + refinement.noise / mean)
+    if known is None:
+        note = "error feedback failed (the Hessian has no Cholesky factor): scales were searched instead"
+        return PreparedInput(refinement, importance, hessian, note=note)
+    return PreparedInput(refinement, known.importance, hessian, known)
 
 
 def quantize_matrix(
@@ -96,8 +105,8 @@ def quantize_matrix(
     groups = stored.reshape(-1, GROUP_COLUMNS)
     h = prepared.importance.reshape(1, -1, GROUP_COLUMNS).expand(rows, -1, -1).reshape(-1, GROUP_COLUMNS)
     codebook = cb.learn(groups, h) if options.learn_codebook else cb.fixed()
-    if prepared.upper is not None:
-        codes, scales = feedback.quantize(stored, prepared.upper, codebook)
+    if prepared.correlations is not None:
+        codes, scales = feedback.quantize(stored, prepared.correlations, codebook, options.sweeps)
     else:
         scales = cb.search_scales(groups, h, codebook)
         codes = codebook.encode(groups * cb.reciprocal(scales)[:, None]).reshape(rows, columns)
@@ -116,12 +125,12 @@ def quantize_matrix(
 
 
 def _stored_weights(weight: NDArray[np.float32], refinement: Refinement) -> tuple[torch.Tensor, float]:
-    """W * 2^e / alpha in stored order, which is D * code, and alpha, which makes the largest D about 1."""
+    """W * 2^e / alpha in stored order, which is D * code, and alpha, which makes the largest D about `_LARGEST`."""
     columns = weight.shape[1]
     growth = np.ldexp(np.float32(1), refinement.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
     ordered = np.ascontiguousarray(weight[:, channel_order(refinement.listed, columns)])
     stored = torch.from_numpy(ordered * growth)
-    alpha = float(np.float32(float(stored.abs().max()) / 64)) or 1.0  # 1 also where the division underflows
+    alpha = max(float(np.float32(float(stored.abs().max()) / (64 * _LARGEST))), _SMALLEST_ALPHA)
     return stored / alpha, alpha
 
 

@@ -71,9 +71,7 @@ def _decide(tensor: Tensor, wanted: str, option: str) -> TensorPlan:
             return TensorPlan(tensor, blocks.TYPE_NAME, "")
         type_name, problem = "q8_0", shape_problem
     if type_name == "q8_0" and tensor.shape[-1] % TYPES[TYPE_IDS["q8_0"]][1]:
-        type_name, problem = "f16", f"{problem}; {tensor.shape[-1]} columns do not fit q8_0"
-    if type_name == tensor.type_name:
-        problem += ", as in the source"
+        type_name, problem = "f16", f"{problem}; q8_0 wants a multiple of 32"
     return TensorPlan(tensor, type_name, problem)
 
 

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+
+from agq_gguf import ggml_view
+from agq_gguf.calibrate import Calibrator, read_text
+from agq_gguf.errors import HostError, InputError
+from agq_gguf.ggml_view import GgmlTensor
+from agq_gguf.reader import open_gguf
+from agq_gguf.stats import InputStats, WeightStats
+
+TEXT = ["the red key in the box and the blue door to a cat, a dog. ", "Where was the king? "] * 15
+BIG = 1 << 30
+
+
+def wanted(path: Path) -> dict[str, tuple[int, ...]]:
+    with open_gguf(path) as reader:
+        return {n: t.shape for n, t in reader.tensors.items() if len(t.shape) > 1 and n != "token_embd.weight"}
+
+
+def gather(
+    path: Path, memory: int = BIG, **options: int
+) -> tuple[dict[str, WeightStats], list[np.ndarray], list[tuple[str, ...]]]:
+    """Statistics by weight, the chunks that ran, which weights share."""
+    found: dict[str, WeightStats] = {}
+    with Calibrator(path, TEXT, wanted(path), context=64, threads=1, **options) as calibrator:
+        for part in calibrator.passes(memory):
+            for one, stats in zip(part, calibrator.collect(part, memory, lambda _: None), strict=True):
+                found |= dict.fromkeys(one.weights, stats)
+        return found, calibrator.chunks, [one.weights for one in calibrator.inputs]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write_llama(tmp_path_factory.mktemp("calibrate") / "llama.gguf")
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write_llama(tmp_path_factory.mktemp("calibrate") / "moe.gguf", n_layer=1, n_expert=4)
+
+
+@pytest.fixture(scope="module")
+def gathered(llama: Path) -> tuple[dict[str, WeightStats], list[np.ndarray], list[tuple[str, ...]]]:
+    return gather(llama)
+
+
+def first_input(path: Path, chunks: list[np.ndarray]) -> np.ndarray:
+    """What layer 0's attention multiplies with, computed by hand: the normalized embeddings."""
+    with open_gguf(path) as reader:
+        x = reader.read("token_embd.weight")[np.concatenate(chunks)].astype(np.float64)
+        x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + reader.get("llama.attention.layer_norm_rms_epsilon"))
+        return x * reader.read("blk.0.attn_norm.weight")
+
+
+def test_statistics_equal_a_forward_by_hand(llama: Path, gathered) -> None:
+    found, chunks, _ = gathered
+    x = first_input(llama, chunks)
+    stats = found["blk.0.attn_q.weight"].whole
+    assert stats.tokens == len(x) and stats.sample is not None and stats.hessian is not None
+    np.testing.assert_allclose(stats.mean_square, (x * x).mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(stats.abs_max, np.abs(x).max(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(stats.hessian, x.T @ x / len(x), atol=1e-4 * np.abs(x).max() ** 2)
+    for row in stats.sample[:20]:
+        assert np.abs(x - row).max(axis=1).min() < 1e-3
+
+
+def test_shared_inputs(gathered) -> None:
+    found, _, groups = gathered
+    assert {frozenset(group) for group in groups} == {
+        *(frozenset(f"blk.{i}.attn_{x}.weight" for x in "qkv") for i in (0, 1)),
+        *(frozenset(f"blk.{i}.ffn_{x}.weight" for x in ("gate", "up")) for i in (0, 1)),
+        *(frozenset([f"blk.{i}.{x}.weight"]) for i in (0, 1) for x in ("attn_output", "ffn_down")),
+        frozenset(["output.weight"]),
+    }
+    assert found["blk.1.attn_q.weight"] is found["blk.1.attn_v.weight"]
+
+
+def assert_same(a: InputStats, b: InputStats) -> None:
+    assert a.tokens == b.tokens
+    np.testing.assert_array_equal(a.mean_square, b.mean_square)
+    np.testing.assert_array_equal(a.hessian, b.hessian)
+    np.testing.assert_array_equal(a.sample, b.sample)
+
+
+def test_many_passes_find_the_same(llama: Path, gathered) -> None:
+    with Calibrator(llama, TEXT, wanted(llama), context=64, threads=1) as calibrator:
+        assert len(calibrator.passes(BIG)) == 1
+        assert len(calibrator.passes(2 * 4 * 128**2)) > 3
+        assert calibrator.passes(1) == [[one] for one in calibrator.inputs]
+    one, _, _ = gathered
+    many, _, _ = gather(llama, 2 * 4 * 128**2)
+    assert one.keys() == many.keys() == wanted(llama).keys()
+    for name in one:
+        assert_same(one[name].whole, many[name].whole)
+
+
+def test_chunks(llama: Path, gathered) -> None:
+    _, chunks, _ = gathered
+    _, fewer, _ = gather(llama, max_tokens=200)
+    assert all(len(c) <= 64 and c[0] == 1 for c in chunks) and len(chunks) > 6
+    assert len(fewer) == 3 and np.array_equal(fewer[0], chunks[0])
+    assert any(np.array_equal(fewer[2], c) for c in chunks[len(chunks) // 2 :])
+
+
+def test_experts_see_their_tokens(moe: Path) -> None:
+    found, chunks, groups = gather(moe)
+    assert ("blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight") in [tuple(sorted(g)) for g in groups]
+    n = sum(map(len, chunks))
+    for name in ("blk.0.ffn_up_exps.weight", "blk.0.ffn_down_exps.weight"):
+        stats = found[name]
+        assert len(stats.experts) == 4 and sum(e.tokens for e in stats.experts) == 2 * n == stats.whole.tokens
+        assert stats.whole.hessian is not None
+        np.testing.assert_allclose(np.diag(stats.whole.hessian), stats.whole.mean_square, rtol=1e-3)
+    # Each token has 2 experts: the input of gate and up, weighted by use, is the router's input counted twice.
+    router = found["blk.0.ffn_gate_inp.weight"].whole
+    np.testing.assert_allclose(found["blk.0.ffn_up_exps.weight"].whole.mean_square, router.mean_square, rtol=1e-3)
+    pooled, _, _ = gather(moe, 4 * 128**2)
+    assert not pooled["blk.0.ffn_up_exps.weight"].experts
+    np.testing.assert_allclose(pooled["blk.0.ffn_up_exps.weight"].whole.mean_square, router.mean_square, rtol=1e-3)
+    with Calibrator(moe, TEXT, wanted(moe), context=64, threads=1) as calibrator:
+        assert calibrator.pooled(BIG) == []
+        assert set(calibrator.pooled(4 * 128**2)) == {n for n in found if "_exps" in n}
+
+
+@pytest.mark.parametrize("arch", ["bert", "gpt2", "falcon", "bloom", "qwen2"])
+def test_other_architectures(tmp_path: Path, arch: str) -> None:
+    path = getattr(tiny_models, f"write_{arch}")(tmp_path / "m.gguf")
+    found, chunks, _ = gather(path)
+    linear = [name for name in wanted(path) if name.startswith("blk.")]
+    assert linear and set(linear) <= found.keys()
+    for name in linear:
+        assert found[name].whole.tokens == sum(map(len, chunks))
+        assert found[name].whole.mean_square.min() > 0
+    if arch == "bert":
+        assert all((c[0], c[-1]) == (2, 3) for c in chunks)  # [CLS] and [SEP] around each chunk
+
+
+def test_too_little_text(llama: Path) -> None:
+    for text in ([], [""], ["two words"]):
+        with pytest.raises(InputError, match="tokens, at least 64 are needed"):
+            Calibrator(llama, text, wanted(llama), threads=1)
+
+
+def test_unreadable_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="calibration text cannot be read: No such file"):
+        list(read_text(tmp_path / "none.txt"))
+    (tmp_path / "t").write_bytes(b"caf\xe9 ok")
+    assert list(read_text(tmp_path / "t")) == ["caf\udce9 ok"]
+    assert list(read_text(iter(["a", "b"]))) == ["a", "b"]
+
+
+def test_errors_in_the_callback_arrive(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Calibrator(llama, TEXT, wanted(llama), context=64, threads=1) as calibrator:
+
+        def fail(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(calibrator, "_add", fail)
+        with pytest.raises(KeyboardInterrupt):
+            calibrator.collect(calibrator.inputs, BIG, lambda _: None)
+        monkeypatch.undo()
+        assert calibrator.collect(calibrator.inputs[:1], BIG, lambda _: None)[0].whole.tokens > 0
+
+
+def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
+    path = tiny_models.write_llama(tmp_path / "m.gguf", n_layer=1)
+    with open_gguf(path) as reader:
+        norm = reader.tensors["blk.0.attn_norm.weight"]
+    data = bytearray(path.read_bytes())
+    data[norm.offset : norm.offset + 4] = np.float32(np.inf).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="NaN or an infinity"):
+        gather(path)
+
+
+def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ggml_view.Ggml()
+
+    class Shifted(ctypes.Structure):
+        pass
+
+    Shifted._fields_ = [
+        (
+            name,
+            ctypes.POINTER(Shifted) * 10 if name == "src" else ctypes.POINTER(Shifted) if name == "view_src" else kind,
+        )
+        for name, kind in [GgmlTensor._fields_[0], ("new", ctypes.c_int64), *GgmlTensor._fields_[1:]]
+    ]
+    monkeypatch.setattr(ggml_view, "GgmlTensor", Shifted)
+    with pytest.raises(HostError, match="unknown way"):
+        ggml_view.Ggml()

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from agq_gguf import blocks, codebook, feedback, refine
+from agq_gguf.errors import InputError
+from agq_gguf.quantizer import MatrixOptions, prepare_input, quantize_matrix
+from agq_gguf.stats import InputStats
+
+ROWS, COLUMNS, TOKENS = 64, 256, 4096
+PLAIN = MatrixOptions(refine=False)
+
+
+def correlated_input(seed: int = 0, outliers: tuple[int, ...] = ()) -> np.ndarray:
+    """Activations [TOKENS, COLUMNS] with a decaying spectrum, as those of models have."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((COLUMNS, COLUMNS)) / np.sqrt(1 + np.arange(COLUMNS))[:, None]
+    x = rng.standard_normal((TOKENS, COLUMNS)) @ mix + 0.1 * rng.standard_normal((TOKENS, COLUMNS))
+    x *= np.exp(0.7 * rng.standard_normal(COLUMNS))
+    x[:, list(outliers)] *= 40
+    return x.astype(np.float32)
+
+
+def stats_of(x: np.ndarray, hessian: bool = True) -> InputStats:
+    h = (x.T @ x / len(x)).astype(np.float32) if hessian else None
+    return InputStats(len(x), (x * x).mean(axis=0), np.abs(x).max(axis=0), x[::16], h)
+
+
+def weights(seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((ROWS, COLUMNS)).astype(np.float32)
+
+
+def output_error(w: np.ndarray, x: np.ndarray, stats: InputStats | None, options: MatrixOptions = PLAIN) -> float:
+    """Squared output error over squared output on x, measured on what the format really says."""
+    result = quantize_matrix(w, prepare_input(stats, COLUMNS, 1000, options), options)
+    restored = blocks.dequantize(blocks.unpack(blocks.pack(result.matrix)))
+    error = float(np.square(x @ (restored - w).T, dtype=np.float64).sum() / np.square(x @ w.T, dtype=np.float64).sum())
+    if stats is not None and stats.hessian is not None:
+        assert result.error == pytest.approx(error, rel=0.02)
+    return error
+
+
+def test_each_step_is_better_than_the_one_before() -> None:
+    w, x = weights(), correlated_input()
+    plain = output_error(w, x, None)
+    searched = output_error(w, x, stats_of(x, hessian=False))
+    fed_back = output_error(w, x, stats_of(x), replace(PLAIN, sweeps=0))
+    descended = output_error(w, x, stats_of(x))
+    assert plain < 0.0085
+    assert searched < 0.98 * plain
+    assert fed_back < 0.6 * searched
+    assert descended < 0.95 * fed_back
+
+
+def test_better_than_rounding_to_q4_0() -> None:
+    """Against the stock type of about the same size, on plain weights."""
+    import gguf
+
+    w = np.random.default_rng(3).standard_normal((256, 512)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    stock = gguf.quants.dequantize(gguf.quants.quantize(w, kind), kind)
+    ours = blocks.dequantize(quantize_matrix(w, prepare_input(None, 512, 0, PLAIN), PLAIN).matrix)
+    assert np.square(ours - w).sum() < 0.9 * np.square(stock - w).sum()
+
+
+def test_learned_codebook_is_better_on_odd_weights() -> None:
+    w = weights() ** 3
+    x = correlated_input()
+    fixed = output_error(w, x, None, replace(PLAIN, learn_codebook=False))
+    assert output_error(w, x, None) < 0.8 * fixed
+
+
+def test_representable_weights_are_exact() -> None:
+    rng = np.random.default_rng(5)
+    values = np.array(codebook._FIXED)[rng.integers(0, 16, (ROWS, COLUMNS))]
+    values[:, ::64] = -64  # so that the largest weight of each group is on the far end
+    scales = 2.0 ** rng.integers(-3, 1, (ROWS, COLUMNS // 64))
+    w = (values * scales.repeat(64, axis=1)).astype(np.float32)
+    for stats in (None, stats_of(correlated_input())):
+        for learn in (False, True):
+            options = replace(PLAIN, learn_codebook=learn)
+            result = quantize_matrix(w, prepare_input(stats, COLUMNS, 0, options), options)
+            np.testing.assert_array_equal(blocks.dequantize(result.matrix), w)
+            assert result.error == 0
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+def test_odd_matrices(hessian: bool) -> None:
+    x = correlated_input()
+    x[:, :70] = 0  # channels that never speak
+    stats = stats_of(x, hessian)
+    prepared = prepare_input(stats, COLUMNS, 0, PLAIN)
+    w = weights()
+    w[3] = 0
+    w[5] = 0.25
+    w[7, 64:128] = 0
+    w[9] *= 1e-3
+    w[11] *= 1e3
+    result = quantize_matrix(w, prepared, PLAIN)
+    restored = blocks.dequantize(blocks.unpack(blocks.pack(result.matrix)))
+    assert np.isfinite(restored).all() and np.isfinite(result.error)
+    np.testing.assert_array_equal(restored[3], 0)
+    np.testing.assert_array_equal(restored[7, 64:128], 0) if not hessian else None
+    if not hessian:
+        np.testing.assert_allclose(restored[5], 0.25, rtol=0.02)
+        for row in (9, 11):  # far smaller and far larger than the others
+            assert np.square(restored[row] - w[row]).sum() < 0.02 * np.square(w[row]).sum()
+    assert np.abs(restored[0] - w[0]).max() < 1  # silent channels are stored sensibly too
+    zero = quantize_matrix(np.zeros((ROWS, COLUMNS), np.float32), prepared, PLAIN)
+    assert zero.error == 0 and not blocks.dequantize(zero.matrix).any()
+    blocks.pack(zero.matrix)
+
+
+@pytest.mark.parametrize("scale", [1e-33, 1e30])
+def test_extreme_sizes(scale: float) -> None:
+    w = weights() * np.float32(scale)
+    result = quantize_matrix(w, prepare_input(None, COLUMNS, 0, PLAIN), PLAIN)
+    restored = blocks.dequantize(blocks.unpack(blocks.pack(result.matrix)))
+    error = np.square((restored - w) / scale, dtype=np.float64).mean()
+    assert error < 0.01
+
+
+def test_bad_weights_are_named() -> None:
+    w = weights()
+    for bad in (np.nan, np.inf, -np.inf):
+        w[2, 3] = bad
+        with pytest.raises(InputError, match=r"tensor blk\.0\.x holds a NaN"):
+            quantize_matrix(w, prepare_input(None, COLUMNS, 0, PLAIN), PLAIN, "blk.0.x")
+
+
+def test_useless_hessian_is_told() -> None:
+    stats = replace(stats_of(correlated_input()), hessian=-np.eye(COLUMNS, dtype=np.float32))
+    prepared = prepare_input(stats, COLUMNS, 0, PLAIN)
+    result = quantize_matrix(weights(), prepared, PLAIN)
+    assert "error feedback failed" in result.note and result.error < 0.01
+    silent = InputStats(10, np.zeros(COLUMNS, np.float32))
+    assert "always zero" in quantize_matrix(weights(), prepare_input(silent, COLUMNS, 0, PLAIN), PLAIN).note
+
+
+def test_inverse_factor() -> None:
+    h = torch.from_numpy(stats_of(correlated_input()).hessian)
+    known = feedback.correlations(h, 0.01)
+    assert known is not None
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(COLUMNS)
+    torch.testing.assert_close(known.hessian, damped)
+    assert torch.equal(known.upper, known.upper.triu())
+    ordered = damped[known.order][:, known.order].double()
+    product = known.upper.double().T @ known.upper.double() @ ordered
+    torch.testing.assert_close(product, torch.eye(COLUMNS, dtype=torch.float64), atol=1e-3, rtol=0)
+    groups = known.order.reshape(-1, 64) // 64
+    assert torch.equal(groups, groups[:, :1].expand(-1, 64)) and len(groups[:, 0].unique()) == COLUMNS // 64
+
+
+def test_descent_never_loses() -> None:
+    h = torch.from_numpy(stats_of(correlated_input()).hessian)
+    known = feedback.correlations(h, 0.01)
+    assert known is not None
+    w = torch.from_numpy(weights() * 20)
+    book = codebook.fixed()
+
+    def loss(sweeps: int) -> float:
+        codes, scales = feedback.quantize(w, known, book, sweeps)
+        error = w - book.values[codes] * scales.repeat_interleave(64, 1)
+        return float(((error @ known.hessian) * error).sum())
+
+    losses = [loss(n) for n in range(4)]
+    assert losses == sorted(losses, reverse=True) and losses[3] < 0.97 * losses[0]
+
+
+def test_nearest_codes_are_nearest() -> None:
+    book = codebook.fixed()
+    v = torch.linspace(-80, 80, 3001)
+    exact = (v[:, None] - book.values).abs().argmin(1)
+    distance = (book.values[book.encode(v)] - v).abs() - (book.values[exact] - v).abs()
+    assert distance.max() < 1e-4 and torch.equal(book.nearest(v), book.values[book.encode(v)])
+
+
+# refinement
+
+
+def noise(x: np.ndarray, found: refine.Refinement) -> float:
+    """What int8 really does to x, as a share of its energy."""
+    parameters = blocks.Parameters(np.arange(16, dtype=np.uint8), found.exponents, found.listed)
+    xq, s = blocks.quantize_activations(x, parameters)
+    growth = np.exp2(found.exponents.astype(np.float32)).repeat(64)
+    restored = np.empty_like(x)
+    restored[:, blocks.channel_order(found.listed, x.shape[1])] = xq * s * growth
+    return float(np.square(restored - x, dtype=np.float64).sum() / np.square(x, dtype=np.float64).sum())
+
+
+def test_outliers_are_gathered_and_shrunk() -> None:
+    outliers = (7, 77, 133, 200)
+    x = correlated_input(outliers=outliers)
+    sample = x[::16]
+    plain = refine.none(COLUMNS)
+    exponents = refine.choose(sample, 0, 8, False)
+    full = refine.choose(sample, 1000, 8, False)
+    assert set(outliers) <= set(full.listed.tolist()) and len(full.listed) == 64
+    assert full.exponents[0] >= 3 and not full.exponents[1:].any()
+    assert not exponents.listed.size and noise(x, exponents) <= noise(x, plain)
+    assert noise(x, full) < 0.3 * noise(x, plain)
+    assert refine.choose(sample, 63, 8, False).listed.size == 0
+    assert not refine.choose(sample, 1000, 8, True).exponents.any()
+    assert not refine.choose(sample, 1000, 8, False, enabled=False).exponents.any()
+
+
+def test_nothing_is_refined_without_need() -> None:
+    x = np.random.default_rng(0).standard_normal((256, COLUMNS)).astype(np.float32)
+    found = refine.choose(x, 1000, 8, False)
+    assert not found.listed.size and not found.exponents.any()
+    peak = np.abs(x).max(axis=1)
+    assert found.noise == pytest.approx(float(np.mean(peak**2)) / 12 / 127**2, rel=1e-3)
+    for odd in (np.zeros((0, COLUMNS), np.float32), np.zeros((9, COLUMNS), np.float32)):
+        assert refine.choose(odd, 1000, 8, False).noise == 0
+
+
+def test_refined_product_is_closer() -> None:
+    """With everything in place: int8 activations times 4-bit weights."""
+    x, w = correlated_input(outliers=(7, 77, 133)), weights()
+    exact = x @ w.T
+
+    def error(options: MatrixOptions) -> float:
+        matrix = quantize_matrix(w, prepare_input(stats_of(x), COLUMNS, 1000, options), options).matrix
+        return float(np.square(blocks.matmul_reference(x[:512], matrix) - exact[:512]).sum())
+
+    assert error(MatrixOptions()) < 0.7 * error(PLAIN)
