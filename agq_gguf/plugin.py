@@ -6,6 +6,8 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from .errors import HostError
 
 _SUFFIX = {"win32": ".dll", "darwin": ".so"}.get(sys.platform, ".so")
 _FILE_NAME = f"libggml-agq{_SUFFIX}"
+_LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _lock = threading.Lock()
 
 
@@ -98,15 +101,26 @@ def register() -> None:
         if is_registered():
             return
         path = backend_path()
-        if not _host().ggml_backend_load(os.fsencode(path)):
-            raise HostError(f"the plugin {path} did not load: {_reason(path)}")
+        library = _host()
+        try:
+            plugin = ctypes.CDLL(str(path))  # ggml unloads a plugin that refuses, and with it the reason
+        except OSError as error:
+            raise HostError(f"the plugin {path} cannot be loaded: {error}") from error
+        with _silenced(library):
+            loaded = library.ggml_backend_load(os.fsencode(path))
+        if not loaded:
+            plugin.agq_last_error.restype = ctypes.c_char_p
+            raise HostError(f"the plugin {path} did not load: {plugin.agq_last_error().decode()}")
 
 
-def _reason(path: Path) -> str:
-    """What the plugin said about its refusal, or the dynamic linker about the library."""
+@contextmanager
+def _silenced(library: ctypes.CDLL) -> Iterator[None]:
+    """Keep ggml's line about a loaded backend, which it logs as it would a model, off the screen."""
+    callback, user_data = ctypes.c_void_p(), ctypes.c_void_p()
+    library.ggml_log_get(ctypes.byref(callback), ctypes.byref(user_data))
+    ignore = _LOG_CALLBACK(lambda level, text, data: None)
+    library.ggml_log_set(ignore, None)
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return str(error)
-    library.agq_last_error.restype = ctypes.c_char_p
-    return (library.agq_last_error() or b"").decode() or "no reason given"
+        yield
+    finally:
+        library.ggml_log_set(callback, user_data)

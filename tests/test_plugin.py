@@ -1,0 +1,434 @@
+"""The plugin inside the stock llama-cpp-python: loading, logits against the reference, and all the ways a chat app uses it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import agq_gguf
+import gguf
+import numpy as np
+import pytest
+import tiny_models
+from agq_gguf import blocks
+from agq_gguf.convert import QuantizeOptions, quantize
+from agq_gguf.host import quiet_log
+from reference_model import ReferenceModel
+
+TEXT = b"the red key in the box and the dog went to the king who said the door of the house"
+ALL_AGQ4 = QuantizeOptions(output_type="agq4", embedding_type="agq4", threads=1)
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> Iterator[None]:
+    agq_gguf.register()
+    with quiet_log():
+        yield
+
+
+@pytest.fixture(scope="module")
+def dense(models: Path) -> Path:
+    source = tiny_models.write_llama(models / "plugin-f32.gguf", dtype="f32", n_embd=256, n_ff=384)
+    quantize(source, models / "plugin-agq4.gguf", options=ALL_AGQ4)
+    return models / "plugin-agq4.gguf"
+
+
+@pytest.fixture(scope="module")
+def experts(models: Path) -> Path:
+    source = tiny_models.write_llama(models / "moe-f32.gguf", dtype="f32", n_ff=384, n_expert=4, n_expert_used=2)
+    quantize(source, models / "moe-agq4.gguf", options=ALL_AGQ4)
+    return models / "moe-agq4.gguf"
+
+
+@pytest.fixture(scope="module")
+def tied(models: Path) -> Path:
+    source = tiny_models.write_llama(models / "tied-f32.gguf", dtype="f32", tied=True)
+    quantize(source, models / "tied-agq4.gguf", options=ALL_AGQ4)
+    return models / "tied-agq4.gguf"
+
+
+def open_llama(path: Path, **options: Any) -> Any:
+    """A model whose K/V cache is F32 unless said otherwise, so that nothing but the plugin rounds."""
+    from llama_cpp import Llama
+
+    return Llama(str(path), **{"n_ctx": 256, "n_threads": 2, "type_k": 0, "type_v": 0, "verbose": False, **options})
+
+
+def all_logits(path: Path, **options: Any) -> tuple[list[int], np.ndarray]:
+    llama = open_llama(path, logits_all=True, **options)
+    tokens = llama.tokenize(TEXT)
+    llama.eval(tokens)
+    logits = np.array(llama.scores[: len(tokens)])
+    llama.close()
+    return tokens, logits
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def run_python(code: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own, without the plugin registered."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(HERE), **(env or {})},
+        check=False,
+    )
+
+
+# logits
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "tied"])
+def test_logits_equal_the_reference(name: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(name)
+    tokens, logits = all_logits(path)
+    assert relative(logits, ReferenceModel(path).logits(tokens)) < 1e-5
+
+
+LOGITS_OF = """
+import sys, numpy, test_plugin, agq_gguf
+from pathlib import Path
+from agq_gguf.host import quiet_log
+agq_gguf.register()
+with quiet_log():
+    numpy.save(sys.argv[2], test_plugin.all_logits(Path(sys.argv[1]))[1])
+"""
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni"])
+def test_every_instruction_set(isa: str, experts: Path, tmp_path: Path) -> None:
+    result = run_python(LOGITS_OF, experts, tmp_path / "logits.npy", env={"AGQ_FORCE_ISA": isa})
+    if "not supported by this CPU" in result.stderr or "not a known kernel" in result.stderr:
+        pytest.skip(f"{isa} cannot run here")
+    assert result.returncode == 0, result.stderr
+    tokens, _ = all_logits(experts)
+    assert relative(np.load(tmp_path / "logits.npy"), ReferenceModel(experts).logits(tokens)) < 1e-5
+
+
+def test_unknown_instruction_set_is_an_error() -> None:
+    result = run_python("import agq_gguf; agq_gguf.register()", env={"AGQ_FORCE_ISA": "sse9"})
+    assert result.returncode != 0
+    assert "HostError" in result.stderr
+    assert "'sse9'" in result.stderr
+    assert "scalar" in result.stderr
+
+
+# situations
+
+
+def test_small_ubatch_mmap_and_threads_change_nothing(dense: Path) -> None:
+    _, plain = all_logits(dense)
+    for options in ({"n_ubatch": 5}, {"n_batch": 7}, {"use_mmap": False}, {"n_threads": 1, "n_threads_batch": 1}):
+        _, other = all_logits(dense, **options)
+        assert relative(other, plain) < 1e-5, options
+
+
+def test_flash_attention(dense: Path) -> None:
+    _, plain = all_logits(dense)
+    _, flash = all_logits(dense, flash_attn=True)
+    # Stock flash attention rounds to F16 inside, and a rounded activation then moves to the next int8 step here and there.
+    assert relative(flash, plain) < 0.1
+    assert np.mean(flash.argmax(1) == plain.argmax(1)) > 0.7
+    _, cached = all_logits(dense, flash_attn=True, type_k=8, type_v=8)
+    assert relative(cached, plain) < 0.2
+
+
+def test_generation_after_the_prompt(dense: Path) -> None:
+    """One token at a time gives what the whole text at once gives."""
+    tokens, together = all_logits(dense)
+    llama = open_llama(dense, logits_all=True)
+    llama.eval(tokens[:9])
+    for token in tokens[9:]:
+        llama.eval([token])
+    assert relative(np.array(llama.scores[: len(tokens)]), together) < 1e-5
+
+
+def test_chat_streaming_and_grammar(dense: Path) -> None:
+    from llama_cpp import LlamaGrammar
+
+    llama = open_llama(dense, chat_format="llama-2")
+    messages = [{"role": "user", "content": "who found the key"}]
+    whole = llama.create_chat_completion(messages, max_tokens=8, temperature=0)
+    text = whole["choices"][0]["message"]["content"]
+    parts = llama.create_chat_completion(messages, max_tokens=8, temperature=0, stream=True)
+    assert "".join(p["choices"][0]["delta"].get("content") or "" for p in parts) == text
+    grammar = LlamaGrammar.from_string('root ::= "red" | "blue"', verbose=False)
+    answer = llama.create_completion("the box", max_tokens=8, temperature=0, grammar=grammar)
+    assert answer["choices"][0]["text"] in ("red", "blue")
+
+
+def test_embeddings_of_a_decoder_and_an_encoder(dense: Path, models: Path) -> None:
+    from llama_cpp import LLAMA_POOLING_TYPE_MEAN
+
+    llama = open_llama(dense, embedding=True, pooling_type=LLAMA_POOLING_TYPE_MEAN)
+    vectors = [np.array(llama.embed(text)) for text in ("the red key", "the red key", "who went to the house")]
+    assert np.array_equal(vectors[0], vectors[1])
+    assert not np.allclose(vectors[0], vectors[2])
+
+    source = tiny_models.write_bert(models / "plugin-bert.gguf", dtype="f32")
+    report = quantize(source, models / "plugin-bert-agq4.gguf", options=ALL_AGQ4)
+    assert report.by_type()["agq4"][0] >= 6
+    wanted, found = (
+        np.array(open_llama(path, embedding=True).embed("the red key in the box"))
+        for path in (source, models / "plugin-bert-agq4.gguf")
+    )
+    assert wanted @ found / np.linalg.norm(wanted) / np.linalg.norm(found) > 0.95
+
+
+def test_state_can_be_saved_and_restored(dense: Path) -> None:
+    llama = open_llama(dense, logits_all=True)
+    tokens = llama.tokenize(TEXT)
+    llama.eval(tokens)
+    state = llama.save_state()
+    llama.eval([5, 6, 7])
+    wanted = np.array(llama.scores[len(tokens) : len(tokens) + 3])
+    llama.eval([8, 9, 10])
+    llama.load_state(state)
+    llama.eval([5, 6, 7])
+    assert relative(np.array(llama.scores[len(tokens) : len(tokens) + 3]), wanted) < 1e-5
+
+
+def test_several_models_and_contexts_in_threads(dense: Path, experts: Path, llama_q4: Path) -> None:
+    """Contexts of AGQ4 and stock models work at the same time and give what they give alone."""
+    from llama_cpp import LLAMA_POOLING_TYPE_NONE  # noqa: F401  llama_cpp is loaded before the threads start
+
+    paths = [dense, experts, dense, llama_q4]
+    alone = [all_logits(path)[1] for path in paths]
+    together: list[list[np.ndarray]] = [[] for _ in paths]
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            together[i].append(all_logits(paths[i], n_threads=1, n_threads_batch=1)[1])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(paths))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, results in enumerate(together):
+        assert len(results) == 5
+        for logits in results:
+            assert relative(logits, alone[i]) < 1e-5
+
+
+def test_abort_callback_stops_a_prompt_and_leaves_the_context_usable(dense: Path) -> None:
+    import llama_cpp
+
+    calls = 0
+
+    @llama_cpp.ggml_abort_callback
+    def abort(_data: object) -> bool:
+        nonlocal calls
+        calls += 1
+        return 5 < calls < 10_000
+
+    llama = open_llama(dense)
+    tokens = llama.tokenize(TEXT)
+    llama_cpp.llama_set_abort_callback(llama.ctx, abort, None)
+    with pytest.raises(RuntimeError):
+        llama.eval(tokens)
+    assert 5 < calls < 10  # it stopped at the node after the one that asked
+    calls = 100_000
+    llama.reset()
+    llama.eval(tokens)
+    again = llama.sample(temp=0)
+    other = open_llama(dense)
+    other.eval(tokens)
+    assert again == other.sample(temp=0)
+
+
+THREADS_OF = """
+import os, sys, test_plugin, agq_gguf
+from pathlib import Path
+from agq_gguf.host import quiet_log
+agq_gguf.register()
+with quiet_log():
+    n = int(sys.argv[2])
+    before = len(os.listdir("/proc/self/task"))
+    test_plugin.all_logits(Path(sys.argv[1]), n_threads=n, n_threads_batch=n)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_the_thread_count_is_honoured(dense: Path) -> None:
+    """OpenMP keeps its threads: a computation on n threads leaves n - 1 behind."""
+    for n in (1, 2, 3):
+        result = run_python(THREADS_OF, dense, n, env={"OMP_DYNAMIC": "false"})
+        assert result.stdout.strip() == str(n - 1), result.stderr
+
+
+# other architectures
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "falcon", "qwen2"])
+def test_other_architectures_run(name: str, models: Path) -> None:
+    """Logits stay near those of the source, as far as 4 bits without calibration can be near."""
+    source = getattr(tiny_models, f"write_{name}")(models / f"plugin-{name}.gguf", dtype="f32")
+    result = models / f"plugin-{name}-agq4.gguf"
+    assert quantize(source, result, options=ALL_AGQ4).by_type()["agq4"][0] >= 8
+    _, wanted = all_logits(source)
+    _, found = all_logits(result)
+    assert np.corrcoef(wanted.ravel(), found.ravel())[0, 1] > 0.8
+
+
+# refusal
+
+
+def test_stock_loader_refuses_the_file_without_the_plugin(dense: Path) -> None:
+    result = run_python("import sys, llama_cpp; llama_cpp.Llama(sys.argv[1])", dense)
+    assert result.returncode == 1  # an exception, no crash
+    assert "Failed to load model" in result.stderr
+
+
+def test_register_may_be_called_often_and_prints_nothing(dense: Path) -> None:
+    code = """
+import threading, agq_gguf, llama_cpp
+threads = [threading.Thread(target=agq_gguf.register) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+agq_gguf.register()
+lib = llama_cpp.llama_cpp._lib
+print(lib.ggml_backend_dev_count())
+"""
+    result = run_python(code)
+    assert (result.stdout, result.stderr) == ("2\n", "")  # AGQ and the CPU
+
+
+def damage(source: Path, target: Path, tensor_name: str, change: Any) -> Path:
+    """A copy of the file in which ``change(bytes of one tensor)`` was applied in place."""
+    raw = np.fromfile(source, np.uint8)
+    tensor = next(t for t in gguf.GGUFReader(source).tensors if t.name == tensor_name)
+    data = raw[tensor.data_offset : tensor.data_offset + tensor.n_bytes]
+    change(data)
+    raw.tofile(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (48, 0, "not those of an AGQ4 matrix"),
+        (49, 2, "version 2"),
+        (50, 0x13, "activation mode"),
+        (51, 0x80, "flags"),
+        (55, 0xFF, "tensor scale"),
+        (56, 0x77, "checksum"),
+        (62, 0xFF, "longer than"),
+        (60, 1, "does not fit"),
+        (blocks.TILE_BYTES + 48, 127, "checksum"),
+    ],
+)
+def test_damaged_attributes_are_named(offset: int, value: int, message: str, dense: Path, tmp_path: Path) -> None:
+    def change(data: np.ndarray) -> None:
+        data[offset] = value
+
+    name = "blk.1.ffn_up.weight"
+    path = damage(dense, tmp_path / "damaged.gguf", name, change)
+    code = "import sys, agq_gguf, llama_cpp; agq_gguf.register(); llama_cpp.Llama(sys.argv[1], n_ctx=64).eval([1, 2])"
+    result = run_python(code, path)
+    assert result.returncode == 1, result.stderr  # an exception, no crash
+    assert "RuntimeError" in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("agq:")]
+    assert len(lines) == 1
+    assert name in lines[0]
+    assert message in lines[0]
+
+
+def test_random_damage_never_crashes(dense: Path, tmp_path: Path) -> None:
+    """Whatever the tensors hold, a context gives logits (perhaps NaN) or an error."""
+    code = """
+import sys, json, agq_gguf, llama_cpp
+from agq_gguf.host import quiet_log
+agq_gguf.register()
+outcomes = []
+with quiet_log():
+    for path in sys.argv[1:]:
+        try:
+            llama_cpp.Llama(path, n_ctx=64, verbose=False).eval([1, 40, 300])
+            outcomes.append("ran")
+        except RuntimeError:
+            outcomes.append("refused")
+print(json.dumps(outcomes))
+"""
+    rng = np.random.default_rng(1)
+    names = [t.name for t in gguf.GGUFReader(dense).tensors if t.tensor_type == blocks.TYPE_ID]
+    paths = []
+    for i in range(24):
+        attributes_only = i % 2 == 0
+
+        def change(data: np.ndarray, attributes_only: bool = attributes_only) -> None:
+            tiles = data.reshape(-1, blocks.TILE_BYTES)
+            part = tiles[:4, 48:64] if attributes_only else tiles
+            hit = rng.random(part.shape) < 0.05
+            part[hit] = rng.integers(0, 256, int(hit.sum()))
+
+        paths.append(damage(dense, tmp_path / f"{i}.gguf", str(rng.choice(names)), change))
+    result = run_python(code, *paths)
+    assert result.returncode == 0, result.stderr
+    outcomes = json.loads(result.stdout)
+    assert len(outcomes) == len(paths)
+    assert "refused" in outcomes
+
+
+# hosts
+
+
+def load_into(host: Path | None) -> str:
+    """What the plugin says when it is loaded into a process with this ggml, or with none."""
+    code = """
+import ctypes, sys
+if len(sys.argv) > 2:
+    ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_GLOBAL)
+plugin = ctypes.CDLL(sys.argv[1])
+plugin.ggml_backend_init.restype = ctypes.c_void_p
+plugin.agq_last_error.restype = ctypes.c_char_p
+assert not plugin.ggml_backend_init()
+print(plugin.agq_last_error().decode())
+"""
+    result = run_python(code, agq_gguf.backend_path(), *([host] if host else []))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_process_without_ggml_is_refused() -> None:
+    assert "no function ggml_version" in load_into(None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="builds a shared library with c++")
+def test_a_host_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    declared = (HERE.parent / "cpp" / "host.h").read_text(encoding="utf-8")
+    names = set(re.findall(r"X\([^,]+, (ggml_\w+),", declared)) - {"ggml_version"}
+    assert len(names) > 20
+    source = tmp_path / "host.cpp"
+    functions = "".join(f'extern "C" void *{name}() {{ return nullptr; }}\n' for name in sorted(names))
+    for version in ("0.9.11", "0.26.0", "1.2.3", "unknown"):
+        source.write_text(f'extern "C" const char *ggml_version() {{ return "{version}"; }}\n{functions}')
+        library = tmp_path / f"host-{version}.so"
+        subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        message = load_into(library)
+        assert f"version {version};" in message
+        assert "0.3.30 to 0.3.36" in message
+
+
+def test_host_facts_are_those_of_the_installed_headers() -> None:
+    """The range in the plugin's message covers the installed release."""
+    import llama_cpp
+
+    function = llama_cpp.llama_cpp._lib.ggml_version
+    function.restype = ctypes.c_char_p
+    major, minor = map(int, function().decode().split(".")[:2])
+    assert (0, 15) <= (major, minor) <= (0, 25)
