@@ -164,7 +164,7 @@ struct pair_group {
 };
 
 constexpr int scratch_groups = 8;   ///< groups of a scratch: 17 KiB, half of the smallest L1
-constexpr int scratch_blocks = 16;  ///< token blocks that share one look-up
+constexpr int scratch_blocks = 43;  ///< token blocks that share one look-up: a batch of 512 tokens; 66 KiB of sums
 
 /// The f32 sums of a block of tokens for a pair of panels.
 using pair_sums = float[nr][2][16];
@@ -285,12 +285,23 @@ void multiply_panel(const gemm_args &args, int panel, int block_begin, int block
     }
 }
 
+/// Final factors, and out.
+void store_pair(const gemm_args &args, const activation_block &block, int b, int panel, const pair_sums sums) {
+    for (int t = 0; t < block.n; t++) {
+        const __m512 factor = _mm512_set1_ps(final_factor(args, block, t));
+        float *out = args.dst[b * nr + t] + panel * panel_rows;
+        _mm512_storeu_ps(out, _mm512_mul_ps(factor, _mm512_load_ps(sums[t][0])));
+        _mm512_storeu_ps(out + 16, _mm512_mul_ps(factor, _mm512_load_ps(sums[t][1])));
+    }
+}
+
 /// Two panels times some blocks, at most scratch_blocks of them.
 void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_end) {
     alignas(64) pair_group scratch[scratch_groups];
     alignas(64) pair_sums sums[scratch_blocks];
     const __m512i codebook = load_codebook(args.codebook);
     const int groups = args.k / group_columns;
+    const int full_blocks = args.n_tokens / nr;
     const tile *first = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
     const tile *second = first + args.k / tile_columns;
 
@@ -298,39 +309,36 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
     for (int g = 0; g < groups; g += scratch_groups) {
         const int groups_here = groups - g < scratch_groups ? groups - g : scratch_groups;
         look_up_pair(first, second, g, groups_here, codebook, scratch);
-        // All full blocks in one go, then the last one of the matrix if it is smaller.
+
         for (int b = block_begin; b < block_end;) {
             const activation_block block = block_at<nr>(args, b);
-            const int full = args.n_tokens / nr;
-            const int count = block.n < nr ? 1 : (block_end < full ? block_end : full) - b;
             const size_t skipped = static_cast<size_t>(g) * block.n;
             const activation_cursor x = {block.q + skipped * group_columns, block.bias + skipped,
                                          block.scale + (args.per_group ? skipped : 0)};
+            // All full blocks in one go, then the last one of the matrix if it is smaller.
+            const int count = block.n < nr ? 1 : (block_end < full_blocks ? block_end : full_blocks) - b;
             pair_table[args.per_group][block.n - 1](args, scratch, groups_here, count, x, sums + (b - block_begin));
             b += count;
         }
     }
+    // Neither fetching these places earlier nor writing them block by block was faster than one pass at the end.
     for (int b = block_begin; b < block_end; b++) {
-        const activation_block block = block_at<nr>(args, b);
-        for (int t = 0; t < block.n; t++) {
-            const __m512 factor = _mm512_set1_ps(final_factor(args, block, t));
-            float *out = args.dst[b * nr + t] + panel * panel_rows;
-            _mm512_storeu_ps(out, _mm512_mul_ps(factor, _mm512_load_ps(sums[b - block_begin][t][0])));
-            _mm512_storeu_ps(out + 16, _mm512_mul_ps(factor, _mm512_load_ps(sums[b - block_begin][t][1])));
-        }
+        store_pair(args, block_at<nr>(args, b), b, panel, sums[b - block_begin]);
     }
 }
 
 void gemm(const gemm_args &args) {
     const int blocks = (args.n_tokens + nr - 1) / nr;
-    // The outer loop is over tokens: their activations stay in L2 while the weights, which are smaller, pass by.
-    for (int b = 0; b < blocks; b += scratch_blocks) {
-        const int end = blocks - b < scratch_blocks ? blocks : b + scratch_blocks;
+    // The outer loop is over tokens: their activations stay close while the weights, which are smaller, pass by.
+    const int parts = (blocks + scratch_blocks - 1) / scratch_blocks;
+    for (int i = 0; i < parts; i++) {
+        const int begin = static_cast<int>(static_cast<int64_t>(blocks) * i / parts);
+        const int end = static_cast<int>(static_cast<int64_t>(blocks) * (i + 1) / parts);
         int panel = 0;
-        if (end - b > 1) {
-            for (; panel + 2 <= args.panels; panel += 2) multiply_pair(args, panel, b, end);
+        if (end - begin > 1) {
+            for (; panel + 2 <= args.panels; panel += 2) multiply_pair(args, panel, begin, end);
         }
-        for (; panel < args.panels; panel++) multiply_panel(args, panel, b, end);
+        for (; panel < args.panels; panel++) multiply_panel(args, panel, begin, end);
     }
 }
 
