@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from agq_gguf.blocks import round_scale
+from agq_gguf.blocks import GROUP_COLUMNS, round_scale
 
 # Values of the codes where none are learned: the fixed point of `learn` on Gaussian weights, rounded. The ends differ
 # in size because the sign of a scale is free: the largest weight of a group goes to the far end, whatever its sign.
@@ -109,14 +109,16 @@ def _search(weights: torch.Tensor, h: torch.Tensor, codebook: Codebook) -> torch
     return storable(best)
 
 
-def learn(weights: torch.Tensor, h: torch.Tensor) -> Codebook:
-    """Codebook of whole numbers for the groups `weights` [N, 64] with error weights `h` [N or 1, 64].
+def learn(matrix: torch.Tensor, importance: torch.Tensor) -> Codebook:
+    """Codebook of whole numbers for a matrix [M, K] whose columns have the error weights `importance` [K].
 
-    Weighted Lloyd iterations on weights divided by their scales, alternating with `search_scales`, on an even sample of
-    the groups. Returns the fixed codebook where the learned one is not better.
+    Weighted Lloyd iterations on weights divided by their scales, alternating with `search_scales`, on a sample of the
+    groups. Returns the fixed codebook where the learned one is not better.
     """
-    step = -(-len(weights) // _SAMPLE)
-    weights, h = weights[::step], h[::step] if len(h) > 1 else h
+    groups, columns = matrix.reshape(-1, GROUP_COLUMNS), importance.reshape(-1, GROUP_COLUMNS)
+    # Steps of a large prime: no two alike, spread over all rows and all groups of a row.
+    chosen = torch.arange(min(len(groups), _SAMPLE)) * 2147483647 % len(groups)
+    weights, h = groups[chosen], columns[chosen % len(columns)]
     codebook = fixed()
     for _ in range(_ROUNDS):
         codebook = _lloyd(weights, h, codebook)

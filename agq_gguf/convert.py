@@ -24,6 +24,7 @@ from agq_gguf.recipe import EMBEDDING, TensorPlan, plan
 from agq_gguf.stats import WeightStats, check_shapes, load_imatrix
 from agq_gguf.writer import Writer, layout
 
+_STOCK_ROWS = 4096  # converted at a time: bounds memory
 _FEW_TOKENS = 4096  # of calibration text; less is worth a warning
 
 Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
@@ -145,6 +146,8 @@ class _Guide:
 
 
 def _unguided(wanted: dict[str, Tensor]) -> _Guide:
+    if not wanted:
+        return _Guide("none", iter(()), ["no tensor of this model can be AGQ4"])
     warning = "quantized without calibration: all activations count alike; a text file gives better results"
     return _Guide("none", (((name,), None) for name in wanted), [warning])
 
@@ -227,15 +230,15 @@ def _write(
     with Writer(dst, reader.metadata, _metadata(plans, guide.origin, options), placed) as writer:
         for p in plans:
             if p.type_name != blocks.TYPE_NAME:
-                same = p.type_name == p.source.type_name
                 name = p.source.name
-                writer.write(name, reader.raw(name) if same else _stock(reader.read(name), p.type_name))
+                same = p.type_name == p.source.type_name
+                writer.write(name, [reader.raw(name)] if same else _stock(reader, p.source, p.type_name))
                 done += p.source.n_elements
                 progress("quantize", done, total, name)
         for names, stats in guide.groups:
             progress("quantize", done, total, names[0])
             for name, result in _quantize_group(reader, names, stats, options.matrix).items():
-                writer.write(name, result.data)
+                writer.write(name, result.parts)
                 results[name] = result
                 done += reader.tensors[name].n_elements
         progress("quantize", done, total, "")
@@ -249,7 +252,7 @@ def _write(
 
 @dataclass(frozen=True)
 class _Quantized:
-    data: bytes
+    parts: list[NDArray[np.uint8]]  # a matrix each
     error: float
     note: str
 
@@ -262,17 +265,18 @@ def _quantize_group(
     experts = shapes[0][0] if len(shapes[0]) == 3 else 1
     capacity = min(blocks.listable(*shape[-2:]) for shape in shapes)
     found: dict[str, list[QuantizedMatrix]] = {name: [] for name in names}
-    packed: dict[str, list[bytes]] = {name: [] for name in names}
+    packed: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in names}
     for expert in range(experts):
         if expert == 0 or (stats is not None and stats.experts):
             prepared = prepare_input(stats.of(expert) if stats else None, shapes[0][-1], capacity, options)
-        for name in names:
-            result = quantize_matrix(reader.read(name, expert), prepared, options, name)
-            packed[name].append(blocks.pack(result.matrix).tobytes())
+        for name, shape in zip(names, shapes, strict=True):
+            rows = range(expert * shape[-2], (expert + 1) * shape[-2])
+            result = quantize_matrix(reader.read(name, rows), prepared, options, name)
+            packed[name].append(blocks.pack(result.matrix))
             found[name].append(result)
     return {
         name: _Quantized(
-            b"".join(packed[name]),
+            packed[name],
             float(np.mean([result.error for result in found[name]])),
             "; ".join(sorted({result.note for result in found[name] if result.note})),
         )
@@ -280,14 +284,14 @@ def _quantize_group(
     }
 
 
-def _stock(weights: NDArray[np.float32], type_name: str) -> NDArray[Any]:
-    if type_name == "f32":
-        return weights
-    if type_name == "f16":
-        return weights.astype(np.float16)
+def _stock(reader: Reader, tensor: Tensor, type_name: str) -> Iterator[NDArray[Any]]:
+    """The rows of a tensor in a stock type, some at a time."""
     from gguf import GGMLQuantizationType, quants
 
-    return quants.quantize(weights, GGMLQuantizationType[type_name.upper()])
+    n_rows = tensor.n_elements // tensor.shape[-1]
+    for begin in range(0, n_rows, _STOCK_ROWS):
+        rows = reader.read(tensor.name, range(begin, min(begin + _STOCK_ROWS, n_rows)))
+        yield quants.quantize(rows, GGMLQuantizationType[type_name.upper()])
 
 
 def _metadata(plans: list[TensorPlan], guidance: str, options: QuantizeOptions) -> dict[str, str | bool | int | float]:

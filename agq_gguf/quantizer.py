@@ -26,6 +26,7 @@ _FLOOR = 1e-4  # importance of a channel that was silent in the calibration text
 _LARGEST = 4096.0
 _SMALLEST_ALPHA = 2.0**-126  # smaller binary32 numbers lose precision, or count as 0 on some machines
 _ERROR_ROWS = 256  # rows on which the reported error is measured
+_ROWS_AT_A_TIME = 4096  # bounds memory
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,10 @@ def quantize_matrix(
     """
     if not np.isfinite(weight).all():
         raise InputError(f"tensor {name} holds a NaN or an infinity; the model is damaged")
-    rows, columns = weight.shape
     stored, tensor_scale = _stored_weights(weight, prepared.refinement)
-    groups = stored.reshape(-1, GROUP_COLUMNS)
-    h = prepared.importance.reshape(1, -1, GROUP_COLUMNS).expand(rows, -1, -1).reshape(-1, GROUP_COLUMNS)
-    codebook = cb.learn(groups, h) if options.learn_codebook else cb.fixed()
-    if prepared.correlations is not None:
-        codes, scales = feedback.quantize(stored, prepared.correlations, codebook, options.sweeps)
-    else:
-        scales = cb.search_scales(groups, h, codebook)
-        codes = codebook.encode(groups * cb.reciprocal(scales)[:, None]).reshape(rows, columns)
-        scales = scales.reshape(rows, -1)
-    restored = codebook.values[codes] * scales.repeat_interleave(GROUP_COLUMNS, 1)
+    codebook = cb.learn(stored, prepared.importance) if options.learn_codebook else cb.fixed()
+    parts = [_round(part, prepared, codebook, options) for part in stored.split(_ROWS_AT_A_TIME)]
+    codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     parameters = Parameters(
         codebook=(codebook.values + 64).numpy().astype(np.uint8),
         exponents=prepared.refinement.exponents,
@@ -120,8 +113,25 @@ def quantize_matrix(
         activation_bits=options.activation_bits,
         per_group=options.per_group,
     )
-    matrix = Matrix(codes.numpy().astype(np.uint8), scales.numpy(), parameters)
-    return QuantizedMatrix(matrix, _relative_error(stored, restored, prepared), prepared.note)
+    step = -(-len(stored) // _ERROR_ROWS)
+    restored = codebook.values[codes[::step].int()] * scales[::step].repeat_interleave(GROUP_COLUMNS, 1)
+    error = _relative_error(stored[::step], restored, prepared)
+    return QuantizedMatrix(Matrix(codes.numpy(), scales.numpy(), parameters), error, prepared.note)
+
+
+def _round(
+    stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook, options: MatrixOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [M, K] uint8 and scales [M, K / 64] of some rows; each row is on its own."""
+    rows, columns = stored.shape
+    if prepared.correlations is not None:
+        codes, scales = feedback.quantize(stored, prepared.correlations, codebook, options.sweeps)
+        return codes.to(torch.uint8), scales
+    groups = stored.reshape(-1, GROUP_COLUMNS)
+    h = prepared.importance.reshape(-1, GROUP_COLUMNS).repeat(rows, 1)
+    scales = cb.search_scales(groups, h, codebook)
+    codes = codebook.encode(groups * cb.reciprocal(scales)[:, None])
+    return codes.to(torch.uint8).reshape(rows, columns), scales.reshape(rows, -1)
 
 
 def _stored_weights(weight: NDArray[np.float32], refinement: Refinement) -> tuple[torch.Tensor, float]:
@@ -135,13 +145,11 @@ def _stored_weights(weight: NDArray[np.float32], refinement: Refinement) -> tupl
 
 
 def _relative_error(stored: torch.Tensor, restored: torch.Tensor, prepared: PreparedInput) -> float:
-    """tr(E H E^T) / tr(W H W^T), on an even choice of rows; H is diagonal where no Hessian is known."""
-    step = -(-len(stored) // _ERROR_ROWS)
-    weights, difference = stored[::step], (stored - restored)[::step]
+    """tr(E H E^T) / tr(W H W^T); H is diagonal where no Hessian is known."""
 
     def energy(w: torch.Tensor) -> float:
         product = w @ prepared.hessian if prepared.hessian is not None else w * prepared.importance
         return float((product * w).sum(dtype=torch.float64))
 
-    total = energy(weights)
-    return energy(difference) / total if total > 0 else 0.0
+    total = energy(stored)
+    return energy(stored - restored) / total if total > 0 else 0.0

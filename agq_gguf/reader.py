@@ -141,17 +141,17 @@ class Reader:
         tensor = self.tensors[name]
         return memoryview(self._map)[tensor.offset : tensor.offset + tensor.n_bytes]
 
-    def read(self, name: str, expert: int | None = None) -> NDArray[np.float32]:
-        """A float tensor (f32, f16, bf16) as float32 in its shape, or one matrix of it; always a copy.
+    def read(self, name: str, rows: range | None = None) -> NDArray[np.float32]:
+        """A float tensor (f32, f16, bf16) as float32 in its shape, or some rows of it [rows, K]; always a copy.
 
-        Raises InputError for other types.
+        Rows are counted through all matrices of the tensor. Raises InputError for other types.
         """
         tensor, data = self.tensors[name], self.raw(name)
         shape = tensor.shape
-        if expert is not None:
-            shape = shape[-2:]
-            size = len(data) * math.prod(shape) // tensor.n_elements
-            data = data[expert * size : (expert + 1) * size]
+        if rows is not None:
+            row_bytes = tensor.n_bytes // math.prod(shape[:-1])
+            data = data[rows.start * row_bytes : rows.stop * row_bytes]
+            shape = (len(rows), shape[-1])
         if tensor.type_name == "f32":
             values = np.frombuffer(data, "<f4").astype(np.float32)
         elif tensor.type_name == "f16":

@@ -97,18 +97,21 @@ class Writer:
             self._explain(e)
             raise
 
-    def write(self, name: str, data: NDArray[Any] | memoryview | bytes) -> None:
-        """Writes the bytes of one tensor at its place."""
+    def write(self, name: str, parts: Iterable[NDArray[Any] | memoryview]) -> None:
+        """Writes the bytes of one tensor, in parts, at its place."""
         tensor = self._tensors[name]
-        view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
-        if len(view) != tensor.n_bytes:
-            raise ValueError(f"tensor {name}: {len(view)} bytes, its place has {tensor.n_bytes}")
         self._missing.remove(name)
-        try:
-            self._write(self._data_begin + tensor.offset, view)
-        except OSError as e:
-            self._explain(e)
-            raise
+        written = 0
+        for part in parts:
+            view = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+            try:
+                self._write(self._data_begin + tensor.offset + written, view)
+            except OSError as e:
+                self._explain(e)
+                raise
+            written += len(view)
+        if written != tensor.n_bytes:
+            raise ValueError(f"tensor {name}: {written} bytes, its place has {tensor.n_bytes}")
 
     def _write(self, at: int, data: memoryview | bytes) -> None:
         self._file.seek(at)

@@ -15,6 +15,15 @@ ROWS, COLUMNS, TOKENS = 64, 256, 4096
 PLAIN = MatrixOptions(refine=False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def correlated_input(seed: int = 0, outliers: tuple[int, ...] = ()) -> np.ndarray:
     """Activations [TOKENS, COLUMNS] with a decaying spectrum, as those of models have."""
     rng = np.random.default_rng(seed)

@@ -36,7 +36,7 @@ def test_round_trip_in_any_order(tmp_path: Path, source: Reader) -> None:
     path = tmp_path / "out.gguf"
     with Writer(path, source.metadata, {"agq.version": 1, "general.file_type": 138}, layout(TENSORS)) as writer:
         for name in ("c", "a", "b"):
-            writer.write(name, DATA[name])
+            writer.write(name, [DATA[name]])
         assert not path.exists()
     assert path.stat().st_size == writer.n_bytes
     with open_gguf(path) as out:
@@ -82,7 +82,7 @@ def test_target_survives_until_the_end(tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt), Writer(path, {}, {}, layout(TENSORS)) as writer:
-        writer.write("a", DATA["a"])
+        writer.write("a", [DATA["a"][:1], DATA["a"][1:]])
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and files(tmp_path) == ["out.gguf"]
 
@@ -92,9 +92,9 @@ def test_missing_tensor_is_noticed(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"without data: \['b', 'c'\]"),
         Writer(tmp_path / "o", {}, {}, layout(TENSORS)) as w,
     ):
-        w.write("a", DATA["a"])
+        w.write("a", [DATA["a"]])
     with pytest.raises(ValueError, match="68"), Writer(tmp_path / "o", {}, {}, layout(TENSORS)) as w:
-        w.write("b", DATA["a"])
+        w.write("b", [DATA["a"]])
     assert files(tmp_path) == []
 
 
@@ -114,7 +114,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OutputError, match="No space left"), Writer(tmp_path / "o", {}, {}, layout(TENSORS)) as writer:
         for name, data in DATA.items():
-            writer.write(name, data)
+            writer.write(name, [data])
     assert files(tmp_path) == []
 
 
@@ -131,7 +131,7 @@ def test_really_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "ftruncate", lambda *_: None)
     with pytest.raises(OutputError, match="No space left"), Writer(tmp_path / "o", {}, {}, layout(TENSORS)) as writer:
         for name, data in DATA.items():
-            writer.write(name, data)
+            writer.write(name, [data])
     assert files(tmp_path) == []
 
 
