@@ -1,7 +1,8 @@
 """Tiny GGUF models with random weights, for tests: stock llama.cpp loads them, tokenizes and generates.
 
-Every writer takes a path and returns it as a ``Path``; the same arguments give the same bytes. Norm weights carry a few
-large channels, so that activations have outliers as real models do, and logits are spread enough to have a clear argmax.
+Every writer takes a path and returns it as a ``Path``; the same arguments give the same bytes. Norm weights carry a
+few large channels, so that activations have outliers as in real models, and logits are spread enough to have a clear
+argmax.
 Run as a script, it writes one of each into a folder and loads them all in llama-cpp-python.
 """
 
@@ -151,7 +152,7 @@ class _Model:
         self.matrix(name, rows, n_embd, gain=gain, row_scale=small)
 
     def norm(self, name: str, n: int, *, bias: bool = False, outliers: bool = True) -> None:
-        """Norm weight near 1, n/64 channels of it 8 to 20 with ``outliers``, and a small bias if asked for; both f32."""
+        """Norm weight near 1, with ``outliers`` n/64 channels of 8 to 20; a small bias if asked for. Both f32."""
         weight = self.rng.normal(1.0, 0.1, n).astype(np.float32)
         if outliers:
             weight[self.rng.choice(n, max(1, n // 64), replace=False)] = self.rng.uniform(8, 20)
