@@ -274,8 +274,8 @@ def bench(
         show.write_json({**setup, "models": [asdict(result) for result in results]})
         return
     tables.show_bench(results)
-    show.say(f"tokens/s: median of {repetitions} ± half the distance of the quartiles; ratios to the first model")
-    show.say(f"{threads} threads, flash attention {flash_attention.value}")
+    show.say("tokens/s: median ± half the distance of the quartiles; ratio: to the first model")
+    show.say(f"{threads} threads, flash attention {flash_attention.value}, {repetitions} repetitions")
 
 
 # generate, chat

@@ -12,11 +12,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 _PLAIN_WIDTH = 200  # of tables in a file or a pipe, where nothing needs folding
-_STEP = 0.1  # of a phase, between two lines of plain progress
+_LINES = 10  # of plain progress, for a phase
 
 
 def safe(text: object) -> str:
@@ -91,19 +91,17 @@ class ProgressView:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._begun: dict[str, float] = {}
-        self._next_line: dict[str, float] = {}  # share of the phase at which the next line is due
+        self._lines: dict[str, int] = {}  # the last one shown of each phase
 
     def __enter__(self) -> ProgressView:
         """Starts the display."""
         if not self._quiet and self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[what]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[what]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
             self._bars = Progress(*columns, console=self._console)
             self._bars.start()
@@ -124,12 +122,11 @@ class ProgressView:
             self._line(phase, done, total, what)
 
     def _line(self, phase: str, done: int, total: int, what: str) -> None:
-        now, share = time.monotonic(), done / max(total, 1)
-        begun = self._begun.setdefault(phase, now)
-        if share < self._next_line.get(phase, 0.0):
+        now, total = time.monotonic(), max(total, 1)
+        begun, share, line = self._begun.setdefault(phase, now), done / total, done * _LINES // total
+        if line <= self._lines.get(phase, -1):
             return
-        # The end has a line of its own, whatever the step.
-        self._next_line[phase] = min(share + _STEP, 1.0) if share < 1 else float("inf")
+        self._lines[phase] = line
         elapsed = now - begun
         left = f", {_duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
         took = f" in {_duration(elapsed)}" if share >= 1 else ""

@@ -79,9 +79,12 @@ def llama_q4(llama_f16: Path) -> Path:
 @pytest.fixture(scope="session")
 def llama_agq(llama_f16: Path, words_file: Path) -> Path:
     from agq_gguf.convert import QuantizeOptions, quantize
+    from agq_gguf.quantizer import MatrixOptions
 
     path = llama_f16.with_name("llama-agq4.gguf")
-    quantize(llama_f16, path, calibration=words_file, options=QuantizeOptions(threads=1, calibration_tokens=1024))
+    # Learning a codebook takes most of the time, and these tests do not need it.
+    options = QuantizeOptions(threads=1, calibration_tokens=1024, matrix=MatrixOptions(learn_codebook=False))
+    quantize(llama_f16, path, calibration=words_file, options=options)
     return path
 
 

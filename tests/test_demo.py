@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from agq_gguf import convert, demo
+from agq_gguf.errors import HostError
+from agq_gguf.quantizer import MatrixOptions
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch: pytest.MonkeyPatch, llama_f16: Path, words_file: Path) -> None:
+    """The demo on a random model, with as little work as possible."""
+    monkeypatch.setattr(demo, "MODEL", llama_f16)
+    monkeypatch.setattr(demo, "CALIBRATION", words_file)
+    monkeypatch.setattr(demo, "EVALUATION", words_file)
+    options = partial(convert.QuantizeOptions, calibration_tokens=1024, matrix=MatrixOptions(learn_codebook=False))
+    monkeypatch.setattr(convert, "QuantizeOptions", options)
+    for name, value in (("_CHUNKS", 1), ("_PROMPT_TOKENS", 32), ("_GENERATED_TOKENS", 4), ("_TEXT_TOKENS", 8)):
+        monkeypatch.setattr(demo, name, value)
+
+
+@pytest.mark.usefixtures("tiny_demo")
+def test_every_model_has_its_row(tmp_path: Path) -> None:
+    phases: list[str] = []
+    shown = demo.run(tmp_path, threads=1, progress=lambda phase, done, total, what: phases.append(phase))
+    f16, q4, agq = shown.rows
+    assert [row.name for row in shown.rows] == ["F16", "Q4_0", "AGQ4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["story-agq4.gguf", "story-q4_0.gguf"]
+    assert f16.mean_kl == 0 < agq.mean_kl < q4.mean_kl
+    assert f16.bits_per_weight > 16 > 5.5 > agq.bits_per_weight
+    assert all(min(row.perplexity, row.prompt_speed, row.generation_speed) > 0 for row in shown.rows)
+    assert shown.text.startswith(demo.PROMPT)
+    assert {"calibrate", "quantize", "evaluate Q4_0", "evaluate AGQ4", "bench"} == set(phases)
+
+
+def test_package_without_its_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "EVALUATION", tmp_path / "evaluation.txt")
+    with pytest.raises(HostError, match=r"has no .*evaluation\.txt"):
+        demo.run(tmp_path)
+
+
+@pytest.mark.slow
+def test_packaged_model(tmp_path: Path, packaged_model: Path) -> None:
+    assert packaged_model.stat().st_size < 4_000_000
+    shown = demo.run(tmp_path, threads=1)
+    f16, q4, agq = shown.rows
+    assert agq.file_bytes < q4.file_bytes < f16.file_bytes
+    assert agq.mean_kl < q4.mean_kl
+    assert agq.perplexity <= q4.perplexity
+    assert len(shown.text) > 2 * len(demo.PROMPT)
