@@ -199,11 +199,12 @@ inline void stay_in_order(__m512i &a, __m512i &b) {
 #endif
 }
 
-/// Where the activations of a pair_blocks call are: at the scratch's first group, of the first block.
-struct activation_cursor {
-    const int8_t *q;
+/// What a pair_blocks call reads besides the scratch.
+struct pair_operands {
+    const int8_t *q;  ///< activations of the first block, at the scratch's first group
     const int32_t *bias;
     const float *scale;
+    const tile *next[2];  ///< tiles that the next scratch will be made of, for both panels: to be fetched; or null
 };
 
 /// sums[b][t] += the groups of the scratch times n tokens, for each block b.
@@ -213,8 +214,7 @@ struct activation_cursor {
 /// the schedulers while they wait for one another, and cost 50 cycles more. So the end of a group is woven into the
 /// first products of the next one, token by token, and the loop goes on through all blocks.
 template <int n, bool per_group>
-void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blocks, activation_cursor x,
-                 pair_sums *sums) {
+void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blocks, pair_operands x, pair_sums *sums) {
     const size_t k = args.k;
     __m512i first[n], second[n];
     AGQ_UNROLL
@@ -228,6 +228,13 @@ void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blo
         const int32_t *bias = x.bias + b * (n * k / group_columns);
         const float *scale = x.scale + (per_group ? b * (n * k / group_columns) : 0);
         for (int g = 0; g < groups; g++) {
+            // A group of the first block fetches one tile of 17 lines, so that 8 groups fetch what the next scratch
+            // will be made of. Later blocks touch the scratch instead, which is in L1: cheaper than a branch in the
+            // loop.
+            const bool fetch = b == 0 && x.next[0] != nullptr;
+            const char *ahead =
+                fetch ? reinterpret_cast<const char *>(x.next[g % 2] + g / 2) : reinterpret_cast<const char *>(w + g);
+            _mm_prefetch(ahead, _MM_HINT_T0);
             __m512i u0 = _mm512_load_si512(w[g].u[0][0]);
             __m512i u1 = _mm512_load_si512(w[g].u[0][1]);
             AGQ_UNROLL
@@ -241,6 +248,7 @@ void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blo
             }
             q += 4 * n;
             for (int i = 1; i < 16; i++) {
+                _mm_prefetch(ahead + 64 * i, _MM_HINT_T0);
                 u0 = _mm512_load_si512(w[g].u[i][0]);
                 u1 = _mm512_load_si512(w[g].u[i][1]);
                 AGQ_UNROLL
@@ -251,6 +259,7 @@ void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blo
                 }
                 q += 4 * n;
             }
+            _mm_prefetch(ahead + 64 * 16, _MM_HINT_T0);
             last_w = w + g;
             last_sums = sums[b];
             last_scale = scale;
@@ -265,7 +274,7 @@ void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blo
 // the loops by number of tokens
 
 using stream_fn = void (*)(const gemm_args &, const tile *, const activation_block &, float *const *, int);
-using pair_fn = void (*)(const gemm_args &, const pair_group *, int, int, activation_cursor, pair_sums *);
+using pair_fn = void (*)(const gemm_args &, const pair_group *, int, int, pair_operands, pair_sums *);
 
 #define AGQ_BY_TOKENS(name, mode)                                                                    \
     {                                                                                                \
@@ -310,11 +319,16 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
         const int groups_here = groups - g < scratch_groups ? groups - g : scratch_groups;
         look_up_pair(first, second, g, groups_here, codebook, scratch);
 
+        // The weights that come next are these panels' or, after their last, those of the next pair.
+        const int next = g + scratch_groups < groups ? (g + scratch_groups) / 2 : groups;
         for (int b = block_begin; b < block_end;) {
             const activation_block block = block_at<nr>(args, b);
             const size_t skipped = static_cast<size_t>(g) * block.n;
-            const activation_cursor x = {block.q + skipped * group_columns, block.bias + skipped,
-                                         block.scale + (args.per_group ? skipped : 0)};
+            pair_operands x = {block.q + skipped * group_columns,
+                               block.bias + skipped,
+                               block.scale + (args.per_group ? skipped : 0),
+                               {nullptr, nullptr}};
+            if (b == block_begin) x.next[0] = first + next, x.next[1] = second + next;
             // All full blocks in one go, then the last one of the matrix if it is smaller.
             const int count = block.n < nr ? 1 : (block_end < full_blocks ? block_end : full_blocks) - b;
             pair_table[args.per_group][block.n - 1](args, scratch, groups_here, count, x, sums + (b - block_begin));
