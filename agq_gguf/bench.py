@@ -123,9 +123,10 @@ def bench(
     report = progress or (lambda done, total, what: None)
     total = len(paths) * (repetitions + 1 + starts)
     started: list[Start | None] = []
-    for path in paths:
+    for index, path in enumerate(paths):
         prepare(path)
-        report(len(started) if starts else 0, total, f"start of {Path(path).name}")
+        if starts:
+            report(index, total, f"start of {Path(path).name}")
         started.append(measure_start(path, threads, flash_attention) if starts else None)
     done = len(paths) if starts else 0
     times: list[dict[str, list[float]]] = [{"prompt": [], "generation": []} for _ in paths]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+def pytest_unconfigure() -> None:
+    # llama_cpp opens the null device twice and never closes it, of which Python would complain at its end.
+    if llama_utils := sys.modules.get("llama_cpp._utils"):
+        llama_utils.outnull_file.close()
+        llama_utils.errnull_file.close()
 
 
 @pytest.fixture(scope="session")
