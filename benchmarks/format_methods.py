@@ -29,7 +29,8 @@ class Scheme:
     weighted: bool = True
     gptq: bool = True
     damp: float = 0.01
-    order: str = "none"  # "none", "static": most active column first, groups stay, "stored": groups follow that order
+    inverse: bool = False  # weight a group's scale search by what remains of an error after feedback, 1 / U_kk^2
+    order: str = "none"  # most active column first: "groups": whole groups, "static": groups and scales stay, "stored"
 
 
 @dataclass
@@ -167,6 +168,17 @@ def make_codebook(w: torch.Tensor, h: torch.Tensor, scheme: Scheme) -> Codebook:
     return Codebook(book if scheme.codebook == "learned" else to_seven_bits(book))
 
 
+def column_order(activity: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The order (K) in which error feedback rounds columns, from the mean square of each."""
+    if scheme.order == "none":
+        return torch.arange(len(activity))
+    if scheme.order != "groups":
+        return activity.argsort(descending=True)
+    parts = activity.view(-1, scheme.group)
+    groups = parts.sum(1).argsort(descending=True)
+    return (groups[:, None] * scheme.group + parts.argsort(1, descending=True)[groups]).flatten()
+
+
 def quantize(w: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Rounds a weight (rows, K), with error feedback if the scheme says so; returns what the file would mean."""
     h = hessian.diagonal().clamp_min(1e-12) if scheme.weighted else torch.ones(w.shape[1])
@@ -179,11 +191,13 @@ def quantize(w: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> torch.Te
             rounder = group_rounder(part, h[k : k + size], book, scheme)
             parts.append(torch.cat([rounder(part[:, i : i + 1], i) for i in range(size)], 1))
         return torch.cat(parts, 1)
-    order = torch.arange(count) if scheme.order == "none" else hessian.diagonal().argsort(descending=True)
+    order = column_order(hessian.diagonal(), scheme)
     group_of = order // size if scheme.order == "static" else torch.arange(count) // size
     w0, w, h, hessian = w, w[:, order].clone(), h[order], hessian[order][:, order].double()
     hessian = hessian + scheme.damp * hessian.diagonal().mean() * torch.eye(count)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+    if scheme.inverse:
+        h = upper.diagonal().square().reciprocal()
     static = {}
     if scheme.order == "static":
         weights = torch.empty_like(h).scatter_(0, order, h)

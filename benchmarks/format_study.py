@@ -13,6 +13,7 @@ Nothing here is used at run time; ``agq_gguf`` has its own quantizer.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -250,14 +251,18 @@ def study_procedure(subject: Subject) -> None:
     variants["1 candidate, no refit"] = Scheme(candidates=1, refit=False)
     variants["scales and codebook not weighted by E[x^2]"] = Scheme(weighted=False)
     variants |= {f"damping {d}": Scheme(damp=d) for d in (0.001, 0.003, 0.01, 0.03, 0.1)}
+    variants["scales weighted by 1 / U^2"] = Scheme(inverse=True)
+    variants["most active group first, and column in it"] = Scheme(order="groups")
+    variants["most active group first, scales weighted by 1 / U^2"] = Scheme(order="groups", inverse=True)
     variants["most active column first, groups and scales stay"] = Scheme(order="static")
     variants["most active column first, stored in that order"] = Scheme(order="stored")
-    row("procedure (learned 7-bit codebook, g64, 12-bit scale, error feedback)", "distance", "output error %")
+    row("procedure (learned 7-bit codebook, g64, 12-bit scale, error feedback)", "distance", "output error %", "s")
     for name, scheme in variants.items():
+        began = time.monotonic()
         new = subject.quantized(scheme)
+        seconds, error = time.monotonic() - began, subject.output_error(new)
         with subject.weights(new):
-            distance = subject.distance()
-        row(name, distance, subject.output_error(new))
+            row(name, subject.distance(), error, round(seconds))
 
 
 def study_activations(subject: Subject) -> None:
@@ -341,15 +346,17 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--studies", default="formats,procedure,activations")
+    parser.add_argument("--only", default="", help="quantize only matrices whose name matches this regular expression")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     load = load_story if args.kind == "story" else load_bert
     subject = load(args.model, args.calibration.read_text("utf-8"), args.test.read_text("utf-8"))
+    subject.linears = {name: part for name, part in subject.linears.items() if re.search(args.only, name)}
     subject.calibrate()
     for name in args.studies.split(","):
         began = time.monotonic()
-        print(f"\n### {args.kind}: {name}\n")
+        print(f"\n### {args.kind}: {name}\n", flush=True)
         STUDIES[name](subject)
         print(f"\n({time.monotonic() - began:.0f} s)")
 
