@@ -24,13 +24,27 @@ function(agq_add_kernels target)
         string(TOLOWER "${CMAKE_OSX_ARCHITECTURES}" processor)
     endif()
 
+    # The attention kernels are written with vector types that MSVC does not have; the host's attention serves there.
+    set(vector_types TRUE)
+    if(MSVC AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+        set(vector_types FALSE)
+    endif()
+
     agq_kernel(${target} scalar.cpp "" "")
+    if(vector_types)
+        agq_kernel(${target} attention_generic.cpp "" "")
+    endif()
     if(processor MATCHES "^(x86_64|amd64|x64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
         agq_kernel(${target} avx2.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
         agq_kernel(${target} avxvnni.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
         agq_kernel(${target} avx512vnni.cpp
                    "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512"
                    "/arch:AVX512")
+        if(vector_types)
+            agq_kernel(${target} attention_avx2.cpp "-mavx2;-mfma;-mf16c" "")
+            agq_kernel(${target} attention_avx512.cpp
+                       "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512" "")
+        endif()
     endif()
     target_sources(${target} PRIVATE "${PROJECT_SOURCE_DIR}/cpp/kernels/select.cpp")
 endfunction()

@@ -37,7 +37,9 @@ std::vector<uint8_t> read_parameters(const tile *tiles, size_t length) {
     return bytes;
 }
 
-uint16_t read_u16(const uint8_t *p) { return static_cast<uint16_t>(p[0] | p[1] << 8); }
+uint16_t read_u16(const uint8_t *p) {
+    return static_cast<uint16_t>(p[0] | p[1] << 8);
+}
 
 /// Checks the list of channels and stores it; `bytes` are n times u16.
 bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *result, std::string *error) {

@@ -1,4 +1,5 @@
-// The attribute stream of an AGQ4 matrix: checked, and unpacked into what the kernels take (docs/format.md, "Attribute stream").
+// The attribute stream of an AGQ4 matrix: checked, and unpacked into what the kernels take (docs/format.md, "Attribute
+// stream").
 #pragma once
 
 #include <memory>
@@ -13,9 +14,9 @@ namespace agq {
 struct matrix_attributes {
     attribute_header header;
     uint8_t codebook[16];
-    std::vector<uint8_t> exponents;        ///< [K / 64]
-    std::vector<uint16_t> listed;          ///< channels that come first, in their order
-    std::vector<uint16_t> listed_sorted;   ///< the same, ascending
+    std::vector<uint8_t> exponents;       ///< [K / 64]
+    std::vector<uint16_t> listed;         ///< channels that come first, in their order
+    std::vector<uint16_t> listed_sorted;  ///< the same, ascending
     activation_format format;
 
     matrix_attributes() = default;

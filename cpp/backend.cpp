@@ -1,5 +1,5 @@
-// Backend, device and registry tables. The device takes whole graphs, so that the host makes one call and no copies, and
-// runs them on an inner CPU backend: one pool of threads, the host's own code for all that is not AGQ4.
+// Backend, device and registry tables. The device takes whole graphs, so that the host makes one call and no copies,
+// and runs them on an inner CPU backend: one pool of threads, the host's own code for all that is not AGQ4.
 #include "backend.h"
 
 #include <atomic>
@@ -25,9 +25,10 @@ const kernel *active_kernel = nullptr;
 /// process without such a model runs exactly as if the plugin were not there.
 std::atomic<bool> agq4_seen{false};
 
-/// True from the creation of a backend to the end of its first graph, in the thread that creates the context. With flash attention
-/// "auto", libllama schedules one graph there to see whether the attention node lands on the layer's own device, the CPU,
-/// and turns flash attention off if it does not. Our device runs that node on the same CPU code, so it stands aside once.
+/// True from the creation of a backend to the end of its first graph, in the thread that creates the context. With
+/// flash attention "auto", libllama schedules one graph there to see whether the attention node lands on the layer's
+/// own device, the CPU, and turns flash attention off if it does not. Our device runs that node on the same CPU code,
+/// so it stands aside once.
 thread_local bool probing_flash_attention = false;
 
 // ---- threads of the inner backend ----
@@ -70,12 +71,17 @@ struct backend_context {
     ggml_backend *cpu;
     thread_pool threads;
     graph_rewriter rewriter;
+    int n_threads = 4;       ///< ggml's default, until the host says otherwise
     std::string last_error;  ///< so that a failing model is reported once, not for every token
 };
 
-backend_context &context_of(ggml_backend *backend) { return *static_cast<backend_context *>(backend->context); }
+backend_context &context_of(ggml_backend *backend) {
+    return *static_cast<backend_context *>(backend->context);
+}
 
-const char *backend_get_name(ggml_backend *) { return backend_name; }
+const char *backend_get_name(ggml_backend *) {
+    return backend_name;
+}
 
 void backend_free(ggml_backend *backend) {
     delete &context_of(backend);
@@ -87,7 +93,7 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
     backend_context &context = context_of(backend);
     try {
         std::string error;
-        ggml_cgraph *rewritten = context.rewriter.rewrite(graph, &error);
+        ggml_cgraph *rewritten = context.rewriter.rewrite(graph, context.n_threads, &error);
         if (rewritten) return host.ggml_backend_graph_compute(context.cpu, rewritten);
         if (error != context.last_error) log_line(log_error, error);
         context.last_error = error;
@@ -101,12 +107,16 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
     }
 }
 
-void backend_graph_optimize(ggml_backend *, ggml_cgraph *) { probing_flash_attention = false; }
+void backend_graph_optimize(ggml_backend *, ggml_cgraph *) {
+    probing_flash_attention = false;
+}
 
-uint8_t backend_guid[16] = {0x41, 0x47, 0x51, 0x34, 0x9d, 0x3b, 0x4c, 0x0e, 0x8a, 0x61, 0x57, 0x2f, 0xc4, 0x18, 0xe3, 0x70};
+uint8_t backend_guid[16] = {0x41, 0x47, 0x51, 0x34, 0x9d, 0x3b, 0x4c, 0x0e,
+                            0x8a, 0x61, 0x57, 0x2f, 0xc4, 0x18, 0xe3, 0x70};
 
 void set_n_threads(ggml_backend *backend, int n_threads) {
     backend_context &context = context_of(backend);
+    context.n_threads = n_threads;
     context.threads.resize(context.cpu, n_threads);
     if (const auto set = reinterpret_cast<set_n_threads_fn>(cpu_function("ggml_backend_set_n_threads"))) {
         set(context.cpu, n_threads);
@@ -121,7 +131,9 @@ void set_abort_callback(ggml_backend *backend, ggml_abort_callback callback, voi
 
 // ---- device ----
 
-const char *device_get_name(ggml_backend_device *) { return backend_name; }
+const char *device_get_name(ggml_backend_device *) {
+    return backend_name;
+}
 
 const char *device_get_description(ggml_backend_device *) {
     static const std::string text = std::string("Agile-Quant 4-bit kernels (") + active_kernel->name + ")";
@@ -132,7 +144,9 @@ void device_get_memory(ggml_backend_device *, size_t *free, size_t *total) {
     host.ggml_backend_dev_memory(host.cpu, free, total);
 }
 
-int device_get_type(ggml_backend_device *) { return device_accel; }
+int device_get_type(ggml_backend_device *) {
+    return device_accel;
+}
 
 void device_get_props(ggml_backend_device *device, ggml_backend_dev_props *props) {
     props->name = device_get_name(device);
@@ -189,9 +203,13 @@ bool device_supports_buft(ggml_backend_device *, ggml_backend_buffer_type *type)
 
 // ---- registry ----
 
-const char *registry_get_name(ggml_backend_reg *) { return backend_name; }
+const char *registry_get_name(ggml_backend_reg *) {
+    return backend_name;
+}
 
-size_t registry_get_device_count(ggml_backend_reg *) { return 1; }
+size_t registry_get_device_count(ggml_backend_reg *) {
+    return 1;
+}
 
 ggml_backend_device *registry_get_device(ggml_backend_reg *registry, size_t) {
     static ggml_backend_device device = [registry] {

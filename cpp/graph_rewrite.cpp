@@ -1,21 +1,26 @@
-// The rewriting pass. The host's tensors are never changed: nodes that do not touch AGQ4 are passed through by address, the others
-// are replaced by custom nodes that write to the same memory.
+// The rewriting pass. The host's tensors are never changed: nodes that do not touch AGQ4 are passed through by address,
+// the others are replaced by custom nodes that write to the same memory.
 #include "graph_rewrite.h"
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 namespace agq {
 
 namespace {
 
-bool is_product(const ggml_tensor *node) { return node->op == host.op_mul_mat || node->op == host.op_mul_mat_id; }
+bool is_product(const ggml_tensor *node) {
+    return node->op == host.op_mul_mat || node->op == host.op_mul_mat_id;
+}
 
 std::string describe(const ggml_tensor *t) {
     return "tensor '" + std::string(t->name, strnlen(t->name, sizeof(t->name))) + "'";
 }
 
-bool is_plain_rows(const ggml_tensor *t, int type) { return t->type == type && t->nb[0] == 4; }
+bool is_plain_rows(const ggml_tensor *t, int type) {
+    return t->type == type && t->nb[0] == 4;
+}
 
 /// Whether the weights are a whole tensor in host memory, in the shape the format demands.
 bool check_weights(const ggml_tensor *w, std::string *error) {
@@ -24,12 +29,28 @@ bool check_weights(const ggml_tensor *w, std::string *error) {
     if (!shape) {
         *error = describe(w) + " has a shape that AGQ4 cannot have; convert the model again";
     } else if (w->view_src || !w->data) {
-        *error = describe(w) + " is part of an AGQ4 tensor, which the plugin cannot take apart; convert it to another type";
+        *error =
+            describe(w) + " is part of an AGQ4 tensor, which the plugin cannot take apart; convert it to another type";
     } else {
         return true;
     }
     return false;
 }
+
+/// Whether `kept` was parsed from these weights. The header holds a checksum of the rest, so comparing it notices that
+/// other weights have come to the same address.
+bool is_intact(const ggml_tensor *weights, const tensor_attributes &kept) {
+    const tile *tiles = static_cast<const tile *>(weights->data);
+    const int64_t matrix_tiles = weights->ne[0] / tile_columns * (weights->ne[1] / panel_rows);
+    bool intact = kept.size() == static_cast<size_t>(weights->ne[2]);
+    for (size_t i = 0; intact && i < kept.size(); ++i) {
+        const attribute_header header = read_header(tiles + static_cast<int64_t>(i) * matrix_tiles);
+        intact = kept[i]->format.k == weights->ne[0] && std::memcmp(&header, &kept[i]->header, sizeof(header)) == 0;
+    }
+    return intact;
+}
+
+constexpr size_t node_bytes = offsetof(ggml_tensor, name);
 
 }  // namespace
 
@@ -37,56 +58,35 @@ bool uses_agq4(const ggml_tensor *node) {
     return node->src[0] && node->src[0]->type == ggml_type_id && (is_product(node) || node->op == host.op_get_rows);
 }
 
-bool graph_rewriter::fingerprint::operator==(const fingerprint &other) const {
-    return std::equal(src, src + 3, other.src) && std::equal(data, data + 4, other.data) &&
-           std::equal(ne, ne + 4, other.ne) && std::equal(nb, nb + 3, other.nb) && op == other.op &&
-           flags == other.flags && std::memcmp(&header, &other.header, sizeof(header)) == 0;
+graph_rewriter::~graph_rewriter() {
+    clear();
 }
-
-graph_rewriter::fingerprint graph_rewriter::take_fingerprint(const ggml_tensor *node) {
-    fingerprint f = {};
-    const ggml_tensor *x = node->src[1];
-    for (int i = 0; i < 3; ++i) {
-        f.src[i] = node->src[i];
-        f.data[i] = node->src[i] ? node->src[i]->data : nullptr;
-        f.nb[i] = x->nb[i + 1];
-    }
-    f.data[3] = node->data;
-    std::copy_n(x->ne, 4, f.ne);
-    f.op = node->op;
-    f.flags = node->flags;
-    if (node->src[0]->data) f.header = read_header(static_cast<const tile *>(node->src[0]->data));
-    return f;
-}
-
-graph_rewriter::~graph_rewriter() { clear(); }
 
 void graph_rewriter::clear() {
     if (context_) host.ggml_free(context_);
     context_ = nullptr;
     graph_ = nullptr;
     nodes_.clear();
-    replaced_.clear();
-    fingerprints_.clear();
     sets_.clear();
     products_.clear();
     lookups_.clear();
+    attentions_.clear();
+    jobs_.clear();
+    thread_bytes_ = 0;
 }
 
 bool graph_rewriter::is_repeated(ggml_tensor **nodes, int n) const {
-    if (!graph_ || static_cast<size_t>(n) != nodes_.size() || !std::equal(nodes_.begin(), nodes_.end(), nodes)) return false;
-    size_t next = 0;
+    if (!graph_ || static_cast<size_t>(n) != nodes_.size() || !std::equal(nodes_.begin(), nodes_.end(), nodes))
+        return false;
     for (int i = 0; i < n; ++i) {
-        if (!uses_agq4(nodes[i])) continue;
-        if (next == replaced_.size() || replaced_[next] != i || !(take_fingerprint(nodes[i]) == fingerprints_[next])) {
-            return false;
-        }
-        ++next;
+        if (std::memcmp(nodes[i], &snapshot_[static_cast<size_t>(i) * node_bytes], node_bytes) != 0) return false;
     }
-    return next == replaced_.size();
+    const auto intact = [](const ggml_tensor *weights, const tensor_attributes &a) { return is_intact(weights, a); };
+    return std::all_of(products_.begin(), products_.end(), [&](auto &p) { return intact(p.weights, *p.attributes); }) &&
+           std::all_of(lookups_.begin(), lookups_.end(), [&](auto &l) { return intact(l.weights, *l.attributes); });
 }
 
-ggml_cgraph *graph_rewriter::rewrite(ggml_cgraph *graph, std::string *error) {
+ggml_cgraph *graph_rewriter::rewrite(ggml_cgraph *graph, int n_threads, std::string *error) {
     ggml_tensor **nodes = host.ggml_graph_nodes(graph);
     const int n = host.ggml_graph_n_nodes(graph);
     if (std::none_of(nodes, nodes + n, uses_agq4)) return graph;
@@ -97,14 +97,88 @@ ggml_cgraph *graph_rewriter::rewrite(ggml_cgraph *graph, std::string *error) {
             return nullptr;
         }
     }
+    scratch_.reserve(thread_bytes_, n_threads);
     for (activation_set &s : sets_) s.next.store(0, std::memory_order_relaxed);
     for (product &p : products_) p.next.store(0, std::memory_order_relaxed);
+    for (attention_job &a : attentions_) a.next.store(0, std::memory_order_relaxed);
     return graph_;
 }
 
+void graph_rewriter::find_chain(ggml_tensor **nodes, int output,
+                                const std::unordered_map<const ggml_tensor *, int> &position,
+                                const std::unordered_map<const ggml_tensor *, int> &uses) {
+    const ggml_tensor *weights = nodes[output]->src[1];
+    if (!weights || weights->op != host.op_soft_max) return;
+    const ggml_tensor *scores = weights->src[0];
+    const auto at = [&](const ggml_tensor *t) {
+        const auto found = position.find(t);
+        return found == position.end() ? -1 : found->second;
+    };
+    const int soft_max_at = at(weights), scores_at = at(scores);
+    if (soft_max_at < 0 || scores_at < 0 || scores->op != host.op_mul_mat || scores->src[0]->type == ggml_type_id)
+        return;
+    // Nobody else may want what the chain leaves out.
+    if (uses.at(scores) != 1 || uses.at(weights) != 1 || (scores->flags | weights->flags) & ggml_flag_output) return;
+    // The keys are read where the output is computed, so they must be in the cache, not in memory that is used again by
+    // then.
+    const ggml_tensor *root = scores->src[0];
+    while (root->view_src) root = root->view_src;
+    if (root->op != host.op_none) return;
+    attention_job &job = attentions_.emplace_back();
+    if (!plan_attention_chain(scores, weights, nodes[output], &job)) {
+        attentions_.pop_back();
+        return;
+    }
+    const size_t floats = static_cast<size_t>(saved_query_floats(job.q));
+    if (saved_queries_.size() < floats) saved_queries_.resize(floats);
+    const auto assign = [&](int i, role r) {
+        roles_[static_cast<size_t>(i)] = r;
+        jobs_[i] = &job;
+    };
+    assign(scores_at, role::chain_scores);
+    assign(soft_max_at, role::chain_soft_max);
+    assign(output, role::chain_output);
+}
+
+void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
+    roles_.assign(static_cast<size_t>(n), role::keep);
+    bool has_soft_max = false;
+    for (int i = 0; i < n; ++i) {
+        role &r = roles_[static_cast<size_t>(i)];
+        if (uses_agq4(nodes[i])) {
+            r = nodes[i]->op == host.op_get_rows ? role::row_lookup : role::product;
+        } else if (nodes[i]->op == host.op_flash_attn_ext && kern_->attention) {
+            attention_job &job = attentions_.emplace_back();
+            if (plan_flash_attention(nodes[i], &job)) {
+                r = role::flash_attention;
+                jobs_[i] = &job;
+            } else {
+                attentions_.pop_back();
+            }
+        } else if (nodes[i]->op == host.op_soft_max) {
+            has_soft_max = has_soft_max || nodes[i]->ne[1] > 1;
+        }
+    }
+    if (!has_soft_max || !kern_->attention) return;
+    std::unordered_map<const ggml_tensor *, int> position, uses;
+    for (int i = 0; i < n; ++i) {
+        position[nodes[i]] = i;
+        for (const ggml_tensor *src : nodes[i]->src) {
+            if (src) ++uses[src];
+        }
+        if (nodes[i]->view_src) ++uses[nodes[i]->view_src];
+    }
+    for (int i = 0; i < n; ++i) {
+        if (nodes[i]->op == host.op_mul_mat && roles_[static_cast<size_t>(i)] == role::keep)
+            find_chain(nodes, i, position, uses);
+    }
+}
+
 bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
+    assign_roles(nodes, n);
     // A product becomes at most three nodes: routing, quantization, multiplication.
-    const size_t n_replaced = static_cast<size_t>(std::count_if(nodes, nodes + n, uses_agq4));
+    const size_t n_replaced =
+        static_cast<size_t>(n) - static_cast<size_t>(std::count(roles_.begin(), roles_.end(), role::keep));
     const size_t n_nodes = static_cast<size_t>(n) + 2 * n_replaced;
     const size_t bytes =
         host.ggml_tensor_overhead() * 3 * n_replaced + host.ggml_graph_overhead_custom(n_nodes, false) + 1024;
@@ -112,29 +186,56 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
     context_ = host.ggml_init({memory_.size(), memory_.data(), true});
     if (!context_) throw std::bad_alloc();
     graph_ = host.ggml_new_graph_custom(context_, n_nodes, false);
-    nodes_.assign(nodes, nodes + n);
     for (int i = 0; i < n; ++i) {
-        if (!uses_agq4(nodes[i])) {
-            host.ggml_graph_add_node(graph_, nodes[i]);
-            continue;
+        bool good = true;
+        switch (roles_[static_cast<size_t>(i)]) {
+            case role::keep:
+                host.ggml_graph_add_node(graph_, nodes[i]);
+                break;
+            case role::product:
+                good = add_product(nodes[i], error);
+                break;
+            case role::row_lookup:
+                good = add_row_lookup(nodes[i], error);
+                break;
+            case role::flash_attention:
+            case role::chain_output:
+                add_attention(nodes[i], jobs_.at(i));
+                break;
+            case role::chain_scores: {
+                attention_job *job = jobs_.at(i);
+                job->saved_q = saved_queries_.data();
+                add_custom(nodes[i], &nodes[i]->src[1], 1, save_queries_node, job);
+                break;
+            }
+            case role::chain_soft_max:
+                break;
         }
-        if (!(nodes[i]->op == host.op_get_rows ? add_row_lookup(nodes[i], error) : add_product(nodes[i], error))) {
-            return false;
-        }
-        replaced_.push_back(i);
-        fingerprints_.push_back(take_fingerprint(nodes[i]));
+        if (!good) return false;
     }
+    nodes_.assign(nodes, nodes + n);
+    snapshot_.resize(static_cast<size_t>(n) * node_bytes);
+    for (int i = 0; i < n; ++i) std::memcpy(&snapshot_[static_cast<size_t>(i) * node_bytes], nodes[i], node_bytes);
     return true;
+}
+
+void graph_rewriter::add_attention(ggml_tensor *node, attention_job *job) {
+    job->kern = kern_->attention;
+    job->memory = &scratch_;
+    thread_bytes_ = std::max(thread_bytes_, attention_bytes(*job));
+    ggml_tensor *args[4] = {const_cast<ggml_tensor *>(job->q), const_cast<ggml_tensor *>(job->k),
+                            const_cast<ggml_tensor *>(job->v), const_cast<ggml_tensor *>(job->mask)};
+    add_custom(node, args, job->mask ? 4 : 3, attention_node, job);
 }
 
 void graph_rewriter::add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, ggml_custom_op function,
                                 void *userdata) {
-    const bool has_output = function == product_node || function == row_lookup_node;
+    const bool has_output = function != route_node && function != quantize_node && function != save_queries_node;
     ggml_tensor *t =
         has_output ? host.ggml_custom_4d(context_, ggml_type_f32, replaced->ne[0], replaced->ne[1], replaced->ne[2],
                                          replaced->ne[3], args, n_args, function, ggml_n_tasks_max, userdata)
-                   : host.ggml_custom_4d(context_, ggml_type_f32, 1, 1, 1, 1, args, n_args, function,
-                                         ggml_n_tasks_max, userdata);
+                   : host.ggml_custom_4d(context_, ggml_type_f32, 1, 1, 1, 1, args, n_args, function, ggml_n_tasks_max,
+                                         userdata);
     t->flags = replaced->flags;
     t->buffer = replaced->buffer;
     t->data = has_output ? replaced->data : sink_;
@@ -150,13 +251,7 @@ const tensor_attributes *graph_rewriter::find_attributes(const ggml_tensor *weig
     const tile *tiles = static_cast<const tile *>(weights->data);
     const int64_t matrix_tiles = weights->ne[0] / tile_columns * (weights->ne[1] / panel_rows);
     tensor_attributes &kept = attributes_[weights->data];
-    // The header holds a checksum of the rest, so comparing it notices that other weights have come to this address.
-    bool valid = kept.size() == static_cast<size_t>(weights->ne[2]);
-    for (size_t i = 0; valid && i < kept.size(); ++i) {
-        const attribute_header header = read_header(tiles + static_cast<int64_t>(i) * matrix_tiles);
-        valid = kept[i]->format.k == weights->ne[0] && std::memcmp(&header, &kept[i]->header, sizeof(header)) == 0;
-    }
-    if (valid) return &kept;
+    if (is_intact(weights, kept)) return &kept;
     kept.clear();
     for (int64_t i = 0; i < weights->ne[2]; ++i) {
         std::string reason;
@@ -182,7 +277,8 @@ activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, const tensor_
         activation_set &last = sets_.back();
         const auto same = [](const auto &a, const auto &b) { return a == b || a->same_activations(*b); };
         if (last.x == x && last.ids == ids &&
-            std::equal(attributes->begin(), attributes->end(), last.attributes->begin(), last.attributes->end(), same)) {
+            std::equal(attributes->begin(), attributes->end(), last.attributes->begin(), last.attributes->end(),
+                       same)) {
             return &last;
         }
     }
@@ -216,7 +312,9 @@ bool graph_rewriter::add_product(ggml_tensor *node, std::string *error) {
     product &p = products_.emplace_back();
     p.weights = weights;
     p.attributes = attributes;
+    p.memory = &scratch_;
     p.set = find_or_add_set(node, attributes);
+    thread_bytes_ = std::max(thread_bytes_, static_cast<size_t>(p.set->rows()) * sizeof(float *));
     ggml_tensor *args[2] = {node->src[1], node->src[0]};
     add_custom(node, args, 2, product_node, &p);
     return true;
@@ -227,10 +325,12 @@ bool graph_rewriter::add_row_lookup(ggml_tensor *node, std::string *error) {
     const tensor_attributes *attributes = find_attributes(weights, error);
     if (!attributes) return false;
     if (weights->ne[2] != 1 || !is_plain_rows(node->src[1], ggml_type_i32) || !is_plain_rows(node, ggml_type_f32)) {
-        *error = describe(weights) + " is used in a row look-up that the plugin does not cover; convert it to another type";
+        *error =
+            describe(weights) + " is used in a row look-up that the plugin does not cover; convert it to another type";
         return false;
     }
     row_lookup &lookup = lookups_.emplace_back();
+    lookup.weights = weights;
     lookup.attributes = attributes;
     ggml_tensor *args[2] = {node->src[1], node->src[0]};
     add_custom(node, args, 2, row_lookup_node, &lookup);

@@ -7,8 +7,10 @@
 #include <unordered_map>
 #include <vector>
 
+#include "attention.h"
 #include "host.h"
 #include "matmul.h"
+#include "thread_memory.h"
 
 namespace agq {
 
@@ -23,47 +25,56 @@ class graph_rewriter {
     graph_rewriter(const graph_rewriter &) = delete;
     graph_rewriter &operator=(const graph_rewriter &) = delete;
 
-    /// The graph to run in place of `graph`: itself if it touches no AGQ4 tensor, the kept one if the host repeats a graph,
-    /// else a new one. On a weight that is damaged or used in a way that is not covered returns null and `*error` says
-    /// which. Throws std::bad_alloc.
-    ggml_cgraph *rewrite(ggml_cgraph *graph, std::string *error);
+    /// The graph to run in place of `graph`: itself if it touches no AGQ4 tensor, the kept one if the host repeats a
+    /// graph, else a new one. On a weight that is damaged or used in a way that is not covered returns null and
+    /// `*error` says which. It may then run on up to `n_threads` threads. Throws std::bad_alloc.
+    ggml_cgraph *rewrite(ggml_cgraph *graph, int n_threads, std::string *error);
 
   private:
-    /// What the rewritten form of a node depends on, beyond its address.
-    struct fingerprint {
-        const ggml_tensor *src[3];
-        const void *data[4];
-        int64_t ne[4];
-        size_t nb[3];
-        int op;
-        int32_t flags;
-        attribute_header header;
-        bool operator==(const fingerprint &other) const;
+    /// What becomes of a node of the host's graph.
+    enum class role : uint8_t {
+        keep,
+        product,
+        row_lookup,
+        flash_attention,
+        chain_scores,
+        chain_soft_max,
+        chain_output
     };
 
-    static fingerprint take_fingerprint(const ggml_tensor *node);
     bool is_repeated(ggml_tensor **nodes, int n) const;
     bool build(ggml_tensor **nodes, int n, std::string *error);
-    void add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, ggml_custom_op function, void *userdata);
+    void assign_roles(ggml_tensor **nodes, int n);
+    void find_chain(ggml_tensor **nodes, int output, const std::unordered_map<const ggml_tensor *, int> &position,
+                    const std::unordered_map<const ggml_tensor *, int> &uses);
+    void add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, ggml_custom_op function,
+                    void *userdata);
     bool add_product(ggml_tensor *node, std::string *error);
     bool add_row_lookup(ggml_tensor *node, std::string *error);
+    void add_attention(ggml_tensor *node, attention_job *job);
     activation_set *find_or_add_set(ggml_tensor *node, const tensor_attributes *attributes);
     const tensor_attributes *find_attributes(const ggml_tensor *weights, std::string *error);
     void clear();
 
     const kernel *kern_;
     activation_buffer buffer_;
-    std::unordered_map<const void *, tensor_attributes> attributes_;  ///< by address of the weights, checked at each use
+    std::unordered_map<const void *, tensor_attributes>
+        attributes_;  ///< by address of the weights, checked at each use
 
     std::vector<unsigned char> memory_;
     ggml_context *context_ = nullptr;
     ggml_cgraph *graph_ = nullptr;
-    std::vector<ggml_tensor *> nodes_;        ///< of the host's graph
-    std::vector<int> replaced_;               ///< indices into nodes_, ascending
-    std::vector<fingerprint> fingerprints_;   ///< of the replaced nodes
+    std::vector<ggml_tensor *> nodes_;     ///< of the host's graph
+    std::vector<unsigned char> snapshot_;  ///< their content but for the names, to notice that they are other nodes now
+    std::vector<role> roles_;
+    std::unordered_map<int, attention_job *> jobs_;  ///< by the index of each node that belongs to the job
     std::deque<activation_set> sets_;
     std::deque<product> products_;
     std::deque<row_lookup> lookups_;
+    std::deque<attention_job> attentions_;
+    std::vector<float> saved_queries_;  ///< of one attention at a time
+    size_t thread_bytes_ = 0;           ///< what the nodes need in each thread
+    thread_memory scratch_;
     float sink_[4] = {};  ///< what nodes without an output of their own point at
 };
 

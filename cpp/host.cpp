@@ -36,12 +36,12 @@ void *find_symbol(const char *name) {
 }
 
 bool find_functions(std::string *error) {
-#define AGQ_FIND(result, name, parameters)                                                                   \
-    host.name = reinterpret_cast<result(*) parameters>(find_symbol(#name));                                  \
-    if (!host.name) {                                                                                        \
+#define AGQ_FIND(result, name, parameters)                                                                           \
+    host.name = reinterpret_cast<result(*) parameters>(find_symbol(#name));                                          \
+    if (!host.name) {                                                                                                \
         *error = "the host program offers no function " #name "; supported are " + std::string(supported_releases) + \
-                 ", loaded so that their symbols are visible";                                               \
-        return false;                                                                                        \
+                 ", loaded so that their symbols are visible";                                                       \
+        return false;                                                                                                \
     }
     AGQ_HOST_FUNCTIONS(AGQ_FIND)
 #undef AGQ_FIND
@@ -64,14 +64,12 @@ bool find_operations(std::string *error) {
     const struct {
         const char *name;
         int *number;
-    } wanted[] = {{"NONE", &host.op_none},
-                  {"MUL_MAT", &host.op_mul_mat},
-                  {"MUL_MAT_ID", &host.op_mul_mat_id},
-                  {"GET_ROWS", &host.op_get_rows},
-                  {"FLASH_ATTN_EXT", &host.op_flash_attn_ext},
-                  {"CUSTOM", &host.op_custom}};
+    } wanted[] = {
+        {"NONE", &host.op_none},         {"MUL_MAT", &host.op_mul_mat},   {"MUL_MAT_ID", &host.op_mul_mat_id},
+        {"GET_ROWS", &host.op_get_rows}, {"SOFT_MAX", &host.op_soft_max}, {"FLASH_ATTN_EXT", &host.op_flash_attn_ext},
+        {"CUSTOM", &host.op_custom}};
     // All of these exist, and CUSTOM stands behind the others, so the search ends inside the host's table of names.
-    int missing = 6;
+    int missing = 7;
     for (int op = 0; missing > 0 && op < 256; ++op) {
         const char *name = host.ggml_op_name(op);
         if (!name) break;
@@ -96,8 +94,8 @@ bool check_layout(std::string *error) {
         ggml_tensor *a = host.ggml_new_tensor_3d(context, ggml_type_f32, 5, 7, 3);
         ggml_tensor *args[2] = {a, a};
         int marker = 0;
-        ggml_tensor *c = host.ggml_custom_4d(context, ggml_type_f32, 2, 3, 4, 5, args, 2, probe_function,
-                                             ggml_n_tasks_max, &marker);
+        ggml_tensor *c =
+            host.ggml_custom_4d(context, ggml_type_f32, 2, 3, 4, 5, args, 2, probe_function, ggml_n_tasks_max, &marker);
         struct {
             ggml_custom_op function;
             int n_tasks;
@@ -107,8 +105,8 @@ bool check_layout(std::string *error) {
         good = good && a->type == ggml_type_f32 && a->ne[0] == 5 && a->ne[1] == 7 && a->ne[2] == 3 && a->ne[3] == 1 &&
                a->nb[0] == 4 && a->nb[1] == 20 && a->nb[2] == 140 && a->op == host.op_none && !a->src[0] && !a->data &&
                !a->view_src && a->name[0] == 0 && host.ggml_nbytes(a) == 420 && c->op == host.op_custom &&
-               c->src[0] == a && c->src[1] == a && !c->src[2] && c->flags == 0 &&
-               stored.function == probe_function && stored.userdata == &marker;
+               c->src[0] == a && c->src[1] == a && !c->src[2] && c->flags == 0 && stored.function == probe_function &&
+               stored.userdata == &marker;
         host.ggml_free(context);
     } else {
         good = false;

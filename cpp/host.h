@@ -1,5 +1,6 @@
 // The part of ggml's ABI that the plugin uses, declared here so that it builds without ggml's headers and one build
-// serves a range of ggml releases. Every function is looked up at load time; host.cpp proves that the running host is laid out as declared.
+// serves a range of ggml releases. Every function is looked up at load time; host.cpp proves that the running host is
+// laid out as declared.
 #pragma once
 
 #include <cstddef>
@@ -63,6 +64,7 @@ using ggml_abort_callback = bool (*)(void *data);
 constexpr int ggml_type_f32 = 0;
 constexpr int ggml_type_i32 = 26;
 constexpr int ggml_type_q4_0 = 2;
+constexpr int ggml_flag_output = 2;
 constexpr int ggml_flag_compute = 16;
 constexpr int ggml_n_tasks_max = -1;
 constexpr int ggml_max_src = 10;
@@ -91,7 +93,8 @@ using unused_fn = void (*)();
 struct ggml_backend_i {
     const char *(*get_name)(ggml_backend *);
     void (*free)(ggml_backend *);
-    unused_fn set_tensor_async, get_tensor_async, set_tensor_2d_async, get_tensor_2d_async, cpy_tensor_async, synchronize;
+    unused_fn set_tensor_async, get_tensor_async, set_tensor_2d_async, get_tensor_2d_async, cpy_tensor_async,
+        synchronize;
     unused_fn graph_plan_create, graph_plan_free, graph_plan_update, graph_plan_compute;
     ggml_status (*graph_compute)(ggml_backend *, ggml_cgraph *);
     unused_fn event_record, event_wait;
@@ -146,34 +149,34 @@ constexpr int ggml_backend_api_version = 2;
 // ---- functions, looked up by name in the libraries that are already loaded ----
 
 // X(return type, name, parameters); all of them live in libggml-base or libggml.
-#define AGQ_HOST_FUNCTIONS(X)                                                                       \
-    X(const char *, ggml_version, ())                                                               \
-    X(const ggml_type_traits *, ggml_get_type_traits, (int))                                        \
-    X(const char *, ggml_op_name, (int))                                                            \
-    X(size_t, ggml_tensor_overhead, ())                                                             \
-    X(size_t, ggml_nbytes, (const ggml_tensor *))                                                   \
-    X(ggml_context *, ggml_init, (ggml_init_params))                                                \
-    X(void, ggml_free, (ggml_context *))                                                            \
-    X(ggml_tensor *, ggml_new_tensor_3d, (ggml_context *, int, int64_t, int64_t, int64_t))          \
-    X(ggml_tensor *, ggml_custom_4d,                                                                \
-      (ggml_context *, int, int64_t, int64_t, int64_t, int64_t, ggml_tensor **, int, ggml_custom_op, int, void *)) \
-    X(ggml_cgraph *, ggml_new_graph_custom, (ggml_context *, size_t, bool))                         \
-    X(size_t, ggml_graph_overhead_custom, (size_t, bool))                                           \
-    X(void, ggml_graph_add_node, (ggml_cgraph *, ggml_tensor *))                                    \
-    X(ggml_tensor **, ggml_graph_nodes, (ggml_cgraph *))                                            \
-    X(int, ggml_graph_n_nodes, (ggml_cgraph *))                                                     \
-    X(ggml_status, ggml_backend_graph_compute, (ggml_backend *, ggml_cgraph *))                     \
-    X(void, ggml_backend_free, (ggml_backend *))                                                    \
-    X(ggml_backend_device *, ggml_backend_dev_by_type, (int))                                       \
-    X(ggml_backend *, ggml_backend_dev_init, (ggml_backend_device *, const char *))                 \
-    X(ggml_backend_buffer_type *, ggml_backend_dev_buffer_type, (ggml_backend_device *))            \
+#define AGQ_HOST_FUNCTIONS(X)                                                                                        \
+    X(const char *, ggml_version, ())                                                                                \
+    X(const ggml_type_traits *, ggml_get_type_traits, (int))                                                         \
+    X(const char *, ggml_op_name, (int))                                                                             \
+    X(size_t, ggml_tensor_overhead, ())                                                                              \
+    X(size_t, ggml_nbytes, (const ggml_tensor *))                                                                    \
+    X(ggml_context *, ggml_init, (ggml_init_params))                                                                 \
+    X(void, ggml_free, (ggml_context *))                                                                             \
+    X(ggml_tensor *, ggml_new_tensor_3d, (ggml_context *, int, int64_t, int64_t, int64_t))                           \
+    X(ggml_tensor *, ggml_custom_4d,                                                                                 \
+      (ggml_context *, int, int64_t, int64_t, int64_t, int64_t, ggml_tensor **, int, ggml_custom_op, int, void *))   \
+    X(ggml_cgraph *, ggml_new_graph_custom, (ggml_context *, size_t, bool))                                          \
+    X(size_t, ggml_graph_overhead_custom, (size_t, bool))                                                            \
+    X(void, ggml_graph_add_node, (ggml_cgraph *, ggml_tensor *))                                                     \
+    X(ggml_tensor **, ggml_graph_nodes, (ggml_cgraph *))                                                             \
+    X(int, ggml_graph_n_nodes, (ggml_cgraph *))                                                                      \
+    X(ggml_status, ggml_backend_graph_compute, (ggml_backend *, ggml_cgraph *))                                      \
+    X(void, ggml_backend_free, (ggml_backend *))                                                                     \
+    X(ggml_backend_device *, ggml_backend_dev_by_type, (int))                                                        \
+    X(ggml_backend *, ggml_backend_dev_init, (ggml_backend_device *, const char *))                                  \
+    X(ggml_backend_buffer_type *, ggml_backend_dev_buffer_type, (ggml_backend_device *))                             \
     X(ggml_backend_buffer *, ggml_backend_dev_buffer_from_host_ptr, (ggml_backend_device *, void *, size_t, size_t)) \
-    X(bool, ggml_backend_dev_supports_op, (ggml_backend_device *, const ggml_tensor *))             \
-    X(bool, ggml_backend_dev_supports_buft, (ggml_backend_device *, ggml_backend_buffer_type *))    \
-    X(void, ggml_backend_dev_memory, (ggml_backend_device *, size_t *, size_t *))                   \
-    X(ggml_backend_reg *, ggml_backend_dev_backend_reg, (ggml_backend_device *))                    \
-    X(void *, ggml_backend_reg_get_proc_address, (ggml_backend_reg *, const char *))                \
-    X(ggml_backend_reg *, ggml_backend_reg_by_name, (const char *))                                 \
+    X(bool, ggml_backend_dev_supports_op, (ggml_backend_device *, const ggml_tensor *))                              \
+    X(bool, ggml_backend_dev_supports_buft, (ggml_backend_device *, ggml_backend_buffer_type *))                     \
+    X(void, ggml_backend_dev_memory, (ggml_backend_device *, size_t *, size_t *))                                    \
+    X(ggml_backend_reg *, ggml_backend_dev_backend_reg, (ggml_backend_device *))                                     \
+    X(void *, ggml_backend_reg_get_proc_address, (ggml_backend_reg *, const char *))                                 \
+    X(ggml_backend_reg *, ggml_backend_reg_by_name, (const char *))                                                  \
     X(void, ggml_threadpool_params_init, (void *, int))
 
 /// What the plugin knows of the program it was loaded into.
@@ -183,7 +186,8 @@ struct host_api {
 #undef AGQ_DECLARE
 
     /// Numbers of the operations the plugin looks at: new ones are inserted into ggml's enum from release to release.
-    int op_none = -1, op_mul_mat = -1, op_mul_mat_id = -1, op_get_rows = -1, op_flash_attn_ext = -1, op_custom = -1;
+    int op_none = -1, op_mul_mat = -1, op_mul_mat_id = -1, op_get_rows = -1, op_soft_max = -1, op_flash_attn_ext = -1,
+        op_custom = -1;
 
     ggml_backend_device *cpu = nullptr;  ///< the device that runs all that is not ours
     bool openmp = false;                 ///< whether the CPU backend keeps its threads in OpenMP
@@ -192,7 +196,8 @@ struct host_api {
 /// The one host of this process; valid after `connect_host` returned true.
 extern host_api host;
 
-/// Finds the host's functions and checks its version and layout. On failure `*error` says what was found and what works.
+/// Finds the host's functions and checks its version and layout. On failure `*error` says what was found and what
+/// works.
 bool connect_host(std::string *error);
 
 /// A function of the CPU backend that its registry offers by name, or null.

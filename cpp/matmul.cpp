@@ -1,4 +1,5 @@
-// The work behind each custom node. Threads take units from a shared counter, so a core that is slow or busy takes fewer.
+// The work behind each custom node. Threads take units from a shared counter, so a core that is slow or busy takes
+// fewer.
 #include "matmul.h"
 
 #include <algorithm>
@@ -13,7 +14,9 @@ namespace {
 
 constexpr size_t alignment = 64;
 
-size_t align_up(size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+size_t align_up(size_t bytes) {
+    return (bytes + alignment - 1) / alignment * alignment;
+}
 
 const char *row_address(const ggml_tensor *t, int64_t i1, int64_t i2, int64_t i3) {
     return static_cast<const char *>(t->data) + i1 * static_cast<int64_t>(t->nb[1]) +
@@ -26,8 +29,8 @@ const char *flat_row(const ggml_tensor *t, int64_t flat) {
     return row_address(t, i1, rest % t->ne[2], rest / t->ne[2]);
 }
 
-/// Row of the input that belongs to row `flat` of the product. With experts, the input may have one row per token for all
-/// expert slots.
+/// Row of the input that belongs to row `flat` of the product. With experts, the input may have one row per token for
+/// all expert slots.
 const float *input_row(const activation_set &set, int64_t flat) {
     const char *row;
     if (set.ids) {
@@ -48,7 +51,9 @@ int64_t panels_per_unit(int64_t panels, int64_t step, int nth) {
 
 }  // namespace
 
-activation_buffer::~activation_buffer() { ::operator delete(memory_, std::align_val_t(alignment)); }
+activation_buffer::~activation_buffer() {
+    ::operator delete(memory_, std::align_val_t(alignment));
+}
 
 activation_buffer::parts activation_buffer::split(int64_t rows, int64_t k) const {
     const size_t values = static_cast<size_t>(rows * k), groups = static_cast<size_t>(rows * (k / group_columns));
@@ -122,7 +127,8 @@ void activation_set::route() {
     }
     for (const segment &s : segments) {
         for (int64_t first = 0; first < s.count; first += kern->nr) {
-            units.push_back({s.matrix, s.first + first, static_cast<int>(std::min<int64_t>(kern->nr, s.count - first))});
+            units.push_back(
+                {s.matrix, s.first + first, static_cast<int>(std::min<int64_t>(kern->nr, s.count - first))});
         }
     }
 }
@@ -151,38 +157,36 @@ void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
     const int64_t units_per_segment = (panels + step - 1) / step;
     const int64_t n_units = units_per_segment * static_cast<int64_t>(set.segments.size());
 
-    // Kept between calls, so that a steady state allocates nothing.
-    thread_local std::vector<float *> rows;
+    float **rows = static_cast<float **>(p.memory->of(ith));
     int64_t current = -1;
     for (int64_t i; (i = p.next.fetch_add(1, std::memory_order_relaxed)) < n_units;) {
         const int64_t s = i / units_per_segment, first = i % units_per_segment * step;
         const activation_set::segment &segment = set.segments[static_cast<size_t>(s)];
         if (s != current) {
-            rows.resize(static_cast<size_t>(segment.count));
             for (int64_t t = 0; t < segment.count; ++t) {
                 const char *row = flat_row(dst, set.order[static_cast<size_t>(segment.first + t)]);
-                rows[static_cast<size_t>(t)] = const_cast<float *>(reinterpret_cast<const float *>(row));
+                rows[t] = const_cast<float *>(reinterpret_cast<const float *>(row));
             }
             current = s;
         }
         const activation_buffer::parts packed = set.packed(segment.first);
         const matrix_attributes &a = *(*p.attributes)[static_cast<size_t>(segment.matrix)];
-        for (float *&row : rows) row += first * panel_rows;
+        for (int64_t t = 0; t < segment.count; ++t) rows[t] += first * panel_rows;
         gemm_args args;
-        args.weights = static_cast<const tile *>(p.weights->data) +
-                       (segment.matrix * panels + first) * tiles_per_panel;
+        args.weights = static_cast<const tile *>(p.weights->data) + (segment.matrix * panels + first) * tiles_per_panel;
         args.k = static_cast<int>(k);
         args.panels = static_cast<int>(std::min(step, panels - first));
         args.codebook = a.codebook;
         args.tensor_scale = a.header.tensor_scale;
         args.per_group = a.format.per_group;
+        args.bits = a.format.bits;
         args.q = packed.q;
         args.bias = packed.bias;
         args.scale = packed.scale;
         args.n_tokens = static_cast<int>(segment.count);
-        args.dst = rows.data();
+        args.dst = rows;
         set.kern->gemm(args);
-        for (float *&row : rows) row -= first * panel_rows;
+        for (int64_t t = 0; t < segment.count; ++t) rows[t] -= first * panel_rows;
     }
     if (ith == 0) {
         for (int64_t flat : set.invalid) {

@@ -10,6 +10,7 @@
 #include "attributes.h"
 #include "host.h"
 #include "kernels/kernel.h"
+#include "thread_memory.h"
 
 namespace agq {
 
@@ -79,16 +80,19 @@ struct product {
     activation_set *set = nullptr;
     const ggml_tensor *weights = nullptr;
     const tensor_attributes *attributes = nullptr;
+    const thread_memory *memory = nullptr;  ///< one pointer for each row of the set, in each thread
     std::atomic<int64_t> next{0};
 };
 
 /// Rows of an AGQ4 tensor by number.
 struct row_lookup {
+    const ggml_tensor *weights = nullptr;
     const tensor_attributes *attributes = nullptr;
 };
 
-// Functions of the custom nodes; `userdata` is an activation_set, an activation_set, a product and a row_lookup. A product
-// node writes to dst->data; a row_lookup node reads its numbers from dst->src[0] and its tensor from dst->src[1].
+// Functions of the custom nodes; `userdata` is an activation_set, an activation_set, a product and a row_lookup. A
+// product node writes to dst->data; a row_lookup node reads its numbers from dst->src[0] and its tensor from
+// dst->src[1].
 void route_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void quantize_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void product_node(ggml_tensor *dst, int ith, int nth, void *userdata);

@@ -30,8 +30,8 @@ const agq::kernel *prepare() {
 
 }  // namespace
 
-/// Called by ggml_backend_load: the registry, or null if this host cannot be used; the reason goes to the host's log and
-/// to agq_last_error.
+/// Called by ggml_backend_load: the registry, or null if this host cannot be used; the reason goes to the host's log
+/// and to agq_last_error.
 AGQ_EXPORT agq::ggml_backend_reg *ggml_backend_init() {
     const agq::kernel *kern = prepare();
     if (!kern) {
@@ -42,4 +42,6 @@ AGQ_EXPORT agq::ggml_backend_reg *ggml_backend_init() {
 }
 
 /// Why the last ggml_backend_init returned null; empty if it did not.
-AGQ_EXPORT const char *agq_last_error() { return last_error.c_str(); }
+AGQ_EXPORT const char *agq_last_error() {
+    return last_error.c_str();
+}

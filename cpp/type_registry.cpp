@@ -1,5 +1,6 @@
-// The one reach into the host's memory: GGUF loading accepts only types of ggml's own table, in which the slots of retired
-// types stay, marked by a block size of 0. The table is constant data, so its page is made writable for one copy.
+// The one reach into the host's memory: GGUF loading accepts only types of ggml's own table, in which the slots of
+// retired types stay, marked by a block size of 0. The table is constant data, so its page is made writable for one
+// copy.
 #include "type_registry.h"
 
 #include <cstring>
@@ -35,7 +36,8 @@ bool write_constant(const void *target, const void *source, size_t bytes) {
     void *pages = reinterpret_cast<void *>(begin);
     if (mprotect(pages, end - begin, PROT_READ | PROT_WRITE) != 0) return false;
     std::memcpy(const_cast<void *>(target), source, bytes);
-    // The table holds pointers, so the dynamic linker relocated it and then made it read-only: that is its former state.
+    // The table holds pointers, so the dynamic linker relocated it and then made it read-only: that is its former
+    // state.
     return mprotect(pages, end - begin, PROT_READ) == 0;
 #endif
 }

@@ -45,6 +45,7 @@ bool supported() {
 
 }  // namespace
 
-const kernel kernel_avx2 = {"avx2", supported, nr, 1, quantize_block<quantize_ops>, gemm};
+const kernel kernel_avx2 = {
+    "avx2", supported, nr, 1, quantize_block<quantize_ops>, gemm, AGQ_ATTENTION(attention_avx2)};
 
 }  // namespace agq

@@ -398,6 +398,7 @@ bool supported() {
 
 }  // namespace
 
-const kernel kernel_avx512vnni = {"avx512vnni", supported, nr, 2, quantize_block<quantize_ops>, gemm};
+const kernel kernel_avx512vnni = {
+    "avx512vnni", supported, nr, 2, quantize_block<quantize_ops>, gemm, AGQ_ATTENTION(attention_avx512)};
 
 }  // namespace agq

@@ -39,6 +39,7 @@ bool supported() {
 
 }  // namespace
 
-const kernel kernel_avxvnni = {"avxvnni", supported, nr, 1, quantize_block<quantize_ops>, multiply<dot4>};
+const kernel kernel_avxvnni = {
+    "avxvnni", supported, nr, 1, quantize_block<quantize_ops>, multiply<dot4>, AGQ_ATTENTION(attention_avx2)};
 
 }  // namespace agq

@@ -1,12 +1,13 @@
 // THE kernel contract: what a kernel row offers, and the layout of every operand. One row per instruction set.
 //
 // A kernel never allocates, never starts threads, never prints. It may be called from many threads at once on disjoint
-// outputs. Weights, activations and outputs do not overlap. No pointer need be aligned beyond its element type (weights:
-// 1 byte), though 64-byte alignment is fastest. No byte outside the operands described here is read or written;
-// prefetches may go beyond.
+// outputs. Weights, activations and outputs do not overlap. No pointer need be aligned beyond its element type
+// (weights: 1 byte), though 64-byte alignment is fastest. No byte outside the operands described here is read or
+// written; prefetches may go beyond.
 #pragma once
 
 #include "../blocks.h"
+#include "attention.h"
 
 namespace agq {
 
@@ -44,8 +45,8 @@ using quantize_fn = void (*)(const activation_format &format, const float *const
 ///
 ///   dst[t][16 p + r] = tensor_scale * sum over groups of D * I * scale    (docs/format.md, "Meaning")
 ///
-/// for panels p < `panels`, rows r < 16 and tokens t < n_tokens. All blocks but the last hold nr tokens, the last holds the
-/// rest, 1..nr. Block b begins at q + b * nr * k, bias + b * nr * (k / 64), scale + b * nr * (1 or k / 64).
+/// for panels p < `panels`, rows r < 16 and tokens t < n_tokens. All blocks but the last hold nr tokens, the last holds
+/// the rest, 1..nr. Block b begins at q + b * nr * k, bias + b * nr * (k / 64), scale + b * nr * (1 or k / 64).
 struct gemm_args {
     const tile *weights;      ///< first tile of the first panel; panel p begins k / 128 tiles further per panel
     int k;                    ///< columns, a multiple of 128
@@ -58,7 +59,7 @@ struct gemm_args {
     const float *scale;
     int n_tokens;       ///< >= 1
     float *const *dst;  ///< [n_tokens] where the first row of the first panel goes, for each token
-    int bits = 8;       ///< 8 or 4, as in activation_format: promises |q| <= 127 or 7. 8 is always right, 4 may be faster
+    int bits = 8;  ///< 8 or 4, as in activation_format: promises |q| <= 127 or 7. 8 is always right, 4 may be faster
 };
 
 using gemm_fn = void (*)(const gemm_args &args);
@@ -71,6 +72,7 @@ struct kernel {
     int panel_step;       ///< panels a call should cover at least, and a multiple of which is best
     quantize_fn quantize;
     gemm_fn gemm;
+    const attention_kernel *attention;  ///< null where the compiler has no vector types: the host's attention is kept
 };
 
 extern const kernel kernel_scalar;

@@ -142,6 +142,6 @@ bool supported() {
 
 }  // namespace
 
-const kernel kernel_scalar = {"scalar", supported, nr, 1, quantize, gemm};
+const kernel kernel_scalar = {"scalar", supported, nr, 1, quantize, gemm, AGQ_ATTENTION(attention_generic)};
 
 }  // namespace agq

@@ -1,0 +1,52 @@
+// Attention as a ggml custom node for prompts, in place of the host's: for the flash node, and for the chain of
+// product, soft-max and product that is built without flash attention.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "host.h"
+#include "kernels/attention.h"
+#include "thread_memory.h"
+
+namespace agq {
+
+/// One attention of the graph: all tokens, heads and streams of a layer.
+struct attention_job {
+    const attention_kernel *kern = nullptr;
+    /// [head, token, query head, stream], [head, key, kv head, stream]; values are [head, key, ...] or, transposed,
+    /// [key, head, ...]
+    const ggml_tensor *q = nullptr, *k = nullptr, *v = nullptr;
+    bool v_transposed = false;
+    const ggml_tensor *mask = nullptr, *sinks = nullptr;
+    float scale = 1, max_bias = 0, soft_cap = 0;
+    /// Output strides in floats; the flash node is [head, query head, token, stream], the chain [head, token, query
+    /// head, stream].
+    int64_t out_token_stride = 0, out_head_stride = 0, out_stream_stride = 0;
+    /// Where the queries wait between the nodes of the chain, in which their own memory may be used again; null: in q.
+    const float *saved_q = nullptr;
+    const thread_memory *memory = nullptr;  ///< attention_bytes(job) for each thread
+    std::atomic<int64_t> next{0};
+
+    int64_t tokens() const { return q->ne[1]; }
+};
+
+/// Scratch memory that a job needs in each thread.
+size_t attention_bytes(const attention_job &job);
+
+/// Floats that `saved_q` takes.
+int64_t saved_query_floats(const ggml_tensor *q);
+
+/// Fills the job from a flash node, or returns false if it is not covered (too few tokens, unknown type, odd shape).
+bool plan_flash_attention(const ggml_tensor *node, attention_job *job);
+
+/// Fills the job from the soft-max node and the product behind it, likewise. `scores` is the product of keys and
+/// queries.
+bool plan_attention_chain(const ggml_tensor *scores, const ggml_tensor *soft_max, const ggml_tensor *output,
+                          attention_job *job);
+
+// Functions of the custom nodes; `userdata` is the attention_job.
+void save_queries_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+void attention_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+
+}  // namespace agq

@@ -1,0 +1,39 @@
+// Scratch memory of each thread, allocated before a graph runs: nodes run in the host's threads, where nothing may
+// throw.
+#pragma once
+
+#include <cstddef>
+#include <new>
+
+namespace agq {
+
+/// One allocation, cut into equal parts, one for each thread.
+class thread_memory {
+  public:
+    thread_memory() = default;
+    ~thread_memory() { ::operator delete(memory_, alignment); }
+    thread_memory(const thread_memory &) = delete;
+    thread_memory &operator=(const thread_memory &) = delete;
+
+    /// Makes room for `bytes` in each of `threads` threads; throws std::bad_alloc and stays as it was if there is none.
+    void reserve(size_t bytes, int threads) {
+        const size_t part = (bytes + 63) / 64 * 64, total = part * static_cast<size_t>(threads);
+        if (total > capacity_) {
+            void *fresh = ::operator new(total, alignment);
+            ::operator delete(memory_, alignment);
+            memory_ = static_cast<unsigned char *>(fresh);
+            capacity_ = total;
+        }
+        part_ = part;
+    }
+
+    /// The part of thread `ith`, aligned to 64 bytes.
+    void *of(int ith) const { return memory_ + part_ * static_cast<size_t>(ith); }
+
+  private:
+    static constexpr std::align_val_t alignment{64};
+    unsigned char *memory_ = nullptr;
+    size_t capacity_ = 0, part_ = 0;
+};
+
+}  // namespace agq
