@@ -1,0 +1,49 @@
+"""Builds the C++ tests and runs them: every kernel against the scalar one, every attention kernel against its definition."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the built test programs; warnings are errors."""
+    cmake = shutil.which("cmake")
+    assert cmake, "cmake is not installed; pip install '.[test]' brings it"
+    folder = tmp_path_factory.mktemp("build")
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DAGQ_BUILD_TESTS=ON", "-DAGQ_WERROR=ON"]
+    for command in (configure, [cmake, "--build", str(folder), "-j", "2"]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def run(program: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(program), *arguments], capture_output=True, text=True, check=False, env={**os.environ, **env}, timeout=300
+    )
+
+
+@pytest.mark.parametrize("name", ["kernels_test", "attention_test"])
+def test_cpp_program(name: str, build: Path) -> None:
+    result = run(build / name)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "seed" in result.stdout
+    assert "scalar" in result.stdout
+
+
+def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
+    nm = shutil.which("nm")
+    if not nm:
+        pytest.skip("nm lists the symbols")
+    library = next(build.glob("libggml-agq.*"))
+    lines = subprocess.run([nm, "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1] for line in lines.splitlines() if line.split()[-2] == "T"}
+    assert names == {"ggml_backend_init", "agq_last_error"}
