@@ -24,6 +24,8 @@ from agq_gguf.host import Batch, Model, llama_api
 from agq_gguf.stats import InputStats, WeightStats
 
 MIN_TOKENS = 64  # less text than this says nothing
+_MIN_CHUNK = 16
+_NO_TOKENIZER = 0  # LLAMA_VOCAB_TYPE_NONE
 _SAMPLE_ROWS = 256  # of an input, kept as they were
 _EXPERT_PRIOR = 128  # tokens' worth of the whole input mixed into an expert's own statistics
 
@@ -100,6 +102,8 @@ class Calibrator:
             model = stack.enter_context(Model(path))
             if llama_api().llama_model_has_encoder(model._model):
                 raise InputError(f"{path}: encoder-decoder models cannot be calibrated; use an imatrix, or neither")
+            if llama_api().llama_vocab_type(model._vocabulary) == _NO_TOKENIZER:  # llama.cpp would abort the process
+                raise InputError(f"{path}: has no tokenizer, so text cannot calibrate it; use an imatrix, or neither")
             size = min(context, model.n_ctx_train or context)
             self.chunks = _chunks(model, text, size, max_tokens)
             self._context = stack.enter_context(
@@ -248,6 +252,8 @@ def _chunks(model: Model, text: Iterable[str], size: int, max_tokens: int) -> li
     around = model.tokenize("")
     first, last = np.split(around, [int(model.add_bos and len(around) > 0)])
     body = size - len(around)
+    if body < _MIN_CHUNK:
+        raise InputError(f"a context of {size} tokens is too small for calibration, at least {_MIN_CHUNK} are needed")
     bodies = [tokens[i : i + body] for i in range(0, len(tokens), body)]
     if len(bodies) > 1 and len(bodies[-1]) < body // 4:
         bodies.pop()  # a few words without context are not what the model usually sees

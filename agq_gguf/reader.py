@@ -201,6 +201,9 @@ def check_source(reader: Reader) -> None:
         raise InputError(
             f"{reader.path}: one part of a split model; join the parts first with `llama-gguf-split --merge`"
         )
+    kind = reader.get("general.type", "model")
+    if kind != "model":
+        raise InputError(f"{reader.path}: is of general.type {kind!r}, wanted a language model")
     if not reader.architecture:
         raise InputError(f"{reader.path}: has no general.architecture, so it is not a model")
     if not reader.tensors:

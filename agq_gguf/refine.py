@@ -21,6 +21,7 @@ from agq_gguf.blocks import GROUP_COLUMNS, MAX_EXPONENT, channel_order
 _WORTH_EXPONENTS = 2e-5
 _WORTH_ORDER = 2e-4
 _LISTED_GROUPS = (1, 2, 4)  # how many groups of outlier channels are tried
+_LISTABLE = 1 << 16  # channel numbers are stored in 16 bits
 _SWEEPS = 3
 
 
@@ -63,7 +64,7 @@ def choose(sample: NDArray[np.float32], capacity: int, bits: int, per_group: boo
         by_peak = np.argsort(-size.max(axis=0), kind="stable")
         for groups in _LISTED_GROUPS:
             first = by_peak[: groups * GROUP_COLUMNS].astype(np.uint16)
-            if len(first) > capacity or len(first) >= columns:
+            if len(first) > capacity or len(first) >= columns or columns > _LISTABLE:
                 break
             ordered = _group_maxima(size, first)
             exponents = _descend(ordered)

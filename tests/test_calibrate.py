@@ -13,6 +13,7 @@ from agq_gguf.errors import HostError, InputError
 from agq_gguf.ggml_view import GgmlTensor
 from agq_gguf.reader import open_gguf
 from agq_gguf.stats import InputStats, WeightStats
+from agq_gguf.writer import Writer, layout
 
 TEXT = ["the red key in the box and the blue door to a cat, a dog. ", "Where was the king? "] * 15
 BIG = 1 << 30
@@ -145,6 +146,22 @@ def test_too_little_text(llama: Path) -> None:
     for text in ([], [""], ["two words"]):
         with pytest.raises(InputError, match="tokens, at least 64 are needed"):
             Calibrator(llama, text, wanted(llama), threads=1)
+
+
+def test_too_small_a_context(llama: Path) -> None:
+    with pytest.raises(InputError, match="context of 8 tokens is too small"):
+        Calibrator(llama, TEXT, wanted(llama), context=8, threads=1)
+
+
+def test_a_model_without_tokenizer(llama: Path, tmp_path: Path) -> None:
+    """llama.cpp aborts when it is asked to tokenize for such a model."""
+    with open_gguf(llama) as source:
+        placed = layout((t.name, t.type_name, t.shape) for t in source.tensors.values())
+        with Writer(tmp_path / "m.gguf", source.metadata, {"tokenizer.ggml.model": "none"}, placed) as writer:
+            for name in source.tensors:
+                writer.write(name, [source.raw(name)])
+    with pytest.raises(InputError, match="has no tokenizer"):
+        Calibrator(tmp_path / "m.gguf", TEXT, wanted(llama), threads=1)
 
 
 def test_unreadable_text(tmp_path: Path) -> None:

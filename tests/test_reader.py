@@ -164,5 +164,12 @@ def test_unsuitable_sources(tmp_path: Path) -> None:
         pytest.raises(InputError, match="split model"),
     ):
         check_source(reader)
+    adapter = gguf.GGUFWriter(tmp_path / "l", "llama")
+    adapter.add_type("adapter")
+    adapter.write_header_to_file()
+    adapter.write_kv_data_to_file()
+    adapter.close()
+    with open_gguf(tmp_path / "l") as reader, pytest.raises(InputError, match="'adapter', wanted a language model"):
+        check_source(reader)
     with open_gguf(write_small(tmp_path / "a", arch="")) as reader, pytest.raises(InputError, match="no general"):
         check_source(reader)
