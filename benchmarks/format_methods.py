@@ -262,17 +262,19 @@ def _grouped(x: torch.Tensor, factor: torch.Tensor, top: int, refinement: Refine
     return ((y / s).round() * s).flatten(-2)[..., back]
 
 
-def activation_error(stats: Stats, refinement: Refinement | None, bits: int = 8) -> float:
-    """Error of the calibration rows as the consuming matrices see it."""
-    return float(
-        ((quantize_activations(stats.rows, bits, 0, refinement) - stats.rows).square() * stats.importance).sum()
-    )
+def activation_error(stats: Stats, refinement: Refinement | None, bits: int, relative: bool) -> float:
+    """Error of the calibration rows as the matrices see it; ``relative``: mean of each row's share of its energy."""
+    error = (quantize_activations(stats.rows, bits, 0, refinement) - stats.rows).square() @ stats.importance
+    energy = stats.rows.square() @ stats.importance
+    return float((error / energy.clamp_min(1e-12)).mean() if relative else error.sum() / energy.sum())
 
 
-def refine(stats: Stats, exponents: tuple[int, ...], listed: tuple[int, ...], bits: int = 8) -> Refinement | None:
+def refine(
+    stats: Stats, exponents: tuple[int, ...], listed: tuple[int, ...], bits: int, relative: bool = True
+) -> Refinement | None:
     """Best of the given exponents and numbers of listed channels (0: order as it is), or None if nothing helps."""
     count = len(stats.amax)
-    best, least = None, activation_error(stats, None, bits) * 0.98
+    best, least = None, activation_error(stats, None, bits, relative) * 0.98
     by_size = stats.amax.argsort(descending=True)
     for n in (n for n in listed if n < count):
         rest = torch.ones(count, dtype=torch.bool)
@@ -288,7 +290,7 @@ def refine(stats: Stats, exponents: tuple[int, ...], listed: tuple[int, ...], bi
             else:
                 e = torch.where(high > high.median() * 2**r * 0.75, r, 0)
             candidate = Refinement(order, e)
-            error = activation_error(stats, candidate, bits)
+            error = activation_error(stats, candidate, bits, relative)
             if error < least:
                 best, least = candidate, error
     return best
@@ -302,3 +304,24 @@ def threshold_refine(stats: Stats, r: int, times: float) -> Refinement | None:
     by_size = stats.amax.argsort(descending=True)
     order = torch.cat([by_size[:n], by_size[n:].sort().values])
     return Refinement(order, torch.where(torch.arange(len(order) // 64) < -(-n // 64), r, 0))
+
+
+def sorted_refine(stats: Stats, bits: int = 8) -> Refinement:
+    """All channels by energy, as ``Scheme(order="stored")`` stores weights; exponents by coordinate descent."""
+    order = stats.hessian.diagonal().argsort(descending=True)
+    best = Refinement(order, torch.zeros(len(order) // 64))
+    least = activation_error(stats, best, bits, relative=True)
+    for _ in range(3):
+        before = least
+        for g in range(len(best.exponents)):
+            for moved in ([g], list(range(g + 1))):
+                for change in (1, -1):
+                    exponents = best.exponents.clone()
+                    exponents[moved] += change
+                    trial = Refinement(order, exponents)
+                    error = activation_error(stats, trial, bits, relative=True)
+                    if error < least and exponents.min() >= 0 and exponents.max() <= 15:
+                        best, least = trial, error
+        if least == before:
+            break
+    return best

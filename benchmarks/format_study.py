@@ -22,7 +22,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from format_methods import Refinement, Scheme, Stats, q8_0, quantize, quantize_activations, refine, threshold_refine
+from format_methods import (
+    Refinement,
+    Scheme,
+    Stats,
+    q8_0,
+    quantize,
+    quantize_activations,
+    refine,
+    sorted_refine,
+    threshold_refine,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -256,6 +266,8 @@ def study_procedure(subject: Subject) -> None:
     variants["most active group first, scales weighted by 1 / U^2"] = Scheme(order="groups", inverse=True)
     variants["most active column first, groups and scales stay"] = Scheme(order="static")
     variants["most active column first, stored in that order"] = Scheme(order="stored")
+    variants["the same, scales weighted by 1 / U^2"] = Scheme(order="stored", inverse=True)
+    variants["the same, fixed codebook"] = Scheme(order="stored", inverse=True, codebook="fixed7")
     row("procedure (learned 7-bit codebook, g64, 12-bit scale, error feedback)", "distance", "output error %", "s")
     for name, scheme in variants.items():
         began = time.monotonic()
@@ -269,19 +281,20 @@ def study_activations(subject: Subject) -> None:
     """Activation modes, with f32 weights and with AGQ4 weights."""
     weights = subject.quantized(Scheme())
     stats = subject.stats
-    few, many = (16, 32, 64), (16, 32, 64, 128, 192)
+    few, many = (0, 16, 32, 64), (0, 16, 32, 64, 128, 192)
     rules: dict[str, Callable[[Stats, int], Refinement | None]] = {
         "none": lambda s, b: None,
-        "r in 2,3,4, no channel order": lambda s, b: refine(s, (2, 3, 4), (0,), b),
-        "r = 2, listed 0..64": lambda s, b: refine(s, (2,), (0, *few), b),
-        "r = 3, listed 0..64": lambda s, b: refine(s, (3,), (0, *few), b),
-        "r = 4, listed 0..64": lambda s, b: refine(s, (4,), (0, *few), b),
-        "r in 1..6, listed 0..192": lambda s, b: refine(s, (1, 2, 3, 4, 5, 6), (0, *many), b),
-        "any exponent, listed 0..192": lambda s, b: refine(s, (-4, -6, 1, 2, 3, 4, 5, 6), (0, *many), b),
-        "any exponent, all channels sorted": lambda s, b: refine(s, (-4, -6, -8), (len(s.amax) - 1,), b),
-        "rule: amax > 4 medians, r = 2": lambda s, b: threshold_refine(s, 2, 4.0),
-        "rule: amax > 4 medians, r = 3": lambda s, b: threshold_refine(s, 3, 4.0),
-        "rule: amax > 8 medians, r = 3": lambda s, b: threshold_refine(s, 3, 8.0),
+        "r in 1..6, no channel order": lambda s, b: refine(s, (1, 2, 3, 4, 5, 6), (0,), b),
+        "r = 2": lambda s, b: refine(s, (2,), few, b),
+        "r = 3": lambda s, b: refine(s, (3,), few, b),
+        "r = 4": lambda s, b: refine(s, (4,), few, b),
+        "r in 2, 3, 4": lambda s, b: refine(s, (2, 3, 4), few, b),
+        "r in 2, 3, 4, by absolute error": lambda s, b: refine(s, (2, 3, 4), few, b, relative=False),
+        "r in 1..6, up to 192 listed": lambda s, b: refine(s, (1, 2, 3, 4, 5, 6), many, b),
+        "any exponents, up to 192 listed": lambda s, b: refine(s, (-4, -6, 1, 2, 3, 4, 5, 6), many, b),
+        "any exponents, all channels sorted": lambda s, b: refine(s, (-4, -6, -8), (len(s.amax) - 1,), b),
+        "amax > 4 medians, r = 2": lambda s, b: threshold_refine(s, 2, 4.0),
+        "amax > 8 medians, r = 3": lambda s, b: threshold_refine(s, 3, 8.0),
     }
     row("activations", "weights f32", "weights AGQ4")
 
@@ -295,10 +308,12 @@ def study_activations(subject: Subject) -> None:
     for bits in (8, 4):
         for label, rule in rules.items():
             # inputs that q, k and v share have one Stats object, and so one refinement
+            if bits == 4 and not label.startswith(("none", "r = 2", "r in 1..6, up")):
+                continue
             known = {id(s): rule(s, bits) for s in stats.values()}
             used = sum(known[id(s)] is not None for s in stats.values())
             measure(
-                f"int{bits} per token, {label} ({used} of {len(stats)})",
+                f"int{bits} per token, {label} (used for {used} of {len(stats)})",
                 lambda name, x, b=bits, known=known: quantize_activations(x, b, 0, known[id(stats[name])]),
             )
         for group in (128, 64):
@@ -309,6 +324,34 @@ def study_activations(subject: Subject) -> None:
                 x, b, 64, Refinement(stats[name].amax.argsort(descending=True), torch.zeros(x.shape[-1] // 64))
             ),
         )
+
+
+def study_order(subject: Subject) -> None:
+    """Columns stored by energy or as they are, with f32 activations and with int8 in the same order."""
+    inputs = {id(s): s for s in subject.stats.values()}
+    listed = {key: refine(s, (2,), (0, 16, 32, 64), 8) for key, s in inputs.items()}
+    by_energy = {key: sorted_refine(s) for key, s in inputs.items()}
+    variants = {
+        "as they are, scales weighted by E[x^2]": Scheme(),
+        "as they are, scales weighted by 1 / U^2": Scheme(inverse=True),
+        "most active group first, 1 / U^2": Scheme(order="groups", inverse=True),
+        "stored most active first, E[x^2]": Scheme(order="stored"),
+        "stored most active first, 1 / U^2": Scheme(order="stored", inverse=True),
+        "the same, fixed codebook": Scheme(order="stored", inverse=True, codebook="fixed7"),
+        "the same, damping 0.003": Scheme(order="stored", inverse=True, damp=0.003),
+    }
+    row("columns", "output error %", "f32 activations", "int8, r = 2, listed", "int8, all sorted by energy")
+    for name, scheme in variants.items():
+        new = subject.quantized(scheme)
+        cells = [subject.output_error(new)]
+        with subject.weights(new):
+            cells.append(subject.distance())
+            for known in (listed, by_energy):
+                with subject.activations(
+                    lambda name, x, known=known: quantize_activations(x, 8, 0, known[id(subject.stats[name])])
+                ):
+                    cells.append(subject.distance())
+        row(name, *cells)
 
 
 def study_ends(subject: Subject) -> None:
@@ -334,6 +377,7 @@ STUDIES = {
     "formats": study_formats,
     "procedure": study_procedure,
     "activations": study_activations,
+    "order": study_order,
     "ends": study_ends,
 }
 

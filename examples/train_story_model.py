@@ -182,9 +182,9 @@ def schedule(progress: float, peak: float) -> float:
     return peak * min(1.0, progress / 0.02) * (1.0 - progress)
 
 
-def window_size(progress: float, context: int) -> int:
+def window_size(progress: float, first: int, context: int) -> int:
     """Tokens per window: short ones first, which is faster, whole contexts at the end."""
-    return context // 4 if progress < 0.6 else context // 2 if progress < 0.85 else context
+    return first if progress < 0.6 else min(2 * first, context) if progress < 0.85 else context
 
 
 def train(model: StoryModel, stream: Iterator[int], args: argparse.Namespace) -> None:
@@ -201,7 +201,7 @@ def train(model: StoryModel, stream: Iterator[int], args: argparse.Namespace) ->
             progress = max(progress, (time.monotonic() - began) / 60 / args.minutes)
         if progress >= 1:
             break
-        window = window_size(progress, model.shape.context)
+        window = window_size(progress, args.first_window, model.shape.context)
         count = args.batch_tokens // window
         batch = torch.tensor([[next(stream) for _ in range(window + 1)] for _ in range(count)])
         for group in optimizer.param_groups:
@@ -302,6 +302,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0, help="stop after so many minutes (then not reproducible)")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--first-window", type=int, default=256, help="tokens per window in the first part")
+    parser.add_argument("--continue-from", type=Path, help="a model written by this script, to be trained further")
     parser.add_argument("--seed", type=int, default=TRAIN_SEED)
     parser.add_argument("--threads", type=int, default=1, help="more than one rarely helps matrices this small")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16: faster on CPUs that have it")
@@ -312,8 +314,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     shape = Shape()
-    tokenizer = train_tokenizer(shape.vocab, args.seed)
+    tokenizer = train_tokenizer(shape.vocab, TRAIN_SEED)
     model = StoryModel(shape)
+    if args.continue_from:
+        tensors = gguf.GGUFReader(args.continue_from).tensors
+        model.load_state_dict({t.name: torch.tensor(t.data).float() for t in tensors})
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {asdict(shape)}")
     train(model, token_stream(tokenizer, args.seed), args)
     write_gguf(args.output, model, tokenizer)
