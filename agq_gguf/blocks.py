@@ -255,7 +255,8 @@ def dequantize(matrix: Matrix) -> NDArray[np.float32]:
     values = (parameters.codebook.astype(np.float32) - 64)[matrix.codes]
     grouped = values.reshape(rows, -1, GROUP_COLUMNS)
     grouped *= np.ldexp(matrix.scales, -parameters.exponents.astype(np.int32))[..., None]
-    grouped *= np.float32(parameters.tensor_scale)
+    with np.errstate(over="ignore"):  # a damaged tensor scale may be huge; infinite is what it says then
+        grouped *= np.float32(parameters.tensor_scale)
     if not parameters.listed.size:
         return values
     out = np.empty_like(values)
@@ -301,4 +302,5 @@ def matmul_reference(x: NDArray[np.float32], matrix: Matrix) -> NDArray[np.float
     right = values.reshape(rows, -1, GROUP_COLUMNS).transpose(1, 2, 0).astype(np.float64)
     integers = left @ right  # [K / 64, T, M]
     scaled = integers * matrix.scales.T.astype(np.float64)[:, None, :] * s.T.astype(np.float64)[:, :, None]
-    return (scaled.sum(axis=0) * np.float64(np.float32(matrix.parameters.tensor_scale))).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return (scaled.sum(axis=0) * np.float64(np.float32(matrix.parameters.tensor_scale))).astype(np.float32)

@@ -124,6 +124,10 @@ def test_experts_see_their_tokens(moe: Path) -> None:
     pooled, _, _ = gather(moe, 4 * 128**2)
     assert not pooled["blk.0.ffn_up_exps.weight"].experts
     np.testing.assert_allclose(pooled["blk.0.ffn_up_exps.weight"].whole.mean_square, router.mean_square, rtol=1e-3)
+    # The rows that the experts got are, together, all rows.
+    down = "blk.0.ffn_down_exps.weight"
+    np.testing.assert_allclose(pooled[down].whole.mean_square, found[down].whole.mean_square, rtol=1e-4)
+    np.testing.assert_allclose(pooled[down].whole.abs_max, found[down].whole.abs_max)
     with Calibrator(moe, TEXT, wanted(moe), context=64, threads=1) as calibrator:
         assert calibrator.pooled(BIG) == []
         assert set(calibrator.pooled(4 * 128**2)) == {n for n in found if "_exps" in n}

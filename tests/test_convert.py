@@ -91,6 +91,23 @@ def first_parameters(reader, name: str) -> tuple[bytes, bytes]:
     return parameters.exponents.tobytes(), parameters.listed.tobytes()
 
 
+def test_a_channel_order_must_fit_the_smallest(tmp_path: Path) -> None:
+    """k has too few rows to carry the list that q and v could; gate and up carry theirs."""
+    src = tiny_models.write_llama(tmp_path / "m.gguf", n_layer=1, n_embd=256, n_ff=384, n_head=4, n_kv=1)
+    with open_gguf(src) as reader:
+        norms = [reader.tensors[f"blk.0.{x}_norm.weight"].offset for x in ("attn", "ffn")]
+    data = bytearray(src.read_bytes())
+    for offset in norms:  # outliers that are worth an order
+        for channel in (5, 70, 140, 210):
+            data[offset + 4 * channel : offset + 4 * channel + 4] = np.float32(60).tobytes()
+    src.write_bytes(data)
+    report = quantize(src, tmp_path / "o", calibration=[TEXT], options=OPTIONS)
+    assert all(not t.note for t in report.tensors)
+    with open_gguf(tmp_path / "o") as out:
+        listed = {x: len(first_parameters(out, f"blk.0.{x}.weight")[1]) // 2 for x in ("attn_q", "attn_k", "ffn_up")}
+    assert listed["attn_q"] == listed["attn_k"] == 0 and listed["ffn_up"] >= 64
+
+
 def errors(report: convert.Report) -> dict[str, float]:
     return {t.name: t.error for t in report.tensors if t.error is not None and t.name.startswith("blk.")}
 
