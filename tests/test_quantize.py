@@ -227,6 +227,25 @@ def test_nothing_is_refined_without_need() -> None:
         assert refine.choose(odd, 1000, 8, False).noise == 0
 
 
+def test_what_is_prepared_is_about_the_refined_input() -> None:
+    x = correlated_input(outliers=(7, 77, 133))
+    stats = stats_of(x)
+    searched = prepare_input(replace(stats, hessian=None), COLUMNS, 1000, MatrixOptions())
+    found = searched.refinement
+    assert found.listed.size and found.exponents[0]
+    shrink = np.exp2(-found.exponents.astype(np.float32)).repeat(64)
+    refined = x[:, blocks.channel_order(found.listed, COLUMNS)] * shrink
+    square = np.square(refined).mean(axis=0)
+    np.testing.assert_allclose(searched.importance, square / square.mean(), rtol=1e-3)
+    known = prepare_input(stats, COLUMNS, 1000, MatrixOptions())
+    expected = refined.T @ refined / len(x) / square.mean()
+    np.testing.assert_allclose(known.hessian, expected, atol=1e-3 * expected.max())
+    assert known.correlations is not None and known.hessian is not None
+    added = known.correlations.hessian.diagonal() - known.hessian.diagonal()
+    np.testing.assert_allclose(added, 0.01 + found.noise / square.mean(), rtol=0.02, atol=1e-5)
+    assert found.noise / square.mean() > 1e-4
+
+
 def test_refined_product_is_closer() -> None:
     """With everything in place: int8 activations times 4-bit weights."""
     x, w = correlated_input(outliers=(7, 77, 133)), weights()
