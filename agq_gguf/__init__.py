@@ -1,7 +1,7 @@
 """Agile-Quant for GGUF: quantize models to AGQ4 and run them in the stock llama-cpp-python.
 
-Importing this package is light: it loads neither torch nor llama_cpp. If ``gguf`` is installed it learns the type AGQ4, so that
-``gguf.GGUFReader`` and ``gguf.quants.dequantize`` read our files.
+Importing this package is light: it loads neither torch nor llama_cpp. If ``gguf`` is installed it learns the type AGQ4,
+so that ``gguf.GGUFReader`` and ``gguf.quants.dequantize`` read our files.
 """
 
 from __future__ import annotations

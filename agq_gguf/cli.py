@@ -149,6 +149,9 @@ def quantize(
         Path | None, typer.Option(help="Importance matrix (GGUF) to use in place of a text.", show_default=False)
     ] = None,
     output_type: Annotated[str, typer.Option(help="Type of the output matrix: agq4, q8_0, f16 or f32.")] = "q8_0",
+    embedding_type: Annotated[
+        str, typer.Option(help="Type of the token embedding: as above, or auto (q8_0 below 1024 columns, else agq4).")
+    ] = "auto",
     threads: Threads = 0,
     memory: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for calibration, such as 4G.")
@@ -165,7 +168,9 @@ def quantize(
         from agq_gguf import convert
     except ImportError as e:
         raise HostError(f"quantizing needs {e.name}: pip install 'agq-gguf[convert]'") from e
-    options = convert.QuantizeOptions(output_type=output_type, threads=threads, memory=memory)
+    options = convert.QuantizeOptions(
+        output_type=output_type, embedding_type=embedding_type, threads=threads, memory=memory
+    )
     if dry_run:
         tables.show_plan(convert.plan_file(source, options))
         return

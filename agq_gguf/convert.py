@@ -35,7 +35,7 @@ class QuantizeOptions:
     """What a user can choose."""
 
     output_type: str = "q8_0"
-    embedding_type: str = blocks.TYPE_NAME
+    embedding_type: str = "auto"  # q8_0 for small models, else agq4
     threads: int = 0  # 0: all that this process may use
     memory: int = 4 << 30  # bytes that calibration may use for the statistics it holds at a time
     calibration_tokens: int = 32768  # at most

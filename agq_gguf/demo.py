@@ -15,7 +15,7 @@ from agq_gguf.inspection import inspect_file
 DATA = Path(__file__).parent / "data"
 MODEL, CALIBRATION, EVALUATION = (DATA / name for name in ("story-f16.gguf", "calibration.txt", "evaluation.txt"))
 PROMPT = "Once upon a time"
-_CHUNKS = 16  # of the evaluation text
+_CHUNKS = 40  # of the evaluation text
 _PROMPT_TOKENS, _GENERATED_TOKENS, _REPETITIONS = 256, 64, 5
 _TEXT_TOKENS, _TEMPERATURE, _SEED = 96, 0.7, 4
 

@@ -52,8 +52,8 @@ class _DlInfo(ctypes.Structure):
 def _make_visible(function: Any) -> None:
     """Load the library that holds ``function`` once more, so that its symbols become global.
 
-    llama_cpp loads its libraries privately. A wheel holds each of them under several names, as copies and not as links, so
-    the one in use is found by the address of a function of it, never by its name.
+    llama_cpp loads its libraries privately. A wheel holds each of them under several names, as copies and not as links,
+    so the one in use is found by the address of a function of it, never by its name.
     """
     if sys.platform == "win32":
         return  # the plugin asks for the modules by name there

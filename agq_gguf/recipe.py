@@ -27,6 +27,9 @@ _KEPT = {
 }
 
 
+_WIDE_EMBEDDING = 1024  # columns
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """What happens to one tensor; `reason` is empty for AGQ4."""
@@ -37,15 +40,16 @@ class TensorPlan:
 
 
 def plan(
-    reader: Reader, *, output_type: str = "q8_0", embedding_type: str = blocks.TYPE_NAME, default_type: str = "agq4"
+    reader: Reader, *, output_type: str = "q8_0", embedding_type: str = "auto", default_type: str = "agq4"
 ) -> list[TensorPlan]:
     """One entry for each tensor, in the order of the file.
 
     `output_type` is for the matrix that yields the logits: `output.weight`, or the embedding when there is none and the
-    model shares it; `embedding_type` is for an embedding that is only looked up.
+    model shares it; `embedding_type` is for an embedding that is only looked up. "auto" means Q8_0 below
+    1024 columns: there the embedding is a large part of what 4 bits lose, and costs little (docs/format-study.md).
     """
     for option, name in (("output type", output_type), ("embedding type", embedding_type), ("type", default_type)):
-        if name not in TARGET_TYPES:
+        if name not in TARGET_TYPES and (option, name) != ("embedding type", "auto"):
             raise InputError(f"unknown {option} {name!r}; known are {', '.join(TARGET_TYPES)}")
     plans = []
     for tensor in reader.tensors.values():
@@ -53,6 +57,8 @@ def plan(
             wanted, option = output_type, "output type"
         elif tensor.name == EMBEDDING:
             wanted, option = embedding_type, "embedding type"
+            if wanted == "auto":
+                wanted = "q8_0" if tensor.shape[-1] < _WIDE_EMBEDDING else blocks.TYPE_NAME
         else:
             wanted, option = default_type, "type"
         plans.append(_decide(tensor, wanted, option))

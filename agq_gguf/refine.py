@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 
 from agq_gguf.blocks import GROUP_COLUMNS, MAX_EXPONENT, channel_order
 
-# How much less noise, as a share of the input's energy, a choice must bring; 4-bit weights cost about 5e-3.
-# Exponents are free at run time. An order costs the runtime a gather per token, and the weights some precision: alone
-# in its group, the weight of an outlier channel can have the group's scale to itself.
+# How much less noise, as a share of a token's energy, exponents must bring; 4-bit weights cost about 5e-3.
+# An order of outliers costs the weights some precision: alone in its group, the weight of an outlier channel can have
+# the group's scale to itself.
 _WORTH_EXPONENTS = 2e-5
 _WORTH_ORDER = 2e-4
-_LISTED_GROUPS = (1, 2, 4)  # how many groups of outlier channels are tried
+_OUTLIER_GROUPS = (0, 1, 2, 4)  # how many groups of outlier channels are tried
+_WORTH_SORTING = 0.05  # variance of the logarithm of energy inside groups; noise of a small sample stays below it
+_SILENT = 1e-6  # energies below this share of the largest count as equal
+_NEARLY_ALL = 0.9  # key matrices of grouped heads, of 256 rows, have room for this share
 _LISTABLE = 1 << 16  # channel numbers are stored in 16 bits
 _SWEEPS = 3
 
@@ -42,37 +45,53 @@ def none(columns: int) -> Refinement:
 def choose(sample: NDArray[np.float32], capacity: int, bits: int, per_group: bool, enabled: bool = True) -> Refinement:
     """Best refinement for an input of which `sample` [n, K] holds some rows; at most `capacity` channels are listed.
 
-    With a scale per group there is nothing to gain: each group has its own already.
+    Where nearly all channels can be listed they are, by descending energy: channels of like energy then share a group,
+    and with it the scale of their weights, which lowers the error of weights (docs/format-study.md), and outliers are
+    together. A shorter list mixes the others badly, so it holds outliers only, and only if activations gain by it.
     """
     size, columns = np.abs(sample.astype(np.float64)), sample.shape[1]
     plain = none(columns)
-    energy = float((size * size).sum(axis=1).mean()) if len(size) else 0.0
-    if not energy > 0:
+    energy = (size * size).sum(axis=1)
+    if not energy.any():
         return plain
+    size, energy = size[energy > 0], energy[energy > 0]
     limit = 127 if bits == 8 else 7
     step = 1 / (12 * limit * limit)
-    unit = energy / step  # a cost of this much is as large as the input itself
-    natural = _group_maxima(size, plain.listed)
-    if per_group:
-        return Refinement(plain.listed, plain.exponents, float((natural**2).mean()) * step)
-    best, best_cost = plain.exponents, _cost(natural, plain.exponents)
-    listed, maxima = plain.listed, natural
-    if enabled:
-        exponents = _descend(natural)
-        if best_cost - _cost(natural, exponents) > _WORTH_EXPONENTS * unit:
-            best, best_cost = exponents, _cost(natural, exponents)
-        by_peak = np.argsort(-size.max(axis=0), kind="stable")
-        for groups in _LISTED_GROUPS:
-            first = by_peak[: groups * GROUP_COLUMNS].astype(np.uint16)
-            if len(first) > capacity or len(first) >= columns or columns > _LISTABLE:
-                break
-            ordered = _group_maxima(size, first)
-            exponents = _descend(ordered)
-            cost = _cost(ordered, exponents)
-            if best_cost - cost > _WORTH_ORDER * unit:
-                best, best_cost, listed, maxima = exponents, cost, first, ordered
-    peak = (maxima * np.exp2(-best.astype(np.float64))).max(axis=1)
-    return Refinement(listed, best, float((peak**2).mean()) * step)
+    # The noise of a token counts relative to its energy, because a norm or a sum that sees it so comes next.
+    best, best_cost = plain, np.inf
+    for listed in _orders(size, capacity) if enabled else [plain.listed]:
+        maxima = _group_maxima(size, listed)
+        relative = maxima / np.sqrt(energy)[:, None]
+        exponents, cost = plain.exponents, _cost(relative, plain.exponents)
+        # With a scale per group exponents gain nothing: each group has a scale of its own already.
+        if enabled and not per_group:
+            found = _descend(relative)
+            if cost - _cost(relative, found) > _WORTH_EXPONENTS / step:
+                exponents, cost = found, _cost(relative, found)
+        if best_cost - cost > (_WORTH_ORDER / step if np.isfinite(best_cost) else 0):
+            peak = maxima if per_group else (maxima * np.exp2(-exponents.astype(np.float64))).max(axis=1)
+            best, best_cost = Refinement(listed, exponents, float((peak**2).mean()) * step), cost
+    return best
+
+
+def _orders(size: NDArray[np.float64], capacity: int) -> list[NDArray[np.uint16]]:
+    """Lists of channels worth a try for |x| = `size` [n, K]."""
+    columns = size.shape[1]
+    if columns > _LISTABLE:
+        return [none(columns).listed]
+    energy = (size * size).mean(axis=0)
+    if capacity >= _NEARLY_ALL * columns and _spread(energy) > _WORTH_SORTING:
+        by_energy = np.argsort(-energy, kind="stable")
+        return [by_energy[: min(capacity, columns)].astype(np.uint16)]
+    by_peak = np.argsort(-size.max(axis=0), kind="stable")
+    lengths = [groups * GROUP_COLUMNS for groups in _OUTLIER_GROUPS]
+    return [by_peak[:n].astype(np.uint16) for n in lengths if n <= min(capacity, columns - 1)]
+
+
+def _spread(energy: NDArray[np.float64]) -> float:
+    """How unlike the channels of a group are before they are sorted: mean variance of the logarithm of their energy."""
+    logs = np.log(np.maximum(energy, energy.max() * _SILENT))
+    return float(logs.reshape(-1, GROUP_COLUMNS).var(axis=1).mean())
 
 
 def _group_maxima(size: NDArray[np.float64], listed: NDArray[np.uint16]) -> NDArray[np.float64]:

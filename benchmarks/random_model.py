@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-import agq_gguf  # noqa: F401  teaches gguf the type AGQ4
 import gguf
 import numpy as np
+
+import agq_gguf  # noqa: F401  teaches gguf the type AGQ4
 from agq_gguf import blocks
 
 # name: (embedding, feed-forward, layers, heads, key/value heads, vocabulary)

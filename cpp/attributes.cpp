@@ -163,8 +163,10 @@ void dequantize_row(const matrix_attributes &attributes, const tile *tiles, int6
         const int in_tile = static_cast<int>(column % tile_columns), half = in_tile / group_columns;
         const uint8_t byte = t.codes[in_tile / 8][4 * r + in_tile % 4];
         const int code = in_tile % 8 < 4 ? byte & 15 : byte >> 4;
-        const float scale = std::ldexp(decode_scale(t, half, r) * attributes.header.tensor_scale,
-                                       -attributes.exponents[static_cast<size_t>(column / group_columns)]);
+        // This product is exact, so the weight is rounded once, as in the reference.
+        const float unscaled =
+            std::ldexp(decode_scale(t, half, r), -attributes.exponents[static_cast<size_t>(column / group_columns)]) *
+            static_cast<float>(attributes.codebook[code] - code_offset);
         int64_t target;
         if (column < n_listed) {
             target = attributes.listed[static_cast<size_t>(column)];
@@ -175,7 +177,7 @@ void dequantize_row(const matrix_attributes &attributes, const tile *tiles, int6
             }
             target = channel++;
         }
-        out[target] = scale * static_cast<float>(attributes.codebook[code] - code_offset);
+        out[target] = unscaled * attributes.header.tensor_scale;
     }
 }
 

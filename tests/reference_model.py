@@ -1,7 +1,7 @@
 """An independent LLaMA forward in numpy that reads a GGUF file: what the running plugin must agree with.
 
-AGQ4 weights go through ``blocks.matmul_reference`` (quantized activations, exact integers), all others are multiplied in
-binary64. Nothing is shared with llama.cpp but the file.
+AGQ4 weights go through ``blocks.matmul_reference`` (quantized activations, exact integers), all others are multiplied
+in binary64. Nothing is shared with llama.cpp but the file.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from agq_gguf import blocks
 from numpy.typing import NDArray
+
+from agq_gguf import blocks
 
 Array = NDArray[np.float64]
 

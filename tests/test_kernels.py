@@ -1,4 +1,4 @@
-"""Builds the C++ tests and runs them: every kernel against the scalar one, every attention kernel against its definition."""
+"""Builds the C++ tests and runs them: every kernel against the scalar one, attention against its definition."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
     if not nm:
         pytest.skip("nm lists the symbols")
     library = next(build.glob("libggml-agq.*"))
-    lines = subprocess.run([nm, "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    lines = subprocess.run(
+        [nm, "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
     names = {line.split()[-1] for line in lines.splitlines() if line.split()[-2] == "T"}
     assert names == {"ggml_backend_init", "agq_last_error"}

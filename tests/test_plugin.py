@@ -1,4 +1,4 @@
-"""The plugin inside the stock llama-cpp-python: loading, logits against the reference, and all the ways a chat app uses it."""
+"""The plugin inside the stock llama-cpp-python: loading, logits against the reference, all that a chat app does."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import agq_gguf
 import gguf
 import numpy as np
 import pytest
 import tiny_models
+from reference_model import ReferenceModel
+
+import agq_gguf
 from agq_gguf import blocks
 from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.host import quiet_log
-from reference_model import ReferenceModel
 
-TEXT = b"the red key in the box and the dog went to the king who said the door of the house"
+TEXT = b"the red key in the box and the dog"  # short: see docs/design.md, "What int8 rounding does to comparisons"
+LONG_TEXT = b" ".join([TEXT, b"went to the king who said the door of the house"] * 6)
 ALL_AGQ4 = QuantizeOptions(output_type="agq4", embedding_type="agq4", threads=1)
 HERE = Path(__file__).parent
 
@@ -63,9 +65,9 @@ def open_llama(path: Path, **options: Any) -> Any:
     return Llama(str(path), **{"n_ctx": 256, "n_threads": 2, "type_k": 0, "type_v": 0, "verbose": False, **options})
 
 
-def all_logits(path: Path, **options: Any) -> tuple[list[int], np.ndarray]:
+def all_logits(path: Path, text: bytes = TEXT, **options: Any) -> tuple[list[int], np.ndarray]:
     llama = open_llama(path, logits_all=True, **options)
-    tokens = llama.tokenize(TEXT)
+    tokens = llama.tokenize(text)
     llama.eval(tokens)
     logits = np.array(llama.scores[: len(tokens)])
     llama.close()
@@ -96,6 +98,17 @@ def test_logits_equal_the_reference(name: str, request: pytest.FixtureRequest) -
     path = request.getfixturevalue(name)
     tokens, logits = all_logits(path)
     assert relative(logits, ReferenceModel(path).logits(tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"flash_attn": True}, {"n_ubatch": 48}])
+@pytest.mark.parametrize("name", ["dense", "experts"])
+def test_long_prompts_with_own_attention(name: str, options: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(name)
+    tokens, logits = all_logits(path, LONG_TEXT, **options)
+    assert len(tokens) > 100
+    wanted = ReferenceModel(path).logits(tokens)
+    assert relative(logits, wanted) < 0.03
+    assert np.mean(logits.argmax(1) == wanted.argmax(1)) > 0.9
 
 
 LOGITS_OF = """
@@ -137,12 +150,12 @@ def test_small_ubatch_mmap_and_threads_change_nothing(dense: Path) -> None:
 
 
 def test_flash_attention(dense: Path) -> None:
-    _, plain = all_logits(dense)
-    _, flash = all_logits(dense, flash_attn=True)
-    # Stock flash attention rounds to F16 inside, and a rounded activation then moves to the next int8 step here and there.
+    _, plain = all_logits(dense, LONG_TEXT)
+    _, flash = all_logits(dense, LONG_TEXT, flash_attn=True)
+    # A K/V cache in F16 moves an activation to the next int8 step here and there.
     assert relative(flash, plain) < 0.1
     assert np.mean(flash.argmax(1) == plain.argmax(1)) > 0.7
-    _, cached = all_logits(dense, flash_attn=True, type_k=8, type_v=8)
+    _, cached = all_logits(dense, LONG_TEXT, flash_attn=True, type_k=8, type_v=8)
     assert relative(cached, plain) < 0.2
 
 

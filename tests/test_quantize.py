@@ -207,10 +207,15 @@ def test_outliers_are_gathered_and_shrunk() -> None:
     sample = x[::16]
     plain = refine.none(COLUMNS)
     exponents = refine.choose(sample, 0, 8, False)
-    full = refine.choose(sample, 1000, 8, False)
-    assert set(outliers) <= set(full.listed.tolist()) and len(full.listed) == 64
-    assert full.exponents[0] >= 3 and not full.exponents[1:].any()
+    listed = refine.choose(sample, COLUMNS // 2, 8, False)
+    assert set(outliers) <= set(listed.listed.tolist()) and len(listed.listed) == 64
+    assert listed.exponents[0] >= 3 and not listed.exponents[1:].any()
     assert not exponents.listed.size and noise(x, exponents) <= noise(x, plain)
+    assert noise(x, listed) < 0.3 * noise(x, plain)
+    full = refine.choose(sample, 1000, 8, False)
+    energy = np.square(x.astype(np.float64)).mean(axis=0)[full.listed]
+    assert len(full.listed) == COLUMNS and set(outliers) <= set(full.listed[:8].tolist())
+    assert np.corrcoef(np.log(energy), -np.arange(COLUMNS))[0, 1] > 0.5  # sorted, as far as the sample tells
     assert noise(x, full) < 0.3 * noise(x, plain)
     assert refine.choose(sample, 63, 8, False).listed.size == 0
     assert not refine.choose(sample, 1000, 8, True).exponents.any()
