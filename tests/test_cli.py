@@ -299,7 +299,7 @@ def test_inspect(llama_agq: Path) -> None:
     found = json.loads(run("inspect", llama_agq, "--json").stdout)
     keys = {"path", "architecture", "name", "parameters", "file_bytes", "tensor_bytes", "bits_per_weight", "types"}
     assert set(found) == keys | {"metadata", "hyperparameters", "tensors"}
-    assert found["types"]["agq4"]["tensors"] == 15
+    assert found["types"]["agq4"]["tensors"] == 14
     assert set(found["tensors"][0]) == {"name", "type", "shape", "bytes", "agq", "problem"}
 
 
