@@ -7,6 +7,9 @@
 // is scaled down to the new maximum and the block's values are added. Both products are tiles of 6 rows in registers.
 #include <cmath>
 #include <cstring>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "attention.h"
 
@@ -28,8 +31,6 @@ inline vec splat(float x) {
     return vec{} + x;
 }
 
-void f16_to_f32(const uint16_t *from, float *to, int64_t n);  // each file brings its own
-
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023u;
     uint32_t bits;
@@ -45,6 +46,16 @@ inline float half_to_float(uint16_t h) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+
+void f16_to_f32(const uint16_t *from, float *to, int64_t n) {
+    int64_t i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
+    }
+#endif
+    for (; i < n; ++i) to[i] = half_to_float(from[i]);
 }
 
 /// e^x for x <= 0, within 2 units in the last place; 0 below -87.
