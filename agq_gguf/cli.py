@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -70,6 +71,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of ``agq-gguf``."""
+    # A polite request to end cleans up like Ctrl-C: half-written files are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="agq-gguf")
 
 
