@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,13 @@ TILE_BYTES = 1088
 BLOCK_BYTES = TILE_BYTES // PANEL_ROWS  # of ggml's view: one row of a tile
 MAX_EXPONENT = 15
 MAX_SCALE = 65024.0  # the largest binary16 whose lowest four bits are zero
+SCORES = ("first", "received", "recent")  # how the importance of a token is measured; the index is what is stored
 
 _MAGIC = 0xA4
 _FLAG_CHANNEL_ORDER = 1
+_FLAG_PRUNING = 2
 _HEADER = struct.Struct("<BBBBfII")
+_PRUNING = struct.Struct("<B3xf")
 _SCALES = slice(0, 32)
 _SCALE_LOW = slice(32, 48)
 _ATTRIBUTES = slice(48, 64)
@@ -43,6 +46,14 @@ def _no_channels() -> NDArray[np.uint16]:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """The pruning record: behind this layer's attention, drop prompt tokens whose importance is below the threshold."""
+
+    score: str  # one of SCORES
+    threshold: float  # finite, >= 0; rounded to binary32
+
+
+@dataclass(frozen=True)
 class Parameters:
     """What holds for a whole matrix: the content of its attribute stream."""
 
@@ -52,6 +63,7 @@ class Parameters:
     tensor_scale: float = 1.0  # rounded to binary32
     activation_bits: int = 8  # 8 or 4
     per_group: bool = False  # activation scale per (token, group of 64) instead of per token
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,10 @@ def round_scale(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip(np.rint(exact / step) * step, -MAX_SCALE, MAX_SCALE).astype(np.float32)
 
 
-def parameters_bytes(columns: int, n_listed: int) -> int:
+def parameters_bytes(columns: int, n_listed: int, pruning: bool = False) -> int:
     """Bytes of the attribute stream that a matrix with K = `columns` needs."""
-    return _HEADER.size + 16 + columns // GROUP_COLUMNS + (2 + 2 * n_listed if n_listed else 0)
+    order = 2 + 2 * n_listed if n_listed else 0
+    return _HEADER.size + 16 + columns // GROUP_COLUMNS + order + (_PRUNING.size if pruning else 0)
 
 
 def stream_bytes(rows: int, columns: int) -> int:
@@ -82,8 +95,8 @@ def stream_bytes(rows: int, columns: int) -> int:
 
 
 def listable(rows: int, columns: int) -> int:
-    """How many channels a matrix of this shape can list in its channel order."""
-    return max(0, (stream_bytes(rows, columns) - parameters_bytes(columns, 0) - 2) // 2)
+    """How many channels a matrix of this shape can list in its channel order and still take a pruning record."""
+    return max(0, (stream_bytes(rows, columns) - parameters_bytes(columns, 0, pruning=True) - 2) // 2)
 
 
 def shape_problem(rows: int, columns: int) -> str | None:
@@ -122,6 +135,17 @@ def _check_parameters(parameters: Parameters, columns: int) -> None:
         raise FormatError(f"the channel order names a channel beyond the {columns} columns")
     if np.unique(listed).size != listed.size:
         raise FormatError("the channel order names a channel twice")
+    if parameters.pruning is not None:
+        _check_pruning(parameters.pruning)
+
+
+def _check_pruning(pruning: Pruning) -> None:
+    if pruning.score not in SCORES:
+        raise FormatError(f"the score for pruning is {pruning.score!r}, known are {', '.join(SCORES)}")
+    with np.errstate(over="ignore"):
+        threshold = np.float32(pruning.threshold)
+    if not (np.isfinite(threshold) and threshold >= 0):
+        raise FormatError(f"the threshold for pruning is {threshold}, it must be finite and >= 0")
 
 
 def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint8]:
@@ -131,6 +155,9 @@ def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint
     if parameters.listed.size:
         flags |= _FLAG_CHANNEL_ORDER
         body += struct.pack("<H", parameters.listed.size) + parameters.listed.astype("<u2").tobytes()
+    if parameters.pruning is not None:
+        flags |= _FLAG_PRUNING
+        body += _PRUNING.pack(SCORES.index(parameters.pruning.score), parameters.pruning.threshold)
     activation = parameters.activation_bits | int(parameters.per_group) << 4
     header = _HEADER.pack(
         _MAGIC, VERSION, activation, flags, np.float32(parameters.tensor_scale), zlib.crc32(body), len(body)
@@ -147,7 +174,7 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
         raise FormatError(f"the attributes begin with 0x{magic:02X}, wanted 0x{_MAGIC:02X}: damaged, or not AGQ4")
     if version != VERSION:
         raise FormatError(f"AGQ4 version {version}; this release reads version {VERSION}, update agq-gguf")
-    if flags & ~_FLAG_CHANNEL_ORDER or activation >> 4 > 1:
+    if flags & ~(_FLAG_CHANNEL_ORDER | _FLAG_PRUNING) or activation >> 4 > 1:
         raise FormatError(f"unknown attributes (activation 0x{activation:02X}, flags 0x{flags:02X})")
     if length > len(raw) - _HEADER.size:
         raise FormatError(f"{length} bytes of parameters are announced, the matrix holds {len(raw) - _HEADER.size}")
@@ -155,12 +182,15 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
     if zlib.crc32(body) != crc:
         raise FormatError("the checksum of the parameters does not fit: the file is damaged")
     n_groups = columns // GROUP_COLUMNS
-    listed, rest = _no_channels(), body[16 + n_groups :]
+    listed, rest, record = _no_channels(), body[16 + n_groups :], b""
+    if flags & _FLAG_PRUNING and len(rest) >= _PRUNING.size:
+        rest, record = rest[: -_PRUNING.size], rest[-_PRUNING.size :]
     if flags & _FLAG_CHANNEL_ORDER and len(rest) >= 2:
         listed, rest = np.frombuffer(rest[2:], "<u2", len(rest[2:]) // 2).astype(np.uint16), rest[:2]
         if rest != struct.pack("<H", listed.size) or listed.size == 0:
             raise FormatError(f"the channel order announces {struct.unpack('<H', rest)[0]} channels, has {listed.size}")
-    if length != parameters_bytes(columns, listed.size) - _HEADER.size or (flags != 0) != (listed.size > 0):
+    present = (_FLAG_CHANNEL_ORDER if listed.size else 0) | (_FLAG_PRUNING if record else 0)
+    if flags != present or length != parameters_bytes(columns, listed.size, bool(record)) - _HEADER.size:
         raise FormatError(f"{length} bytes of parameters are not what {columns} columns and flags 0x{flags:02X} need")
     if any(raw[_HEADER.size + length :]):
         raise FormatError("the attributes after the parameters are not zero")
@@ -171,9 +201,17 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
         tensor_scale=tensor_scale,
         activation_bits=activation & 15,
         per_group=bool(activation >> 4),
+        pruning=_decode_pruning(record) if record else None,
     )
     _check_parameters(parameters, columns)
     return parameters
+
+
+def _decode_pruning(record: bytes) -> Pruning:
+    score, threshold = _PRUNING.unpack(record)
+    if score >= len(SCORES) or any(record[1:4]):
+        raise FormatError(f"unknown pruning record (score {score}, reserved bytes {record[1:4].hex()})")
+    return Pruning(SCORES[score], threshold)
 
 
 def pack(matrix: Matrix) -> NDArray[np.uint8]:
@@ -217,6 +255,21 @@ def read_parameters(data: NDArray[np.uint8]) -> Parameters:
     """Parameters of a packed matrix (uint8 [M, K / 128 * 68]), checked; cheap. Raises FormatError."""
     tiles = _tiles(data)
     return _decode_parameters(tiles[..., _ATTRIBUTES], tiles.shape[1] * TILE_COLUMNS)
+
+
+def with_pruning(data: NDArray[np.uint8], pruning: Pruning | None) -> NDArray[np.uint8]:
+    """A copy of a packed matrix (uint8 [M, K / 128 * 68]) whose pruning record is `pruning`; None: that has none.
+
+    Only attribute bytes differ. Raises FormatError if the matrix is damaged, the record breaks a rule of the format, or
+    the matrix has no room for it (a channel order may take all there is).
+    """
+    tiles = _tiles(data).copy()
+    columns = tiles.shape[1] * TILE_COLUMNS
+    parameters = replace(_decode_parameters(tiles[..., _ATTRIBUTES], columns), pruning=pruning)
+    _check_parameters(parameters, columns)
+    stream = _encode_parameters(parameters, stream_bytes(data.shape[0], columns))
+    tiles[..., _ATTRIBUTES] = stream.reshape(*tiles.shape[:2], 16)
+    return tiles.reshape(data.shape)
 
 
 def unpack(data: NDArray[np.uint8]) -> Matrix:

@@ -87,10 +87,11 @@ def _attributes(tensor: TensorInfo) -> str:
     if found is None:
         return ""
     experts = f"{found.matrices} experts, " if found.matrices > 1 else ""
+    pruning = f", prunes: {found.pruning_score} < {found.pruning_threshold:.4g}" if found.pruning_score else ""
     return (
         f"{experts}{found.activation_bits}-bit activations per {found.activation_scale}, exponents "
         f"{found.exponent_min}..{found.exponent_max} ({found.exponents_nonzero:.0%} refined), "
-        f"order of {found.listed_channels}"
+        f"order of {found.listed_channels}{pruning}"
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agq_gguf import blocks
-from agq_gguf.blocks import Matrix, Parameters
+from agq_gguf.blocks import Matrix, Parameters, Pruning
 from agq_gguf.errors import FormatError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -36,8 +36,13 @@ def matrices(draw: st.DrawFn) -> Matrix:
             tensor_scale=float(np.float32(draw(st.floats(1e-20, 1e20)))),
             activation_bits=draw(st.sampled_from([4, 8])),
             per_group=draw(st.booleans()),
+            pruning=draw(st.none() | prunings()),
         ),
     )
+
+
+def prunings() -> st.SearchStrategy[Pruning]:
+    return st.builds(Pruning, st.sampled_from(blocks.SCORES), st.floats(0, 1e10, width=32))
 
 
 def assert_equal(a: Matrix, b: Matrix) -> None:
@@ -95,9 +100,90 @@ def test_every_byte_is_where_the_format_says() -> None:
     assert not any(stream[44:])
 
 
-def corrupt(change: dict[int, bytes], seal: bool = True) -> np.ndarray:
+def attribute_stream(data: np.ndarray) -> bytes:
+    return data.reshape(-1, 1088)[:, 48:64].tobytes()
+
+
+def test_pruning_record_is_where_the_format_says() -> None:
+    plain = blocks.pack(make_agq4.matrix())
+    data = blocks.with_pruning(plain, make_agq4.PRUNING)
+    np.testing.assert_array_equal(data.ravel(), np.fromfile(GOLDEN / "agq4_32x256_pruned.bin", np.uint8))
+    stream, before = attribute_stream(data), attribute_stream(plain)
+    assert stream[3] == 1 | 2 and struct.unpack_from("<I", stream, 12)[0] == 28 + 8
+    assert stream[16:44] == before[16:44]
+    assert stream[44:52] == bytes([2, 0, 0, 0]) + struct.pack("<f", 0.375)
+    assert not any(stream[52:])
+    assert blocks.unpack(data).parameters.pruning == make_agq4.PRUNING == blocks.read_parameters(data).pruning
+
+
+@settings(max_examples=50, deadline=None)
+@given(matrices(), st.none() | prunings())
+def test_setting_a_record_changes_nothing_else(matrix: Matrix, pruning: Pruning | None) -> None:
+    data = blocks.pack(matrix)
+    before = data.copy()
+    changed = blocks.with_pruning(data, pruning)
+    np.testing.assert_array_equal(data, before)
+    assert_equal(blocks.unpack(changed), replace(matrix, parameters=replace(matrix.parameters, pruning=pruning)))
+    outside = np.ones(1088, bool)
+    outside[48:64] = False
+    np.testing.assert_array_equal(changed.reshape(-1, 1088)[:, outside], data.reshape(-1, 1088)[:, outside])
+    np.testing.assert_array_equal(blocks.with_pruning(changed, matrix.parameters.pruning), data)
+
+
+@pytest.mark.parametrize(
+    ("pruning", "message"),
+    [
+        (Pruning("newest", 0.5), "score for pruning is 'newest'"),
+        (Pruning("first", -0.5), "threshold for pruning is -0.5"),
+        (Pruning("first", float("nan")), "threshold for pruning is nan"),
+        (Pruning("first", 1e39), "threshold for pruning is inf"),
+    ],
+)
+def test_bad_records_are_not_written(pruning: Pruning, message: str) -> None:
+    matrix = make_agq4.matrix()
+    data = blocks.pack(matrix)
+    with pytest.raises(FormatError, match=message):
+        blocks.with_pruning(data, pruning)
+    with pytest.raises(FormatError, match=message):
+        blocks.pack(replace(matrix, parameters=replace(matrix.parameters, pruning=pruning)))
+
+
+def test_no_room_for_a_record_and_damaged_matrices() -> None:
+    matrix = make_agq4.matrix()
+    full = replace(matrix.parameters, listed=np.arange(blocks.listable(32, 256) + 1, dtype=np.uint16))
+    with pytest.raises(FormatError, match="offers 64 bytes for its parameters, they need 66"):
+        blocks.with_pruning(blocks.pack(replace(matrix, parameters=full)), make_agq4.PRUNING)
+    with pytest.raises(FormatError, match="checksum"):
+        blocks.with_pruning(corrupt({20: b"\x25"}, seal=False), make_agq4.PRUNING)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({44: b"\x03"}, "unknown pruning record (score 3"),
+        ({45: b"\x01"}, "reserved bytes 010000"),
+        ({47: b"\x01"}, "reserved bytes 000001"),
+        ({48: struct.pack("<f", -1.0)}, "threshold for pruning is -1"),
+        ({48: struct.pack("<f", float("nan"))}, "threshold for pruning is nan"),
+        ({48: struct.pack("<f", float("inf"))}, "threshold for pruning is inf"),
+        ({3: b"\x01"}, "channel order announces 3 channels, has 7"),
+        ({3: b"\x02"}, "36 bytes of parameters"),
+        ({12: struct.pack("<I", 28)}, "28 bytes of parameters"),
+        ({12: struct.pack("<I", 20), 3: b"\x02"}, "20 bytes of parameters"),
+        ({52: b"\x01"}, "not zero"),
+    ],
+)
+def test_bad_records_are_refused(change: dict[int, bytes], message: str) -> None:
+    pruned = blocks.with_pruning(blocks.pack(make_agq4.matrix()), make_agq4.PRUNING)
+    blocks.unpack(corrupt({}, data=pruned))
+    for read in (blocks.unpack, blocks.read_parameters):
+        with pytest.raises(FormatError, match=re.escape(message)):
+            read(corrupt(change, data=pruned))
+
+
+def corrupt(change: dict[int, bytes], seal: bool = True, data: np.ndarray | None = None) -> np.ndarray:
     """The golden matrix with bytes of its attribute stream replaced and, with `seal`, a checksum that fits them."""
-    data = blocks.pack(make_agq4.matrix()).reshape(4, 1088).copy()
+    data = (blocks.pack(make_agq4.matrix()) if data is None else data).reshape(4, 1088).copy()
     stream = bytearray(data[:, 48:64].tobytes())
     for at, new in change.items():
         stream[at : at + len(new)] = new
@@ -115,7 +201,7 @@ def corrupt(change: dict[int, bytes], seal: bool = True) -> np.ndarray:
         ({1: b"\x02"}, True, "version 2"),
         ({2: b"\x15"}, True, "5 activation bits"),
         ({2: b"\x28"}, True, "unknown attributes"),
-        ({3: b"\x03"}, True, "unknown attributes"),
+        ({3: b"\x05"}, True, "unknown attributes"),
         ({3: b"\x00"}, True, "flags 0x00"),
         ({4: struct.pack("<f", 0.0)}, True, "tensor scale is 0"),
         ({4: struct.pack("<f", -1.0)}, True, "tensor scale is -1"),

@@ -34,6 +34,9 @@ def matrix() -> blocks.Matrix:
     )
 
 
+PRUNING = blocks.Pruning("recent", 0.375)
+
+
 def activations() -> np.ndarray:
     """[3, 256] f32: ordinary values, zeros, outliers."""
     x = ((np.arange(3 * 256) * 29 % 257) - 128).reshape(3, 256).astype(np.float32) / 32
@@ -46,5 +49,7 @@ if __name__ == "__main__":
     m = matrix()
     xq, s = blocks.quantize_activations(activations(), m.parameters)
     (HERE / "agq4_32x256.bin").write_bytes(blocks.pack(m).tobytes())
+    pruned = blocks.with_pruning(blocks.pack(m), PRUNING)
+    (HERE / "agq4_32x256_pruned.bin").write_bytes(pruned.tobytes())
     (HERE / "agq4_32x256_weights.f32").write_bytes(blocks.dequantize(m).astype("<f4").tobytes()[: 4 * 256 * 4])
     (HERE / "agq4_32x256_xq.i8").write_bytes(xq.tobytes() + s.astype("<f4").tobytes())
