@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agq_gguf import __version__
+from agq_gguf import __version__, cli_serve
 from agq_gguf import cli_output as show
 from agq_gguf import cli_tables as tables
 from agq_gguf.errors import AgqError, FormatError, HostError, InputError
@@ -389,6 +389,9 @@ def demo(
     tables.show_demonstration(shown)
     if keep is not None:
         show.say(f"the models are in {keep}")
+
+
+app.command()(cli_serve.serve)
 
 
 if __name__ == "__main__":
