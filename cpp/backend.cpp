@@ -2,6 +2,7 @@
 // and runs them on an inner CPU backend: one pool of threads, the host's own code for all that is not AGQ4.
 #include "backend.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <exception>
@@ -9,6 +10,7 @@
 #include <new>
 
 #include "graph_rewrite.h"
+#include "graph_snapshot.h"
 
 namespace agq {
 
@@ -70,6 +72,7 @@ struct backend_context {
 
     ggml_backend *cpu;
     thread_pool threads;
+    graph_snapshot snapshot;
     graph_rewriter rewriter;
     int n_threads = 4;       ///< ggml's default, until the host says otherwise
     std::string last_error;  ///< so that a failing model is reported once, not for every token
@@ -92,8 +95,12 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
     probing_flash_attention = false;
     backend_context &context = context_of(backend);
     try {
+        ggml_tensor **nodes = host.ggml_graph_nodes(graph);
+        const int n = host.ggml_graph_n_nodes(graph);
+        const bool repeated = context.snapshot.is_repeated(nodes, n);
+        if (std::none_of(nodes, nodes + n, uses_agq4)) return host.ggml_backend_graph_compute(context.cpu, graph);
         std::string error;
-        ggml_cgraph *rewritten = context.rewriter.rewrite(graph, context.n_threads, &error);
+        ggml_cgraph *rewritten = context.rewriter.rewrite(nodes, n, repeated, context.n_threads, &error);
         if (rewritten) return host.ggml_backend_graph_compute(context.cpu, rewritten);
         if (error != context.last_error) log_line(log_error, error);
         context.last_error = error;

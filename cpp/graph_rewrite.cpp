@@ -50,8 +50,6 @@ bool is_intact(const ggml_tensor *weights, const tensor_attributes &kept) {
     return intact;
 }
 
-constexpr size_t node_bytes = offsetof(ggml_tensor, name);
-
 }  // namespace
 
 bool uses_agq4(const ggml_tensor *node) {
@@ -66,7 +64,6 @@ void graph_rewriter::clear() {
     if (context_) host.ggml_free(context_);
     context_ = nullptr;
     graph_ = nullptr;
-    nodes_.clear();
     sets_.clear();
     products_.clear();
     lookups_.clear();
@@ -75,22 +72,14 @@ void graph_rewriter::clear() {
     thread_bytes_ = 0;
 }
 
-bool graph_rewriter::is_repeated(ggml_tensor **nodes, int n) const {
-    if (!graph_ || static_cast<size_t>(n) != nodes_.size() || !std::equal(nodes_.begin(), nodes_.end(), nodes))
-        return false;
-    for (int i = 0; i < n; ++i) {
-        if (std::memcmp(nodes[i], &snapshot_[static_cast<size_t>(i) * node_bytes], node_bytes) != 0) return false;
-    }
+bool graph_rewriter::weights_intact() const {
     const auto intact = [](const ggml_tensor *weights, const tensor_attributes &a) { return is_intact(weights, a); };
     return std::all_of(products_.begin(), products_.end(), [&](auto &p) { return intact(p.weights, *p.attributes); }) &&
            std::all_of(lookups_.begin(), lookups_.end(), [&](auto &l) { return intact(l.weights, *l.attributes); });
 }
 
-ggml_cgraph *graph_rewriter::rewrite(ggml_cgraph *graph, int n_threads, std::string *error) {
-    ggml_tensor **nodes = host.ggml_graph_nodes(graph);
-    const int n = host.ggml_graph_n_nodes(graph);
-    if (std::none_of(nodes, nodes + n, uses_agq4)) return graph;
-    if (!is_repeated(nodes, n)) {
+ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, int n_threads, std::string *error) {
+    if (!repeated || !graph_ || !weights_intact()) {
         clear();
         if (!build(nodes, n, error)) {
             clear();
@@ -213,9 +202,6 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
         }
         if (!good) return false;
     }
-    nodes_.assign(nodes, nodes + n);
-    snapshot_.resize(static_cast<size_t>(n) * node_bytes);
-    for (int i = 0; i < n; ++i) std::memcpy(&snapshot_[static_cast<size_t>(i) * node_bytes], nodes[i], node_bytes);
     return true;
 }
 

@@ -25,10 +25,11 @@ class graph_rewriter {
     graph_rewriter(const graph_rewriter &) = delete;
     graph_rewriter &operator=(const graph_rewriter &) = delete;
 
-    /// The graph to run in place of `graph`: itself if it touches no AGQ4 tensor, the kept one if the host repeats a
-    /// graph, else a new one. On a weight that is damaged or used in a way that is not covered returns null and
-    /// `*error` says which. It may then run on up to `n_threads` threads. Throws std::bad_alloc.
-    ggml_cgraph *rewrite(ggml_cgraph *graph, int n_threads, std::string *error);
+    /// The graph to run in place of the host's nodes. `repeated` says that nodes and their content are those of the
+    /// last call, whose graph is then used again. On a weight that is damaged or used in a way that is not covered
+    /// returns null and `*error` says which. The graph may then run on up to `n_threads` threads. Throws
+    /// std::bad_alloc.
+    ggml_cgraph *rewrite(ggml_tensor **nodes, int n, bool repeated, int n_threads, std::string *error);
 
   private:
     /// What becomes of a node of the host's graph.
@@ -42,7 +43,7 @@ class graph_rewriter {
         chain_output
     };
 
-    bool is_repeated(ggml_tensor **nodes, int n) const;
+    bool weights_intact() const;
     bool build(ggml_tensor **nodes, int n, std::string *error);
     void assign_roles(ggml_tensor **nodes, int n);
     void find_chain(ggml_tensor **nodes, int output, const std::unordered_map<const ggml_tensor *, int> &position,
@@ -64,8 +65,6 @@ class graph_rewriter {
     std::vector<unsigned char> memory_;
     ggml_context *context_ = nullptr;
     ggml_cgraph *graph_ = nullptr;
-    std::vector<ggml_tensor *> nodes_;     ///< of the host's graph
-    std::vector<unsigned char> snapshot_;  ///< their content but for the names, to notice that they are other nodes now
     std::vector<role> roles_;
     std::unordered_map<int, attention_job *> jobs_;  ///< by the index of each node that belongs to the job
     std::deque<activation_set> sets_;
