@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy as np
 from agq_gguf import errors
 from agq_gguf.errors import AgqError, HostError, InputError
 from agq_gguf.host import Batch, Context, FlashAttention, Model, default_threads, llama_api, prepare
+from agq_gguf.profile import NodeTime, profiled
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is measured
 _UBATCH = 512
@@ -68,6 +69,8 @@ class Result:
     prompt: Speed | None
     generation: Speed | None
     start: Start | None
+    prompt_profile: list[NodeTime] = field(default_factory=list)  # of one more run of each part; empty if not wanted
+    generation_profile: list[NodeTime] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,17 @@ class _Runner:
             decode(batch)
         return time.perf_counter() - begin
 
+    def profiles(self, prompt: int, generation: int) -> tuple[list[NodeTime], list[NodeTime]]:
+        """Node times of one prompt and of one generation, each left out if its length is 0."""
+        found: list[list[NodeTime]] = []
+        for tokens, run in ((prompt, self.time_prompt), (generation, self.time_generation)):
+            times: list[NodeTime] = []
+            if tokens:
+                with profiled() as times:
+                    run()
+            found.append(times)
+        return found[0], found[1]
+
 
 def bench(
     paths: Sequence[str | os.PathLike[str]],
@@ -107,9 +121,12 @@ def bench(
     repetitions: int = 5,
     flash_attention: FlashAttention = "auto",
     starts: bool = True,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> list[Result]:
     """Measures all models; `prompt` or `generation` 0 leaves that part out, `starts` False the fresh processes.
+
+    `profile` runs each part once more and says where the time goes; at least one model must hold AGQ4 tensors.
 
     All models are loaded at once and take turns within each repetition, so that a machine that slows down or is shared
     slows all of them: compare ratios rather than runs. Raises InputError or HostError.
@@ -144,16 +161,19 @@ def bench(
                 if generation:
                     seconds["generation"].append(runner.time_generation())
                 done += 1
+        profiles = [runner.profiles(prompt, generation) if profile else ([], []) for runner in runners]
         report(total, total, "")
         facts = [(r.model.path.stat().st_size, r.model.size, r.model.n_params) for r in runners]
     results = []
-    for path, (file_bytes, weight_bytes, n_params), own, start in zip(paths, facts, times, started, strict=True):
+    for path, (file_bytes, weight_bytes, n_params), own, start, nodes in zip(
+        paths, facts, times, started, profiles, strict=True
+    ):
         speeds = {
             part: Speed.of(tokens, own[part], times[0][part]) if tokens else None
             for part, tokens in (("prompt", prompt), ("generation", generation))
         }
         results.append(
-            Result(str(path), file_bytes, weight_bytes, n_params, speeds["prompt"], speeds["generation"], start)
+            Result(str(path), file_bytes, weight_bytes, n_params, speeds["prompt"], speeds["generation"], start, *nodes)
         )
     return results
 

@@ -255,6 +255,7 @@ def bench(
     threads: Threads = 0,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Turns of each model.")] = 5,
     flash_attention: FlashOption = Flash.auto,
+    profile: Annotated[bool, typer.Option("--profile", help="Also print the time per kind of node.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -275,6 +276,7 @@ def bench(
             threads=threads,
             repetitions=repetitions,
             flash_attention=flash_attention.value,
+            profile=profile,
             progress=lambda done, total, what: view.update("bench", done, total, what),
         )
     if as_json:
@@ -282,6 +284,7 @@ def bench(
         show.write_json({**setup, "models": [asdict(result) for result in results]})
         return
     tables.show_bench(results)
+    tables.show_profiles(results)
     show.say("tokens/s: median ± half the distance of the quartiles; ratio: to the first model")
     show.say(f"{threads} threads, flash attention {flash_attention.value}, {repetitions} repetitions")
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from agq_gguf.demo import Demonstration
     from agq_gguf.evaluate import Evaluation
     from agq_gguf.inspection import ModelInfo, TensorInfo
+    from agq_gguf.profile import NodeTime
     from agq_gguf.recipe import TensorPlan
 
 
@@ -136,6 +137,21 @@ def _speed(speed: Speed | None) -> tuple[str, str]:
     low, high = speed.quartiles
     spread = (high - low) / 2 / speed.median
     return f"{speed.median:.{0 if speed.median >= 1000 else 1}f} ± {spread:.0%}", f"{speed.ratio:.2f}"
+
+
+def show_profiles(results: list[Result]) -> None:
+    """Where the time goes, for results that know."""
+    for result in results:
+        for part, times in (("prompt", result.prompt_profile), ("generation", result.generation_profile)):
+            if times:
+                show.say(f"\n{Path(result.model).name}, {part}")
+                show.table(["node", ">nodes", ">ms", ">share"], _profile_rows(times))
+
+
+def _profile_rows(times: list[NodeTime]) -> list[list[str]]:
+    total = sum(time.seconds for time in times)
+    rows = [[t.kind, str(t.nodes), f"{t.seconds * 1e3:.1f}", f"{t.seconds / total:.1%}"] for t in times]
+    return [*rows, ["all", str(sum(t.nodes for t in times)), f"{total * 1e3:.1f}", "100.0%"]]
 
 
 def show_demonstration(shown: Demonstration) -> None:

@@ -11,6 +11,7 @@
 
 #include "graph_rewrite.h"
 #include "graph_snapshot.h"
+#include "profile.h"
 
 namespace agq {
 
@@ -98,7 +99,8 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
         ggml_tensor **nodes = host.ggml_graph_nodes(graph);
         const int n = host.ggml_graph_n_nodes(graph);
         const bool repeated = context.snapshot.is_repeated(nodes, n);
-        if (std::none_of(nodes, nodes + n, uses_agq4)) return host.ggml_backend_graph_compute(context.cpu, graph);
+        if (!profile_enabled() && std::none_of(nodes, nodes + n, uses_agq4))
+            return host.ggml_backend_graph_compute(context.cpu, graph);
         std::string error;
         ggml_cgraph *rewritten = context.rewriter.rewrite(nodes, n, repeated, context.n_threads, &error);
         if (rewritten) return host.ggml_backend_graph_compute(context.cpu, rewritten);

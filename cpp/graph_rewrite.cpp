@@ -6,6 +6,8 @@
 #include <cstring>
 #include <new>
 
+#include "profile.h"
+
 namespace agq {
 
 namespace {
@@ -69,6 +71,7 @@ void graph_rewriter::clear() {
     lookups_.clear();
     attentions_.clear();
     jobs_.clear();
+    clocks_.clear();
     thread_bytes_ = 0;
 }
 
@@ -79,7 +82,7 @@ bool graph_rewriter::weights_intact() const {
 }
 
 ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, int n_threads, std::string *error) {
-    if (!repeated || !graph_ || !weights_intact()) {
+    if (!repeated || !graph_ || profiled_ != profile_enabled() || !weights_intact()) {
         clear();
         if (!build(nodes, n, error)) {
             clear();
@@ -131,6 +134,7 @@ void graph_rewriter::find_chain(ggml_tensor **nodes, int output,
 
 void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
     roles_.assign(static_cast<size_t>(n), role::keep);
+    if (std::none_of(nodes, nodes + n, uses_agq4)) return;  // a stock model that is profiled stays as it is
     bool has_soft_max = false;
     for (int i = 0; i < n; ++i) {
         role &r = roles_[static_cast<size_t>(i)];
@@ -168,13 +172,16 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
     // A product becomes at most three nodes: routing, quantization, multiplication.
     const size_t n_replaced =
         static_cast<size_t>(n) - static_cast<size_t>(std::count(roles_.begin(), roles_.end(), role::keep));
-    const size_t n_nodes = static_cast<size_t>(n) + 2 * n_replaced;
-    const size_t bytes =
-        host.ggml_tensor_overhead() * 3 * n_replaced + host.ggml_graph_overhead_custom(n_nodes, false) + 1024;
+    profiled_ = profile_enabled();
+    const size_t n_clocks = profiled_ ? 2 * static_cast<size_t>(n) + 1 : 0;
+    const size_t n_nodes = static_cast<size_t>(n) + 2 * n_replaced + n_clocks;
+    const size_t bytes = host.ggml_tensor_overhead() * (3 * n_replaced + n_clocks) +
+                         host.ggml_graph_overhead_custom(n_nodes, false) + 1024;
     if (memory_.size() < bytes) memory_.resize(bytes);
     context_ = host.ggml_init({memory_.size(), memory_.data(), true});
     if (!context_) throw std::bad_alloc();
     graph_ = host.ggml_new_graph_custom(context_, n_nodes, false);
+    if (profiled_) add_clock("");
     for (int i = 0; i < n; ++i) {
         bool good = true;
         switch (roles_[static_cast<size_t>(i)]) {
@@ -201,6 +208,8 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
                 break;
         }
         if (!good) return false;
+        const bool followed = i + 1 < n && nodes[i]->op == host.op_rms_norm && nodes[i + 1]->op == host.op_mul;
+        if (profiled_ && !is_empty_op(nodes[i]->op) && !followed) add_clock(profile_label(nodes[i]));
     }
     return true;
 }
@@ -212,6 +221,15 @@ void graph_rewriter::add_attention(ggml_tensor *node, attention_job *job) {
     ggml_tensor *args[4] = {const_cast<ggml_tensor *>(job->q), const_cast<ggml_tensor *>(job->k),
                             const_cast<ggml_tensor *>(job->v), const_cast<ggml_tensor *>(job->mask)};
     add_custom(node, args, job->mask ? 4 : 3, attention_node, job);
+}
+
+void graph_rewriter::add_clock(const std::string &label) {
+    clocks_.push_back(label.empty() ? -1 : profile_kind(label));
+    ggml_tensor *t =
+        host.ggml_custom_4d(context_, ggml_type_f32, 1, 1, 1, 1, nullptr, 0, clock_node, 1, &clocks_.back());
+    t->flags = ggml_flag_compute;
+    t->data = sink_;
+    host.ggml_graph_add_node(graph_, t);
 }
 
 void graph_rewriter::add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, ggml_custom_op function,
@@ -282,6 +300,7 @@ activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, const tensor_
         set.route();
     }
     add_custom(node, args, ids ? 2 : 1, quantize_node, &set);
+    if (profiled_) add_clock("quantize");
     return &set;
 }
 

@@ -53,6 +53,7 @@ class graph_rewriter {
     bool add_product(ggml_tensor *node, std::string *error);
     bool add_row_lookup(ggml_tensor *node, std::string *error);
     void add_attention(ggml_tensor *node, attention_job *job);
+    void add_clock(const std::string &label);
     activation_set *find_or_add_set(ggml_tensor *node, const tensor_attributes *attributes);
     const tensor_attributes *find_attributes(const ggml_tensor *weights, std::string *error);
     void clear();
@@ -71,6 +72,8 @@ class graph_rewriter {
     std::deque<product> products_;
     std::deque<row_lookup> lookups_;
     std::deque<attention_job> attentions_;
+    std::deque<int> clocks_;  ///< kinds of the clock nodes; none unless the graph is profiled
+    bool profiled_ = false;
     std::vector<float> saved_queries_;  ///< of one attention at a time
     size_t thread_bytes_ = 0;           ///< what the nodes need in each thread
     thread_memory scratch_;

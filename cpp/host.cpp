@@ -64,12 +64,16 @@ bool find_operations(std::string *error) {
     const struct {
         const char *name;
         int *number;
-    } wanted[] = {
-        {"NONE", &host.op_none},         {"MUL_MAT", &host.op_mul_mat},   {"MUL_MAT_ID", &host.op_mul_mat_id},
-        {"GET_ROWS", &host.op_get_rows}, {"SOFT_MAX", &host.op_soft_max}, {"FLASH_ATTN_EXT", &host.op_flash_attn_ext},
-        {"CUSTOM", &host.op_custom}};
-    // All of these exist, and CUSTOM stands behind the others, so the search ends inside the host's table of names.
-    int missing = 7;
+    } wanted[] = {{"NONE", &host.op_none},         {"MUL_MAT", &host.op_mul_mat},
+                  {"GET_ROWS", &host.op_get_rows}, {"MUL_MAT_ID", &host.op_mul_mat_id},
+                  {"SOFT_MAX", &host.op_soft_max}, {"FLASH_ATTN_EXT", &host.op_flash_attn_ext},
+                  {"CUSTOM", &host.op_custom},     {"VIEW", &host.op_view},
+                  {"RESHAPE", &host.op_reshape},   {"PERMUTE", &host.op_permute},
+                  {"NORM", &host.op_norm},         {"TRANSPOSE", &host.op_transpose},
+                  {"RMS_NORM", &host.op_rms_norm}, {"MUL", &host.op_mul},
+                  {"ADD", &host.op_add},           {"GLU", &host.op_glu}};
+    // All of these exist, so the search ends inside the host's table of names.
+    size_t missing = sizeof(wanted) / sizeof(*wanted);
     for (int op = 0; missing > 0 && op < 256; ++op) {
         const char *name = host.ggml_op_name(op);
         if (!name) break;
@@ -141,6 +145,11 @@ bool find_cpu(std::string *error) {
 bool connect_host(std::string *error) {
     return find_functions(error) && check_version(error) && find_operations(error) && check_layout(error) &&
            find_cpu(error);
+}
+
+bool is_empty_op(int op) {
+    return op == host.op_none || op == host.op_view || op == host.op_reshape || op == host.op_permute ||
+           op == host.op_transpose;
 }
 
 void *cpu_function(const char *name) {

@@ -187,7 +187,8 @@ struct host_api {
 
     /// Numbers of the operations the plugin looks at: new ones are inserted into ggml's enum from release to release.
     int op_none = -1, op_mul_mat = -1, op_mul_mat_id = -1, op_get_rows = -1, op_soft_max = -1, op_flash_attn_ext = -1,
-        op_custom = -1;
+        op_custom = -1, op_view = -1, op_reshape = -1, op_permute = -1, op_transpose = -1, op_norm = -1,
+        op_rms_norm = -1, op_mul = -1, op_add = -1, op_glu = -1;
 
     ggml_backend_device *cpu = nullptr;  ///< the device that runs all that is not ours
     bool openmp = false;                 ///< whether the CPU backend keeps its threads in OpenMP
@@ -199,6 +200,9 @@ extern host_api host;
 /// Finds the host's functions and checks its version and layout. On failure `*error` says what was found and what
 /// works.
 bool connect_host(std::string *error);
+
+/// Whether the node does nothing when a graph is run.
+bool is_empty_op(int op);
 
 /// A function of the CPU backend that its registry offers by name, or null.
 void *cpu_function(const char *name);

@@ -4,13 +4,17 @@ import dataclasses
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agq_gguf import bench as module
 from agq_gguf.bench import Speed, bench, measure_start, resident_bytes
 from agq_gguf.errors import HostError, InputError
+from agq_gguf.host import Batch, Model
+from agq_gguf.profile import profiled
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -153,3 +157,35 @@ def test_a_process_that_dies(llama_q8: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module.sys, "executable", str(script))
     with pytest.raises(HostError, match="status 7: oh no"):
         measure_start(llama_q8)
+
+
+# time per kind of node
+
+
+def test_profile_counts_the_nodes_of_the_model(llama_agq: Path) -> None:
+    (result,) = bench([llama_agq], prompt=16, generation=3, threads=1, repetitions=1, starts=False, profile=True)
+    (plain,) = bench([llama_agq], prompt=16, generation=3, threads=1, repetitions=1, starts=False)
+    assert plain.prompt_profile == plain.generation_profile == []
+    prompt = {node.kind: node for node in result.prompt_profile}
+    layers = prompt["MUL_MAT ffn_down"].nodes
+    assert layers > 0
+    assert prompt["MUL_MAT attn_q"].nodes == layers
+    assert {node.kind: node.nodes for node in result.generation_profile}["MUL_MAT ffn_down"] == 3 * layers
+    for times in (result.prompt_profile, result.generation_profile):
+        assert [node.seconds for node in times] == sorted((node.seconds for node in times), reverse=True)
+        assert times[-1].seconds > 0
+
+
+def test_profile_by_cpu_time_is_not_more_than_by_the_wall_clock(llama_agq: Path) -> None:
+    with Model(llama_agq) as model, model.context(64, threads=1) as context:
+        batch = Batch(np.arange(32) % model.n_vocab)
+        begin = time.perf_counter()
+        with profiled(cpu_time=True) as times:
+            context.decode(batch)
+        assert 0 < sum(node.seconds for node in times) <= time.perf_counter() - begin
+
+
+def test_profile_needs_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agq_gguf.profile.is_registered", lambda: False)
+    with pytest.raises(HostError, match="not registered"), profiled():
+        pass

@@ -367,6 +367,14 @@ def test_bench(llama_q4: Path, llama_q8: Path) -> None:
         assert set(model["start"]) == {"first_token_seconds", "resident_bytes", "baseline_bytes"}
 
 
+def test_bench_profile(llama_agq: Path) -> None:
+    shown = run("bench", llama_agq, "-p", 16, "-n", 0, "-r", 1, "-t", 1, "--profile").stdout
+    table = shown[shown.index("llama-agq4.gguf, prompt") :]
+    assert re.search(r"MUL_MAT ffn_down +2 +[\d.]+ +[\d.]+%\n", table)
+    assert re.search(r"\nall +\d+ +[\d.]+ +100\.0%", table)
+    assert "generation" not in table.split("tokens/s")[0]
+
+
 # generate, chat
 
 
