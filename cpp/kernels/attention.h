@@ -57,5 +57,6 @@ struct attention_kernel {
 extern const attention_kernel attention_generic;
 extern const attention_kernel attention_avx2;
 extern const attention_kernel attention_avx512;
+extern const attention_kernel attention_neon;
 
 }  // namespace agq

@@ -9,6 +9,8 @@
 #include <cstring>
 #ifdef __F16C__
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "attention.h"
@@ -54,6 +56,8 @@ void f16_to_f32(const uint16_t *from, float *to, int64_t n) {
     for (; i + 8 <= n; i += 8) {
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
     }
+#elif defined(__aarch64__)
+    for (; i + 4 <= n; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
 #endif
     for (; i < n; ++i) to[i] = half_to_float(from[i]);
 }

@@ -24,8 +24,8 @@ struct activation_format {
 
 /// Packed activations of up to `nr` tokens, nr being the kernel's.
 ///
-/// Layout for n tokens (n <= nr), columns in stored order:
-///   q      int8  [k / 4][n][4]   token t, column 4 i + j at (i * n + t) * 4 + j
+/// Layout for n tokens (n <= nr), columns in stored order, kr being the kernel's too:
+///   q      int8  [k / kr][n][kr]  token t, column kr i + j at (i * n + t) * kr + j
 ///   bias   int32 [k / 64][n]     -64 * (sum of q over the group): starting value of the integer sums, because kernels
 ///                                multiply by the unsigned codebook byte u, which stands for u - 64
 ///   scale  float [n] or [k / 64][n] with per_group
@@ -73,11 +73,15 @@ struct kernel {
     quantize_fn quantize;
     gemm_fn gemm;
     const attention_kernel *attention;  ///< null where the compiler has no vector types: the host's attention is kept
+    int kr = 4;                         ///< columns of a token that lie together in a packed block: 4, 8 or 16
 };
 
 extern const kernel kernel_scalar;
 extern const kernel kernel_avx2;
 extern const kernel kernel_avxvnni;
 extern const kernel kernel_avx512vnni;
+extern const kernel kernel_neon;
+extern const kernel kernel_neon_dotprod;
+extern const kernel kernel_neon_i8mm;
 
 }  // namespace agq

@@ -28,6 +28,10 @@ const std::vector<const kernel *> &compiled_kernels() {
         &kernel_avx512vnni,
         &kernel_avxvnni,
         &kernel_avx2,
+#elif defined(__aarch64__) || defined(_M_ARM64)
+        &kernel_neon_i8mm,
+        &kernel_neon_dotprod,
+        &kernel_neon,
 #endif
         &kernel_scalar,
     };

@@ -106,8 +106,9 @@ inline float refinement(int e) {
 ///                                            infinity
 ///       void add(const float *x, float refine)
 ///       int bits() const
-///   int quantize(x, refine, factor, limit, n, q)   writes column j to q[j / 4 * 4 * n + j % 4] and returns their sum
-template <class ops>
+///   int quantize(x, refine, factor, limit, n, q)   writes column j to q[j / kr * kr * n + j % kr] and returns their
+///   sum
+template <class ops, int kr>
 inline void quantize_token(const activation_format &format, const float *row, const activation_block &block, int t) {
     constexpr int infinity = 0x7F800000;
     constexpr int smallest = (127 - 100) << 23;  // 2^-100: what is below counts as zero
@@ -140,12 +141,12 @@ inline void quantize_token(const activation_format &format, const float *row, co
             maximum.add(x, refine);
             set_scale(g, maximum.bits());
         }
-        int8_t *q = block.q + (g * group_columns * n + 4 * t);
+        int8_t *q = block.q + (g * group_columns * n + kr * t);
         block.bias[g * n + t] = -code_offset * ops::quantize(x, refine, factor, limit, block.n, q);
     }
     if (worst < infinity) return;
 
-    for (size_t i = 0; i < groups * (group_columns / 4); i++) std::memset(block.q + (i * n + t) * 4, 0, 4);
+    for (size_t i = 0; i < groups * (group_columns / kr); i++) std::memset(block.q + (i * n + t) * kr, 0, kr);
     for (size_t g = 0; g < groups; g++) block.bias[g * n + t] = 0;
     for (size_t i = 0; i < (format.per_group ? groups : 1); i++) {
         block.scale[i * n + t] = std::numeric_limits<float>::quiet_NaN();
@@ -153,9 +154,9 @@ inline void quantize_token(const activation_format &format, const float *row, co
 }
 
 /// The quantize_fn of a kernel.
-template <class ops>
+template <class ops, int kr = 4>
 inline void quantize_block(const activation_format &format, const float *const *rows, const activation_block &block) {
-    for (int t = 0; t < block.n; t++) quantize_token<ops>(format, rows[t], block, t);
+    for (int t = 0; t < block.n; t++) quantize_token<ops, kr>(format, rows[t], block, t);
 }
 
 }  // namespace

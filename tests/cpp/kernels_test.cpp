@@ -62,7 +62,8 @@ class guarded {
         const size_t bytes = (size * sizeof(T) + page - 1) / page * page;
         mapped_bytes_ = bytes + 2 * page;
         void *map = mmap(nullptr, mapped_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (map == MAP_FAILED || mprotect(static_cast<char *>(map) + page, bytes, PROT_READ | PROT_WRITE) != 0) {
+        if (map == MAP_FAILED ||
+            (bytes > 0 && mprotect(static_cast<char *>(map) + page, bytes, PROT_READ | PROT_WRITE) != 0)) {
             std::printf("mmap failed\n");
             std::exit(2);
         }
@@ -143,7 +144,7 @@ quantized run_quantizer(const kernel &row, const activation_format &format, cons
         CHECK(q.intact() && bias.intact() && scale.intact(), "%s: quantizer wrote outside", row.name);
         for (int t = 0; t < n; t++) {
             for (int k = 0; k < format.k; k++) {
-                result.q[static_cast<size_t>(k) * tokens + begin + t] = q[(k / 4 * n + t) * 4 + k % 4];
+                result.q[static_cast<size_t>(k) * tokens + begin + t] = q[(k / row.kr * n + t) * row.kr + k % row.kr];
             }
             for (int g = 0; g < groups; g++) {
                 result.bias[static_cast<size_t>(g) * tokens + begin + t] = bias[g * n + t];
@@ -372,7 +373,7 @@ std::vector<float> run_gemm(const kernel &row, const problem &p) {
             int sum = 0;
             for (int k = 64 * g; k < 64 * g + 64; k++) {
                 const int8_t x = p.q[static_cast<size_t>(t) * p.k + k];
-                q[begin * p.k + (k / 4 * n + in) * 4 + k % 4] = x;
+                q[begin * p.k + (k / row.kr * n + in) * row.kr + k % row.kr] = x;
                 sum += x;
             }
             bias[begin * p.groups() + g * n + in] = -64 * sum;

@@ -1,0 +1,10 @@
+// Attention for 64-bit Arm: 6 x 4 vectors of four floats are the accumulators, of 32 registers.
+#define AGQ_VECTOR 4
+#define AGQ_TILE_COLUMNS 4
+#include "attention_impl.h"
+
+namespace agq {
+
+const attention_kernel attention_neon = {attend, f16_to_f32};
+
+}  // namespace agq

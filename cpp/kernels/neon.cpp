@@ -1,0 +1,229 @@
+// Plain NEON, for CPUs without dot products (Cortex-A53, A72): bytes are multiplied to 16 bits, 8 products per
+// instruction.
+//
+// Values u - 64 are at most 64 in size. With 8-bit activations a product is at most 64 * 127 = 8128, so four of them
+// fit a 16-bit lane, and one widening addition serves four multiplications. With 4-bit activations a product is at most
+// 64 * 7 = 448, and a lane takes all that it meets in a group of 64 columns and more: 8 lanes x 8 products, and even
+// their sum, 64 * 448 = 28672, is below 2^15. That is the SIMD 4-bit multiplier: nothing but multiplications until the
+// group is complete.
+//
+// For many tokens, rows are looked up into 16 columns side by side, so that operands need no broadcast: lane l of a
+// product belongs to column l or l + 8 of one (row, token). For one token the file's order is used as it is.
+#include "neon_kernel.h"
+
+namespace agq {
+namespace {
+
+/// The four 4-column parts of four rows, turned into four rows of 16 columns.
+inline void transpose(int8x16_t part[4]) {
+    const int32x4_t a = vreinterpretq_s32_s8(part[0]), b = vreinterpretq_s32_s8(part[1]);
+    const int32x4_t c = vreinterpretq_s32_s8(part[2]), d = vreinterpretq_s32_s8(part[3]);
+    const int64x2_t ab_even = vreinterpretq_s64_s32(vtrn1q_s32(a, b)), ab_odd = vreinterpretq_s64_s32(vtrn2q_s32(a, b));
+    const int64x2_t cd_even = vreinterpretq_s64_s32(vtrn1q_s32(c, d)), cd_odd = vreinterpretq_s64_s32(vtrn2q_s32(c, d));
+    part[0] = vreinterpretq_s8_s64(vtrn1q_s64(ab_even, cd_even));
+    part[1] = vreinterpretq_s8_s64(vtrn1q_s64(ab_odd, cd_odd));
+    part[2] = vreinterpretq_s8_s64(vtrn2q_s64(ab_even, cd_even));
+    part[3] = vreinterpretq_s8_s64(vtrn2q_s64(ab_odd, cd_odd));
+}
+
+/// The 16 products of `u` and `x`, two to a lane.
+inline int16x8_t multiply16(int8x16_t u, int8x16_t x) {
+    return vmlal_high_s8(vmull_s8(vget_low_s8(u), vget_low_s8(x)), u, x);
+}
+inline int16x8_t multiply16(int16x8_t sum, int8x16_t u, int8x16_t x) {
+    return vmlal_high_s8(vmlal_s8(sum, vget_low_s8(u), vget_low_s8(x)), u, x);
+}
+
+/// The sums over all lanes of each of four rows, from 16 bits. `bits` 4 only: the sums must fit 16 bits in pairs.
+inline int32x4_t add_lanes(const int16x8_t row[4]) {
+    return vpaddlq_s16(vpaddq_s16(vpaddq_s16(row[0], row[1]), vpaddq_s16(row[2], row[3])));
+}
+inline int32x4_t add_lanes(const int32x4_t row[4]) {
+    return vpaddq_s32(vpaddq_s32(row[0], row[1]), vpaddq_s32(row[2], row[3]));
+}
+
+struct neon {
+    static constexpr int nr = 4;
+
+    struct ready {
+        /// [group][four rows][32 columns][row][16 columns]
+        alignas(64) int8_t u[ready_capacity][4][2][4][2][16];
+        alignas(64) float d[ready_capacity][panel_rows];
+
+        void fill(const tile *panel, int first, int groups, int8x16_t codebook) {
+            for (int g = 0; g < groups; g++) {
+                const tile &w = panel[(first + g) / 2];
+                const int half = (first + g) % 2;
+                for (int c = 0; c < 8; c += 2) {  // 16 columns
+                    AGQ_UNROLL
+                    for (int i = 0; i < 4; i++) {
+                        int8x16_t row[4];
+                        look_up(w.codes[8 * half + c], i, codebook, &row[0], &row[1]);
+                        look_up(w.codes[8 * half + c + 1], i, codebook, &row[2], &row[3]);
+                        transpose(row);
+                        AGQ_UNROLL
+                        for (int r = 0; r < 4; r++) vst1q_s8(u[g][i][c / 4][r][c / 2 % 2], row[r]);
+                    }
+                }
+                const float32x4x4_t scales = row_scales(w, half);
+                AGQ_UNROLL
+                for (int i = 0; i < 4; i++) vst1q_f32(d[g] + 4 * i, scales.val[i]);
+            }
+        }
+    };
+
+    /// Integer sums of four rows and n tokens over one group, for 8-bit activations.
+    template <int n>
+    static void sum_group8(const int8_t (&u)[2][4][2][16], const int8_t *q, int32x4_t result[n]) {
+        int32x4_t acc[n][4];
+        AGQ_UNROLL
+        for (int part = 0; part < 2; part++) {
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) {
+                const int8x16_t x0 = vld1q_s8(q + (2 * part * n + t) * 16);
+                const int8x16_t x1 = vld1q_s8(q + ((2 * part + 1) * n + t) * 16);
+                AGQ_UNROLL
+                for (int r = 0; r < 4; r++) {
+                    int16x8_t four = multiply16(vld1q_s8(u[part][r][0]), x0);
+                    four = multiply16(four, vld1q_s8(u[part][r][1]), x1);
+                    acc[t][r] = part == 0 ? vpaddlq_s16(four) : vpadalq_s16(acc[t][r], four);
+                }
+            }
+        }
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) result[t] = add_lanes(acc[t]);
+    }
+
+    /// The same for 4-bit activations.
+    template <int n>
+    static void sum_group4(const int8_t (&u)[2][4][2][16], const int8_t *q, int32x4_t result[n]) {
+        int16x8_t acc[n][4];
+        AGQ_UNROLL
+        for (int part = 0; part < 4; part++) {
+            int8x16_t x[n];
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) x[t] = vld1q_s8(q + (part * n + t) * 16);
+            AGQ_UNROLL
+            for (int r = 0; r < 4; r++) {
+                const int8x16_t row = vld1q_s8(u[part / 2][r][part % 2]);
+                AGQ_UNROLL
+                for (int t = 0; t < n; t++) {
+                    acc[t][r] = part == 0 ? multiply16(row, x[t]) : multiply16(acc[t][r], row, x[t]);
+                }
+            }
+        }
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) result[t] = add_lanes(acc[t]);
+    }
+
+    /// Rows 4 i .. 4 i + 3 of a panel times n tokens.
+    template <int bits, int n, bool per_group>
+    static void add_rows(const ready &w, int i, int groups, const int8_t *q, const float *scale, float *sums) {
+        float32x4_t sum[n];
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) sum[t] = vld1q_f32(sums + 16 * t);
+        for (int g = 0; g < groups; g++) {
+            int32x4_t integers[n];
+            if (bits == 4) {
+                sum_group4<n>(w.u[g][i], q, integers);
+            } else {
+                sum_group8<n>(w.u[g][i], q, integers);
+            }
+            const float32x4_t d = vld1q_f32(w.d[g] + 4 * i);
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) {
+                float32x4_t product = vcvtq_f32_s32(integers[t]);
+                if (per_group) product = vmulq_n_f32(product, scale[t]);
+                sum[t] = vfmaq_f32(sum[t], product, d);
+            }
+            q += group_columns * n;
+            if (per_group) scale += n;
+        }
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) vst1q_f32(sums + 16 * t, sum[t]);
+    }
+
+    static void add(const gemm_args &args, const activation_block &block, const ready &w, int first, int groups,
+                    float *sums) {
+        using function = void (*)(const ready &, int, int, const int8_t *, const float *, float *);
+        static constexpr function table[2][2][nr] = {
+            {{add_rows<8, 1, false>, add_rows<8, 2, false>, add_rows<8, 3, false>, add_rows<8, 4, false>},
+             {add_rows<8, 1, true>, add_rows<8, 2, true>, add_rows<8, 3, true>, add_rows<8, 4, true>}},
+            {{add_rows<4, 1, false>, add_rows<4, 2, false>, add_rows<4, 3, false>, add_rows<4, 4, false>},
+             {add_rows<4, 1, true>, add_rows<4, 2, true>, add_rows<4, 3, true>, add_rows<4, 4, true>}}};
+        const group_operands x = operands_at(args, block, first);
+        for (int i = 0; i < 4; i++) {
+            table[args.bits == 4][args.per_group][block.n - 1](w, i, groups, x.q, x.scale, sums + 4 * i);
+        }
+    }
+
+    /// One token times rows 4 i .. 4 i + 3 over one group, straight from the file: 4 columns of two rows side by side
+    /// meet the same 4 activations twice.
+    template <int bits>
+    static int32x4_t stream_group(const tile &w, int half, int i, int8x16_t codebook, const int8_t *q) {
+        int16x8_t first = vdupq_n_s16(0), second = first;  // two rows each
+        int32x4_t first32 = vdupq_n_s32(0), second32 = first32;
+        AGQ_UNROLL
+        for (int c = 0; c < 8; c++) {
+            int8x16_t low, high;
+            look_up(w.codes[8 * half + c], i, codebook, &low, &high);
+            const int32x4_t x = vreinterpretq_s32_s8(vld1q_s8(q + c / 2 * 16));
+            const int8x16_t x_low = vreinterpretq_s8_s32(c % 2 == 0 ? vdupq_laneq_s32(x, 0) : vdupq_laneq_s32(x, 2));
+            const int8x16_t x_high = vreinterpretq_s8_s32(c % 2 == 0 ? vdupq_laneq_s32(x, 1) : vdupq_laneq_s32(x, 3));
+            first =
+                vmlal_s8(vmlal_s8(first, vget_low_s8(low), vget_low_s8(x_low)), vget_low_s8(high), vget_low_s8(x_high));
+            second = vmlal_high_s8(vmlal_high_s8(second, low, x_low), high, x_high);
+            if (bits == 8 && c % 2 == 1) {  // four products in each lane
+                first32 = vpadalq_s16(first32, first);
+                second32 = vpadalq_s16(second32, second);
+                first = second = vdupq_n_s16(0);
+            }
+        }
+        if (bits == 4) return vpaddlq_s16(vpaddq_s16(first, second));
+        return vpaddq_s32(first32, second32);
+    }
+
+    template <int bits, bool per_group>
+    static void stream_rows(const tile *w, int groups, int8x16_t codebook, const int8_t *q, const float *scale,
+                            float *sums) {
+        float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
+        for (int g = 0; g < groups; g++) {
+            const float32x4x4_t d = row_scales(w[g / 2], g % 2);
+            AGQ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                float32x4_t product =
+                    vcvtq_f32_s32(stream_group<bits>(w[g / 2], g % 2, i, codebook, q + group_columns * g));
+                if (per_group) product = vmulq_n_f32(product, scale[g]);
+                sum[i] = vfmaq_f32(sum[i], product, d.val[i]);
+            }
+        }
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) vst1q_f32(sums + 4 * i, sum[i]);
+    }
+
+    static bool stream(const gemm_args &args, const tile *w, const activation_block &block, float *sums) {
+        using function = void (*)(const tile *, int, int8x16_t, const int8_t *, const float *, float *);
+        static constexpr function table[2][2] = {{stream_rows<8, false>, stream_rows<8, true>},
+                                                 {stream_rows<4, false>, stream_rows<4, true>}};
+        if (block.n > 1) return false;
+        table[args.bits == 4][args.per_group](w, args.k / group_columns, load_codebook(args.codebook), block.q,
+                                              block.scale, sums);
+        return true;
+    }
+
+    static void store(const gemm_args &args, const activation_block &block, int b, int panel, const float *sums) {
+        store_rows<nr>(args, block, b, panel, sums);
+    }
+};
+
+bool supported() {
+    return true;
+}
+
+}  // namespace
+
+const kernel kernel_neon = {
+    "neon", supported, neon::nr, 1, quantize_block<quantize_ops<16>, 16>, multiply<neon>, AGQ_ATTENTION(attention_neon),
+    16};
+
+}  // namespace agq

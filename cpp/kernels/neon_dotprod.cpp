@@ -1,0 +1,127 @@
+// NEON with SDOT (Armv8.2 FEAT_DotProd): 16 products per instruction.
+//
+// 8 rows x 6 tokens are 12 integer accumulators and 12 sums of floats, which leaves 8 registers for operands, so that
+// nothing but the operands is loaded inside a panel.
+#include "neon_dot.h"
+
+namespace agq {
+namespace {
+
+struct dotprod {
+    static constexpr int nr = 6;
+
+    struct ready {
+        /// [group][rows 0..7 or 8..15][chunk]: rows 0..3 and 4..7 of columns 0..3, then of columns 4..7
+        alignas(64) int8_t u[ready_capacity][2][8][4][16];
+        alignas(64) float d[ready_capacity][panel_rows];
+
+        void fill(const tile *panel, int first, int groups, int8x16_t codebook) {
+            for (int g = 0; g < groups; g++) {
+                const tile &w = panel[(first + g) / 2];
+                const int half = (first + g) % 2;
+                for (int c = 0; c < 8; c++) {
+                    const chunk values = look_up(w.codes[8 * half + c], codebook);
+                    AGQ_UNROLL
+                    for (int i = 0; i < 4; i++) {
+                        vst1q_s8(u[g][i / 2][c][i % 2], values.low[i]);
+                        vst1q_s8(u[g][i / 2][c][2 + i % 2], values.high[i]);
+                    }
+                }
+                const float32x4x4_t scales = row_scales(w, half);
+                AGQ_UNROLL
+                for (int i = 0; i < 4; i++) vst1q_f32(d[g] + 4 * i, scales.val[i]);
+            }
+        }
+    };
+
+    /// Rows 8 half .. 8 half + 7 of a panel times n tokens.
+    template <int n, bool per_group>
+    static void add_half(const ready &w, int half, int groups, const int8_t *q, const float *scale, float *sums) {
+        float32x4_t sum[n][2];
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) {
+            AGQ_UNROLL
+            for (int i = 0; i < 2; i++) sum[t][i] = vld1q_f32(sums + 16 * t + 4 * i);
+        }
+        for (int g = 0; g < groups; g++) {
+            int32x4_t acc[n][2];
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = vdupq_n_s32(0);
+            AGQ_UNROLL
+            for (int c = 0; c < 8; c++) {
+                const int8_t (*u)[16] = w.u[g][half][c];
+                const columns8<n> x(q);
+                AGQ_UNROLL
+                for (int high = 0; high < 2; high++) {
+                    const int8x16_t u0 = vld1q_s8(u[2 * high]), u1 = vld1q_s8(u[2 * high + 1]);
+                    AGQ_UNROLL
+                    for (int t = 0; t < n; t++) {
+                        acc[t][0] = dot(acc[t][0], u0, x.x[t / 2], t % 2 * 2 + high);
+                        acc[t][1] = dot(acc[t][1], u1, x.x[t / 2], t % 2 * 2 + high);
+                    }
+                }
+                q += 8 * n;
+            }
+            const float32x4_t d[2] = {vld1q_f32(w.d[g] + 8 * half), vld1q_f32(w.d[g] + 8 * half + 4)};
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) {
+                AGQ_UNROLL
+                for (int i = 0; i < 2; i++) {
+                    float32x4_t product = vcvtq_f32_s32(acc[t][i]);
+                    if (per_group) product = vmulq_n_f32(product, scale[t]);
+                    sum[t][i] = vfmaq_f32(sum[t][i], product, d[i]);
+                }
+            }
+            if (per_group) scale += n;
+        }
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) {
+            AGQ_UNROLL
+            for (int i = 0; i < 2; i++) vst1q_f32(sums + 16 * t + 4 * i, sum[t][i]);
+        }
+    }
+
+    static void add(const gemm_args &args, const activation_block &block, const ready &w, int first, int groups,
+                    float *sums) {
+        using function = void (*)(const ready &, int, int, const int8_t *, const float *, float *);
+        static constexpr function table[2][nr] = {{add_half<1, false>, add_half<2, false>, add_half<3, false>,
+                                                   add_half<4, false>, add_half<5, false>, add_half<6, false>},
+                                                  {add_half<1, true>, add_half<2, true>, add_half<3, true>,
+                                                   add_half<4, true>, add_half<5, true>, add_half<6, true>}};
+        const group_operands x = operands_at(args, block, first);
+        for (int half = 0; half < 2; half++) {
+            table[args.per_group][block.n - 1](w, half, groups, x.q, x.scale, sums + 8 * half);
+        }
+    }
+
+    static bool stream(const gemm_args &args, const tile *w, const activation_block &block, float *sums) {
+        using function = void (*)(const tile *, int, int8x16_t, const int8_t *, const float *, float *);
+        static constexpr function table[2][2] = {{stream_dot<1, false>, stream_dot<2, false>},
+                                                 {stream_dot<1, true>, stream_dot<2, true>}};
+        if (block.n > 2) return false;
+        table[args.per_group][block.n - 1](w, args.k / group_columns, load_codebook(args.codebook), block.q,
+                                           block.scale, sums);
+        return true;
+    }
+
+    static void store(const gemm_args &args, const activation_block &block, int b, int panel, const float *sums) {
+        store_rows<nr>(args, block, b, panel, sums);
+    }
+};
+
+bool supported() {
+    return detect_arm().dotprod;
+}
+
+}  // namespace
+
+const kernel kernel_neon_dotprod = {"neon_dotprod",
+                                    supported,
+                                    dotprod::nr,
+                                    1,
+                                    quantize_block<quantize_ops<8>, 8>,
+                                    multiply<dotprod>,
+                                    AGQ_ATTENTION(attention_neon),
+                                    8};
+
+}  // namespace agq

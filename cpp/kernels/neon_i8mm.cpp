@@ -1,0 +1,167 @@
+// NEON with SMMLA (FEAT_I8MM): 2 rows x 8 columns times 8 columns x 2 tokens, 32 products per instruction.
+//
+// Two operands of the file, columns 0..3 and 4..7 of the same 4 rows, interleave to two of SMMLA's:
+//
+//   low  r0 0..3 | r1 0..3 | r2 0..3 | r3 0..3      zip1   r0 0..3  r0 4..7 | r1 0..3  r1 4..7
+//   high r0 4..7 | r1 4..7 | r2 4..7 | r3 4..7      zip2   r2 0..3  r2 4..7 | r3 0..3  r3 4..7
+//
+// That is one instruction per 16 codes, shared by all tokens that share a look-up. 4 pairs of rows x 3 pairs of tokens
+// are 12 integer accumulators and 12 sums of floats. A single token uses SDOT, which needs no pairs.
+#include "neon_dot.h"
+
+namespace agq {
+namespace {
+
+inline int8x16_t interleave_low(int8x16_t a, int8x16_t b) {
+    return vreinterpretq_s8_s32(vzip1q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b)));
+}
+inline int8x16_t interleave_high(int8x16_t a, int8x16_t b) {
+    return vreinterpretq_s8_s32(vzip2q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b)));
+}
+
+struct i8mm {
+    static constexpr int nr = 6;
+
+    struct ready {
+        /// [group][rows 0..7 or 8..15][chunk][pair of rows]: 8 columns of the one row, then of the other
+        alignas(64) int8_t u[ready_capacity][2][8][4][16];
+        /// [group][pair of rows]: the scales of the two, twice, as they stand in a product's result
+        alignas(64) float d[ready_capacity][8][4];
+
+        void fill(const tile *panel, int first, int groups, int8x16_t codebook) {
+            for (int g = 0; g < groups; g++) {
+                const tile &w = panel[(first + g) / 2];
+                const int half = (first + g) % 2;
+                for (int c = 0; c < 8; c++) {
+                    const chunk values = look_up(w.codes[8 * half + c], codebook);
+                    AGQ_UNROLL
+                    for (int i = 0; i < 4; i++) {
+                        vst1q_s8(u[g][i / 2][c][i % 2 * 2], interleave_low(values.low[i], values.high[i]));
+                        vst1q_s8(u[g][i / 2][c][i % 2 * 2 + 1], interleave_high(values.low[i], values.high[i]));
+                    }
+                }
+                const float32x4x4_t scales = row_scales(w, half);
+                AGQ_UNROLL
+                for (int i = 0; i < 4; i++) {
+                    const float32x2_t first_pair = vget_low_f32(scales.val[i]);
+                    const float32x2_t second_pair = vget_high_f32(scales.val[i]);
+                    vst1q_f32(d[g][2 * i], vcombine_f32(first_pair, first_pair));
+                    vst1q_f32(d[g][2 * i + 1], vcombine_f32(second_pair, second_pair));
+                }
+            }
+        }
+    };
+
+    /// Sums of a block: [rows 0..7 or 8..15][pair of rows][pair of tokens][token][row].
+    static constexpr int half_sums = 4 * nr / 2 * 4;
+    static float *sums_at(float *half, int rows, int tokens) { return half + (rows * (nr / 2) + tokens) * 4; }
+    static const float *sums_at(const float *half, int rows, int tokens) {
+        return half + (rows * (nr / 2) + tokens) * 4;
+    }
+
+    /// Half a panel, 4 pairs of rows, times n tokens; the last pair of an odd n is filled up with zeros.
+    template <int n, bool per_group>
+    static void add_half(const ready &w, int half, int groups, const int8_t *q, const float *scale, float *sums) {
+        constexpr int pairs = (n + 1) / 2;
+        float32x4_t sum[4][pairs];
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            AGQ_UNROLL
+            for (int p = 0; p < pairs; p++) sum[i][p] = vld1q_f32(sums_at(sums, i, p));
+        }
+        for (int g = 0; g < groups; g++) {
+            int32x4_t acc[4][pairs];
+            AGQ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                AGQ_UNROLL
+                for (int p = 0; p < pairs; p++) acc[i][p] = vdupq_n_s32(0);
+            }
+            AGQ_UNROLL
+            for (int c = 0; c < 8; c++) {
+                const columns8<n> x(q);
+                AGQ_UNROLL
+                for (int i = 0; i < 4; i++) {
+                    const int8x16_t u = vld1q_s8(w.u[g][half][c][i]);
+                    AGQ_UNROLL
+                    for (int p = 0; p < pairs; p++) acc[i][p] = vmmlaq_s32(acc[i][p], x.x[p], u);
+                }
+                q += 8 * n;
+            }
+            float32x4_t s[pairs];
+            if (per_group) {
+                AGQ_UNROLL
+                for (int p = 0; p < pairs; p++) {
+                    s[p] = vcombine_f32(vdup_n_f32(scale[2 * p]), vdup_n_f32(2 * p + 1 < n ? scale[2 * p + 1] : 0.0f));
+                }
+                scale += n;
+            }
+            AGQ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                const float32x4_t d = vld1q_f32(w.d[g][4 * half + i]);
+                AGQ_UNROLL
+                for (int p = 0; p < pairs; p++) {
+                    float32x4_t product = vcvtq_f32_s32(acc[i][p]);
+                    if (per_group) product = vmulq_f32(product, s[p]);
+                    sum[i][p] = vfmaq_f32(sum[i][p], product, d);
+                }
+            }
+        }
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            AGQ_UNROLL
+            for (int p = 0; p < pairs; p++) vst1q_f32(sums_at(sums, i, p), sum[i][p]);
+        }
+    }
+
+    static void add(const gemm_args &args, const activation_block &block, const ready &w, int first, int groups,
+                    float *sums) {
+        using function = void (*)(const ready &, int, int, const int8_t *, const float *, float *);
+        static constexpr function table[2][nr] = {{add_half<1, false>, add_half<2, false>, add_half<3, false>,
+                                                   add_half<4, false>, add_half<5, false>, add_half<6, false>},
+                                                  {add_half<1, true>, add_half<2, true>, add_half<3, true>,
+                                                   add_half<4, true>, add_half<5, true>, add_half<6, true>}};
+        const group_operands x = operands_at(args, block, first);
+        for (int half = 0; half < 2; half++) {
+            table[args.per_group][block.n - 1](w, half, groups, x.q, x.scale, sums + half_sums * half);
+        }
+    }
+
+    static bool stream(const gemm_args &args, const tile *w, const activation_block &block, float *sums) {
+        if (block.n > 1) return false;
+        const auto function = args.per_group ? stream_dot<1, true> : stream_dot<1, false>;
+        float rows[panel_rows];
+        function(w, args.k / group_columns, load_codebook(args.codebook), block.q, block.scale, rows);
+        for (int r = 0; r < panel_rows; r++) sums_at(sums + half_sums * (r / 8), r % 8 / 2, 0)[r % 2] = rows[r];
+        return true;
+    }
+
+    static void store(const gemm_args &args, const activation_block &block, int b, int panel, const float *sums) {
+        for (int t = 0; t < block.n; t++) {
+            const float factor = final_factor(args, block, t);
+            float *out = args.dst[b * nr + t] + panel * panel_rows;
+            for (int i = 0; i < 4; i++) {  // 4 rows, two pairs
+                const float *half = sums + half_sums * (i / 2);
+                const float32x2_t first = vld1_f32(sums_at(half, i % 2 * 2, t / 2) + t % 2 * 2);
+                const float32x2_t second = vld1_f32(sums_at(half, i % 2 * 2 + 1, t / 2) + t % 2 * 2);
+                vst1q_f32(out + 4 * i, vmulq_n_f32(vcombine_f32(first, second), factor));
+            }
+        }
+    }
+};
+
+bool supported() {
+    return detect_arm().dotprod && detect_arm().i8mm;
+}
+
+}  // namespace
+
+const kernel kernel_neon_i8mm = {"neon_i8mm",
+                                 supported,
+                                 i8mm::nr,
+                                 1,
+                                 quantize_block<quantize_ops<8>, 8>,
+                                 multiply<i8mm>,
+                                 AGQ_ATTENTION(attention_neon),
+                                 8};
+
+}  // namespace agq
