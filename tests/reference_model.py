@@ -56,10 +56,12 @@ class ReferenceModel:
     def norm(self, x: Array, name: str) -> Array:
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.eps) * self.weight(name)
 
-    def rope(self, x: Array) -> Array:
-        """Rotates neighbouring pairs of each head; ``x`` is [T, heads, head size]."""
+    def rope(self, x: Array, positions: NDArray[np.int64] | None = None) -> Array:
+        """Rotates neighbouring pairs of each head; ``x`` is [T, heads, head size], positions are 0.. if not given."""
         tokens, _, size = x.shape
-        angle = np.arange(tokens)[:, None] * self.base ** (-np.arange(0, size, 2) / size)
+        angle = (np.arange(tokens) if positions is None else positions)[:, None] * self.base ** (
+            -np.arange(0, size, 2) / size
+        )
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
         out = np.empty_like(x)
         out[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin

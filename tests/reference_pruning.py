@@ -1,0 +1,121 @@
+"""Token pruning by the definition: a LLaMA forward from which tokens are physically removed, call by call.
+
+What docs/pruning.md promises, written down once more with nothing of the plugin: a call (a ubatch) runs through the
+layers; behind the attention of a pruning layer the least important of its tokens leave, and take part in nothing
+afterwards, neither in this call nor, as keys and values, in later ones. The K/V cache of each layer holds only the
+tokens that were there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from reference_model import Array, ReferenceModel
+
+RECENT_QUERIES = 8
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a pruning layer drops: a share of its tokens, or those below a threshold."""
+
+    share: float | None = None
+    threshold: float | None = None
+
+
+@dataclass
+class _Cache:
+    """Keys and values of one layer, [cells, heads, head size], and the positions of their tokens."""
+
+    keys: list[Array] = field(default_factory=list)
+    values: list[Array] = field(default_factory=list)
+    positions: list[NDArray[np.int64]] = field(default_factory=list)
+
+
+def importance(weights: Array, query_positions: NDArray[np.int64], positions: NDArray[np.int64], score: str) -> Array:
+    """Importance [T] of the T tokens of a call from its attention weights [heads, T, cells]; infinite: never dropped.
+
+    The last T cells are the call's own tokens; `positions` are those of all cells.
+    """
+    tokens, cells = weights.shape[1:]
+    own = weights.mean(0)[:, cells - tokens :]  # [query, token]
+    visible = (positions[None, :] <= query_positions[:, None]).sum(1)  # of each query
+    if score == "first":
+        first = np.flatnonzero(positions == 0)
+        result: Array = weights.mean(0)[:, first].sum(1)
+        return result
+    if score == "received":
+        later = np.tril(np.ones((tokens, tokens)), -1)  # query behind the token
+        received, evenly = (own * later).sum(0), (later / visible[:, None]).sum(0)
+        return np.where(evenly > 0, received / np.maximum(evenly, 1e-30), np.inf)
+    if score == "recent":
+        queries = slice(max(0, tokens - RECENT_QUERIES), tokens)
+        result = (own * visible[:, None])[queries].mean(0)
+        result[queries] = np.inf
+        return result
+    raise ValueError(score)
+
+
+def choose(values: Array, rule: Rule, protected: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which tokens are dropped [T], from their importance."""
+    candidates = ~protected & np.isfinite(values)
+    if rule.threshold is not None:
+        return candidates & (values.astype(np.float32) < np.float32(rule.threshold))
+    assert rule.share is not None
+    order = [int(t) for t in np.argsort(values, kind="stable") if candidates[t]]
+    dropped = np.zeros(len(values), bool)
+    dropped[order[: int(np.floor(rule.share * len(values)))]] = True
+    return dropped
+
+
+class PrunedReference:
+    """One sequence of a model of architecture ``llama``: its caches, and calls that extend it."""
+
+    def __init__(self, model: ReferenceModel, rules: dict[int, Rule], score: str, shortest: int = 64):
+        self.model, self.rules, self.score, self.shortest = model, rules, score, shortest
+        self.caches = [_Cache() for _ in range(model.n_layer)]
+        self.n_past = 0
+        self.left_behind: NDArray[np.int64] = np.empty(0, np.int64)  # of the last call: layer of each token, or -1
+
+    def run(self, tokens: list[int], outputs: list[int] | None = None) -> Array:
+        """Logits [outputs, vocabulary] of the tokens with these indices of the call; None: of the last one."""
+        m = self.model
+        outputs = [len(tokens) - 1] if outputs is None else outputs
+        positions = np.arange(self.n_past, self.n_past + len(tokens))
+        self.n_past += len(tokens)
+        here = np.arange(len(tokens))  # indices of the tokens that are still there
+        self.left_behind = np.full(len(tokens), -1)
+        protected = np.isin(here, outputs) | (positions == 0)
+        x = m.weight("token_embd.weight")[tokens]
+        for i in range(m.n_layer):
+            block = f"blk.{i}"
+            mixed, weights = self._attention(m.norm(x, f"{block}.attn_norm.weight"), i, positions[here])
+            x = x + mixed
+            if i in self.rules and len(tokens) >= self.shortest:
+                cells = np.concatenate(self.caches[i].positions)
+                values = importance(weights, positions[here], cells, self.score)
+                dropped = choose(values, self.rules[i], protected[here])
+                self.left_behind[here[dropped]] = i
+                x, here = x[~dropped], here[~dropped]
+            x = x + m.swiglu(m.norm(x, f"{block}.ffn_norm.weight"), block)
+        x = m.norm(x[np.isin(here, outputs)], "output_norm.weight")
+        return m.linear(x, "output.weight" if "output.weight" in m.tensors else "token_embd.weight")
+
+    def _attention(self, x: Array, layer: int, positions: NDArray[np.int64]) -> tuple[Array, Array]:
+        """Output [T, E] and attention weights [heads, T, cells] of the tokens at these positions; extends the cache."""
+        m, block, tokens = self.model, f"blk.{layer}", len(x)
+        cache = self.caches[layer]
+        q = m.rope(m.linear(x, f"{block}.attn_q.weight").reshape(tokens, m.n_head, -1), positions)
+        cache.keys.append(m.rope(m.linear(x, f"{block}.attn_k.weight").reshape(tokens, m.n_kv, -1), positions))
+        cache.values.append(m.linear(x, f"{block}.attn_v.weight").reshape(tokens, m.n_kv, -1))
+        cache.positions.append(positions)
+        repeat = m.n_head // m.n_kv
+        k, v = (np.repeat(np.concatenate(t), repeat, axis=1) for t in (cache.keys, cache.values))
+        scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
+        scores[:, positions[:, None] < np.concatenate(cache.positions)[None, :]] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mixed = np.einsum("hts,shd->thd", weights, v).reshape(tokens, -1)
+        return m.linear(mixed, f"{block}.attn_output.weight"), weights
