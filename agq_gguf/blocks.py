@@ -27,13 +27,14 @@ TILE_BYTES = 1088
 BLOCK_BYTES = TILE_BYTES // PANEL_ROWS  # of ggml's view: one row of a tile
 MAX_EXPONENT = 15
 MAX_SCALE = 65024.0  # the largest binary16 whose lowest four bits are zero
+MAX_KEEP, MAX_REACH = 255, 15  # of a pruning record
 SCORES = ("first", "received", "recent")  # how the importance of a token is measured; the index is what is stored
 
 _MAGIC = 0xA4
 _FLAG_CHANNEL_ORDER = 1
 _FLAG_PRUNING = 2
 _HEADER = struct.Struct("<BBBBfII")
-_PRUNING = struct.Struct("<B3xf")
+_PRUNING = struct.Struct("<BBBBf")
 _SCALES = slice(0, 32)
 _SCALE_LOW = slice(32, 48)
 _ATTRIBUTES = slice(48, 64)
@@ -51,6 +52,8 @@ class Pruning:
 
     score: str  # one of SCORES
     threshold: float  # finite, >= 0; rounded to binary32
+    keep: int = 0  # the last so many tokens of a call always stay; 0..255
+    reach: int = 0  # a token counts as much as the best one at most so many places away; 0..15
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,10 @@ def _check_pruning(pruning: Pruning) -> None:
         threshold = np.float32(pruning.threshold)
     if not (np.isfinite(threshold) and threshold >= 0):
         raise FormatError(f"the threshold for pruning is {threshold}, it must be finite and >= 0")
+    if not 0 <= pruning.keep <= MAX_KEEP:
+        raise FormatError(f"pruning is to keep the last {pruning.keep} tokens, the most are {MAX_KEEP}")
+    if not 0 <= pruning.reach <= MAX_REACH:
+        raise FormatError(f"the reach of importance for pruning is {pruning.reach}, the largest is {MAX_REACH}")
 
 
 def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint8]:
@@ -157,7 +164,8 @@ def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint
         body += struct.pack("<H", parameters.listed.size) + parameters.listed.astype("<u2").tobytes()
     if parameters.pruning is not None:
         flags |= _FLAG_PRUNING
-        body += _PRUNING.pack(SCORES.index(parameters.pruning.score), parameters.pruning.threshold)
+        p = parameters.pruning
+        body += _PRUNING.pack(SCORES.index(p.score), p.keep, p.reach, 0, p.threshold)
     activation = parameters.activation_bits | int(parameters.per_group) << 4
     header = _HEADER.pack(
         _MAGIC, VERSION, activation, flags, np.float32(parameters.tensor_scale), zlib.crc32(body), len(body)
@@ -208,10 +216,10 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
 
 
 def _decode_pruning(record: bytes) -> Pruning:
-    score, threshold = _PRUNING.unpack(record)
-    if score >= len(SCORES) or any(record[1:4]):
-        raise FormatError(f"unknown pruning record (score {score}, reserved bytes {record[1:4].hex()})")
-    return Pruning(SCORES[score], threshold)
+    score, keep, reach, reserved, threshold = _PRUNING.unpack(record)
+    if score >= len(SCORES) or reserved:
+        raise FormatError(f"unknown pruning record (score {score}, reserved byte {reserved})")
+    return Pruning(SCORES[score], threshold, keep, reach)
 
 
 def pack(matrix: Matrix) -> NDArray[np.uint8]:

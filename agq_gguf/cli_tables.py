@@ -88,7 +88,7 @@ def _attributes(tensor: TensorInfo) -> str:
     if found is None:
         return ""
     experts = f"{found.matrices} experts, " if found.matrices > 1 else ""
-    pruning = f", prunes: {found.pruning_score} < {found.pruning_threshold:.4g}" if found.pruning_score else ""
+    pruning = f", drops tokens with {found.pruning.score} < {found.pruning.threshold:.4g}" if found.pruning else ""
     return (
         f"{experts}{found.activation_bits}-bit activations per {found.activation_scale}, exponents "
         f"{found.exponent_min}..{found.exponent_max} ({found.exponents_nonzero:.0%} refined), "

@@ -30,8 +30,7 @@ class AgqAttributes:
     exponent_max: int
     exponents_nonzero: float  # share of the groups that are refined
     listed_channels: int  # most channels that the channel order lists; 0: no reordering
-    pruning_score: str | None = None  # of the pruning record, if there is one
-    pruning_threshold: float | None = None
+    pruning: blocks.Pruning | None = None  # the pruning record
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,5 @@ def _attributes(reader: Reader, tensor: Tensor) -> AgqAttributes:
         exponent_max=int(exponents.max()),
         exponents_nonzero=float((exponents > 0).mean()),
         listed_channels=max(int(parameters.listed.size) for parameters in found),
-        pruning_score=first.pruning.score if first.pruning else None,
-        pruning_threshold=first.pruning.threshold if first.pruning else None,
+        pruning=first.pruning,
     )

@@ -23,6 +23,8 @@ class Rule:
 
     share: float | None = None
     threshold: float | None = None
+    keep: int = 0  # the last so many tokens of a call stay
+    reach: int = 0  # a token counts as much as the best one at most so many places away
 
 
 @dataclass
@@ -35,7 +37,7 @@ class _Cache:
 
 
 def importance(weights: Array, query_positions: NDArray[np.int64], positions: NDArray[np.int64], score: str) -> Array:
-    """Importance [T] of the T tokens of a call from its attention weights [heads, T, cells]; infinite: never dropped.
+    """Importance [T] of the T tokens of a call from its attention weights [heads, T, cells].
 
     The last T cells are the call's own tokens; `positions` are those of all cells.
     """
@@ -49,18 +51,22 @@ def importance(weights: Array, query_positions: NDArray[np.int64], positions: ND
     if score == "received":
         later = np.tril(np.ones((tokens, tokens)), -1)  # query behind the token
         received, evenly = (own * later).sum(0), (later / visible[:, None]).sum(0)
-        return np.where(evenly > 0, received / np.maximum(evenly, 1e-30), np.inf)
+        return np.where(evenly > 0, received / np.maximum(evenly, 1e-30), 0)
     if score == "recent":
-        queries = slice(max(0, tokens - RECENT_QUERIES), tokens)
-        result = (own * visible[:, None])[queries].mean(0)
-        result[queries] = np.inf
+        result = (own * visible[:, None])[-RECENT_QUERIES:].mean(0)
         return result
     raise ValueError(score)
 
 
+def always_kept(score: str) -> int:
+    """How many of the last tokens of a call a score protects by itself."""
+    return {"first": 0, "received": 1, "recent": RECENT_QUERIES}[score]
+
+
 def choose(values: Array, rule: Rule, protected: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Which tokens are dropped [T], from their importance."""
-    candidates = ~protected & np.isfinite(values)
+    best = [values[max(0, t - rule.reach) : t + rule.reach + 1].max() for t in range(len(values))]
+    values, candidates = np.array(best), ~protected
     if rule.threshold is not None:
         return candidates & (values.astype(np.float32) < np.float32(rule.threshold))
     assert rule.share is not None
@@ -96,7 +102,8 @@ class PrunedReference:
             if i in self.rules and len(tokens) >= self.shortest:
                 cells = np.concatenate(self.caches[i].positions)
                 values = importance(weights, positions[here], cells, self.score)
-                dropped = choose(values, self.rules[i], protected[here])
+                kept = len(tokens) - max(self.rules[i].keep, always_kept(self.score))
+                dropped = choose(values, self.rules[i], protected[here] | (here >= kept))
                 self.left_behind[here[dropped]] = i
                 x, here = x[~dropped], here[~dropped]
             x = x + m.swiglu(m.norm(x, f"{block}.ffn_norm.weight"), block)

@@ -42,7 +42,9 @@ def matrices(draw: st.DrawFn) -> Matrix:
 
 
 def prunings() -> st.SearchStrategy[Pruning]:
-    return st.builds(Pruning, st.sampled_from(blocks.SCORES), st.floats(0, 1e10, width=32))
+    return st.builds(
+        Pruning, st.sampled_from(blocks.SCORES), st.floats(0, 1e10, width=32), st.integers(0, 255), st.integers(0, 15)
+    )
 
 
 def assert_equal(a: Matrix, b: Matrix) -> None:
@@ -111,7 +113,7 @@ def test_pruning_record_is_where_the_format_says() -> None:
     stream, before = attribute_stream(data), attribute_stream(plain)
     assert stream[3] == 1 | 2 and struct.unpack_from("<I", stream, 12)[0] == 28 + 8
     assert stream[16:44] == before[16:44]
-    assert stream[44:52] == bytes([2, 0, 0, 0]) + struct.pack("<f", 0.375)
+    assert stream[44:52] == bytes([2, 200, 3, 0]) + struct.pack("<f", 0.375)
     assert not any(stream[52:])
     assert blocks.unpack(data).parameters.pruning == make_agq4.PRUNING == blocks.read_parameters(data).pruning
 
@@ -137,6 +139,8 @@ def test_setting_a_record_changes_nothing_else(matrix: Matrix, pruning: Pruning 
         (Pruning("first", -0.5), "threshold for pruning is -0.5"),
         (Pruning("first", float("nan")), "threshold for pruning is nan"),
         (Pruning("first", 1e39), "threshold for pruning is inf"),
+        (Pruning("first", 1, keep=256), "keep the last 256 tokens"),
+        (Pruning("first", 1, reach=16), "reach of importance for pruning is 16"),
     ],
 )
 def test_bad_records_are_not_written(pruning: Pruning, message: str) -> None:
@@ -161,8 +165,8 @@ def test_no_room_for_a_record_and_damaged_matrices() -> None:
     ("change", "message"),
     [
         ({44: b"\x03"}, "unknown pruning record (score 3"),
-        ({45: b"\x01"}, "reserved bytes 010000"),
-        ({47: b"\x01"}, "reserved bytes 000001"),
+        ({46: b"\x10"}, "reach of importance for pruning is 16"),
+        ({47: b"\x01"}, "reserved byte 1"),
         ({48: struct.pack("<f", -1.0)}, "threshold for pruning is -1"),
         ({48: struct.pack("<f", float("nan"))}, "threshold for pruning is nan"),
         ({48: struct.pack("<f", float("inf"))}, "threshold for pruning is inf"),

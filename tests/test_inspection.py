@@ -60,15 +60,15 @@ def test_our_model(llama_agq: Path) -> None:
 
 
 def test_pruning_record(llama_agq: Path, tmp_path: Path) -> None:
-    name = "blk.0.attn_output.weight"
+    name, record = "blk.0.attn_output.weight", blocks.Pruning("received", 0.25, keep=64)
     with open_gguf(llama_agq) as reader:
         data, at = _rows(bytes(reader.raw(name)), 128), reader.tensors[name].offset
-    pruned = blocks.with_pruning(data, blocks.Pruning("received", 0.25)).tobytes()
+    pruned = blocks.with_pruning(data, record).tobytes()
     raw = llama_agq.read_bytes()
     (tmp_path / "pruned.gguf").write_bytes(raw[:at] + pruned + raw[at + len(pruned) :])
     found = {t.name: t.agq for t in inspect_file(tmp_path / "pruned.gguf").tensors if t.agq}
-    assert {n for n, agq in found.items() if agq.pruning_score} == {name}
-    assert (found[name].pruning_score, found[name].pruning_threshold) == ("received", 0.25)
+    assert {n for n, agq in found.items() if agq.pruning} == {name}
+    assert found[name].pruning == record
 
 
 def _rows(raw: bytes, rows: int):

@@ -30,6 +30,19 @@ def test_without_rules_it_is_the_plain_forward(reference: ReferenceModel) -> Non
         np.testing.assert_allclose(found, whole[begin:end], atol=1e-9)
 
 
+def test_the_last_tokens_stay(reference: ReferenceModel) -> None:
+    everything = Rule(share=1.0)
+    for score, rule, kept in (
+        ("first", everything, 1),
+        ("first", Rule(share=1.0, keep=20), 20),
+        ("recent", Rule(share=1.0, keep=3), 8),
+        ("received", Rule(threshold=1e9, keep=3), 3),
+    ):
+        pruned = PrunedReference(reference, {0: rule}, score)
+        pruned.run(prompt(70))
+        assert (pruned.left_behind >= 0).tolist() == [False] + [True] * (69 - kept) + [False] * kept
+
+
 @pytest.mark.parametrize("score", ["first", "received", "recent"])
 def test_what_is_dropped_does_not_count(reference: ReferenceModel, score: str) -> None:
     """Behind a prompt with half of its tokens dropped behind layer 0, the model answers to the rest alone."""
@@ -82,10 +95,10 @@ def test_importance_of_even_attention_is_one() -> None:
     np.testing.assert_allclose(importance(weights, positions, positions, "first"), 1 / np.arange(1, 13))
     received = importance(weights, positions, positions, "received")
     np.testing.assert_allclose(received[:-1], 1)
-    assert received[-1] == np.inf
+    assert received[-1] == 0  # nobody could
     recent = importance(weights, positions, positions, "recent")
-    np.testing.assert_allclose(recent[:4], 1)
-    assert (recent[4:] == np.inf).all()
+    np.testing.assert_allclose(recent[:5], 1)
+    np.testing.assert_allclose(recent[5:], np.arange(7, 0, -1) / 8)
 
 
 def test_importance_by_hand() -> None:
@@ -103,9 +116,10 @@ def test_importance_by_hand() -> None:
 
 
 def test_choice() -> None:
-    values = np.array([0.5, np.inf, 0.1, 0.1, 0.9, 0.0])
-    protected = np.array([False, False, False, False, False, True])
+    values = np.array([0.5, 1.5, 0.1, 0.1, 0.9, 0.0])
+    protected = np.array([False, True, False, False, False, True])
     assert choose(values, Rule(share=0.5), protected).nonzero()[0].tolist() == [0, 2, 3]
     assert choose(values, Rule(share=0.2), protected).nonzero()[0].tolist() == [2]
     assert choose(values, Rule(share=1.0), protected).nonzero()[0].tolist() == [0, 2, 3, 4]
     assert choose(values, Rule(threshold=0.5), protected).nonzero()[0].tolist() == [2, 3]
+    assert choose(values, Rule(threshold=1.2, reach=1), protected).nonzero()[0].tolist() == [3, 4]

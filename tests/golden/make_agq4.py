@@ -34,7 +34,7 @@ def matrix() -> blocks.Matrix:
     )
 
 
-PRUNING = blocks.Pruning("recent", 0.375)
+PRUNING = blocks.Pruning("recent", 0.375, keep=200, reach=3)
 
 
 def activations() -> np.ndarray:
