@@ -15,6 +15,8 @@ from .plugin import backend_path, register
 
 if TYPE_CHECKING:
     from .convert import quantize
+    from .packing import pack_agq4
+    from .verification import verify
 
 try:
     __version__ = metadata.version("agq-gguf")
@@ -29,15 +31,20 @@ __all__ = [
     "OutputError",
     "__version__",
     "backend_path",
+    "pack_agq4",
     "quantize",
     "register",
+    "verify",
 ]
+
+# What loads torch or llama_cpp is imported from here when it is first used.
+_LAZY = {"quantize": ".convert", "pack_agq4": ".packing", "verify": ".verification"}
 
 gguf_type.extend()
 
 
 def __getattr__(name: str) -> Any:
-    """Load the converter, and with it torch, only when it is asked for."""
-    if name == "quantize":
-        return import_module(".convert", __name__).quantize
+    """Loads what is heavy only when it is asked for."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

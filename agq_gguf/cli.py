@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agq_gguf import __version__, cli_serve
+from agq_gguf import __version__, cli_serve, cli_verify
 from agq_gguf import cli_output as show
 from agq_gguf import cli_tables as tables
 from agq_gguf.errors import AgqError, FormatError, HostError, InputError
@@ -159,6 +159,16 @@ def quantize(
     memory: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for calibration, such as 4G.")
     ] = "4G",  # type: ignore[assignment]  # typer parses defaults, too
+    split_size: Annotated[
+        int | None,
+        typer.Option(
+            "--split-max-size",
+            parser=parse_size,
+            metavar="SIZE",
+            help="Write files of at most this size, such as 8G.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -172,7 +182,11 @@ def quantize(
     except ImportError as e:
         raise HostError(f"quantizing needs {e.name}: pip install 'agq-gguf[convert]'") from e
     options = convert.QuantizeOptions(
-        output_type=output_type, embedding_type=embedding_type, threads=threads, memory=memory
+        output_type=output_type,
+        embedding_type=embedding_type,
+        threads=threads,
+        memory=memory,
+        split_size=split_size or 0,
     )
     if dry_run:
         tables.show_plan(convert.plan_file(source, options))
@@ -181,7 +195,7 @@ def quantize(
         report = convert.quantize(
             source, target, calibration=calibration, imatrix=imatrix, options=options, progress=view.update
         )
-    tables.show_report(report, target)
+    tables.show_report(report)
 
 
 # inspect
@@ -395,6 +409,7 @@ def demo(
 
 
 app.command()(cli_serve.serve)
+app.command()(cli_verify.verify)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def show_plan(plans: list[TensorPlan]) -> None:
     show.say(f"{show.size(total)}, {8 * total / elements:.2f} bits per weight; nothing was written")
 
 
-def show_report(report: Report, target: Path) -> None:
+def show_report(report: Report) -> None:
     """What became of the tensors, and which could not be AGQ4."""
     by_type = [
         [name, count, show.size(n_bytes), f"{bits:.2f}"] for name, (count, n_bytes, bits) in report.by_type().items()
@@ -52,7 +52,8 @@ def show_report(report: Report, target: Path) -> None:
             show.complain(f"note: {tensor.name}: {tensor.note}")
     for warning in report.warnings:
         show.complain(f"warning: {warning}")
-    show.say(f"{target}: {show.size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight")
+    files = f" in {len(report.paths)} files" if len(report.paths) > 1 else ""
+    show.say(f"{report.paths[0]}: {show.size(report.n_bytes)}{files}, {report.bits_per_weight:.2f} bits per weight")
 
 
 def _some(names: list[str]) -> str:

@@ -19,8 +19,9 @@ from agq_gguf import blocks
 from agq_gguf.errors import InputError
 from agq_gguf.host import default_threads
 from agq_gguf.quantizer import MatrixOptions, QuantizedMatrix, prepare_input, quantize_matrix
-from agq_gguf.reader import Reader, Tensor, check_source, open_gguf
+from agq_gguf.reader import Reader, Tensor, check_source
 from agq_gguf.recipe import EMBEDDING, TensorPlan, plan
+from agq_gguf.shards import open_model, paths_of
 from agq_gguf.stats import WeightStats, check_shapes, load_imatrix
 from agq_gguf.writer import Writer, layout
 
@@ -40,6 +41,7 @@ class QuantizeOptions:
     memory: int = 4 << 30  # bytes that calibration may use for the statistics it holds at a time
     calibration_tokens: int = 32768  # at most
     context: int = 512  # tokens of a calibration chunk
+    split_size: int = 0  # bytes of tensors in a file, at most; 0: one file
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
 
 
@@ -64,6 +66,7 @@ class Report:
     n_bytes: int  # of the file
     guidance: str  # what guided the quantization
     warnings: list[str]
+    paths: list[Path] = field(compare=False)  # the files; the first is the one to open
 
     def by_type(self) -> dict[str, tuple[int, int, float]]:
         """Type name -> (tensors, bytes, bits per weight), largest first."""
@@ -87,7 +90,7 @@ def _silent(phase: str, done: int, total: int, what: str) -> None:
 def plan_file(src: str | os.PathLike[str], options: QuantizeOptions | None = None) -> list[TensorPlan]:
     """What `quantize` would do with each tensor, without doing it."""
     options = options or QuantizeOptions()
-    with open_gguf(src) as reader:
+    with open_model(src) as reader:
         check_source(reader)
         return plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
 
@@ -108,10 +111,8 @@ def quantize(
     Raises InputError, FormatError or OutputError; `dst` is untouched then.
     """
     options, progress = options or QuantizeOptions(), progress or _silent
-    with open_gguf(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
+    with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         check_source(reader)
-        if Path(dst).exists() and Path(dst).samefile(src):
-            raise InputError(f"{dst}: is the model that is read; write to another file")
         plans = plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
         wanted = {p.source.name: p.source for p in plans if p.type_name == blocks.TYPE_NAME}
         if calibration is not None and wanted:
@@ -227,12 +228,14 @@ def _write(
     total = sum(p.source.n_elements for p in plans)
     done = 0
     results: dict[str, _Quantized] = {}
-    with Writer(dst, reader.metadata, _metadata(plans, guide.origin, options), placed) as writer:
+    added = _metadata(plans, guide.origin, options)
+    with Writer(dst, reader.metadata, added, placed, split=options.split_size) as writer:
+        _check_targets(writer.paths, reader)
         for p in plans:
             if p.type_name != blocks.TYPE_NAME:
                 name = p.source.name
                 same = p.type_name == p.source.type_name
-                writer.write(name, [reader.raw(name)] if same else _stock(reader, p.source, p.type_name))
+                writer.write(name, reader.chunks(name) if same else _stock(reader, p.source, p.type_name))
                 done += p.source.n_elements
                 progress("quantize", done, total, name)
         for names, stats in guide.groups:
@@ -241,13 +244,20 @@ def _write(
                 writer.write(name, result.parts)
                 results[name] = result
                 done += reader.tensors[name].n_elements
+        reader.check_unchanged()
         progress("quantize", done, total, "")
     reports = []
     for p, target in zip(plans, placed, strict=True):
         found = results.get(p.source.name)
         error, note = (found.error, found.note) if found else (None, "")
         reports.append(TensorReport(target.name, p.type_name, target.n_elements, target.n_bytes, p.reason, error, note))
-    return Report(reports, writer.n_bytes, guide.origin, guide.warnings)
+    return Report(reports, writer.n_bytes, guide.origin, guide.warnings, writer.paths)
+
+
+def _check_targets(targets: list[Path], reader: Reader) -> None:
+    for target in targets:
+        if target.exists() and any(target.samefile(source) for source in paths_of(reader)):
+            raise InputError(f"{target}: is the model that is read; write to another file")
 
 
 @dataclass(frozen=True)

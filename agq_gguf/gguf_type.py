@@ -26,16 +26,10 @@ class _Agq4:
 
     @classmethod
     def quantize(cls, tensor: NDArray[Any]) -> NDArray[np.uint8]:
-        """Without activation statistics; `agq_gguf.convert.quantize` does better."""
-        from agq_gguf.quantizer import MatrixOptions, prepare_input, quantize_matrix
+        """Without activation statistics, which `agq_gguf.pack_agq4` can take."""
+        from agq_gguf.packing import pack_agq4
 
-        if not cls.can_quantize(tensor):
-            raise FormatError(f"a tensor of shape {tensor.shape} cannot be AGQ4")
-        options = MatrixOptions()
-        matrices = np.asarray(tensor, np.float32).reshape(-1, *tensor.shape[-2:])
-        prepared = prepare_input(None, tensor.shape[-1], 0, options)
-        packed = [blocks.pack(quantize_matrix(m, prepared, options).matrix) for m in matrices]
-        return np.stack(packed).reshape(*tensor.shape[:-1], -1)
+        return pack_agq4(tensor)
 
     @classmethod
     def dequantize(cls, tensor: NDArray[Any]) -> NDArray[np.float32]:

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from agq_gguf import blocks
 from agq_gguf.errors import HostError, InputError, OutputError
 from agq_gguf.plugin import register
-from agq_gguf.reader import open_gguf
+from agq_gguf.shards import open_model
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -155,7 +155,7 @@ class FileFacts:
 
 def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
     """Reads the whole header. Raises InputError for what llama.cpp would only call a failure to load."""
-    with open_gguf(path) as reader:
+    with open_model(path) as reader:
         if not reader.architecture or not reader.tensors:
             raise InputError(f"{path}: a GGUF file, but not a model (no architecture or no tensors)")
         vocabulary = [reader.metadata[key].raw for key in sorted(reader.metadata) if key in _VOCABULARY_KEYS]

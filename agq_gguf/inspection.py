@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agq_gguf import blocks
 from agq_gguf.errors import FormatError
-from agq_gguf.reader import Reader, Tensor, open_gguf
+from agq_gguf.reader import Reader, Tensor
+from agq_gguf.shards import open_model, paths_of
 
 _PREFIX = "agq."
 
@@ -79,7 +79,7 @@ class ModelInfo:
 
 def inspect_file(path: str | os.PathLike[str]) -> ModelInfo:
     """Reads header and AGQ4 attributes only. Raises InputError; damaged AGQ4 tensors are told in the result."""
-    with open_gguf(path) as reader:
+    with open_model(path) as reader:
         tensors = [_tensor_info(reader, tensor) for tensor in reader.tensors.values()]
         elements = [tensor.n_elements for tensor in reader.tensors.values()]
         n_bytes = sum(tensor.bytes for tensor in tensors)
@@ -88,7 +88,7 @@ def inspect_file(path: str | os.PathLike[str]) -> ModelInfo:
             architecture=reader.architecture,
             name=str(reader.get("general.name", "")),
             parameters=sum(elements),
-            file_bytes=Path(path).stat().st_size,
+            file_bytes=sum(part.stat().st_size for part in paths_of(reader)),
             tensor_bytes=n_bytes,
             bits_per_weight=8 * n_bytes / max(sum(elements), 1),
             types=_types(reader.tensors.values()),

@@ -10,10 +10,12 @@ import math
 import mmap
 import os
 import struct
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 63  # bytes, as in ggml
 _MAX_NESTING = 4
+_CHUNK = 1 << 24  # bytes that are copied at a time
 
 # Metadata value types of GGUF: code -> struct format.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -125,6 +128,9 @@ class Reader:
     metadata: dict[str, Field]
     tensors: dict[str, Tensor]  # in the order of the file
     _map: mmap.mmap = field(repr=False)
+    _file: IO[bytes] = field(repr=False)
+    _identity: tuple[int, ...] = field(repr=False)
+    _lock: threading.Lock = field(repr=False, default_factory=threading.Lock)
 
     @property
     def architecture(self) -> str:
@@ -137,34 +143,72 @@ class Reader:
         return default if found is None else found.value
 
     def raw(self, name: str) -> memoryview:
-        """The bytes of a tensor, mapped from the file."""
+        """The bytes of a tensor, mapped from the file: for looking at a few of them."""
         tensor = self.tensors[name]
         return memoryview(self._map)[tensor.offset : tensor.offset + tensor.n_bytes]
+
+    def read_bytes(self, name: str, begin: int, end: int) -> bytearray:
+        """Bytes `begin` to `end` of a tensor, read from the file.
+
+        Unlike a mapping, whose user is killed by a disk that fails or a file that is cut short meanwhile, this raises
+        InputError.
+        """
+        tensor = self.tensors[name]
+        data = bytearray(end - begin)
+        view, done = memoryview(data), 0
+        try:
+            with self._lock:
+                self._file.seek(tensor.offset + begin)
+                while done < len(data):
+                    n = self._file.readinto(view[done:])  # type: ignore[attr-defined]
+                    if not n:
+                        raise InputError(f"{self.path}: tensor {name} ends too soon; the file changed meanwhile")
+                    done += n
+        except OSError as e:
+            raise InputError(f"{self.path}: tensor {name} cannot be read: {e.strerror}") from e
+        return data
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """All bytes of a tensor, some megabytes at a time. Raises InputError like `read_bytes`."""
+        n_bytes = self.tensors[name].n_bytes
+        for begin in range(0, n_bytes, _CHUNK):
+            yield memoryview(self.read_bytes(name, begin, min(begin + _CHUNK, n_bytes)))
 
     def read(self, name: str, rows: range | None = None) -> NDArray[np.float32]:
         """A float tensor (f32, f16, bf16) as float32 in its shape, or some rows of it [rows, K]; always a copy.
 
         Rows are counted through all matrices of the tensor. Raises InputError for other types.
         """
-        tensor, data = self.tensors[name], self.raw(name)
-        shape = tensor.shape
+        tensor = self.tensors[name]
+        if tensor.type_name not in ("f32", "f16", "bf16"):
+            raise InputError(f"{self.path}: tensor {name} is {tensor.type_name}, wanted f32, f16 or bf16")
+        shape, begin, end = tensor.shape, 0, tensor.n_bytes
         if rows is not None:
             row_bytes = tensor.n_bytes // math.prod(shape[:-1])
-            data = data[rows.start * row_bytes : rows.stop * row_bytes]
+            begin, end = rows.start * row_bytes, rows.stop * row_bytes
             shape = (len(rows), shape[-1])
+        data = self.read_bytes(name, begin, end)
         if tensor.type_name == "f32":
             values = np.frombuffer(data, "<f4").astype(np.float32)
         elif tensor.type_name == "f16":
             values = np.frombuffer(data, "<f2").astype(np.float32)
-        elif tensor.type_name == "bf16":
-            values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
         else:
-            raise InputError(f"{self.path}: tensor {name} is {tensor.type_name}, wanted f32, f16 or bf16")
+            values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
         return values.reshape(shape)
 
+    def check_unchanged(self) -> None:
+        """Raises InputError if the file was written to, cut short or replaced since it was opened."""
+        try:
+            now = (_identity(os.fstat(self._file.fileno())), _identity(self.path.stat()))
+        except OSError as e:
+            raise InputError(f"{self.path}: went away while it was read: {e.strerror}") from e
+        if now != (self._identity, self._identity):
+            raise InputError(f"{self.path}: was changed while it was read; what was made is of two models, try again")
+
     def close(self) -> None:
-        """Unmaps the file."""
+        """Closes the file."""
         self._map.close()
+        self._file.close()
 
     def __enter__(self) -> Reader:
         return self
@@ -173,35 +217,54 @@ class Reader:
         self.close()
 
 
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def open_gguf(path: str | os.PathLike[str]) -> Reader:
     """Opens a GGUF file of any tensor types (also our own) and checks its whole header.
 
     Raises InputError naming the file, and the tensor where there is one, when the file is missing, is not GGUF, is cut
-    off, or announces sizes that do not fit into it.
+    off, or announces sizes that do not fit into it. A part of a model in several files is opened alone;
+    `shards.open_model` joins them.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < 24:
-                raise InputError(f"{path}: too short to be a GGUF file")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = path.open("rb", buffering=0)
     except OSError as e:
         raise InputError(f"{path}: cannot be opened: {e.strerror}") from e
+    mapped = None
     try:
+        status = os.fstat(file.fileno())
+        if status.st_size < 24:
+            raise InputError(f"{path}: too short to be a GGUF file")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         metadata, tensors = _parse(mapped, path)
-    except BaseException:
-        mapped.close()
+        return Reader(path, metadata, tensors, mapped, file, _identity(status))
+    except BaseException as e:
+        if mapped is not None:
+            mapped.close()
+        file.close()
+        if isinstance(e, OSError):
+            raise InputError(f"{path}: cannot be opened: {e.strerror}") from e
         raise
-    return Reader(path, metadata, tensors, mapped)
 
 
 def check_source(reader: Reader) -> None:
     """Raises InputError unless the file is a model in one piece whose weights are still floats."""
     if reader.get("split.count", 0) not in (0, 1):
-        raise InputError(
-            f"{reader.path}: one part of a split model; join the parts first with `llama-gguf-split --merge`"
-        )
+        raise InputError(f"{reader.path}: one part of a split model, without the others")
     kind = reader.get("general.type", "model")
+    if kind == "mmproj" or reader.architecture == "clip":
+        raise InputError(
+            f"{reader.path}: the vision or audio part of a model (mmproj); it stays as it is: quantize the language "
+            "model only, and give this file to llama.cpp beside it, unchanged"
+        )
+    if kind == "adapter":
+        raise InputError(
+            f"{reader.path}: a LoRA adapter; it stays as it is: quantize the model that it belongs to, "
+            "and load this file on top"
+        )
     if kind != "model":
         raise InputError(f"{reader.path}: is of general.type {kind!r}, wanted a language model")
     if not reader.architecture:

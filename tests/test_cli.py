@@ -84,7 +84,7 @@ def test_help_is_light() -> None:
 
 def test_every_command_has_help() -> None:
     names = {command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands}
-    assert names == {"quantize", "inspect", "evaluate", "bench", "generate", "chat", "backend-path", "demo"}
+    assert names >= {"quantize", "inspect", "evaluate", "bench", "generate", "chat", "backend-path", "demo"}
     for name in names:
         assert "Usage" in run(name, "--help").stdout
 

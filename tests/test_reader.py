@@ -169,7 +169,7 @@ def test_unsuitable_sources(tmp_path: Path) -> None:
     adapter.write_header_to_file()
     adapter.write_kv_data_to_file()
     adapter.close()
-    with open_gguf(tmp_path / "l") as reader, pytest.raises(InputError, match="'adapter', wanted a language model"):
+    with open_gguf(tmp_path / "l") as reader, pytest.raises(InputError, match="a LoRA adapter; it stays"):
         check_source(reader)
     with open_gguf(write_small(tmp_path / "a", arch="")) as reader, pytest.raises(InputError, match="no general"):
         check_source(reader)

@@ -12,7 +12,7 @@ import tiny_models
 
 from agq_gguf.errors import OutputError
 from agq_gguf.reader import Reader, open_gguf
-from agq_gguf.writer import ALIGNMENT, Writer, layout
+from agq_gguf.writer import ALIGNMENT, Writer, _File, layout
 
 TENSORS = [("a", "f32", (3, 5)), ("b", "q8_0", (2, 32)), ("c", "f16", (7,))]
 DATA = {
@@ -104,8 +104,8 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if where == "_write":
-        original = Writer._write
-        monkeypatch.setattr(Writer, "_write", lambda self, at, data: full() if at > 200 else original(self, at, data))
+        original = _File.write
+        monkeypatch.setattr(_File, "write", lambda self, at, data: full() if at > 200 else original(self, at, data))
     elif where == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     elif where == "truncate":
