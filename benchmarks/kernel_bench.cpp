@@ -222,6 +222,48 @@ void bench_quantizer(const options &o, const kernel &row, int k, bool per_group,
     print("quantize", detail, best, "GB/s", 0, "");
 }
 
+/// Attention of a block of rows that sees all keys. `peak` counts products of bytes, so that a kernel which multiplies
+/// 16-bit integers can reach half of it, and one in binary32 a quarter.
+void bench_attention(const options &o, const kernel &row, int head, int group, int n_keys) {
+    char detail[80];
+    std::snprintf(detail, sizeof detail, "head %d, %d of them share keys, %d keys", head, group, n_keys);
+    if (!row.attention || (std::string("attention ") + detail).find(o.filter) == std::string::npos) return;
+    const attention_kernel &kern = *row.attention;
+    const int tokens = attention_row_limit / group, rows = tokens * group, blocks = n_keys / attention_keys;
+    const size_t key_bytes = kern.key_bytes(head), value_bytes = kern.value_bytes(head);
+    std::mt19937 rng(1);
+    std::normal_distribution<float> normal;
+    std::vector<float> q(static_cast<size_t>(rows * head)), x(static_cast<size_t>(attention_keys * head));
+    for (float &v : q) v = normal(rng) * 0.2f;
+    for (float &v : x) v = normal(rng);
+    struct line {
+        alignas(64) char bytes[64];
+    };
+    std::vector<line> keys(blocks * key_bytes / 64), values(blocks * value_bytes / 64);
+    for (int b = 0; b < blocks; b++) {
+        kern.pack_keys(x.data(), attention_keys, head, keys.data() + b * key_bytes / 64);
+        kern.pack_values(x.data(), attention_keys, head, values.data() + b * value_bytes / 64);
+    }
+    const std::vector<float> slopes(static_cast<size_t>(group), 1.0f);
+    std::vector<std::vector<line>> scratch(o.threads, std::vector<line>(kern.scratch_bytes(head, head) / 64));
+    std::vector<std::vector<float>> out(o.threads, std::vector<float>(static_cast<size_t>(rows * head)));
+    const int calls = std::max(1, 32768 / n_keys);
+    double best = 0, best_peak = 0;
+    for (int i = 0; i < o.repeat; i++) {
+        best_peak = std::max(best_peak, measure_peak(o, peak::of_kernel(row.name)));
+        const double seconds = run(o, [&](int thread) {
+            attention_args args = {};
+            args.n_tokens = tokens, args.group = group, args.head_qk = args.head_v = head;
+            args.q = q.data(), args.n_keys = n_keys, args.keys = keys.data(), args.values = values.data();
+            args.slopes = slopes.data(), args.out = out[thread].data(), args.scratch = scratch[thread].data();
+            args.out_head_stride = head, args.out_token_stride = static_cast<int64_t>(group) * head;
+            for (int call = 0; call < calls; call++) kern.attend(args);
+        });
+        best = std::max(best, 4e-9 * rows * head * n_keys * calls * o.threads / seconds);
+    }
+    print("attention", detail, best, "GOPS", best_peak, "GOPS peak");
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -262,6 +304,10 @@ int main(int argc, char **argv) {
     for (int tokens : {13, 24, 32, 64, 128}) bench_gemm(o, *row, 5632, 2048, tokens, false, 8);
     for (int tokens : {1, 2, 4, 8, 12}) bench_gemv(o, *row, 2048, tokens);
     bench_gemv(o, *row, 5632, 1);
+    for (const auto &shape : {std::pair<int, int>{64, 8}, {128, 1}}) {
+        bench_attention(o, *row, shape.first, shape.second, 512);
+        bench_attention(o, *row, shape.first, shape.second, 4096);
+    }
     bench_quantizer(o, *row, 2048, false, 0);
     bench_quantizer(o, *row, 2048, true, 0);
     bench_quantizer(o, *row, 2048, false, 64);

@@ -42,8 +42,8 @@ function(agq_add_kernels target)
                    "/arch:AVX512")
         if(vector_types)
             agq_kernel(${target} attention_avx2.cpp "-mavx2;-mfma;-mf16c" "")
-            agq_kernel(${target} attention_avx512.cpp
-                       "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512" "")
+            agq_kernel(${target} attention_avx512vnni.cpp
+                       "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512" "")
         endif()
     elseif(processor MATCHES "^(aarch64|arm64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
         # MSVC offers the intrinsics without flags.

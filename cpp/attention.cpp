@@ -27,12 +27,18 @@ const char *address(const ggml_tensor *t, int64_t i1, int64_t i2, int64_t i3) {
            static_cast<size_t>(i2) * t->nb[2] + static_cast<size_t>(i3) * t->nb[3];
 }
 
+/// Length of a value vector.
+int64_t value_width(const attention_job &job) {
+    return job.v_transposed ? job.v->ne[1] : job.v->ne[0];
+}
+
 /// Conditions that both forms share.
 bool covered(const attention_job &job) {
     const ggml_tensor *q = job.q, *k = job.k, *v = job.v, *mask = job.mask;
-    const int64_t head_v = job.v_transposed ? v->ne[1] : v->ne[0], n_keys = k->ne[1];
+    const int64_t head_v = value_width(job), n_keys = k->ne[1];
     const ggml_type_traits *v_type = host.ggml_get_type_traits(v->type);
-    const bool shapes = k->ne[0] == q->ne[0] && (job.v_transposed ? v->ne[0] : v->ne[1]) == n_keys && k->ne[2] > 0 &&
+    const bool shapes = k->ne[0] == q->ne[0] && q->ne[0] <= attention_head_limit &&
+                        (job.v_transposed ? v->ne[0] : v->ne[1]) == n_keys && k->ne[2] > 0 &&
                         q->ne[2] % k->ne[2] == 0 && v->ne[2] == k->ne[2] && k->ne[3] == q->ne[3] &&
                         v->ne[3] == q->ne[3] && head_v % 16 == 0 && q->ne[2] / k->ne[2] <= attention_row_limit;
     const bool types = q->type == ggml_type_f32 && q->nb[0] == 4 && readable(k) && readable(v) &&
@@ -58,33 +64,37 @@ void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *fr
     }
 }
 
-/// Keys of a head as [block][channel][64], the rest of the last block zero.
-void pack_keys(const attention_job &job, int64_t head, int64_t stream, float *row, float *packed) {
-    const int64_t width = job.k->ne[0], n = job.k->ne[1], blocks = (n + attention_keys - 1) / attention_keys;
-    std::memset(packed + (blocks - 1) * width * attention_keys, 0,
-                sizeof(float) * static_cast<size_t>(width) * attention_keys);
-    for (int64_t i = 0; i < n; ++i) {
-        read_row(*job.kern, job.k, address(job.k, i, head, stream), row, width);
-        float *to = packed + i / attention_keys * width * attention_keys + i % attention_keys;
-        for (int64_t d = 0; d < width; ++d) to[d * attention_keys] = row[d];
+/// All keys of a head, packed by the kernel.
+void pack_keys(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
+    const int64_t width = job.k->ne[0], n_keys = job.k->ne[1];
+    const size_t block_bytes = job.kern->key_bytes(static_cast<int>(width));
+    for (int64_t first = 0; first < n_keys; first += attention_keys, packed += block_bytes) {
+        const int64_t n = std::min<int64_t>(attention_keys, n_keys - first);
+        for (int64_t i = 0; i < n; ++i) {
+            read_row(*job.kern, job.k, address(job.k, first + i, head, stream), rows + i * width, width);
+        }
+        job.kern->pack_keys(rows, static_cast<int>(n), static_cast<int>(width), packed);
     }
 }
 
-/// Values of a head as [key][channel], the rest of the last block zero.
-void pack_values(const attention_job &job, int64_t head, int64_t stream, float *row, float *packed) {
+/// All values of a head, packed by the kernel.
+void pack_values(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
     const ggml_tensor *v = job.v;
-    const int64_t n = job.k->ne[1], width = job.v_transposed ? v->ne[1] : v->ne[0];
-    const int64_t padded = (n + attention_keys - 1) / attention_keys * attention_keys;
-    std::memset(packed + n * width, 0, sizeof(float) * static_cast<size_t>((padded - n) * width));
-    if (job.v_transposed) {
-        for (int64_t d = 0; d < width; ++d) {
-            read_row(*job.kern, v, address(v, d, head, stream), row, n);
-            for (int64_t i = 0; i < n; ++i) packed[i * width + d] = row[i];
+    const int64_t n_keys = job.k->ne[1], width = value_width(job);
+    const size_t block_bytes = job.kern->value_bytes(static_cast<int>(width));
+    float column[attention_keys];
+    for (int64_t first = 0; first < n_keys; first += attention_keys, packed += block_bytes) {
+        const int64_t n = std::min<int64_t>(attention_keys, n_keys - first);
+        for (int64_t d = 0; job.v_transposed && d < width; ++d) {
+            const size_t element = host.ggml_get_type_traits(v->type)->type_size;
+            const char *from = address(v, d, head, stream) + static_cast<size_t>(first) * element;
+            read_row(*job.kern, v, from, column, n);
+            for (int64_t i = 0; i < n; ++i) rows[i * width + d] = column[i];
         }
-    } else {
-        for (int64_t i = 0; i < n; ++i) {
-            read_row(*job.kern, v, address(v, i, head, stream), packed + i * width, width);
+        for (int64_t i = 0; !job.v_transposed && i < n; ++i) {
+            read_row(*job.kern, v, address(v, first + i, head, stream), rows + i * width, width);
         }
+        job.kern->pack_values(rows, static_cast<int>(n), static_cast<int>(width), packed);
     }
 }
 
@@ -109,21 +119,21 @@ const float *query(const attention_job &job, int64_t token, int64_t head, int64_
     return reinterpret_cast<const float *>(address(job.q, token, head, stream));
 }
 
-/// Sizes, in floats and multiples of a cache line, of what a thread keeps of a head.
+/// Where a thread keeps what it needs of a head: bytes, multiples of a cache line.
 struct parts {
-    size_t scratch, keys, values, queries, row;
+    size_t scratch, keys, values, queries, rows;
 
     explicit parts(const attention_job &job) {
-        const int64_t width = job.q->ne[0], head_v = job.v_transposed ? job.v->ne[1] : job.v->ne[0];
-        const int64_t padded = (job.k->ne[1] + attention_keys - 1) / attention_keys * attention_keys;
-        const auto round = [](size_t floats) { return (floats + 15) / 16 * 16; };
-        scratch = round(attention_scratch_floats(static_cast<int>(head_v)));
-        keys = static_cast<size_t>(padded * width);
-        values = static_cast<size_t>(padded * head_v);
-        queries = round(static_cast<size_t>(attention_row_limit * width));
-        row = round(static_cast<size_t>(std::max({width, head_v, padded})));
+        const int width = static_cast<int>(job.q->ne[0]), head_v = static_cast<int>(value_width(job));
+        const size_t blocks = static_cast<size_t>((job.k->ne[1] + attention_keys - 1) / attention_keys);
+        const auto floats = [](int64_t n) { return (static_cast<size_t>(n) * sizeof(float) + 63) / 64 * 64; };
+        scratch = job.kern->scratch_bytes(width, head_v);
+        keys = blocks * job.kern->key_bytes(width);
+        values = blocks * job.kern->value_bytes(head_v);
+        queries = floats(attention_row_limit * width);
+        rows = floats(attention_keys * std::max(width, head_v));
     }
-    size_t total() const { return scratch + keys + values + queries + row; }
+    size_t total() const { return scratch + keys + values + queries + rows; }
 };
 
 /// How the work is cut: streams x key/value heads x ranges of tokens.
@@ -145,7 +155,7 @@ struct division {
 }  // namespace
 
 size_t attention_bytes(const attention_job &job) {
-    return parts(job).total() * sizeof(float);
+    return parts(job).total();
 }
 
 int64_t saved_query_floats(const ggml_tensor *q) {
@@ -207,21 +217,23 @@ void attention_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
     attention_job &job = *static_cast<attention_job *>(userdata);
     const ggml_tensor *q = job.q, *k = job.k;
     const int64_t group = q->ne[2] / k->ne[2], width = q->ne[0], n_keys = k->ne[1];
-    const int64_t head_v = job.v_transposed ? job.v->ne[1] : job.v->ne[0];
+    const int64_t head_v = value_width(job);
     const division cut(job, nth);
     const int64_t block_tokens = std::max<int64_t>(1, attention_row_limit / group);
 
     const parts size(job);
-    float *scratch = static_cast<float *>(job.memory->of(ith)), *keys = scratch + size.scratch;
-    float *values = keys + size.keys, *queries = values + size.values, *row = queries + size.queries;
+    char *scratch = static_cast<char *>(job.memory->of(ith)), *keys = scratch + size.scratch;
+    char *values = keys + size.keys;
+    float *queries = reinterpret_cast<float *>(values + size.values);
+    float *rows = reinterpret_cast<float *>(values + size.values + size.queries);
     float slopes[attention_row_limit];
 
     int64_t packed = -1;
     for (int64_t unit; (unit = job.next.fetch_add(1, std::memory_order_relaxed)) < cut.units;) {
         const int64_t head = unit / cut.ranges % cut.heads, stream = unit / cut.ranges / cut.heads;
         if (packed != unit / cut.ranges) {
-            pack_keys(job, head, stream, row, keys);
-            pack_values(job, head, stream, row, values);
+            pack_keys(job, head, stream, rows, keys);
+            pack_values(job, head, stream, rows, values);
             read_slopes(job, head * group, group, slopes);
             packed = unit / cut.ranges;
         }

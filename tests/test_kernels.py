@@ -48,4 +48,10 @@ def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
         [nm, "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
     ).stdout
     names = {line.split()[-1] for line in lines.splitlines()}
-    assert names == {"ggml_backend_init", "agq_last_error", "llama_backend_init"}
+    assert names == {
+        "ggml_backend_init",
+        "agq_last_error",
+        "agq_profile",
+        "agq_profile_report",
+        "llama_backend_init",
+    }

@@ -1,6 +1,8 @@
 // The contract of the attention kernels: softmax(scale * Q K^T + bias) V for a block of tokens of one key/value head.
 //
-// A kernel never allocates or starts threads. All floats are binary32; only the order of sums differs between kernels.
+// A kernel never allocates or starts threads. Kernels differ in the order of sums and in how they hold the operands of
+// the two products: in binary32, or in 16-bit integers with scales, which keep more bits than the binary16 of the
+// cache.
 #pragma once
 
 #include <cstddef>
@@ -8,21 +10,21 @@
 
 namespace agq {
 
-constexpr int attention_keys = 64;       ///< keys of a packed block
-constexpr int attention_row_limit = 96;  ///< most rows (tokens x query heads) of one call
+constexpr int attention_keys = 64;          ///< keys of a packed block
+constexpr int attention_row_limit = 96;     ///< most rows (tokens x query heads) of one call
+constexpr int attention_head_limit = 1024;  ///< longest query and key vector
 
 /// Row r = t * group + g is query head g of the group at token t, for t < n_tokens, g < group.
 struct attention_args {
     int n_tokens;
     int group;       ///< query heads that share the key/value head
-    int head_qk;     ///< length of query and key vectors, any
+    int head_qk;     ///< length of query and key vectors, at most attention_head_limit
     int head_v;      ///< length of value and output vectors, a multiple of 16
     const float *q;  ///< [rows][head_qk], scaled already
     int64_t n_keys;
-    /// Keys in blocks of 64, channels first: [block][head_qk][64]. Values: [block][64][head_v]. The last block is
-    /// filled up with zeros.
-    const float *keys;
-    const float *values;
+    /// Blocks of 64 keys and of their values, as the kernel packed them, one behind the other.
+    const void *keys;
+    const void *values;
     /// Added to the scores of (token t, key k) after multiplication with the slope of the head: row t begins at
     /// mask + t * mask_stride (bytes), elements are binary16 or binary32. -inf hides a key. Null: nothing is hidden.
     const char *mask;
@@ -34,16 +36,19 @@ struct attention_args {
     /// Output of (token t, head g) goes to out + t * out_token_stride + g * out_head_stride (floats), head_v floats.
     float *out;
     int64_t out_token_stride, out_head_stride;
-    float *scratch;  ///< attention_scratch_floats(head_v) floats, aligned to 64 bytes
+    void *scratch;  ///< scratch_bytes(head_qk, head_v), aligned to 64 bytes
 };
 
-constexpr size_t attention_scratch_floats(int head_v) {
-    return static_cast<size_t>(attention_row_limit) * (static_cast<size_t>(head_v) + attention_keys + 4) +
-           static_cast<size_t>(attention_row_limit) * attention_keys;
-}
-
+/// Keys, values and scratch are aligned to 64 bytes, and all sizes are multiples of 64.
 struct attention_kernel {
-    /// n_tokens * group must not exceed attention_row_limit. A row whose keys are all hidden becomes 0.
+    size_t (*key_bytes)(int head_qk);   ///< of a packed block of keys
+    size_t (*value_bytes)(int head_v);  ///< of a packed block of values
+    size_t (*scratch_bytes)(int head_qk, int head_v);
+    /// Packs keys [n][head_qk], values [n][head_v], n <= 64; what is missing becomes zero.
+    void (*pack_keys)(const float *rows, int n, int head_qk, void *packed);
+    void (*pack_values)(const float *rows, int n, int head_v, void *packed);
+    /// n_tokens * group must not exceed attention_row_limit. A row whose keys are all hidden becomes 0. A row that sees
+    /// a key or value that is not finite, or is not finite itself, becomes NaN, as far as it depends on it.
     void (*attend)(const attention_args &args);
     void (*f16_to_f32)(const uint16_t *from, float *to, int64_t n);
 };
@@ -56,7 +61,7 @@ struct attention_kernel {
 
 extern const attention_kernel attention_generic;
 extern const attention_kernel attention_avx2;
-extern const attention_kernel attention_avx512;
+extern const attention_kernel attention_avx512vnni;
 extern const attention_kernel attention_neon;
 
 }  // namespace agq

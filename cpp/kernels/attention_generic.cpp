@@ -5,6 +5,6 @@
 
 namespace agq {
 
-const attention_kernel attention_generic = {attend, f16_to_f32};
+const attention_kernel attention_generic = AGQ_ATTENTION_TABLE;
 
 }  // namespace agq

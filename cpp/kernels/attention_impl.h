@@ -1,6 +1,6 @@
-// The one implementation of the attention kernels, written with the compiler's vector types. A file includes it once,
-// after it has defined AGQ_VECTOR (floats per register) and AGQ_TILE_COLUMNS (registers of a tile row), and is compiled
-// for one instruction set.
+// Attention in binary32, for all instruction sets that have nothing better: written with the compiler's vector types. A
+// file includes it once, after it has defined AGQ_VECTOR (floats per register) and AGQ_TILE_COLUMNS (registers of a
+// tile row), and is compiled for one instruction set.
 //
 // Running softmax over blocks of 64 keys ("Online normalizer calculation for softmax", Milakov and Gimelshein, 2018;
 // FlashAttention, Dao et al., 2022): scores of a block, new maximum of each row, exponentials, then the output so far
@@ -163,6 +163,10 @@ inline float weigh(float *scores, const float *mask, float slope, float soft_cap
     float top = *maximum;
     for (int i = 0; i < AGQ_VECTOR; ++i) top = best[i] > top ? best[i] : top;
     if (top == -INFINITY) {
+        // All keys are hidden, or the scores are no numbers, which the comparisons above pass over.
+        for (int j = 0; j < attention_keys; ++j) {
+            if (scores[j] != scores[j]) *sum = scores[j];
+        }
         for (int j = 0; j < attention_keys; j += AGQ_VECTOR) store(scores + j, vec{});
         return 1;
     }
@@ -180,10 +184,44 @@ inline float weigh(float *scores, const float *mask, float slope, float soft_cap
     return scale;
 }
 
+// Packed keys are [head_qk][64], packed values [64][head_v].
+
+inline size_t round_up(size_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
+
+size_t key_bytes(int head_qk) {
+    return static_cast<size_t>(head_qk) * attention_keys * sizeof(float);
+}
+
+size_t value_bytes(int head_v) {
+    return static_cast<size_t>(head_v) * attention_keys * sizeof(float);
+}
+
+/// Rows of outputs, of scores and of masks, and two numbers for each row.
+size_t scratch_bytes(int, int head_v) {
+    return round_up(sizeof(float) * attention_row_limit * (static_cast<size_t>(head_v) + 2 * attention_keys + 2));
+}
+
+void pack_keys(const float *rows, int n, int head_qk, void *packed) {
+    float *to = static_cast<float *>(packed);
+    for (int d = 0; d < head_qk; ++d, to += attention_keys) {
+        for (int i = 0; i < attention_keys; ++i) to[i] = i < n ? rows[static_cast<int64_t>(i) * head_qk + d] : 0.0f;
+    }
+}
+
+void pack_values(const float *rows, int n, int head_v, void *packed) {
+    const size_t given = sizeof(float) * static_cast<size_t>(n) * static_cast<size_t>(head_v);
+    std::memcpy(packed, rows, given);
+    std::memset(static_cast<char *>(packed) + given, 0, value_bytes(head_v) - given);
+}
+
 void attend(const attention_args &args) {
     const int rows = args.n_tokens * args.group;
     const int64_t head_v = args.head_v;
-    float *out = args.scratch, *scores = out + rows * head_v, *maximum = scores + rows * attention_keys;
+    const float *keys = static_cast<const float *>(args.keys), *values = static_cast<const float *>(args.values);
+    float *out = static_cast<float *>(args.scratch), *scores = out + rows * head_v,
+          *maximum = scores + rows * attention_keys;
     float *sum = maximum + rows, *masks = sum + rows;
     std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows * head_v));
     for (int r = 0; r < rows; ++r) {
@@ -203,7 +241,7 @@ void attend(const attention_args &args) {
         const int64_t from = static_cast<int64_t>(begin) * args.group,
                       n = static_cast<int64_t>(end) * args.group - from;
         const int64_t block = first / attention_keys;
-        multiply<false>(args.q + from * args.head_qk, args.head_qk, args.keys + block * args.head_qk * attention_keys,
+        multiply<false>(args.q + from * args.head_qk, args.head_qk, keys + block * args.head_qk * attention_keys,
                         attention_keys, scores + from * attention_keys, attention_keys, n, args.head_qk,
                         attention_keys);
         for (int64_t r = from; r < from + n; ++r) {
@@ -214,11 +252,11 @@ void attend(const attention_args &args) {
                     store(out + r * head_v + i, load(out + r * head_v + i) * scale);
             }
         }
-        multiply<true>(scores + from * attention_keys, attention_keys, args.values + block * attention_keys * head_v,
-                       head_v, out + from * head_v, head_v, n, attention_keys, head_v);
+        multiply<true>(scores + from * attention_keys, attention_keys, values + block * attention_keys * head_v, head_v,
+                       out + from * head_v, head_v, n, attention_keys, head_v);
     }
     for (int r = 0; r < rows; ++r) {
-        const vec inverse = splat(sum[r] > 0 ? 1.0f / sum[r] : 0.0f);
+        const vec inverse = splat(sum[r] == 0 ? 0.0f : 1.0f / sum[r]);
         float *to = args.out + r / args.group * args.out_token_stride + r % args.group * args.out_head_stride;
         for (int64_t i = 0; i < head_v; i += AGQ_VECTOR) store(to + i, load(out + r * head_v + i) * inverse);
     }
@@ -226,3 +264,5 @@ void attend(const attention_args &args) {
 
 }  // namespace
 }  // namespace agq
+
+#define AGQ_ATTENTION_TABLE {key_bytes, value_bytes, scratch_bytes, pack_keys, pack_values, attend, f16_to_f32}

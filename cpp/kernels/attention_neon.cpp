@@ -5,6 +5,6 @@
 
 namespace agq {
 
-const attention_kernel attention_neon = {attend, f16_to_f32};
+const attention_kernel attention_neon = AGQ_ATTENTION_TABLE;
 
 }  // namespace agq
