@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agq_gguf import __version__, cli_serve, cli_verify
+from agq_gguf import __version__, cli_import, cli_serve, cli_verify
 from agq_gguf import cli_output as show
 from agq_gguf import cli_tables as tables
 from agq_gguf.errors import AgqError, FormatError, HostError, InputError
@@ -410,6 +410,7 @@ def demo(
 
 app.command()(cli_serve.serve)
 app.command()(cli_verify.verify)
+app.command()(cli_import.import_hf)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,175 @@
+"""LLaMA (and Mistral without sliding windows, which is the same graph) as llama.cpp's `llama`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gguf
+import torch
+
+from agq_gguf.errors import InputError
+from agq_gguf.import_hf.checkpoint import Config
+from agq_gguf.import_hf.plan import Plan, Source, Target
+
+ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", "MistralForCausalLM")
+_MISTRAL_WINDOW = 4096  # transformers' default for a config that does not say
+_MAX_LAYERS = 4096
+
+
+def plan(config: Config) -> Plan:
+    """The plan for a config. Raises InputError for what the graph in llama.cpp does not compute."""
+    n_layer = config.size("num_hidden_layers", most=_MAX_LAYERS)
+    n_embd, n_ff = config.size("hidden_size"), config.size("intermediate_size")
+    n_vocab, n_head = config.size("vocab_size"), config.size("num_attention_heads")
+    n_kv = config.size("num_key_value_heads", default=n_head)
+    if n_head % n_kv or (config.get("head_dim") is None and n_embd % n_head):
+        raise InputError(f"{config.path}: {n_head} heads do not fit {n_kv} key/value heads and {n_embd} channels")
+    head = config.size("head_dim", default=n_embd // n_head)
+    if head % 2:
+        raise InputError(f"{config.path}: heads of {head} channels; rotary positions need an even number")
+    config.require("hidden_act", "silu", "silu", "llama.cpp computes LLaMA with SiLU")
+    warnings: list[str] = []
+    context = config.size("max_position_embeddings", default=2048)
+    if "MistralForCausalLM" in config.get("architectures", []):
+        context = _within_window(config, context, warnings)
+    rope = _Rope(config, head, context, warnings)
+
+    named = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layer)
+
+    def target(name: str, shape: tuple[int, ...], heads: int = 0) -> Target:
+        place = named.get_name(f"model.{name}" if name != "lm_head.weight" else name, (".weight", ".bias"))
+        assert place, name
+        change = None if not heads else lambda x: interleave_halves(x, heads)
+        return Target(place, shape, (Source(name, shape, change),))
+
+    targets = [target("embed_tokens.weight", (n_vocab, n_embd))]
+    if rope.factors is not None:
+        targets.append(Target("rope_freqs.weight", (head // 2,), constant=rope.factors))
+    biases = config.flag("attention_bias", False), config.flag("mlp_bias", False)
+    for i in range(n_layer):
+        layer = f"layers.{i}."
+        targets.append(target(layer + "input_layernorm.weight", (n_embd,)))
+        for part, rows, columns, heads, has_bias in (
+            ("self_attn.q_proj", n_head * head, n_embd, n_head, biases[0]),
+            ("self_attn.k_proj", n_kv * head, n_embd, n_kv, biases[0]),
+            ("self_attn.v_proj", n_kv * head, n_embd, 0, biases[0]),
+            ("self_attn.o_proj", n_embd, n_head * head, 0, biases[0]),
+            ("mlp.gate_proj", n_ff, n_embd, 0, biases[1]),
+            ("mlp.up_proj", n_ff, n_embd, 0, biases[1]),
+            ("mlp.down_proj", n_embd, n_ff, 0, biases[1]),
+        ):
+            targets.append(target(f"{layer}{part}.weight", (rows, columns), heads))
+            if has_bias:
+                targets.append(target(f"{layer}{part}.bias", (rows,), heads))
+        targets.append(target(layer + "post_attention_layernorm.weight", (n_embd,)))
+    targets.append(target("norm.weight", (n_embd,)))
+    tied = config.flag("tie_word_embeddings", False)
+    if not tied:
+        targets.append(target("lm_head.weight", (n_vocab, n_embd)))
+
+    def set_metadata(writer: Any) -> None:
+        writer.add_context_length(context)
+        writer.add_embedding_length(n_embd)
+        writer.add_block_count(n_layer)
+        writer.add_feed_forward_length(n_ff)
+        writer.add_head_count(n_head)
+        writer.add_head_count_kv(n_kv)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        writer.add_rope_dimension_count(head)
+        writer.add_layer_norm_rms_eps(config.number("rms_norm_eps", default=1e-6))
+        writer.add_vocab_size(n_vocab)
+        rope.set_metadata(writer)
+
+    def ignored(name: str) -> bool:
+        return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+    return Plan("llama", targets, n_vocab, set_metadata, ignored, ("model.",), warnings)
+
+
+def _within_window(config: Config, context: int, warnings: list[str]) -> int:
+    """The context in which Mistral's sliding window hides nothing."""
+    window = config.values.get("sliding_window", _MISTRAL_WINDOW)
+    if not isinstance(window, int) or isinstance(window, bool) or not 0 < window < context:
+        return context
+    warnings.append(f"sliding window of {window} tokens: the context is limited to that, where both compute the same")
+    return window
+
+
+def interleave_halves(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorders the rows of each head: Hugging Face rotates row i with row i + size/2, llama.cpp neighbours."""
+    return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+class _Rope:
+    """Rotary positions: the base, and the scaling that stretches them over longer texts.
+
+    transformers 5 keeps both in `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
+    """
+
+    def __init__(self, config: Config, head: int, context: int, warnings: list[str]):
+        found = config.get("rope_parameters", config.get("rope_scaling", {}))
+        if not isinstance(found, dict):
+            raise InputError(f"{config.path}: rope_scaling is {found!r}, wanted an object")
+        self._scaling = Config({**config.values, **found}, config.path)
+        self.base = self._scaling.number("rope_theta", default=10000.0)
+        self.kind = str(found.get("rope_type", found.get("type", "default")) or "default").lower()
+        self.factors: torch.Tensor | None = None
+        self.context = context
+        config.require("partial_rotary_factor", 1.0, 1.0, "LLaMA rotates whole heads")
+        self._scaling.require("partial_rotary_factor", 1.0, 1.0, "LLaMA rotates whole heads")
+        if self.kind in ("linear", "yarn", "llama3"):
+            self.factor = self._scaling.number("factor")
+        if self.kind == "llama3":
+            self.factors = self._llama3_factors(head)
+        elif self.kind == "yarn":
+            self._scaling.require("truncate", True, True, "llama.cpp rounds YaRN's limits")
+        elif self.kind == "dynamic":
+            warnings.append(
+                f"rope scaling 'dynamic' only acts beyond {context} tokens, which llama.cpp does not compute: "
+                f"the context is {context}"
+            )
+        elif self.kind not in ("default", "linear"):
+            raise InputError(f"{config.path}: rope scaling {self.kind!r} is not supported for LLaMA")
+
+    def _llama3_factors(self, head: int) -> torch.Tensor:
+        """Divisors of the frequencies [head/2]: long waves are stretched, short ones kept, smoothly in between."""
+        low, high = self._scaling.number("low_freq_factor"), self._scaling.number("high_freq_factor")
+        original = self._scaling.number("original_max_position_embeddings")
+        if low >= high:
+            raise InputError(f"{self._scaling.path}: low_freq_factor {low} must be below high_freq_factor {high}")
+        frequency = self.base ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
+        turns = original * frequency / (2 * math.pi)  # within the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 / (kept + (1 - kept) / self.factor)).float()
+
+    def set_metadata(self, writer: Any) -> None:
+        """Adds the keys that llama.cpp reads."""
+        writer.add_rope_freq_base(self.base)
+        if self.kind == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(self.factor)
+        elif self.kind == "yarn":
+            self._set_yarn(writer)
+
+    def _set_yarn(self, writer: Any) -> None:
+        scaling = self._scaling
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(self.factor)
+        writer.add_rope_scaling_orig_ctx_len(scaling.size("original_max_position_embeddings", default=self.context))
+        writer.add_rope_scaling_yarn_beta_fast(scaling.number("beta_fast", default=32.0))
+        writer.add_rope_scaling_yarn_beta_slow(scaling.number("beta_slow", default=1.0))
+        usual = _magnitude(self.factor, 1.0)
+        wanted = scaling.number("attention_factor", default=usual)
+        if scaling.get("attention_factor") is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            numerator = _magnitude(self.factor, scaling.number("mscale"))
+            wanted = numerator / _magnitude(self.factor, scaling.number("mscale_all_dim"))
+        if not math.isclose(wanted, usual, rel_tol=1e-6):
+            # llama.cpp scales by the usual magnitude itself, and then by this.
+            writer.add_rope_scaling_attn_factors(wanted / usual)
+
+
+def _magnitude(factor: float, scale: float) -> float:
+    """By how much YaRN makes queries and keys larger (arXiv 2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
