@@ -116,15 +116,16 @@ class _Rope:
         self.base = self._scaling.number("rope_theta", default=10000.0)
         self.kind = str(found.get("rope_type", found.get("type", "default")) or "default").lower()
         self.factors: torch.Tensor | None = None
-        self.context = context
         config.require("partial_rotary_factor", 1.0, 1.0, "LLaMA rotates whole heads")
         self._scaling.require("partial_rotary_factor", 1.0, 1.0, "LLaMA rotates whole heads")
+        self.magnitude = 1.0  # of rotated queries and keys
         if self.kind in ("linear", "yarn", "llama3"):
             self.factor = self._scaling.number("factor")
         if self.kind == "llama3":
             self.factors = self._llama3_factors(head)
         elif self.kind == "yarn":
-            self._scaling.require("truncate", True, True, "llama.cpp rounds YaRN's limits")
+            self.factors = self._yarn_factors(head, context)
+            self.magnitude = self._yarn_magnitude()
         elif self.kind == "dynamic":
             warnings.append(
                 f"rope scaling 'dynamic' only acts beyond {context} tokens, which llama.cpp does not compute: "
@@ -141,8 +142,41 @@ class _Rope:
             raise InputError(f"{self._scaling.path}: low_freq_factor {low} must be below high_freq_factor {high}")
         frequency = self.base ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
         turns = original * frequency / (2 * math.pi)  # within the original context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return self._divisors(((turns - low) / (high - low)).clamp(0, 1))
+
+    def _yarn_factors(self, head: int, context: int) -> torch.Tensor:
+        """The same for YaRN (arXiv 2309.00071, section 3.2), where the ramp runs over the number of the channel.
+
+        llama.cpp has YaRN, too, but takes its limits from the file for few architectures, and `llama` is none of them.
+        """
+        original = self._scaling.size("original_max_position_embeddings", default=context)
+
+        def channel(turns: float) -> float:
+            return head * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+
+        first = channel(self._scaling.number("beta_fast", default=32.0))
+        last = channel(self._scaling.number("beta_slow", default=1.0))
+        if self._scaling.flag("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head - 1)
+        width = last - first or 0.001
+        ramp = (torch.arange(head // 2, dtype=torch.float64) - first) / width
+        return self._divisors(1 - ramp.clamp(0, 1))
+
+    def _divisors(self, kept: torch.Tensor) -> torch.Tensor:
+        """Divisors of frequencies of which the share `kept` stays as it is and the rest is divided by the factor."""
         return (1 / (kept + (1 - kept) / self.factor)).float()
+
+    def _yarn_magnitude(self) -> float:
+        """By how much YaRN makes queries and keys larger (section 3.4), unless the config says otherwise."""
+
+        def magnitude(scale: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
+
+        usual = magnitude(1.0)
+        if self._scaling.get("mscale") and self._scaling.get("mscale_all_dim"):
+            usual = magnitude(self._scaling.number("mscale")) / magnitude(self._scaling.number("mscale_all_dim"))
+        return self._scaling.number("attention_factor", default=usual)
 
     def set_metadata(self, writer: Any) -> None:
         """Adds the keys that llama.cpp reads."""
@@ -150,26 +184,5 @@ class _Rope:
         if self.kind == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(self.factor)
-        elif self.kind == "yarn":
-            self._set_yarn(writer)
-
-    def _set_yarn(self, writer: Any) -> None:
-        scaling = self._scaling
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(self.factor)
-        writer.add_rope_scaling_orig_ctx_len(scaling.size("original_max_position_embeddings", default=self.context))
-        writer.add_rope_scaling_yarn_beta_fast(scaling.number("beta_fast", default=32.0))
-        writer.add_rope_scaling_yarn_beta_slow(scaling.number("beta_slow", default=1.0))
-        usual = _magnitude(self.factor, 1.0)
-        wanted = scaling.number("attention_factor", default=usual)
-        if scaling.get("attention_factor") is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
-            numerator = _magnitude(self.factor, scaling.number("mscale"))
-            wanted = numerator / _magnitude(self.factor, scaling.number("mscale_all_dim"))
-        if not math.isclose(wanted, usual, rel_tol=1e-6):
-            # llama.cpp scales by the usual magnitude itself, and then by this.
-            writer.add_rope_scaling_attn_factors(wanted / usual)
-
-
-def _magnitude(factor: float, scale: float) -> float:
-    """By how much YaRN makes queries and keys larger (arXiv 2309.00071, section 3.4)."""
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+        if self.magnitude != 1.0:
+            writer.add_rope_scaling_attn_factors(self.magnitude)

@@ -190,10 +190,9 @@ class _Builder:
                 raise InputError(f"{self.fast}: the pre-tokenizer {part['type']} is not supported by llama.cpp here")
             scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space") else "never")
             prepend = scheme != "never"
-            if scheme == "first":
-                self.warnings.append(
-                    "llama.cpp puts a space before text that follows a special token; this tokenizer does not"
-                )
+            if prepend:
+                where = " and text behind a special token" if scheme == "first" else ""
+                self.warnings.append(f"text that begins with a space{where} gets one more space in llama.cpp")
         return prepend
 
     def _cut(self, data: dict[str, Any]) -> str:
