@@ -49,7 +49,6 @@ NASTY = [
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "the the the  the\nthe\tthe",
     "\x00\x01\x7f",
-    "a lazyDog, lazyDogs",
     "The quick brown fox jumps over the lazy dog and went to the king's house.",
 ]
 
@@ -119,7 +118,7 @@ def bloom_tokenizer() -> Any:
 def llama3_tokenizer() -> Any:
     """Like LLaMA 3's: its own rule, whole words skip merging, special tokens at the end of the vocabulary."""
     parts = json.loads(_byte_level([], _split(LLAMA3_CUT), vocab=540, ignore_merges=True).to_str())
-    parts["model"]["vocab"]["ĠlazyDog"] = len(parts["model"]["vocab"])  # no merges lead to this word
+    parts["model"]["vocab"]["ĠlazyCat"] = len(parts["model"]["vocab"])  # no merges lead to this word
     tokenizer = Tokenizer.from_str(json.dumps(parts))
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
