@@ -1,0 +1,80 @@
+// What the fuzzer and the replay program run: the attribute parser on a matrix made from arbitrary bytes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attributes.h"
+
+namespace agq_fuzz {
+
+inline void require(bool condition, const char *what) {
+    if (condition) return;
+    std::fprintf(stderr, "violated: %s\n", what);
+    std::abort();
+}
+
+inline uint32_t crc32_of(const uint8_t *bytes, size_t n) {
+    uint32_t c = 0xFFFFFFFFu;
+    for (size_t i = 0; i < n; ++i) {
+        c ^= bytes[i];
+        for (int bit = 0; bit < 8; ++bit) c = (c & 1) ? 0xEDB88320u ^ (c >> 1) : c >> 1;
+    }
+    return c ^ 0xFFFFFFFFu;
+}
+
+/// Input: byte 0 chooses 1 to 8 panels, byte 1 1 to 16 tiles in a panel, bit 0 of byte 2 asks for a checksum that fits
+/// (which no mutation would hit); the rest is the attribute stream, cut or filled up with zeros. Returns 1 if the
+/// matrix was accepted, 0 if it was refused with a reason. Aborts if what was accepted breaks a rule.
+inline int parse_attributes_of(const uint8_t *data, size_t size) {
+    if (size < 3) return 0;
+    const int64_t panels = data[0] % 8 + 1, tiles_per_panel = data[1] % 16 + 1;
+    const int64_t m = panels * agq::panel_rows, k = tiles_per_panel * agq::tile_columns;
+    const size_t n_tiles = static_cast<size_t>(panels * tiles_per_panel);
+    std::vector<uint8_t> stream(n_tiles * 16, 0);
+    std::copy_n(data + 3, std::min(size - 3, stream.size()), stream.begin());
+    if (data[2] & 1 && stream.size() >= 16) {
+        uint32_t length;
+        std::memcpy(&length, &stream[12], 4);
+        if (length <= stream.size() - 16) {
+            const uint32_t crc = crc32_of(stream.data() + 16, length);
+            std::memcpy(&stream[8], &crc, 4);
+        }
+    }
+    // A heap block of exactly this size: one byte beyond it is an error that the sanitizer sees.
+    std::unique_ptr<agq::tile[]> tiles(new agq::tile[n_tiles]);
+    for (size_t i = 0; i < n_tiles; ++i) {
+        std::memset(&tiles[i], static_cast<int>(data[2] ^ i), sizeof(agq::tile));
+        std::memcpy(tiles[i].attributes, &stream[16 * i], 16);
+    }
+    std::string error;
+    const auto found = agq::parse_attributes(tiles.get(), m, k, &error);
+    if (!found) {
+        require(!error.empty(), "a refusal has a reason");
+        return 0;
+    }
+    require(found->format.k == k, "columns");
+    require(found->format.bits == 8 || found->format.bits == 4, "activation bits");
+    require(found->exponents.size() == static_cast<size_t>(k / agq::group_columns), "one exponent per group");
+    for (uint8_t e : found->exponents) require(e <= agq::max_exponent, "exponents are in range");
+    for (int i = 0; i < 16; ++i) {
+        require(found->codebook[i] <= 127 && (i == 0 || found->codebook[i - 1] <= found->codebook[i]), "codebook");
+    }
+    require(found->header.tensor_scale > 0 && std::isfinite(found->header.tensor_scale), "tensor scale");
+    require(std::is_sorted(found->listed_sorted.begin(), found->listed_sorted.end()), "sorted list of channels");
+    for (uint16_t channel : found->listed) require(channel < k, "channels are in range");
+    std::unique_ptr<float[]> row(new float[static_cast<size_t>(k)]);
+    for (int64_t r : {int64_t(0), m / 2, m - 1}) {
+        std::fill_n(row.get(), k, std::nanf("17"));
+        agq::dequantize_row(*found, tiles.get(), r, row.get());
+    }
+    return 1;
+}
+
+}  // namespace agq_fuzz
