@@ -350,7 +350,11 @@ class Context(_Closable):
         self._synchronize(self._context)
 
     def _failure(self, status: int) -> str:
-        reason = {1: "the context is full", 2: "it was aborted"}.get(status) or _last_error(f"status {status}")
+        reason = {
+            -2: "not enough memory for so many tokens at a time; use a smaller n_ubatch",
+            1: "the context is full",
+            2: "it was aborted",
+        }.get(status) or _last_error(f"status {status}")
         return f"{self.model.path}: llama.cpp cannot run this model: {reason}"
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from agq_gguf.reader import Reader, Tensor
 from agq_gguf.shards import open_model, paths_of
 
 _PREFIX = "agq."
+_NOT_SHOWN = "agq.hash."  # for `verify`; long and of no use to a reader
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _scalars(reader: Reader, prefix: str) -> dict[str, Any]:
     """Metadata under a prefix, without the prefix; short arrays as lists, long ones by their length."""
     found: dict[str, Any] = {}
     for key, entry in reader.metadata.items():
-        if prefix != "." and key.startswith(prefix):
+        if prefix != "." and key.startswith(prefix) and not key.startswith(_NOT_SHOWN):
             value = entry.value.tolist() if isinstance(entry.value, np.ndarray) else entry.value
             long = isinstance(value, list) and len(value) > 256
             found[key[len(prefix) :]] = f"array of {len(value)}" if long else value
