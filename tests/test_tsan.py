@@ -1,0 +1,106 @@
+"""ThreadSanitizer over the plugin in the stock host: contexts that share a model, and the threads of each.
+
+The host is not instrumented, so only the plugin's own memory accesses are watched, and what orders them: POSIX locks
+and threads, and in place of the host's OpenMP a small one (`tests/tsan/openmp_shim.c`) that is made of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+from test_cli import environment
+from test_plugin import ALL_AGQ4
+
+from agq_gguf.convert import quantize
+
+HERE = Path(__file__).parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs gcc on Linux"),
+]
+# Each of these puts a race where memory of a thread's own or an atomic flag is now; both must be seen in a report.
+RACES = [
+    ("cpp/matmul.cpp", "p.memory->of(ith)", "p.memory->of(0)", "agq::product_node"),
+    (
+        "cpp/backend.cpp",
+        "std::atomic<bool> agq4_seen{false};",
+        "struct flag { bool v = false; void store(bool x, int) { v = x; } bool load(int) const { return v; } } agq4_seen;",
+        "agq4_seen",
+    ),
+]
+
+
+def build(source: Path, folder: Path) -> Path:
+    """The plugin with ThreadSanitizer."""
+    flags = "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g -O1"
+    for command in (
+        ["cmake", "-S", str(source), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", flags],
+        ["cmake", "--build", str(folder), "--target", "ggml-agq", "-j", "2"],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return next(folder.glob("libggml-agq.*"))
+
+
+def run(plugin: Path, model: Path, shim: Path, threads: int) -> subprocess.CompletedProcess[str]:
+    found = subprocess.run(["gcc", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
+    library = Path(found.stdout.strip()).resolve()
+    if not library.is_absolute() or not library.exists():
+        pytest.skip("gcc has no ThreadSanitizer here")
+    return subprocess.run(
+        ["setarch", "-R", sys.executable, str(HERE / "tsan" / "threads.py"), str(plugin), str(model), str(threads)],
+        env=environment(LD_PRELOAD=f"{library} {shim}", TSAN_OPTIONS="exitcode=66 report_signal_unsafe=0"),
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("shim") / "openmp.so"
+    source = HERE / "tsan" / "openmp_shim.c"
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-pthread", str(source), "-o", str(target)], check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def model(models: Path) -> Path:
+    source = tiny_models.write_llama(models / "tsan.gguf", n_ff=384, n_expert=4, n_expert_used=2)
+    quantize(source, models / "tsan-agq4.gguf", options=ALL_AGQ4)
+    return models / "tsan-agq4.gguf"
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(HERE.parent, tmp_path_factory.mktemp("tsan"))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_races(threads: int, plugin: Path, model: Path, shim: Path) -> None:
+    result = run(plugin, model, shim, threads)
+    if "unexpected memory mapping" in result.stderr:
+        pytest.skip("ThreadSanitizer does not run under this kernel")
+    assert result.stdout == "done\n" and result.returncode == 0, result.stderr[:4000]
+
+
+def test_races_would_be_seen(model: Path, shim: Path, tmp_path: Path) -> None:
+    for part in ("cpp", "cmake", "CMakeLists.txt"):
+        source, target = HERE.parent / part, tmp_path / "source" / part
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copy(source, target)
+    for path, old, new, _ in RACES:
+        text = (tmp_path / "source" / path).read_text(encoding="utf-8")
+        assert old in text
+        (tmp_path / "source" / path).write_text(text.replace(old, new), encoding="utf-8")
+    result = run(build(tmp_path / "source", tmp_path / "build"), model, shim, 3)
+    if "unexpected memory mapping" in result.stderr:
+        pytest.skip("ThreadSanitizer does not run under this kernel")
+    assert result.returncode == 66 and "WARNING: ThreadSanitizer: data race" in result.stderr, result.stderr[:4000]
+    for *_, seen in RACES:
+        assert seen in result.stderr
