@@ -16,7 +16,12 @@ namespace {
 
 struct dot4 {
     static __m256i start(int32_t bias) { return _mm256_set1_epi32(bias); }
-    static __m256i step(__m256i sum, __m256i u, __m256i x) {
+    static void step(__m256i &rows0, __m256i &rows8, columns4 u, const int8_t *x) {
+        const __m256i four = broadcast(x);
+        rows0 = dot(rows0, u.rows0, four);
+        rows8 = dot(rows8, u.rows8, four);
+    }
+    static __m256i dot(__m256i sum, __m256i u, __m256i x) {
 #if defined(__GNUC__)
         // Inline assembly for three reasons: GCC 12 copies the accumulators of the intrinsic around, older compilers do
         // not know it, and the encoding is ours to choose.
@@ -40,6 +45,6 @@ bool supported() {
 }  // namespace
 
 const kernel kernel_avxvnni = {
-    "avxvnni", supported, nr, 1, quantize_block<quantize_ops>, multiply<dot4>, AGQ_ATTENTION(attention_avx2)};
+    "avxvnni", supported, nr, 1, quantize_block<quantize_ops<0>>, multiply<dot4>, AGQ_ATTENTION(attention_avx2)};
 
 }  // namespace agq

@@ -25,7 +25,8 @@ struct activation_format {
 /// Packed activations of up to `nr` tokens, nr being the kernel's.
 ///
 /// Layout for n tokens (n <= nr), columns in stored order, kr being the kernel's too:
-///   q      int8  [k / kr][n][kr]  token t, column kr i + j at (i * n + t) * kr + j
+///   q      int8  [k / kr][n][kr]  token t, column kr i + j at (i * n + t) * kr + j; with 4 bits plus the kernel's
+///                                 offset4
 ///   bias   int32 [k / 64][n]     -64 * (sum of q over the group): starting value of the integer sums, because kernels
 ///                                multiply by the unsigned codebook byte u, which stands for u - 64
 ///   scale  float [n] or [k / 64][n] with per_group
@@ -74,6 +75,7 @@ struct kernel {
     gemm_fn gemm;
     const attention_kernel *attention;  ///< null where the compiler has no vector types: the host's attention is kept
     int kr = 4;                         ///< columns of a token that lie together in a packed block: 4, 8 or 16
+    int offset4 = 0;                    ///< what q holds on top of the value when it was quantized to 4 bits: 0 or 8
 };
 
 extern const kernel kernel_scalar;

@@ -78,12 +78,16 @@ struct i8mm {
             }
             AGQ_UNROLL
             for (int c = 0; c < 8; c++) {
+                const int8_t (*u)[16] = w.u[g][half][c];
                 const columns8<n> x(q);
                 AGQ_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    const int8x16_t u = vld1q_s8(w.u[g][half][c][i]);
+                for (int i = 0; i < 4; i += 2) {
+                    const int8x16_t u0 = vld1q_s8(u[i]), u1 = vld1q_s8(u[i + 1]);  // one instruction
                     AGQ_UNROLL
-                    for (int p = 0; p < pairs; p++) acc[i][p] = vmmlaq_s32(acc[i][p], x.x[p], u);
+                    for (int p = 0; p < pairs; p++) {
+                        acc[i][p] = vmmlaq_s32(acc[i][p], x.x[p], u0);
+                        acc[i + 1][p] = vmmlaq_s32(acc[i + 1][p], x.x[p], u1);
+                    }
                 }
                 q += 8 * n;
             }

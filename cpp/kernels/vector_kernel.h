@@ -108,7 +108,8 @@ inline float refinement(int e) {
 ///       int bits() const
 ///   int quantize(x, refine, factor, limit, n, q)   writes column j to q[j / kr * kr * n + j % kr] and returns their
 ///   sum
-template <class ops, int kr>
+/// `offset4` is what is added to the values if they have 4 bits; quantize() has to do it too.
+template <class ops, int kr, int offset4>
 inline void quantize_token(const activation_format &format, const float *row, const activation_block &block, int t) {
     constexpr int infinity = 0x7F800000;
     constexpr int smallest = (127 - 100) << 23;  // 2^-100: what is below counts as zero
@@ -146,7 +147,9 @@ inline void quantize_token(const activation_format &format, const float *row, co
     }
     if (worst < infinity) return;
 
-    for (size_t i = 0; i < groups * (group_columns / kr); i++) std::memset(block.q + (i * n + t) * kr, 0, kr);
+    for (size_t i = 0; i < groups * (group_columns / kr); i++) {
+        std::memset(block.q + (i * n + t) * kr, format.bits == 4 ? offset4 : 0, kr);
+    }
     for (size_t g = 0; g < groups; g++) block.bias[g * n + t] = 0;
     for (size_t i = 0; i < (format.per_group ? groups : 1); i++) {
         block.scale[i * n + t] = std::numeric_limits<float>::quiet_NaN();
@@ -154,9 +157,9 @@ inline void quantize_token(const activation_format &format, const float *row, co
 }
 
 /// The quantize_fn of a kernel.
-template <class ops, int kr = 4>
+template <class ops, int kr = 4, int offset4 = 0>
 inline void quantize_block(const activation_format &format, const float *const *rows, const activation_block &block) {
-    for (int t = 0; t < block.n; t++) quantize_token<ops, kr>(format, rows[t], block, t);
+    for (int t = 0; t < block.n; t++) quantize_token<ops, kr, offset4>(format, rows[t], block, t);
 }
 
 }  // namespace

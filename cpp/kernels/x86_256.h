@@ -4,7 +4,8 @@
 //
 //   struct policy {
 //       static __m256i start(int32_t bias);                         accumulator at the beginning of a group of 64
-//       static __m256i step(__m256i sum, __m256i u, __m256i x);     plus unsigned bytes u times signed bytes x
+//       static void step(__m256i &rows0, __m256i &rows8, columns4 u, const int8_t *x);
+//                                                                   plus unsigned bytes u times the 4 signed bytes x
 //       static __m256i finish(__m256i sum, int32_t bias);           int32 result, once the 16 steps of a group are done
 //   };
 //
@@ -27,6 +28,18 @@ constexpr int nr = 6;
 struct columns4 {
     __m256i rows0, rows8;
 };
+
+inline void store(void *to, columns4 c) {
+    _mm256_store_si256(static_cast<__m256i *>(to), c.rows0);
+    _mm256_store_si256(static_cast<__m256i *>(to) + 1, c.rows8);
+}
+
+/// The 4 activations at `x`, for all rows.
+inline __m256i broadcast(const int8_t *x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm256_set1_epi32(four);
+}
 
 inline __m256i load(const uint8_t *bytes) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes));
@@ -57,6 +70,11 @@ inline scales16 row_scales(const tile &w, int half) {
     return {_mm256_cvtph_ps(_mm_unpacklo_epi8(low, high)), _mm256_cvtph_ps(_mm_unpackhi_epi8(low, high))};
 }
 
+/// Fetches what stands four tiles behind `p`. Panels follow one another in the file, so this runs across their borders.
+inline void prefetch_ahead(const void *p) {
+    _mm_prefetch(static_cast<const char *>(p) + 4 * sizeof(tile), _MM_HINT_T0);
+}
+
 /// Groups of a panel straight from the file: codes are looked up on the way and memory is fetched ahead. For a single
 /// block of tokens, where reading the weights is the limit.
 struct stored_groups {
@@ -64,12 +82,11 @@ struct stored_groups {
     __m256i codebook;
 
     columns4 columns(int g, int i) const {
-        // Panels follow one another in the file, so fetching ahead runs across their borders.
-        if (i % 2 == 0) _mm_prefetch(w[g / 2 + 4].codes[8 * (g % 2) + i / 2], _MM_HINT_T0);
+        if (i % 2 == 0) prefetch_ahead(w[g / 2].codes[8 * (g % 2) + i / 2]);
         return look_up(w[g / 2].codes[8 * (g % 2) + i / 2], i % 2, codebook);
     }
     scales16 scales(int g) const {
-        if (g % 2 == 0) _mm_prefetch(w[g / 2 + 4].scale_hi, _MM_HINT_T0);
+        if (g % 2 == 0) prefetch_ahead(w[g / 2].scale_hi);
         return row_scales(w[g / 2], g % 2);
     }
 };
@@ -85,14 +102,16 @@ struct ready_groups {
 
     /// Takes `count` groups of the panel, beginning with group `first`.
     void fill(const tile *panel, int first, int count, __m256i codebook) {
-        const stored_groups source = {panel, codebook};
         for (int g = 0; g < count; g++) {
-            for (int i = 0; i < 16; i++) {
-                const columns4 c = source.columns(first + g, i);
-                _mm256_store_si256(reinterpret_cast<__m256i *>(u[g][i]), c.rows0);
-                _mm256_store_si256(reinterpret_cast<__m256i *>(u[g][i] + 32), c.rows8);
+            const tile &w = panel[(first + g) / 2];
+            const int half = (first + g) % 2;
+            for (int i = 0; i < 16; i += 2) {
+                const uint8_t *codes = w.codes[8 * half + i / 2];
+                prefetch_ahead(codes);
+                store(u[g][i], look_up(codes, 0, codebook));
+                store(u[g][i + 1], look_up(codes, 1, codebook));
             }
-            const scales16 s = source.scales(first + g);
+            const scales16 s = row_scales(w, half);
             _mm256_store_ps(d[g], s.rows0);
             _mm256_store_ps(d[g] + 8, s.rows8);
         }
@@ -101,6 +120,14 @@ struct ready_groups {
 
 /// The f32 sums of a block of tokens for one panel.
 using block_sums = float[nr][16];
+
+/// Keeps the compiler from holding sums in registers over several groups: there are none left, so it would spill them,
+/// and write them to their place all the same.
+inline void sums_stay_in_memory() {
+#if defined(__GNUC__)
+    asm volatile("" : : : "memory");
+#endif
+}
 
 /// Adds D * I of 8 rows, times the scale of (token, group) if there is one, to `sums`.
 template <bool per_group>
@@ -118,17 +145,11 @@ void add_groups(const source &w, int groups, const int8_t *q, const int32_t *bia
         __m256i rows0[n], rows8[n];
         for (int t = 0; t < n; t++) rows0[t] = rows8[t] = policy::start(bias[t]);
 #if defined(__GNUC__)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
 #endif
         for (int i = 0; i < 16; i++) {
             const columns4 u = w.columns(g, i);
-            for (int t = 0; t < n; t++) {
-                int32_t four;
-                std::memcpy(&four, q + 4 * t, sizeof four);
-                const __m256i x = _mm256_set1_epi32(four);
-                rows0[t] = policy::step(rows0[t], u.rows0, x);
-                rows8[t] = policy::step(rows8[t], u.rows8, x);
-            }
+            for (int t = 0; t < n; t++) policy::step(rows0[t], rows8[t], u, q + 4 * t);
             q += 4 * n;
         }
         const scales16 d = w.scales(g);
@@ -136,6 +157,7 @@ void add_groups(const source &w, int groups, const int8_t *q, const int32_t *bia
             add_group<per_group>(sums[t], d.rows0, policy::finish(rows0[t], bias[t]), scale + t);
             add_group<per_group>(sums[t] + 8, d.rows8, policy::finish(rows8[t], bias[t]), scale + t);
         }
+        sums_stay_in_memory();
         bias += n;
         if (per_group) scale += n;
     }
@@ -209,6 +231,7 @@ void multiply(const gemm_args &args) {
 // quantizer
 
 /// The arithmetic that quantize_token asks for.
+template <int offset4>
 struct quantize_ops {
     class maximum {
       public:
@@ -232,6 +255,7 @@ struct quantize_ops {
     static int quantize(const float *x, float refine, float factor, int limit, int n, int8_t *q) {
         const __m256i high = _mm256_set1_epi32(limit);
         const __m256i low = _mm256_set1_epi32(-limit);
+        const __m256i offset = _mm256_set1_epi8(limit == 7 ? offset4 : 0);
         __m256i sum = _mm256_setzero_si256();
         for (int i = 0; i < group_columns; i += 32) {
             __m256i v[4];
@@ -244,8 +268,8 @@ struct quantize_ops {
             }
             // Packing works within 128-bit lanes: the first holds columns 0..3 of each v[j], the second columns 4..7.
             alignas(32) int8_t bytes[2][4][4];
-            _mm256_store_si256(reinterpret_cast<__m256i *>(bytes),
-                               _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3])));
+            const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+            _mm256_store_si256(reinterpret_cast<__m256i *>(bytes), _mm256_add_epi8(packed, offset));
             for (int j = 0; j < 8; j++) std::memcpy(q + (i / 4 + j) * n * 4, bytes[j % 2][j / 2], 4);
         }
         __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));

@@ -141,10 +141,12 @@ quantized run_quantizer(const kernel &row, const activation_format &format, cons
         guarded<int32_t> bias(static_cast<size_t>(groups) * n);
         guarded<float> scale(static_cast<size_t>(scales) * n);
         row.quantize(format, rows.data() + begin, {q.data(), bias.data(), scale.data(), n});
+        const int offset = format.bits == 4 ? row.offset4 : 0;
         CHECK(q.intact() && bias.intact() && scale.intact(), "%s: quantizer wrote outside", row.name);
         for (int t = 0; t < n; t++) {
             for (int k = 0; k < format.k; k++) {
-                result.q[static_cast<size_t>(k) * tokens + begin + t] = q[(k / row.kr * n + t) * row.kr + k % row.kr];
+                result.q[static_cast<size_t>(k) * tokens + begin + t] =
+                    static_cast<int8_t>(q[(k / row.kr * n + t) * row.kr + k % row.kr] - offset);
             }
             for (int g = 0; g < groups; g++) {
                 result.bias[static_cast<size_t>(g) * tokens + begin + t] = bias[g * n + t];
@@ -366,6 +368,7 @@ std::vector<float> run_gemm(const kernel &row, const problem &p) {
     guarded<int8_t> q(p.q.size());
     guarded<int32_t> bias(static_cast<size_t>(p.tokens) * p.groups());
     guarded<float> scale(p.scale.size());
+    const int offset = p.bits == 4 ? row.offset4 : 0;
     for (int t = 0; t < p.tokens; t++) {
         const size_t begin = t / row.nr * row.nr, in = t % row.nr;
         const size_t n = std::min<size_t>(row.nr, p.tokens - begin);
@@ -373,7 +376,7 @@ std::vector<float> run_gemm(const kernel &row, const problem &p) {
             int sum = 0;
             for (int k = 64 * g; k < 64 * g + 64; k++) {
                 const int8_t x = p.q[static_cast<size_t>(t) * p.k + k];
-                q[begin * p.k + (k / row.kr * n + in) * row.kr + k % row.kr] = x;
+                q[begin * p.k + (k / row.kr * n + in) * row.kr + k % row.kr] = static_cast<int8_t>(x + offset);
                 sum += x;
             }
             bias[begin * p.groups() + g * n + in] = -64 * sum;
