@@ -74,7 +74,7 @@ struct kernel {
     quantize_fn quantize;
     gemm_fn gemm;
     const attention_kernel *attention;  ///< null where the compiler has no vector types: the host's attention is kept
-    int kr = 4;                         ///< columns of a token that lie together in a packed block: 4, 8 or 16
+    int kr = 4;                         ///< columns of a token that lie together in a packed block: 4, 8, 16 or 32
     int offset4 = 0;                    ///< what q holds on top of the value when it was quantized to 4 bits: 0 or 8
 };
 

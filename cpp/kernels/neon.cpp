@@ -80,8 +80,7 @@ struct neon {
         for (int part = 0; part < 2; part++) {
             AGQ_UNROLL
             for (int t = 0; t < n; t++) {
-                const int8x16_t x0 = vld1q_s8(q + (2 * part * n + t) * 16);
-                const int8x16_t x1 = vld1q_s8(q + ((2 * part + 1) * n + t) * 16);
+                const int8x16_t x0 = vld1q_s8(q + (part * n + t) * 32), x1 = vld1q_s8(q + (part * n + t) * 32 + 16);
                 AGQ_UNROLL
                 for (int r = 0; r < 4; r++) {
                     int16x8_t four = multiply16(vld1q_s8(u[part][r][0]), x0);
@@ -99,16 +98,20 @@ struct neon {
     static void sum_group4(const int8_t (&u)[2][4][2][16], const int8_t *q, int32x4_t result[n]) {
         int16x8_t acc[n][4];
         AGQ_UNROLL
-        for (int part = 0; part < 4; part++) {
-            int8x16_t x[n];
+        for (int part = 0; part < 2; part++) {
+            int8x16_t x0[n], x1[n];
             AGQ_UNROLL
-            for (int t = 0; t < n; t++) x[t] = vld1q_s8(q + (part * n + t) * 16);
+            for (int t = 0; t < n; t++) {
+                x0[t] = vld1q_s8(q + (part * n + t) * 32);
+                x1[t] = vld1q_s8(q + (part * n + t) * 32 + 16);
+            }
             AGQ_UNROLL
             for (int r = 0; r < 4; r++) {
-                const int8x16_t row = vld1q_s8(u[part / 2][r][part % 2]);
+                const int8x16_t u0 = vld1q_s8(u[part][r][0]), u1 = vld1q_s8(u[part][r][1]);
                 AGQ_UNROLL
                 for (int t = 0; t < n; t++) {
-                    acc[t][r] = part == 0 ? multiply16(row, x[t]) : multiply16(acc[t][r], row, x[t]);
+                    acc[t][r] = part == 0 ? multiply16(u0, x0[t]) : multiply16(acc[t][r], u0, x0[t]);
+                    acc[t][r] = multiply16(acc[t][r], u1, x1[t]);
                 }
             }
         }
@@ -118,7 +121,7 @@ struct neon {
 
     /// Rows 4 i .. 4 i + 3 of a panel times n tokens.
     template <int bits, int n, bool per_group>
-    static void add_rows(const ready &w, int i, int groups, const int8_t *q, const float *scale, float *sums) {
+    static inline void add_rows(const ready &w, int i, int groups, const int8_t *q, const float *scale, float *sums) {
         float32x4_t sum[n];
         AGQ_UNROLL
         for (int t = 0; t < n; t++) sum[t] = vld1q_f32(sums + 16 * t);
@@ -143,18 +146,25 @@ struct neon {
         for (int t = 0; t < n; t++) vst1q_f32(sums + 16 * t, sum[t]);
     }
 
-    static void add(const gemm_args &args, const activation_block &block, const ready &w, int first, int groups,
-                    float *sums) {
-        using function = void (*)(const ready &, int, int, const int8_t *, const float *, float *);
-        static constexpr function table[2][2][nr] = {
-            {{add_rows<8, 1, false>, add_rows<8, 2, false>, add_rows<8, 3, false>, add_rows<8, 4, false>},
-             {add_rows<8, 1, true>, add_rows<8, 2, true>, add_rows<8, 3, true>, add_rows<8, 4, true>}},
-            {{add_rows<4, 1, false>, add_rows<4, 2, false>, add_rows<4, 3, false>, add_rows<4, 4, false>},
-             {add_rows<4, 1, true>, add_rows<4, 2, true>, add_rows<4, 3, true>, add_rows<4, 4, true>}}};
-        const group_operands x = operands_at(args, block, first);
-        for (int i = 0; i < 4; i++) {
-            table[args.bits == 4][args.per_group][block.n - 1](w, i, groups, x.q, x.scale, sums + 4 * i);
+    template <int bits, int n, bool per_group>
+    static void add_blocks(const ready &w, int groups, const group_operands &x, float *sums) {
+        for (int b = 0; b < x.blocks; b++) {
+            const int8_t *q = x.q + b * x.q_step;
+            const float *scale = x.scale + b * x.scale_step;
+            for (int i = 0; i < 4; i++) add_rows<bits, n, per_group>(w, i, groups, q, scale, sums + 4 * i);
+            sums += nr * panel_rows;
         }
+    }
+
+    static void add(const gemm_args &args, int begin, int end, const ready &w, int first, int groups, float *sums) {
+        using function = void (*)(const ready &, int, const group_operands &, float *);
+        static constexpr function table[2][2][nr] = {
+            {{add_blocks<8, 1, false>, add_blocks<8, 2, false>, add_blocks<8, 3, false>, add_blocks<8, 4, false>},
+             {add_blocks<8, 1, true>, add_blocks<8, 2, true>, add_blocks<8, 3, true>, add_blocks<8, 4, true>}},
+            {{add_blocks<4, 1, false>, add_blocks<4, 2, false>, add_blocks<4, 3, false>, add_blocks<4, 4, false>},
+             {add_blocks<4, 1, true>, add_blocks<4, 2, true>, add_blocks<4, 3, true>, add_blocks<4, 4, true>}}};
+        const int n = block_at<nr>(args, begin).n;
+        table[args.bits == 4][args.per_group][n - 1](w, groups, operands_at<nr>(args, begin, end, first), sums);
     }
 
     /// One token times rows 4 i .. 4 i + 3 over one group, straight from the file: 4 columns of two rows side by side
@@ -223,7 +233,7 @@ bool supported() {
 }  // namespace
 
 const kernel kernel_neon = {
-    "neon", supported, neon::nr, 1, quantize_block<quantize_ops<16>, 16>, multiply<neon>, AGQ_ATTENTION(attention_neon),
-    16};
+    "neon", supported, neon::nr, 1, quantize_block<quantize_ops<32>, 32>, multiply<neon>, AGQ_ATTENTION(attention_neon),
+    32};
 
 }  // namespace agq

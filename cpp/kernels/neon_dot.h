@@ -50,6 +50,7 @@ void stream_dot(const tile *w, int groups, int8x16_t codebook, const int8_t *q, 
             AGQ_UNROLL
             for (int i = 0; i < 4; i++) acc[t][i] = vdupq_n_s32(0);
         }
+        AGQ_UNROLL
         for (int c = 0; c < 8; c++) {
             const chunk u = look_up(w[g / 2].codes[8 * (g % 2) + c], codebook);
             const columns8<n> x(q);

@@ -32,6 +32,7 @@ struct i8mm {
             for (int g = 0; g < groups; g++) {
                 const tile &w = panel[(first + g) / 2];
                 const int half = (first + g) % 2;
+                AGQ_UNROLL
                 for (int c = 0; c < 8; c++) {
                     const chunk values = look_up(w.codes[8 * half + c], codebook);
                     AGQ_UNROLL
@@ -61,7 +62,8 @@ struct i8mm {
 
     /// Half a panel, 4 pairs of rows, times n tokens; the last pair of an odd n is filled up with zeros.
     template <int n, bool per_group>
-    static void add_half(const ready &w, int half, int groups, const int8_t *q, const float *scale, float *sums) {
+    static inline void add_half(const ready &w, int half, int groups, const int8_t *q, const float *scale,
+                                float *sums) {
         constexpr int pairs = (n + 1) / 2;
         float32x4_t sum[4][pairs];
         AGQ_UNROLL
@@ -117,17 +119,26 @@ struct i8mm {
         }
     }
 
-    static void add(const gemm_args &args, const activation_block &block, const ready &w, int first, int groups,
-                    float *sums) {
-        using function = void (*)(const ready &, int, int, const int8_t *, const float *, float *);
-        static constexpr function table[2][nr] = {{add_half<1, false>, add_half<2, false>, add_half<3, false>,
-                                                   add_half<4, false>, add_half<5, false>, add_half<6, false>},
-                                                  {add_half<1, true>, add_half<2, true>, add_half<3, true>,
-                                                   add_half<4, true>, add_half<5, true>, add_half<6, true>}};
-        const group_operands x = operands_at(args, block, first);
-        for (int half = 0; half < 2; half++) {
-            table[args.per_group][block.n - 1](w, half, groups, x.q, x.scale, sums + half_sums * half);
+    template <int n, bool per_group>
+    static void add_blocks(const ready &w, int groups, const group_operands &x, float *sums) {
+        for (int b = 0; b < x.blocks; b++) {
+            const int8_t *q = x.q + b * x.q_step;
+            const float *scale = x.scale + b * x.scale_step;
+            for (int half = 0; half < 2; half++) {
+                add_half<n, per_group>(w, half, groups, q, scale, sums + half_sums * half);
+            }
+            sums += nr * panel_rows;
         }
+    }
+
+    static void add(const gemm_args &args, int begin, int end, const ready &w, int first, int groups, float *sums) {
+        using function = void (*)(const ready &, int, const group_operands &, float *);
+        static constexpr function table[2][nr] = {{add_blocks<1, false>, add_blocks<2, false>, add_blocks<3, false>,
+                                                   add_blocks<4, false>, add_blocks<5, false>, add_blocks<6, false>},
+                                                  {add_blocks<1, true>, add_blocks<2, true>, add_blocks<3, true>,
+                                                   add_blocks<4, true>, add_blocks<5, true>, add_blocks<6, true>}};
+        const int n = block_at<nr>(args, begin).n;
+        table[args.per_group][n - 1](w, groups, operands_at<nr>(args, begin, end, first), sums);
     }
 
     static bool stream(const gemm_args &args, const tile *w, const activation_block &block, float *sums) {
@@ -140,14 +151,22 @@ struct i8mm {
     }
 
     static void store(const gemm_args &args, const activation_block &block, int b, int panel, const float *sums) {
-        for (int t = 0; t < block.n; t++) {
-            const float factor = final_factor(args, block, t);
-            float *out = args.dst[b * nr + t] + panel * panel_rows;
+        for (int t = 0; t < block.n; t += 2) {
+            float *first = args.dst[b * nr + t] + panel * panel_rows;
+            const float first_factor = final_factor(args, block, t);
+            const bool two = t + 1 < block.n;
+            float *second = two ? args.dst[b * nr + t + 1] + panel * panel_rows : nullptr;
+            const float second_factor = two ? final_factor(args, block, t + 1) : 0.0f;
+            AGQ_UNROLL
             for (int i = 0; i < 4; i++) {  // 4 rows, two pairs
                 const float *half = sums + half_sums * (i / 2);
-                const float32x2_t first = vld1_f32(sums_at(half, i % 2 * 2, t / 2) + t % 2 * 2);
-                const float32x2_t second = vld1_f32(sums_at(half, i % 2 * 2 + 1, t / 2) + t % 2 * 2);
-                vst1q_f32(out + 4 * i, vmulq_n_f32(vcombine_f32(first, second), factor));
+                const float64x2_t low = vreinterpretq_f64_f32(vld1q_f32(sums_at(half, i % 2 * 2, t / 2)));
+                const float64x2_t high = vreinterpretq_f64_f32(vld1q_f32(sums_at(half, i % 2 * 2 + 1, t / 2)));
+                vst1q_f32(first + 4 * i, vmulq_n_f32(vreinterpretq_f32_f64(vzip1q_f64(low, high)), first_factor));
+                if (two) {
+                    const float32x4_t rows = vreinterpretq_f32_f64(vzip2q_f64(low, high));
+                    vst1q_f32(second + 4 * i, vmulq_n_f32(rows, second_factor));
+                }
             }
         }
     }

@@ -69,7 +69,7 @@ inline float32x4x4_t row_scales(const tile &w, int half) {
 // panels and blocks
 
 constexpr int shared_blocks = 32;   ///< token blocks that share one look-up
-constexpr int ready_capacity = 12;  ///< groups that are looked up at a time: 13 KiB, less than half of the smallest L1
+constexpr int ready_capacity = 16;  ///< groups that are looked up at a time: 18 KiB, about half of the smallest L1
 
 /// Final factors, and out, for sums in the order [token][row].
 template <int nr>
@@ -77,6 +77,7 @@ inline void store_rows(const gemm_args &args, const activation_block &block, int
     for (int t = 0; t < block.n; t++) {
         const float factor = final_factor(args, block, t);
         float *out = args.dst[b * nr + t] + panel * panel_rows;
+        AGQ_UNROLL
         for (int r = 0; r < panel_rows; r += 4) vst1q_f32(out + r, vmulq_n_f32(vld1q_f32(sums + 16 * t + r), factor));
     }
 }
@@ -86,8 +87,9 @@ inline void store_rows(const gemm_args &args, const activation_block &block, int
 ///   nr                           tokens of a block
 ///   ready                        groups of a panel that have been looked up, in the order in which they will be used
 ///       void fill(const tile *panel, int first, int groups, int8x16_t codebook)
-///   void add(args, block, ready, first, groups, float *sums)    adds D * I of groups first ... to the sums of a block,
-///                                                              [nr * 16] in an order of the policy's own
+///   void add(args, begin, end, ready, first, groups, float *sums)   adds D * I of groups first ... to the sums of the
+///                                              blocks from begin to end, which hold equally many tokens; the sums of
+///                                              a block, [nr * 16], are in an order of the policy's own
 ///   bool stream(args, panel, block, sums)      all groups straight from the file, for blocks so small that nothing is
 ///                                              gained by looking up first; false if this block is not
 ///   void store(args, block, b, panel, sums)
@@ -110,9 +112,10 @@ void multiply(const gemm_args &args) {
                 for (int g = 0; g < groups; g += ready_capacity) {
                     const int count = groups - g < ready_capacity ? groups - g : ready_capacity;
                     ready.fill(w, g, count, codebook);
-                    for (int b = begin; b < end; b++) {
-                        policy::add(args, block_at<nr>(args, b), ready, g, count, sums[b - begin]);
-                    }
+                    // All full blocks in one go, then the last one of the matrix if it is smaller.
+                    const int full = args.n_tokens / nr < end ? args.n_tokens / nr : end;
+                    if (full > begin) policy::add(args, begin, full, ready, g, count, sums[0]);
+                    if (full < end) policy::add(args, full, end, ready, g, count, sums[full - begin]);
                 }
             }
             for (int b = begin; b < end; b++) policy::store(args, block_at<nr>(args, b), b, panel, sums[b - begin]);
@@ -120,15 +123,20 @@ void multiply(const gemm_args &args) {
     }
 }
 
-/// Where the operands of group `first` of a block begin.
+/// Where group `first` of some blocks begins, and how far it is from block to block.
 struct group_operands {
     const int8_t *q;
     const float *scale;
+    int blocks;
+    size_t q_step, scale_step;
 };
 
-inline group_operands operands_at(const gemm_args &args, const activation_block &block, int first) {
+template <int nr>
+inline group_operands operands_at(const gemm_args &args, int begin, int end, int first) {
+    const activation_block block = block_at<nr>(args, begin);
     const size_t skipped = static_cast<size_t>(first) * block.n;
-    return {block.q + skipped * group_columns, block.scale + (args.per_group ? skipped : 0)};
+    return {block.q + skipped * group_columns, block.scale + (args.per_group ? skipped : 0), end - begin,
+            static_cast<size_t>(args.k) * nr, static_cast<size_t>(args.per_group ? args.k / group_columns : 1) * nr};
 }
 
 // quantizer
@@ -164,14 +172,12 @@ struct quantize_ops {
             }
             const int16x8_t first = vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1]));
             const int16x8_t second = vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]));
-            if (kr == 16) {
-                vst1q_s8(q, vcombine_s8(vmovn_s16(first), vmovn_s16(second)));
-                q += 16 * n;
+            if (kr == 8) {
+                vst1_s8(q + i * n, vmovn_s16(first));
+                vst1_s8(q + (i + 8) * n, vmovn_s16(second));
             } else {
-                static_assert(kr == 8 || kr == 16, "no other packing");
-                vst1_s8(q, vmovn_s16(first));
-                vst1_s8(q + 8 * n, vmovn_s16(second));
-                q += 16 * n;
+                static_assert(kr == 8 || kr % 16 == 0, "no other packing");
+                vst1q_s8(q + i / kr * kr * n + i % kr, vcombine_s8(vmovn_s16(first), vmovn_s16(second)));
             }
         }
         return vaddvq_s32(sum);
