@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import gguf_type
 from .errors import AgqError, FormatError, HostError, InputError, OutputError
-from .plugin import backend_path, register
+from .plugin import backend_path, last_pruned, options, register
 
 if TYPE_CHECKING:
     from .convert import quantize
@@ -31,6 +31,8 @@ __all__ = [
     "OutputError",
     "__version__",
     "backend_path",
+    "last_pruned",
+    "options",
     "pack_agq4",
     "quantize",
     "register",

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import HostError
+from .errors import HostError, InputError
 
 _SUFFIX = {"win32": ".dll", "darwin": ".so"}.get(sys.platform, ".so")
 _FILE_NAME = f"libggml-agq{_SUFFIX}"
@@ -111,6 +111,60 @@ def register() -> None:
         if not loaded:
             plugin.agq_last_error.restype = ctypes.c_char_p
             raise HostError(f"the plugin {path} did not load: {plugin.agq_last_error().decode()}")
+
+
+def _plugin() -> ctypes.CDLL:
+    """The plugin library itself, registered."""
+    register()
+    library = ctypes.CDLL(str(backend_path()))
+    library.agq_set_prune.restype = ctypes.c_char_p
+    library.agq_set_prune.argtypes = [ctypes.c_char_p]
+    library.agq_last_pruned.restype = ctypes.c_int32
+    library.agq_last_pruned.argtypes = [ctypes.POINTER(ctypes.c_int32), ctypes.c_int32]
+    return library
+
+
+class _ThreadOptions(threading.local):
+    prune: str | None = None
+
+
+_thread_options = _ThreadOptions()
+
+
+@contextmanager
+def options(*, prune: str | None) -> Iterator[None]:
+    """Options for the contexts (``llama_cpp.Llama`` objects) that this thread creates inside the ``with`` block.
+
+    ``prune`` is what the environment variable AGQ_PRUNE would hold (docs/pruning.md, "Control"): ``"off"``, ``"file"``,
+    ``"3:0.5"`` (behind layer 3 drop half of the prompt's tokens), ...; None: what AGQ_PRUNE does hold. Contexts keep
+    their options when the block ends. Raises InputError if the text is not understood, HostError as ``register``.
+    """
+    library = _plugin()
+    before = _thread_options.prune
+    _set_prune(library, prune)
+    try:
+        yield
+    finally:
+        _set_prune(library, before)
+
+
+def _set_prune(library: ctypes.CDLL, prune: str | None) -> None:
+    error = library.agq_set_prune(None if prune is None else prune.encode())
+    if error:
+        raise InputError(error.decode())
+    _thread_options.prune = prune
+
+
+def last_pruned() -> list[int]:
+    """What became of the tokens of the sequence that this thread has computed last.
+
+    For each position the layer behind which its token was dropped, or -1 if it was kept.
+    """
+    library = _plugin()
+    n = library.agq_last_pruned(None, 0)
+    layers = (ctypes.c_int32 * n)()
+    library.agq_last_pruned(layers, n)
+    return list(layers)
 
 
 @contextmanager

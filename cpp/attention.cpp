@@ -14,7 +14,6 @@ namespace {
 // anyway.
 constexpr int64_t least_rows = 32;
 constexpr int64_t least_tokens = 4;
-constexpr int ggml_type_f16 = 1;
 
 using to_float_fn = void (*)(const void *, float *, int64_t);
 
@@ -53,17 +52,6 @@ bool covered(const attention_job &job) {
            q->ne[1] * (q->ne[2] / k->ne[2]) >= least_rows;
 }
 
-/// One contiguous row of any type as floats.
-void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *from, float *to, int64_t n) {
-    if (t->type == ggml_type_f32) {
-        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
-    } else if (t->type == ggml_type_f16) {
-        kern.f16_to_f32(reinterpret_cast<const uint16_t *>(from), to, n);
-    } else {
-        reinterpret_cast<to_float_fn>(host.ggml_get_type_traits(t->type)->to_float)(from, to, n);
-    }
-}
-
 /// All keys of a head, packed by the kernel.
 void pack_keys(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
     const int64_t width = job.k->ne[0], n_keys = job.k->ne[1];
@@ -95,18 +83,6 @@ void pack_values(const attention_job &job, int64_t head, int64_t stream, float *
             read_row(*job.kern, v, address(v, first + i, head, stream), rows + i * width, width);
         }
         job.kern->pack_values(rows, static_cast<int>(n), static_cast<int>(width), packed);
-    }
-}
-
-/// The slope of ALiBi for each of `group` query heads from `first` on (Press et al., 2022, section 3, as ggml has it).
-void read_slopes(const attention_job &job, int64_t first, int64_t group, float *slopes) {
-    const int64_t n_head = job.q->ne[2];
-    const double power = std::exp2(std::floor(std::log2(static_cast<double>(n_head))));
-    const double m0 = std::exp2(-job.max_bias / power), m1 = std::exp2(-job.max_bias / 2 / power);
-    for (int64_t g = 0; g < group; ++g) {
-        const double h = static_cast<double>(first + g);
-        const double slope = h < power ? std::pow(m0, h + 1) : std::pow(m1, 2 * (h - power) + 1);
-        slopes[g] = job.max_bias > 0 ? static_cast<float>(slope) : 1.0f;
     }
 }
 
@@ -153,6 +129,27 @@ struct division {
 };
 
 }  // namespace
+
+void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *from, float *to, int64_t n) {
+    if (t->type == ggml_type_f32) {
+        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+    } else if (t->type == ggml_type_f16) {
+        kern.f16_to_f32(reinterpret_cast<const uint16_t *>(from), to, n);
+    } else {
+        reinterpret_cast<to_float_fn>(host.ggml_get_type_traits(t->type)->to_float)(from, to, n);
+    }
+}
+
+void read_slopes(const attention_job &job, int64_t first, int64_t group, float *slopes) {
+    const int64_t n_head = job.q->ne[2];
+    const double power = std::exp2(std::floor(std::log2(static_cast<double>(n_head))));
+    const double m0 = std::exp2(-job.max_bias / power), m1 = std::exp2(-job.max_bias / 2 / power);
+    for (int64_t g = 0; g < group; ++g) {
+        const double h = static_cast<double>(first + g);
+        const double slope = h < power ? std::pow(m0, h + 1) : std::pow(m1, 2 * (h - power) + 1);
+        slopes[g] = job.max_bias > 0 ? static_cast<float>(slope) : 1.0f;
+    }
+}
 
 size_t attention_bytes(const attention_job &job) {
     return parts(job).total();

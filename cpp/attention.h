@@ -45,6 +45,13 @@ bool plan_flash_attention(const ggml_tensor *node, attention_job *job);
 bool plan_attention_chain(const ggml_tensor *scores, const ggml_tensor *soft_max, const ggml_tensor *output,
                           attention_job *job);
 
+/// One contiguous row of a tensor of any type as floats.
+void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *from, float *to, int64_t n);
+
+/// The slope of ALiBi for each of `group` query heads from `first` on (Press et al., 2022, section 3, as ggml has it);
+/// 1 without ALiBi.
+void read_slopes(const attention_job &job, int64_t first, int64_t group, float *slopes);
+
 // Functions of the custom nodes; `userdata` is the attention_job.
 void save_queries_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void attention_node(ggml_tensor *dst, int ith, int nth, void *userdata);

@@ -60,6 +60,21 @@ bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *r
     return true;
 }
 
+/// Checks the pruning record and stores it.
+bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string *error) {
+    float threshold;
+    std::memcpy(&threshold, bytes + 4, sizeof(threshold));
+    if (bytes[0] > max_prune_score || bytes[1] || bytes[2] || bytes[3] || !std::isfinite(threshold) || threshold < 0) {
+        *error = "the pruning record is not valid (score " + std::to_string(bytes[0]) + ", threshold " +
+                 std::to_string(threshold) + ")";
+        return false;
+    }
+    result->prunes = true;
+    result->prune_score = bytes[0];
+    result->prune_threshold = threshold;
+    return true;
+}
+
 bool check_header(const attribute_header &h, size_t stream_bytes, std::string *error) {
     const int bits = h.activation & 15, granularity = h.activation >> 4;
     if (h.magic != attribute_magic) {
@@ -69,7 +84,7 @@ bool check_header(const attribute_header &h, size_t stream_bytes, std::string *e
                  std::to_string(attribute_version) + "; update agq-gguf";
     } else if ((bits != 8 && bits != 4) || granularity > 1) {
         *error = "activation mode " + std::to_string(h.activation) + " is unknown";
-    } else if (h.flags & ~flag_channel_order) {
+    } else if (h.flags & ~(flag_channel_order | flag_pruning)) {
         *error = "flags " + std::to_string(h.flags) + " are unknown";
     } else if (!(h.tensor_scale > 0) || !std::isfinite(h.tensor_scale)) {
         *error = "the tensor scale is not a positive number";
@@ -119,9 +134,12 @@ std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int
     const std::vector<uint8_t> bytes = read_parameters(tiles, result->header.length);
     const size_t groups = static_cast<size_t>(k / group_columns), fixed = 16 + groups;
     const bool ordered = result->header.flags & flag_channel_order;
+    const bool prunes = result->header.flags & flag_pruning;
     size_t expected = fixed;
     if (ordered && bytes.size() >= fixed + 2) expected = fixed + 2 + 2u * read_u16(&bytes[fixed]);
-    if (bytes.size() != expected || (ordered && expected < fixed + 4)) {
+    const bool order_fits = !ordered || expected >= fixed + 4;
+    if (prunes) expected += pruning_record_bytes;
+    if (bytes.size() != expected || !order_fits) {
         *error = "the parameters have " + std::to_string(bytes.size()) + " bytes, which does not fit their content";
         return nullptr;
     }
@@ -139,7 +157,8 @@ std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int
         *error = "a refinement exponent is above " + std::to_string(max_exponent);
         return nullptr;
     }
-    if (ordered && !parse_order(&bytes[fixed + 2], (expected - fixed - 2) / 2, k, result.get(), error)) return nullptr;
+    if (ordered && !parse_order(&bytes[fixed + 2], read_u16(&bytes[fixed]), k, result.get(), error)) return nullptr;
+    if (prunes && !parse_pruning(&bytes[expected - pruning_record_bytes], result.get(), error)) return nullptr;
 
     activation_format &f = result->format;
     f.k = static_cast<int>(k);

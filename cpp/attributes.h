@@ -17,6 +17,9 @@ struct matrix_attributes {
     std::vector<uint8_t> exponents;       ///< [K / 64]
     std::vector<uint16_t> listed;         ///< channels that come first, in their order
     std::vector<uint16_t> listed_sorted;  ///< the same, ascending
+    bool prunes = false;                  ///< whether there is a pruning record
+    uint8_t prune_score = 0;              ///< 0 first, 1 received, 2 recent
+    float prune_threshold = 0;
     activation_format format;
 
     matrix_attributes() = default;

@@ -8,10 +8,13 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "graph_rewrite.h"
 #include "graph_snapshot.h"
+#include "options.h"
 #include "profile.h"
+#include "prune/pruner.h"
 
 namespace agq {
 
@@ -27,6 +30,13 @@ const kernel *active_kernel = nullptr;
 /// Set as soon as the host asks about a node with AGQ4 weights. Until then the device declines everything, so that a
 /// process without such a model runs exactly as if the plugin were not there.
 std::atomic<bool> agq4_seen{false};
+
+/// Set as soon as a context is created with pruning settings of its own: a list of layers must work for models without
+/// AGQ4 tensors, too.
+std::atomic<bool> pruning_asked_for{false};
+
+/// What this thread's contexts shall do in place of AGQ_PRUNE.
+thread_local std::optional<std::string> thread_pruning;
 
 /// True from the creation of a backend to the end of its first graph, in the thread that creates the context. With
 /// flash attention "auto", libllama schedules one graph there to see whether the attention node lands on the layer's
@@ -68,13 +78,19 @@ class thread_pool {
 // ---- backend ----
 
 struct backend_context {
-    explicit backend_context(ggml_backend *inner_cpu) : cpu(inner_cpu), rewriter(active_kernel) {}
+    backend_context(ggml_backend *inner_cpu, const prune_settings &pruning)
+        : cpu(inner_cpu),
+          rewriter(active_kernel),
+          pruning(active_kernel->attention, pruning),
+          may_prune(pruning.given) {}
     ~backend_context() { host.ggml_backend_free(cpu); }
 
     ggml_backend *cpu;
     thread_pool threads;
     graph_snapshot snapshot;
     graph_rewriter rewriter;
+    pruner pruning;
+    bool may_prune;          ///< set by the first AGQ4 tensor, too: stock models are left alone unless somebody asked
     int n_threads = 4;       ///< ggml's default, until the host says otherwise
     std::string last_error;  ///< so that a failing model is reported once, not for every token
 };
@@ -92,6 +108,15 @@ void backend_free(ggml_backend *backend) {
     delete backend;
 }
 
+ggml_status compute_nodes(backend_context &context, ggml_tensor **nodes, int n, bool repeated) {
+    std::string error;
+    ggml_cgraph *rewritten = context.rewriter.rewrite(nodes, n, repeated, context.n_threads, &error);
+    if (rewritten) return host.ggml_backend_graph_compute(context.cpu, rewritten);
+    if (error != context.last_error) log_line(log_error, error);
+    context.last_error = error;
+    return status_failed;
+}
+
 ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
     probing_flash_attention = false;
     backend_context &context = context_of(backend);
@@ -99,14 +124,16 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
         ggml_tensor **nodes = host.ggml_graph_nodes(graph);
         const int n = host.ggml_graph_n_nodes(graph);
         const bool repeated = context.snapshot.is_repeated(nodes, n);
-        if (!profile_enabled() && std::none_of(nodes, nodes + n, uses_agq4))
-            return host.ggml_backend_graph_compute(context.cpu, graph);
-        std::string error;
-        ggml_cgraph *rewritten = context.rewriter.rewrite(nodes, n, repeated, context.n_threads, &error);
-        if (rewritten) return host.ggml_backend_graph_compute(context.cpu, rewritten);
-        if (error != context.last_error) log_line(log_error, error);
-        context.last_error = error;
-        return status_failed;
+        const bool has_agq4 = std::any_of(nodes, nodes + n, uses_agq4);
+        context.may_prune = context.may_prune || has_agq4;
+        if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
+        const auto compute = [&](ggml_tensor **part, int size, bool part_repeated) {
+            if (part == nodes && !has_agq4 && !profile_enabled()) {
+                return host.ggml_backend_graph_compute(context.cpu, graph);
+            }
+            return compute_nodes(context, part, size, part_repeated);
+        };
+        return context.pruning.run(nodes, n, repeated, context.n_threads, compute);
     } catch (const std::bad_alloc &) {
         log_line(log_error, "out of memory for activations; use a smaller n_ubatch");
         return status_alloc_failed;
@@ -169,9 +196,16 @@ void device_get_props(ggml_backend_device *device, ggml_backend_dev_props *props
 
 ggml_backend *device_init_backend(ggml_backend_device *device, const char *) {
     try {
+        prune_settings pruning;
+        std::string error;
+        if (!parse_prune_settings(thread_pruning ? *thread_pruning : prune_option(), &pruning, &error)) {
+            log_line(log_error, error);
+            return nullptr;
+        }
+        if (pruning.given) pruning_asked_for.store(true, std::memory_order_relaxed);
         ggml_backend *cpu = host.ggml_backend_dev_init(host.cpu, nullptr);
         if (!cpu) return nullptr;
-        auto context = std::make_unique<backend_context>(cpu);
+        auto context = std::make_unique<backend_context>(cpu, pruning);
         auto backend = std::make_unique<ggml_backend>();
         *backend = {};
         backend->guid = &backend_guid;
@@ -201,7 +235,7 @@ bool device_supports_op(ggml_backend_device *, const ggml_tensor *op) {
         agq4_seen.store(true, std::memory_order_relaxed);
         return true;
     }
-    if (!agq4_seen.load(std::memory_order_relaxed)) return false;
+    if (!agq4_seen.load(std::memory_order_relaxed) && !pruning_asked_for.load(std::memory_order_relaxed)) return false;
     if (op->op == host.op_flash_attn_ext && probing_flash_attention) return false;
     return host.ggml_backend_dev_supports_op(host.cpu, op);
 }
@@ -259,6 +293,17 @@ ggml_backend_reg *backend_registry(const kernel *kern) {
         return r;
     }();
     return &registry;
+}
+
+bool set_thread_pruning(const char *text, std::string *error) {
+    if (!text) {
+        thread_pruning.reset();
+        return true;
+    }
+    prune_settings ignored;
+    if (!parse_prune_settings(text, &ignored, error)) return false;
+    thread_pruning = text;
+    return true;
 }
 
 }  // namespace agq

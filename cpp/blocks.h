@@ -36,6 +36,9 @@ static_assert(sizeof(attribute_header) == 16, "the header is the attributes of o
 constexpr uint8_t attribute_magic = 0xA4;
 constexpr uint8_t attribute_version = 1;
 constexpr uint8_t flag_channel_order = 1;
+constexpr uint8_t flag_pruning = 2;
+constexpr int pruning_record_bytes = 8;
+constexpr uint8_t max_prune_score = 2;
 constexpr int max_exponent = 15;
 
 constexpr int ggml_type_id = 38;

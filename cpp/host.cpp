@@ -64,14 +64,23 @@ bool find_operations(std::string *error) {
     const struct {
         const char *name;
         int *number;
-    } wanted[] = {{"NONE", &host.op_none},         {"MUL_MAT", &host.op_mul_mat},
-                  {"GET_ROWS", &host.op_get_rows}, {"MUL_MAT_ID", &host.op_mul_mat_id},
-                  {"SOFT_MAX", &host.op_soft_max}, {"FLASH_ATTN_EXT", &host.op_flash_attn_ext},
-                  {"CUSTOM", &host.op_custom},     {"VIEW", &host.op_view},
-                  {"RESHAPE", &host.op_reshape},   {"PERMUTE", &host.op_permute},
-                  {"NORM", &host.op_norm},         {"TRANSPOSE", &host.op_transpose},
-                  {"RMS_NORM", &host.op_rms_norm}, {"MUL", &host.op_mul},
-                  {"ADD", &host.op_add},           {"GLU", &host.op_glu}};
+    } wanted[] = {{"NONE", &host.op_none},
+                  {"MUL_MAT", &host.op_mul_mat},
+                  {"GET_ROWS", &host.op_get_rows},
+                  {"SET_ROWS", &host.op_set_rows},
+                  {"MUL_MAT_ID", &host.op_mul_mat_id},
+                  {"SOFT_MAX", &host.op_soft_max},
+                  {"FLASH_ATTN_EXT", &host.op_flash_attn_ext},
+                  {"CUSTOM", &host.op_custom},
+                  {"VIEW", &host.op_view},
+                  {"RESHAPE", &host.op_reshape},
+                  {"PERMUTE", &host.op_permute},
+                  {"NORM", &host.op_norm},
+                  {"TRANSPOSE", &host.op_transpose},
+                  {"RMS_NORM", &host.op_rms_norm},
+                  {"MUL", &host.op_mul},
+                  {"ADD", &host.op_add},
+                  {"GLU", &host.op_glu}};
     // All of these exist, so the search ends inside the host's table of names.
     size_t missing = sizeof(wanted) / sizeof(*wanted);
     for (int op = 0; missing > 0 && op < 256; ++op) {

@@ -62,8 +62,11 @@ using ggml_log_callback = void (*)(int level, const char *text, void *user_data)
 using ggml_abort_callback = bool (*)(void *data);
 
 constexpr int ggml_type_f32 = 0;
+constexpr int ggml_type_f16 = 1;
 constexpr int ggml_type_i32 = 26;
+constexpr int ggml_type_bf16 = 30;
 constexpr int ggml_type_q4_0 = 2;
+constexpr int ggml_flag_input = 1;
 constexpr int ggml_flag_output = 2;
 constexpr int ggml_flag_compute = 16;
 constexpr int ggml_n_tasks_max = -1;
@@ -186,9 +189,9 @@ struct host_api {
 #undef AGQ_DECLARE
 
     /// Numbers of the operations the plugin looks at: new ones are inserted into ggml's enum from release to release.
-    int op_none = -1, op_mul_mat = -1, op_mul_mat_id = -1, op_get_rows = -1, op_soft_max = -1, op_flash_attn_ext = -1,
-        op_custom = -1, op_view = -1, op_reshape = -1, op_permute = -1, op_transpose = -1, op_norm = -1,
-        op_rms_norm = -1, op_mul = -1, op_add = -1, op_glu = -1;
+    int op_none = -1, op_mul_mat = -1, op_mul_mat_id = -1, op_get_rows = -1, op_set_rows = -1, op_soft_max = -1,
+        op_flash_attn_ext = -1, op_custom = -1, op_view = -1, op_reshape = -1, op_permute = -1, op_transpose = -1,
+        op_norm = -1, op_rms_norm = -1, op_mul = -1, op_add = -1, op_glu = -1;
 
     ggml_backend_device *cpu = nullptr;  ///< the device that runs all that is not ours
     bool openmp = false;                 ///< whether the CPU backend keeps its threads in OpenMP

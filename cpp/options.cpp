@@ -11,4 +11,9 @@ options read_options() {
     return result;
 }
 
+std::string prune_option() {
+    const char *text = std::getenv("AGQ_PRUNE");
+    return text ? text : "";
+}
+
 }  // namespace agq

@@ -1,4 +1,4 @@
-// Every environment variable of the plugin, read once when it is loaded.
+// Every environment variable of the plugin; read once when it is loaded, if nothing else is said.
 #pragma once
 
 #include <string>
@@ -10,5 +10,8 @@ struct options {
 };
 
 options read_options();
+
+/// AGQ_PRUNE, as it is now: it is read when a context is created. Empty if it is not set.
+std::string prune_option();
 
 }  // namespace agq

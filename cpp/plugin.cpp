@@ -1,5 +1,6 @@
 // The exported entry points of the plugin library, nothing else.
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <string>
 
@@ -8,6 +9,7 @@
 #include "kernels/select.h"
 #include "options.h"
 #include "profile.h"
+#include "prune/history.h"
 #include "type_registry.h"
 
 #ifdef _WIN32
@@ -63,4 +65,19 @@ AGQ_EXPORT int agq_profile_report(char *text, int size) {
     const std::string report = agq::profile_report();
     if (text && size > 0) std::memcpy(text, report.data(), std::min(report.size(), static_cast<size_t>(size)));
     return static_cast<int>(report.size());
+}
+
+/// Sets how contexts that this thread creates from now on prune (docs/pruning.md, "Control"); null: as AGQ_PRUNE says.
+/// Returns null, or what is wrong with the text (valid until the next call in this thread).
+AGQ_EXPORT const char *agq_set_prune(const char *text) {
+    static thread_local std::string error;
+    return agq::set_thread_pruning(text, &error) ? nullptr : error.c_str();
+}
+
+/// For each position of the sequence that this thread has computed last the layer behind which its token was dropped,
+/// or -1: up to `n` of them go to `layers` (which may be null). Returns how many there are.
+AGQ_EXPORT int32_t agq_last_pruned(int32_t *layers, int32_t n) {
+    const std::vector<int32_t> &known = agq::prune_history::of_thread().layers();
+    if (layers && n > 0) std::copy_n(known.begin(), std::min(known.size(), static_cast<size_t>(n)), layers);
+    return static_cast<int32_t>(known.size());
 }

@@ -50,8 +50,10 @@ def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
     names = {line.split()[-1] for line in lines.splitlines()}
     assert names == {
         "ggml_backend_init",
+        "llama_backend_init",
         "agq_last_error",
+        "agq_last_pruned",
         "agq_profile",
         "agq_profile_report",
-        "llama_backend_init",
+        "agq_set_prune",
     }

@@ -8,11 +8,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "softmax_weights.h"
+
 namespace agq {
 
-constexpr int attention_keys = 64;          ///< keys of a packed block
-constexpr int attention_row_limit = 96;     ///< most rows (tokens x query heads) of one call
-constexpr int attention_head_limit = 1024;  ///< longest query and key vector
+constexpr int attention_row_limit = weights_row_limit;  ///< most rows (tokens x query heads) of one call
+constexpr int attention_head_limit = 1024;              ///< longest query and key vector
 
 /// Row r = t * group + g is query head g of the group at token t, for t < n_tokens, g < group.
 struct attention_args {
@@ -51,6 +52,7 @@ struct attention_kernel {
     /// a key or value that is not finite, or is not finite itself, becomes NaN, as far as it depends on it.
     void (*attend)(const attention_args &args);
     void (*f16_to_f32)(const uint16_t *from, float *to, int64_t n);
+    softmax_weights_fn weights;  ///< of this instruction set, in binary32
 };
 
 #ifdef __GNUC__

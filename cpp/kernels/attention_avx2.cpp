@@ -5,6 +5,6 @@
 
 namespace agq {
 
-const attention_kernel attention_avx2 = AGQ_ATTENTION_TABLE;
+const attention_kernel attention_avx2 = AGQ_ATTENTION_TABLE(softmax_weights_avx2);
 
 }  // namespace agq

@@ -21,6 +21,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "softmax_weights.h"
 
 namespace agq {
 namespace {
@@ -544,6 +545,6 @@ void attend(const attention_args &args) {
 }  // namespace
 
 const attention_kernel attention_avx512vnni = {key_bytes,   value_bytes, scratch_bytes, pack_keys,
-                                               pack_values, attend,      f16_to_f32};
+                                               pack_values, attend,      f16_to_f32,    softmax_weights_avx512};
 
 }  // namespace agq

@@ -5,6 +5,6 @@
 
 namespace agq {
 
-const attention_kernel attention_generic = AGQ_ATTENTION_TABLE;
+const attention_kernel attention_generic = AGQ_ATTENTION_TABLE(softmax_weights_generic);
 
 }  // namespace agq

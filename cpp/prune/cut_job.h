@@ -1,0 +1,49 @@
+// The copies that a cut through the graph needs, as one custom node in front of what follows: rows of the tokens that
+// stay, masks for them, and zeros in the cache for those that go. It runs on all threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../host.h"
+
+namespace agq {
+
+struct cut_job {
+    /// Rows of a tensor, `bytes` each: row i of block b goes to `to + (b * rows + i) * bytes` and comes from
+    /// `from + (b * source_rows + rows[i]) * bytes`.
+    struct gather {
+        const char *from;
+        char *to;
+        size_t bytes;
+        int64_t blocks, source_rows;
+        const std::vector<int32_t> *rows;
+    };
+    /// Rows of a mask (as above, rows null: all `n_rows`), of which the columns in `hidden` become -inf. With `columns`
+    /// only these are copied, side by side.
+    struct mask {
+        const char *from;
+        char *to;
+        size_t from_stride, to_stride;
+        int64_t n_rows, n_columns;
+        bool is_f16;
+        const std::vector<int32_t> *rows;
+        const std::vector<int32_t> *hidden;
+        const std::vector<int32_t> *columns;
+    };
+    struct zeros {
+        char *at;
+        size_t bytes;
+    };
+
+    std::vector<gather> gathers;
+    std::vector<mask> masks;
+    std::vector<zeros> clears;
+
+    bool empty() const { return gathers.empty() && masks.empty() && clears.empty(); }
+};
+
+/// Function of the custom node; `userdata` is the cut_job.
+void cut_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+
+}  // namespace agq

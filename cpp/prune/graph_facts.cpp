@@ -1,0 +1,121 @@
+#include "graph_facts.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace agq {
+
+namespace {
+
+constexpr char cache_prefix[] = "cache_k_l";
+constexpr char mask_name[] = "attn_inp_kq_mask";
+
+float float_param(const ggml_tensor *node, int i) {
+    float value;
+    std::memcpy(&value, &node->op_params[i], sizeof(value));
+    return value;
+}
+
+bool is_mask(const ggml_tensor *t) {
+    return t && t->op == host.op_none && is_named(t, mask_name);
+}
+
+}  // namespace
+
+bool is_named(const ggml_tensor *t, const char *name) {
+    return std::strncmp(t->name, name, sizeof(t->name)) == 0;
+}
+
+std::string name_of(const ggml_tensor *t) {
+    return std::string(t->name, strnlen(t->name, sizeof(t->name)));
+}
+
+const ggml_tensor *root_of(const ggml_tensor *t) {
+    while (t->view_src) t = t->view_src;
+    return t;
+}
+
+int cache_layer(const ggml_tensor *t) {
+    const ggml_tensor *root = root_of(t);
+    constexpr size_t length = sizeof(cache_prefix) - 1;
+    return std::strncmp(root->name, cache_prefix, length) == 0 ? std::atoi(root->name + length) : -1;
+}
+
+void graph_facts::read(ggml_tensor **nodes, int n) {
+    *this = {};
+    n_nodes = n;
+    complete = true;
+    const size_t count = static_cast<size_t>(n);
+    tensors.assign(nodes, nodes + n);
+    numbers_.reserve(2 * count + 16);
+    for (int i = 0; i < n; ++i) numbers_.emplace(nodes[i], i);
+    last_use.assign(count, -1);
+    for (int i = 0; i < n; ++i) {
+        for (ggml_tensor *src : nodes[i]->src) {
+            if (!src) continue;
+            const auto [entry, is_new] = numbers_.emplace(src, static_cast<int>(tensors.size()));
+            if (is_new) {
+                tensors.push_back(src);
+                last_use.push_back(-1);
+                if (src->op != host.op_none) complete = false;
+                find_input(src);
+            }
+            last_use[static_cast<size_t>(entry->second)] = i;
+        }
+        find_site(i);
+    }
+}
+
+void graph_facts::find_input(const ggml_tensor *leaf) {
+    const struct {
+        const char *name;
+        const ggml_tensor **slot;
+    } known[] = {{mask_name, &mask}, {"inp_pos", &positions}, {"attn_inp_k_idxs", &k_cells}, {"out_ids", &out_ids}};
+    for (const auto &input : known) {
+        if (!is_named(leaf, input.name)) continue;
+        if (*input.slot) ambiguous = true;
+        *input.slot = leaf;
+    }
+}
+
+void graph_facts::find_site(int i) {
+    const ggml_tensor *node = tensors[static_cast<size_t>(i)];
+    if (node->op == host.op_flash_attn_ext) {
+        attention_site site;
+        site.layer = cache_layer(node->src[1]);
+        if (site.layer < 0 || !is_mask(node->src[3])) return;
+        site.first = site.masked = site.last = i;
+        site.mask_slot = 3;
+        site.plain = true;
+        site.q = node->src[0];
+        site.k = node->src[1];
+        site.sinks = node->src[4];
+        site.scale = float_param(node, 0);
+        site.max_bias = float_param(node, 1);
+        site.soft_cap = float_param(node, 2);
+        sites.push_back(site);
+    } else if (node->op == host.op_soft_max && is_mask(node->src[1])) {
+        // The product may be followed by a soft cap: up to three nodes of scaling and tanh.
+        const ggml_tensor *scores = node->src[0];
+        for (int step = 0; step < 4 && scores && scores->op != host.op_mul_mat; ++step) scores = scores->src[0];
+        if (!scores || scores->op != host.op_mul_mat || cache_layer(scores->src[0]) < 0) return;
+        attention_site site;
+        site.layer = cache_layer(scores->src[0]);
+        site.first = number(scores);
+        site.masked = i;
+        site.mask_slot = 1;
+        site.plain = scores == node->src[0];
+        site.q = scores->src[1];
+        site.k = scores->src[0];
+        site.sinks = node->src[2];
+        site.scale = float_param(node, 0);
+        site.max_bias = float_param(node, 1);
+        sites.push_back(site);
+    } else if (node->op == host.op_mul_mat && node->src[1]->op == host.op_soft_max) {
+        for (attention_site &site : sites) {
+            if (tensors[static_cast<size_t>(site.masked)] == node->src[1]) site.last = i;
+        }
+    }
+}
+
+}  // namespace agq

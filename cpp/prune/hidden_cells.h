@@ -1,0 +1,39 @@
+// Which cells of the cache belong to dropped tokens, for each attention of the graph at hand.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "graph_facts.h"
+#include "zero_rows.h"
+
+namespace agq {
+
+class hidden_cells {
+  public:
+    /// Looks at the cache as it is before the graph is computed. All sites must share facts.mask. Returns whether any
+    /// cell is hidden. Throws std::bad_alloc.
+    bool find(const graph_facts &facts);
+
+    /// Attentions of one level hide the same cells; level 0 hides none.
+    int level(int site) const { return level_of_site_[static_cast<size_t>(site)]; }
+    int levels() const { return static_cast<int>(cells_.size()); }
+    /// The cells of a level, by stream and cell.
+    const std::vector<dropped_cell> &cells(int level) const { return cells_[static_cast<size_t>(level)]; }
+
+  private:
+    void mark_in_flight(const graph_facts &facts);
+    void find_in_whole(const graph_facts &facts);
+    void find_in_part(const graph_facts &facts);
+
+    zero_row_scanner scanner_;
+    std::vector<key_rows> layers_;
+    std::vector<uint8_t> in_flight_;  ///< cells that this ubatch writes, by stream and cell
+    std::vector<int> level_of_site_;
+    std::vector<std::vector<dropped_cell>> cells_;
+};
+
+/// By how much the numbers in `attn_inp_k_idxs`, which count the cells of all streams, exceed those of the mask.
+int64_t cell_offset(const attention_site &site);
+
+}  // namespace agq

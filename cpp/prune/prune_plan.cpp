@@ -1,0 +1,127 @@
+#include "prune_plan.h"
+
+#include <algorithm>
+
+#include "graph_copy.h"
+#include "hidden_cells.h"
+#include "importance.h"
+#include "zero_rows.h"
+
+namespace agq {
+
+namespace {
+
+/// What is missing or odd at first sight.
+std::string find_gap(const graph_facts &facts) {
+    if (!facts.complete) return "the host computes the graph in parts (an evaluation callback, or several devices)";
+    if (facts.ambiguous) return "the model has several attention masks or caches (sliding windows)";
+    if (!facts.mask || !facts.k_cells || facts.sites.empty()) return "the model has no causal K/V cache";
+    if (!facts.out_ids) return "the graph does not choose the tokens whose logits are wanted";
+    if (facts.mask->ne[3] != 1) return "the batch holds several sequences";
+    for (size_t i = 0; i < facts.sites.size(); ++i) {
+        if (facts.sites[i].last < 0) return "the output of an attention was not found";
+        if (i > 0 && facts.sites[i].layer <= facts.sites[i - 1].layer) return "layers share their K/V cache";
+    }
+    return "";
+}
+
+/// Whether a host could look at a tensor of which the pruned run only computes some tokens.
+bool is_wanted_whole(const graph_facts &facts, const std::vector<token_dim> &dims, int first_cut) {
+    const size_t n = static_cast<size_t>(facts.n_nodes);
+    if (dims[n - 1]) return true;
+    for (size_t i = static_cast<size_t>(first_cut); i < n; ++i) {
+        if (dims[i] && (facts.tensors[i]->flags & ggml_flag_output)) return true;
+    }
+    return false;
+}
+
+bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prune_stage &stage, prune_plan *plan) {
+    const auto site = std::find_if(facts.sites.begin(), facts.sites.end(),
+                                   [&](const attention_site &s) { return s.layer == stage.layer; });
+    if (site == facts.sites.end() || site + 1 == facts.sites.end()) {
+        plan->obstacle = "layer " + std::to_string(stage.layer) + " is not one that others follow (the last is " +
+                         std::to_string(facts.sites.back().layer) + ")";
+        return false;
+    }
+    attention_job job;
+    if (!plan_importance(*site, facts.mask, kern, &job)) {
+        plan->obstacle = "the attention of layer " + std::to_string(stage.layer) + " is of a kind that is not covered";
+        return false;
+    }
+    prune_cut cut;
+    cut.stage = stage;
+    cut.site = static_cast<int>(site - facts.sites.begin());
+    cut.at = site->last;
+    for (size_t i = 0; i < facts.tensors.size(); ++i) {
+        const bool before = static_cast<int>(i) <= cut.at || static_cast<int>(i) >= facts.n_nodes;
+        if (!before || !plan->dims[i] || facts.last_use[i] <= cut.at || facts.tensors[i] == facts.mask) continue;
+        if (!is_contiguous(facts.tensors[i])) {
+            plan->obstacle = "the tensor '" + name_of(facts.tensors[i]) + "' is not contiguous";
+            return false;
+        }
+        cut.crossing.push_back(static_cast<int>(i));
+    }
+    plan->cuts.push_back(std::move(cut));
+    return true;
+}
+
+}  // namespace
+
+prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage> &stages,
+                        const attention_kernel *kern) {
+    prune_plan plan;
+    plan.obstacle = find_gap(facts);
+    if (!plan.obstacle.empty()) return plan;
+    if (!kern) {
+        plan.obstacle = "this build has no attention kernels";
+        return plan;
+    }
+    plan.tokens = facts.k_cells->ne[0];
+    if (!trace_tokens(facts, plan.tokens, &plan.dims, &plan.obstacle)) return plan;
+    for (const prune_stage &stage : stages) {
+        if (!plan_cut(facts, kern, stage, &plan)) return plan;
+    }
+    if (!plan.cuts.empty() && is_wanted_whole(facts, plan.dims, plan.cuts[0].at)) {
+        plan.obstacle = "the host wants a tensor of all tokens";
+    }
+    return plan;
+}
+
+int32_t first_position(const graph_facts &facts) {
+    int32_t visible = 0;
+    for (int64_t c = 0; c < facts.mask->ne[0]; ++c) visible += !is_hidden(facts.mask, c, 0, 0);
+    return visible - 1;
+}
+
+std::string read_ubatch(const graph_facts &facts, ubatch_facts *ubatch) {
+    const int64_t tokens = facts.k_cells->ne[0], columns = facts.mask->ne[0], offset = cell_offset(facts.sites[0]);
+    const int64_t *indices = static_cast<const int64_t *>(facts.k_cells->data);
+    const int32_t *out_ids = static_cast<const int32_t *>(facts.out_ids->data);
+    if (facts.out_ids->ne[0] >= tokens) return "the logits of all tokens are asked for";
+    ubatch->wanted.assign(static_cast<size_t>(tokens), 0);
+    for (int64_t i = 0; i < facts.out_ids->ne[0]; ++i) {
+        if (out_ids[i] < 0 || out_ids[i] >= tokens) return "the numbers of the tokens whose logits are wanted are odd";
+        ubatch->wanted[static_cast<size_t>(out_ids[i])] = 1;
+    }
+    std::vector<int32_t> &cells = ubatch->cells;
+    cells.resize(static_cast<size_t>(tokens));
+    for (size_t t = 0; t < cells.size(); ++t) {
+        const int64_t cell = indices[t] - offset;
+        if (cell < 0 || cell >= columns) return "a token's cell is out of sight";
+        cells[t] = static_cast<int32_t>(cell);
+    }
+    // A token that sees the one before it, and not the one behind it, is of the same sequence.
+    for (int64_t t = 0; t + 1 < tokens; ++t) {
+        const size_t i = static_cast<size_t>(t);
+        if (is_hidden(facts.mask, cells[i], t + 1, 0)) return "the batch holds several sequences";
+        if (!is_hidden(facts.mask, cells[i + 1], t, 0)) return "attention is not causal";
+    }
+    ubatch->position = first_position(facts);
+    // The cache fills from its first cell on, and what is still there of the sequence's beginning stays in place.
+    int64_t first = 0;
+    while (first < columns && is_hidden(facts.mask, first, 0, 0)) ++first;
+    ubatch->first_cell = ubatch->position > 0 && first < columns ? static_cast<int32_t>(first) : cells[0];
+    return "";
+}
+
+}  // namespace agq

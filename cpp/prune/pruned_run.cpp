@@ -1,0 +1,202 @@
+#include "pruned_run.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "selection.h"
+
+namespace agq {
+
+struct pruned_run::call {
+    const graph_facts &facts;
+    const prune_plan &plan;
+    const hidden_cells &hidden;
+    bool mask_only;
+    const ubatch_facts &ubatch;
+    int n_threads;
+    const segment_fn &compute;
+
+    ggml_backend_buffer *buffer() const { return facts.tensors[0]->buffer; }
+};
+
+ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, const hidden_cells &hidden,
+                            bool mask_only, const ubatch_facts &ubatch, int n_threads, const segment_fn &compute) {
+    const call c{facts, plan, hidden, mask_only, ubatch, n_threads, compute};
+    arena_.clear();
+    lists_.clear();
+    job_ = {};
+    rows_ = plan.tokens;
+    copy_.begin(&facts, &plan.dims, plan.tokens, &arena_);
+    alive_.resize(static_cast<size_t>(plan.tokens));
+    for (size_t t = 0; t < alive_.size(); ++t) alive_[t] = static_cast<int32_t>(t);
+    gone_cells_.clear();
+    layer_of_token_.assign(alive_.size(), -1);
+    for (size_t segment = 0; segment <= plan.cuts.size(); ++segment) {
+        const ggml_status status = run_segment(c, segment);
+        if (status != status_success) return status;
+        if (segment == plan.cuts.size()) break;
+        choose(c, plan.cuts[segment]);
+        apply_cut(c, plan.cuts[segment]);
+    }
+    return status_success;
+}
+
+/// The mask of an attention in this segment: for the tokens in the graph, with dropped ones hidden.
+ggml_tensor *pruned_run::mask_of(const call &c, int site) {
+    const int level = c.hidden.level(site);
+    ggml_tensor *&made = masks_[static_cast<size_t>(level)];
+    if (made) return made;
+    const ggml_tensor *original = c.facts.mask;
+    if (level == 0 && gone_cells_.empty()) return made = const_cast<ggml_tensor *>(original);
+    made = copy_.with_tokens(c.facts.number(original), rows_);
+    std::vector<int32_t> &hide = lists_.emplace_back(gone_cells_);
+    for (const dropped_cell &d : c.hidden.cells(level)) hide.push_back(d.cell);
+    cut_job::mask m = {};
+    m.from = static_cast<const char *>(original->data);
+    m.to = static_cast<char *>(made->data);
+    m.from_stride = original->nb[1];
+    m.to_stride = made->nb[1];
+    m.n_rows = rows_;
+    m.n_columns = original->ne[0];
+    m.is_f16 = original->type == ggml_type_f16;
+    m.rows = c.mask_only ? nullptr : &lists_.emplace_back(alive_);
+    m.hidden = &hide;
+    job_.masks.push_back(m);
+    return made;
+}
+
+void pruned_run::plan_importance_node(const call &c, const prune_cut &cut) {
+    // Queries are those of this segment's copy; the keys are in the cache.
+    attention_site site = c.facts.sites[static_cast<size_t>(cut.site)];
+    site.q = copy_.current(c.facts.number(site.q));
+    plan_importance(site, mask_of(c, cut.site), kern_, &importance_.attention);
+    importance_.score = cut.stage.score;
+    importance_.rows.resize(alive_.size());
+    importance_.cells.resize(alive_.size());
+    for (size_t i = 0; i < alive_.size(); ++i) {
+        importance_.rows[i] = c.mask_only ? alive_[i] : static_cast<int32_t>(i);
+        importance_.cells[i] = c.ubatch.cells[static_cast<size_t>(alive_[i])];
+    }
+    importance_.first_cell = c.ubatch.first_cell;
+    importance_.prepare(c.n_threads);
+    nodes_.push_back(arena_.custom(importance_node, &importance_, c.buffer()));
+}
+
+ggml_status pruned_run::run_segment(const call &c, size_t segment) {
+    const auto &cuts = c.plan.cuts;
+    const bool is_last = segment == cuts.size();
+    const int begin = segment == 0 ? 0 : cuts[segment - 1].at + 1;
+    const int end = is_last ? c.facts.n_nodes : cuts[segment].at + 1;
+    masks_.assign(static_cast<size_t>(c.hidden.levels()), nullptr);
+    nodes_.clear();
+    nodes_.push_back(nullptr);  // the place of the copies
+    size_t site = 0;
+    while (site < c.facts.sites.size() && c.facts.sites[site].masked < begin) ++site;
+    for (int i = begin; i < end; ++i) {
+        if (!is_last && c.facts.sites[static_cast<size_t>(cuts[segment].site)].first == i &&
+            cuts[segment].stage.score != prune_score::random) {
+            plan_importance_node(c, cuts[segment]);
+        }
+        ggml_tensor *mask = nullptr;
+        int slot = 0;
+        if (site < c.facts.sites.size() && c.facts.sites[site].masked == i) {
+            slot = c.facts.sites[site].mask_slot;
+            mask = mask_of(c, static_cast<int>(site));
+            if (mask == c.facts.mask) mask = nullptr;
+            ++site;
+        }
+        nodes_.push_back(copy_.node(i, rows_, mask, slot));
+    }
+    // With mask_only the keys of dropped tokens are computed, and cleared when nothing needs the graph any more.
+    ggml_tensor *copies = job_.empty() ? nullptr : arena_.custom(cut_node, &job_, c.buffer());
+    cut_job clears;
+    if (c.mask_only && !job_.clears.empty()) {
+        clears.clears.swap(job_.clears);
+        if (is_last) {
+            nodes_.push_back(arena_.custom(cut_node, &clears, c.buffer()));
+        }
+    }
+    nodes_[0] = copies;
+    const size_t skip = copies ? 0 : 1;
+    const ggml_status status = c.compute(nodes_.data() + skip, static_cast<int>(nodes_.size() - skip));
+    job_ = {};
+    if (c.mask_only && !is_last) job_.clears.swap(clears.clears);
+    return status;
+}
+
+void pruned_run::choose(const call &c, const prune_cut &cut) {
+    std::vector<float> importance;
+    if (cut.stage.score == prune_score::random) {
+        for (int32_t t : alive_) importance.push_back(random_importance(c.ubatch.position + t, cut.stage.layer));
+    } else {
+        importance = importance_.result();
+    }
+    std::vector<uint8_t> is_protected(alive_.size(), 0);
+    for (size_t i = 0; i < alive_.size(); ++i) {
+        const bool asks = cut.stage.score == prune_score::recent && i + recent_queries >= alive_.size();
+        const bool is_first = alive_[i] == 0 && c.ubatch.position == 0;
+        is_protected[i] = asks || is_first || c.ubatch.wanted[static_cast<size_t>(alive_[i])];
+    }
+    const std::vector<int32_t> dropped = choose_dropped(cut.stage, importance, is_protected);
+    std::vector<int32_t> still;
+    kept_.clear();
+    gone_now_.clear();
+    size_t next = 0;
+    for (size_t i = 0; i < alive_.size(); ++i) {
+        if (next < dropped.size() && static_cast<size_t>(dropped[next]) == i) {
+            ++next;
+            layer_of_token_[static_cast<size_t>(alive_[i])] = cut.stage.layer;
+            gone_now_.push_back(c.ubatch.cells[static_cast<size_t>(alive_[i])]);
+        } else {
+            kept_.push_back(static_cast<int32_t>(i));
+            still.push_back(alive_[i]);
+        }
+    }
+    gone_cells_.insert(gone_cells_.end(), gone_now_.begin(), gone_now_.end());
+    alive_.swap(still);
+}
+
+void pruned_run::add_clears(const call &c, const prune_cut &cut) {
+    for (size_t s = static_cast<size_t>(cut.site) + 1; s < c.facts.sites.size(); ++s) {
+        const key_rows rows = key_rows::of(c.facts.sites[s].k);
+        for (int32_t cell : gone_now_) job_.clears.push_back({const_cast<char *>(rows.row(cell, 0)), rows.row_bytes});
+    }
+}
+
+/// Prepares the copies for the segment behind the cut.
+void pruned_run::apply_cut(const call &c, const prune_cut &cut) {
+    if (gone_now_.empty()) return;
+    add_clears(c, cut);
+    if (c.mask_only) return;
+    const std::vector<int32_t> &kept = lists_.emplace_back(kept_);
+    const int64_t rows_before = rows_;
+    rows_ = static_cast<int64_t>(kept.size());
+    for (int number : cut.crossing) {
+        const ggml_tensor *from = copy_.current(number);
+        const token_dim dim = c.plan.dims[static_cast<size_t>(number)];
+        ggml_tensor *to = copy_.with_tokens(number, rows_);
+        cut_job::gather g = {};
+        g.from = static_cast<const char *>(from->data);
+        g.to = static_cast<char *>(to->data);
+        g.bytes = token_bytes(from, dim);
+        g.blocks = 1;
+        for (int d = dim.dim + 1; d < 4; ++d) g.blocks *= from->ne[d];
+        g.source_rows = rows_before;
+        g.rows = &kept;
+        job_.gathers.push_back(g);
+        copy_.replace(number, to);
+    }
+    // The tokens whose logits are wanted have new numbers.
+    const ggml_tensor *out_ids = c.facts.out_ids;
+    ggml_tensor *renumbered = arena_.copy(out_ids);
+    renumbered->data = arena_.memory(static_cast<size_t>(out_ids->ne[0]) * sizeof(int32_t));
+    for (int64_t i = 0; i < out_ids->ne[0]; ++i) {
+        const int32_t token = static_cast<const int32_t *>(out_ids->data)[i];
+        const auto at = std::lower_bound(alive_.begin(), alive_.end(), token);
+        static_cast<int32_t *>(renumbered->data)[i] = static_cast<int32_t>(at - alive_.begin());
+    }
+    copy_.replace(c.facts.number(out_ids), renumbered);
+}
+
+}  // namespace agq

@@ -1,0 +1,61 @@
+// One prompt call with ever fewer tokens: segments of the graph that end behind the attention of a pruning layer, and
+// between them the choice of tokens and the copies that it needs.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <vector>
+
+#include "cut_job.h"
+#include "graph_copy.h"
+#include "hidden_cells.h"
+#include "importance.h"
+#include "prune_plan.h"
+
+namespace agq {
+
+/// Computes the nodes of a graph or of a part of it.
+using segment_fn = std::function<ggml_status(ggml_tensor **nodes, int n)>;
+
+/// Memory is kept from one run to the next.
+class pruned_run {
+  public:
+    explicit pruned_run(const attention_kernel *kern) : kern_(kern) {}
+    pruned_run(const pruned_run &) = delete;
+    pruned_run &operator=(const pruned_run &) = delete;
+
+    /// `cells` and `first_cell` are those of find_obstacle. `mask_only`: all tokens stay, but dropped ones are hidden
+    /// as if they had gone. Throws std::bad_alloc.
+    ggml_status run(const graph_facts &facts, const prune_plan &plan, const hidden_cells &hidden, bool mask_only,
+                    const ubatch_facts &ubatch, int n_threads, const segment_fn &compute);
+
+    /// For each token of the ubatch the layer behind which it was dropped, or -1.
+    const std::vector<int32_t> &layer_of_token() const { return layer_of_token_; }
+
+  private:
+    struct call;
+
+    ggml_tensor *mask_of(const call &c, int site);
+    ggml_status run_segment(const call &c, size_t segment);
+    void plan_importance_node(const call &c, const prune_cut &cut);
+    void choose(const call &c, const prune_cut &cut);
+    void apply_cut(const call &c, const prune_cut &cut);
+    void add_clears(const call &c, const prune_cut &cut);
+
+    const attention_kernel *kern_;
+    tensor_arena arena_;
+    graph_copy copy_;
+    importance_job importance_;
+    cut_job job_;                             ///< of the segment to come
+    std::deque<std::vector<int32_t>> lists_;  ///< that job_ points at
+    std::vector<ggml_tensor *> nodes_;
+    std::vector<ggml_tensor *> masks_;  ///< of this segment, by level; null: not made yet
+    int64_t rows_ = 0;                  ///< tokens in the graph: all with mask_only
+    std::vector<int32_t> alive_;        ///< tokens that are still there, ascending
+    std::vector<int32_t> gone_cells_;   ///< of the tokens that are not, in the order in which they went
+    std::vector<int32_t> kept_;         ///< of the latest choice: indices into alive_ as it was before
+    std::vector<int32_t> gone_now_;     ///< cells of the latest choice
+    std::vector<int32_t> layer_of_token_;
+};
+
+}  // namespace agq

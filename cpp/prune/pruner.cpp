@@ -1,0 +1,103 @@
+#include "pruner.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "../attributes.h"
+#include "history.h"
+
+namespace agq {
+
+namespace {
+
+/// The pruning record of a weight of a layer; returns false if there is none. Damage is left to those who multiply with
+/// it.
+bool read_record(const ggml_tensor *weights, prune_stage *stage) {
+    if (weights->type != ggml_type_id || std::strncmp(weights->name, "blk.", 4) != 0 || !weights->data ||
+        weights->view_src || weights->ne[0] % tile_columns != 0 || weights->ne[1] % panel_rows != 0) {
+        return false;
+    }
+    const tile *tiles = static_cast<const tile *>(weights->data);
+    if (!(read_header(tiles).flags & flag_pruning)) return false;
+    std::string ignored;
+    const auto attributes = parse_attributes(tiles, weights->ne[1], weights->ne[0], &ignored);
+    if (!attributes || !attributes->prunes) return false;
+    stage->layer = std::atoi(weights->name + 4);
+    stage->by_share = false;
+    stage->value = attributes->prune_threshold;
+    stage->score = static_cast<prune_score>(attributes->prune_score);
+    return true;
+}
+
+}  // namespace
+
+std::vector<prune_stage> pruner::stages() const {
+    if (settings_.source == prune_settings::source_kind::list) return settings_.stages;
+    std::vector<prune_stage> found;
+    if (settings_.source == prune_settings::source_kind::off) return found;
+    for (const ggml_tensor *t : facts_.tensors) {
+        prune_stage stage;
+        if (t->op == host.op_none && read_record(t, &stage)) found.push_back(stage);
+    }
+    std::stable_sort(found.begin(), found.end(), [](const auto &a, const auto &b) { return a.layer < b.layer; });
+    const auto same_layer = [](const auto &a, const auto &b) { return a.layer == b.layer; };
+    found.erase(std::unique(found.begin(), found.end(), same_layer), found.end());
+    return found;
+}
+
+void pruner::read_graph(ggml_tensor **nodes, int n) {
+    facts_.read(nodes, n);
+    masked_.clear();
+    is_planned_ = false;
+    last_ = form::none;
+}
+
+void pruner::warn_once(const std::string &obstacle) {
+    if (warned_.insert(obstacle).second) log_line(log_warn, "token pruning is off: " + obstacle);
+}
+
+/// Whether this ubatch is to be pruned, and can be.
+bool pruner::may_prune() {
+    if (settings_.source == prune_settings::source_kind::off) return false;
+    // A graph without a mask over a cache is no decoding (it moves keys, for instance), or not one of a causal model.
+    const ggml_tensor *counted = facts_.k_cells ? facts_.k_cells : facts_.positions;
+    if (!counted || counted->ne[0] < settings_.min_tokens) return false;
+    if (!is_planned_) {
+        const std::vector<prune_stage> wanted = stages();
+        plan_ = wanted.empty() ? prune_plan{} : plan_pruning(facts_, wanted, kern_);
+        is_planned_ = true;
+    }
+    if (plan_.obstacle.empty() && plan_.cuts.empty()) return false;
+    std::string obstacle = plan_.obstacle;
+    if (obstacle.empty()) obstacle = read_ubatch(facts_, &ubatch_);
+    if (!obstacle.empty()) warn_once(obstacle);
+    return obstacle.empty();
+}
+
+ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute) {
+    if (!repeated) read_graph(nodes, n);
+    // Models with several masks are never pruned, so there is nothing to hide.
+    const bool has_cache = facts_.mask && !facts_.ambiguous && !facts_.sites.empty();
+    const bool any_hidden = has_cache && hidden_.find(facts_);
+    if (may_prune()) {
+        last_ = form::pruned;
+        const auto segment = [&](ggml_tensor **part, int size) { return compute(part, size, false); };
+        const ggml_status status =
+            pruned_.run(facts_, plan_, hidden_, settings_.mask_only, ubatch_, n_threads, segment);
+        prune_history::of_thread().record(ubatch_.position, pruned_.layer_of_token());
+        return status;
+    }
+    if (has_cache && facts_.k_cells && facts_.mask->ne[3] == 1) {
+        prune_history::of_thread().record_kept(first_position(facts_), static_cast<size_t>(facts_.k_cells->ne[0]));
+    }
+    const form now = any_hidden || masked_.is_built() ? form::masked : form::host;
+    const bool same = repeated && last_ == now;
+    last_ = now;
+    if (now == form::host) return compute(nodes, n, same);
+    if (!masked_.is_built()) masked_.build(facts_);
+    masked_.fill(facts_, hidden_);
+    return compute(masked_.nodes().data(), n, same);
+}
+
+}  // namespace agq

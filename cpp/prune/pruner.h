@@ -1,0 +1,55 @@
+// Token pruning (docs/pruning.md): decides for each graph of the host whether it is computed with ever fewer tokens,
+// with masks that hide dropped ones, or as it is.
+#pragma once
+
+#include <functional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "hidden_cells.h"
+#include "masked_graph.h"
+#include "prune_plan.h"
+#include "pruned_run.h"
+#include "settings.h"
+
+namespace agq {
+
+/// The pruning of one backend instance. Not thread-safe, like a ggml backend.
+class pruner {
+  public:
+    pruner(const attention_kernel *kern, prune_settings settings)
+        : kern_(kern), settings_(std::move(settings)), pruned_(kern) {}
+    pruner(const pruner &) = delete;
+    pruner &operator=(const pruner &) = delete;
+
+    /// Computes nodes of the host, or copies of them. `repeated` says that they are those of the last call.
+    using compute_fn = std::function<ggml_status(ggml_tensor **nodes, int n, bool repeated)>;
+
+    /// Computes the host's graph by one or several calls of `compute`, which may use up to `n_threads` threads.
+    /// `repeated` says that the graph is that of the last run. Throws std::bad_alloc.
+    ggml_status run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute);
+
+  private:
+    void read_graph(ggml_tensor **nodes, int n);
+    std::vector<prune_stage> stages() const;
+    bool may_prune();
+    void warn_once(const std::string &obstacle);
+
+    const attention_kernel *kern_;
+    const prune_settings settings_;
+    std::set<std::string> warned_;
+
+    // Of the latest graph.
+    graph_facts facts_;
+    prune_plan plan_;
+    bool is_planned_ = false;
+    masked_graph masked_;
+    enum class form : uint8_t { none, host, masked, pruned } last_ = form::none;  ///< what was computed last
+
+    hidden_cells hidden_;
+    pruned_run pruned_;
+    ubatch_facts ubatch_;
+};
+
+}  // namespace agq

@@ -1,0 +1,20 @@
+// Chooses the tokens that go, from their importance.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "settings.h"
+
+namespace agq {
+
+/// Indices (ascending) of the tokens to drop among those still there. Protected tokens and those whose importance is
+/// not a number stay. By share: the least important ones, as many as the share of all of them, rounded; of equals the
+/// earlier one goes. By threshold: all below it.
+std::vector<int32_t> choose_dropped(const prune_stage &stage, const std::vector<float> &importance,
+                                    const std::vector<uint8_t> &is_protected);
+
+/// A number in [0, 1) for a position, the same in every run: the importance of `random`.
+float random_importance(int32_t position, int layer);
+
+}  // namespace agq

@@ -1,0 +1,120 @@
+#include "settings.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+namespace agq {
+
+namespace {
+
+constexpr int max_layer = 10000;
+
+std::vector<std::string> split(const std::string &text, char separator) {
+    std::vector<std::string> parts(1);
+    for (char c : text) {
+        if (c == separator) {
+            parts.emplace_back();
+        } else if (c != ' ') {
+            parts.back() += c;
+        }
+    }
+    return parts;
+}
+
+bool parse_number(const std::string &text, double *value) {
+    char *end = nullptr;
+    *value = std::strtod(text.c_str(), &end);
+    return !text.empty() && *end == '\0' && std::isfinite(*value);
+}
+
+bool parse_whole(const std::string &text, int least, int most, int *value) {
+    double number;
+    if (!parse_number(text, &number) || number < least || number > most || number != std::floor(number)) return false;
+    *value = static_cast<int>(number);
+    return true;
+}
+
+/// LAYER:SHARE or LAYER:tTHRESHOLD
+bool parse_stage(const std::string &text, prune_stage *stage) {
+    const size_t colon = text.find(':');
+    if (colon == std::string::npos || !parse_whole(text.substr(0, colon), 0, max_layer, &stage->layer)) return false;
+    std::string value = text.substr(colon + 1);
+    stage->by_share = value.empty() || value[0] != 't';
+    if (!stage->by_share) value.erase(0, 1);
+    double number;
+    if (!parse_number(value, &number) || number < 0 || (stage->by_share && number >= 1)) return false;
+    stage->value = static_cast<float>(number);
+    return true;
+}
+
+bool parse_score(const std::string &text, prune_score *score) {
+    const struct {
+        const char *name;
+        prune_score value;
+    } known[] = {{"first", prune_score::first},
+                 {"received", prune_score::received},
+                 {"recent", prune_score::recent},
+                 {"random", prune_score::random}};
+    for (const auto &entry : known) {
+        if (text == entry.name) {
+            *score = entry.value;
+            return true;
+        }
+    }
+    return false;
+}
+
+/// The part before the first semicolon.
+bool parse_source(const std::string &text, prune_settings *settings) {
+    using kind = prune_settings::source_kind;
+    if (text.empty() || text == "file") return true;
+    if (text == "off") {
+        settings->source = kind::off;
+        return true;
+    }
+    std::vector<std::string> parts = split(text, ',');
+    if (parts[0] == "mask") {
+        settings->mask_only = true;
+        parts.erase(parts.begin());
+        if (parts.empty()) return true;
+    }
+    settings->source = kind::list;
+    for (const std::string &part : parts) {
+        if (!parse_stage(part, &settings->stages.emplace_back())) return false;
+    }
+    auto &stages = settings->stages;
+    std::sort(stages.begin(), stages.end(), [](const auto &a, const auto &b) { return a.layer < b.layer; });
+    const auto same_layer = [](const auto &a, const auto &b) { return a.layer == b.layer; };
+    return std::adjacent_find(stages.begin(), stages.end(), same_layer) == stages.end();
+}
+
+}  // namespace
+
+bool parse_prune_settings(const std::string &text, prune_settings *settings, std::string *error) {
+    *settings = {};
+    const std::vector<std::string> parts = split(text, ';');
+    settings->given = parts.size() > 1 || !parts[0].empty();
+    bool good = parse_source(parts[0], settings);
+    prune_score score = prune_score::received;
+    for (size_t i = 1; good && i < parts.size(); ++i) {
+        if (parts[i].compare(0, 6, "score=") == 0) {
+            // The file's thresholds were chosen for the file's score.
+            good = settings->source == prune_settings::source_kind::list && parse_score(parts[i].substr(6), &score);
+        } else if (parts[i].compare(0, 4, "min=") == 0) {
+            good = parse_whole(parts[i].substr(4), 2, 1 << 30, &settings->min_tokens);
+        } else {
+            good = false;
+        }
+    }
+    for (prune_stage &stage : settings->stages) stage.score = score;
+    if (!good) {
+        *error = "pruning is set to '" + text +
+                 "', which is not understood; known are 'file', 'off', 'mask', a list as '3:0.5' (share) or '3:t0.1' " +
+                 "(threshold), each layer once, 'mask,' and a list, and behind it ';score=first|received|recent|" +
+                 "random' (with a list) and ';min=TOKENS'";
+    }
+    return good;
+}
+
+}  // namespace agq

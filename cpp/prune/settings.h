@@ -1,0 +1,36 @@
+// What to prune: the text of AGQ_PRUNE (docs/pruning.md, "Control") as a struct.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace agq {
+
+/// How the importance of a token is measured (docs/pruning.md, "Scores"). The first three numbers are those of the file
+/// format.
+enum class prune_score : uint8_t { first = 0, received = 1, recent = 2, random = 3 };
+
+/// Behind the attention of `layer`, drop tokens by rank (`by_share`: this share of those that are still there) or by
+/// threshold (those whose importance is below `value`).
+struct prune_stage {
+    int layer = 0;
+    bool by_share = false;
+    float value = 0;
+    prune_score score = prune_score::received;
+};
+
+struct prune_settings {
+    enum class source_kind : uint8_t { file, off, list };
+
+    source_kind source = source_kind::file;
+    bool given = false;      ///< set by somebody, and not the default
+    bool mask_only = false;  ///< tokens stay in the graph, their keys are hidden: what a pruned run is compared with
+    std::vector<prune_stage> stages;  ///< of a list, by ascending layer
+    int min_tokens = 64;              ///< shortest ubatch to prune
+};
+
+/// Reads a specification; an empty text means the default. On a mistake returns false and `*error` says which.
+bool parse_prune_settings(const std::string &text, prune_settings *settings, std::string *error);
+
+}  // namespace agq

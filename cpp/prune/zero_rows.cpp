@@ -1,0 +1,150 @@
+#include "zero_rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace agq {
+
+namespace {
+
+constexpr int64_t prefetch_distance = 24;  // rows; each is a cache line of its own, in memory that is not in the cache
+constexpr int64_t max_block = 256;         // elements of the largest block of a stock type
+
+using to_float_fn = void (*)(const void *, float *, int64_t);
+
+void prefetch(const void *address) {
+#ifdef __GNUC__
+    __builtin_prefetch(address);
+#else
+    (void)address;
+#endif
+}
+
+/// Whether 16-bit or 32-bit floats are all zero.
+template <typename Word>
+bool all_zero(const char *bytes, size_t n_bytes) {
+    constexpr Word magnitude = static_cast<Word>(~static_cast<Word>(0)) >> 1;
+    Word any = 0;
+    for (size_t i = 0; i + sizeof(Word) <= n_bytes; i += sizeof(Word)) {
+        Word word;
+        std::memcpy(&word, bytes + i, sizeof(word));
+        any = static_cast<Word>(any | (word & magnitude));
+    }
+    return any == 0;
+}
+
+bool is_16_bit(int type) {
+    return type == ggml_type_f16 || type == ggml_type_bf16;
+}
+
+bool is_visible_to_any(const ggml_tensor *mask, int64_t cell, int64_t stream) {
+    for (int64_t token = mask->ne[1]; token-- > 0;) {
+        if (!is_hidden(mask, cell, token, stream)) return true;
+    }
+    return false;
+}
+
+}  // namespace
+
+bool is_hidden(const ggml_tensor *mask, int64_t cell, int64_t token, int64_t stream) {
+    const char *p = static_cast<const char *>(mask->data) + static_cast<size_t>(stream) * mask->nb[3] +
+                    static_cast<size_t>(token) * mask->nb[1] + static_cast<size_t>(cell) * mask->nb[0];
+    if (mask->type == ggml_type_f16) {
+        uint16_t half;
+        std::memcpy(&half, p, sizeof(half));
+        return half == 0xFC00;
+    }
+    float value;
+    std::memcpy(&value, p, sizeof(value));
+    return value == -INFINITY;
+}
+
+key_rows key_rows::of(const ggml_tensor *k) {
+    key_rows rows;
+    const ggml_type_traits *traits = host.ggml_get_type_traits(k->type);
+    rows.base = static_cast<const char *>(k->data);
+    rows.row_stride = k->nb[1];
+    rows.stream_stride = k->nb[3];
+    rows.type = k->type;
+    rows.row_length = k->ne[0] * k->ne[2];
+    rows.row_bytes = static_cast<size_t>(rows.row_length / traits->blck_size) * traits->type_size;
+    return rows;
+}
+
+bool key_rows::may_be_zero(int64_t cell, int64_t stream) const {
+    const char *p = row(cell, stream);
+    if (is_16_bit(type)) return all_zero<uint16_t>(p, std::min<size_t>(row_bytes, 32));
+    if (type == ggml_type_f32) return all_zero<uint32_t>(p, std::min<size_t>(row_bytes, 32));
+    // Blocks of the quantized types of a cache begin with one or two binary16 numbers, the scale and the offset. If the
+    // first is not zero, some element is not.
+    return all_zero<uint16_t>(p, 2);
+}
+
+bool key_rows::is_zero(int64_t cell, int64_t stream) const {
+    const char *p = row(cell, stream);
+    if (!may_be_zero(cell, stream)) return false;
+    if (is_16_bit(type)) return all_zero<uint16_t>(p, row_bytes);
+    if (type == ggml_type_f32) return all_zero<uint32_t>(p, row_bytes);
+    const ggml_type_traits *traits = host.ggml_get_type_traits(type);
+    if (!traits->to_float || traits->blck_size > max_block) return false;
+    const auto to_float = reinterpret_cast<to_float_fn>(traits->to_float);
+    float block[max_block];
+    for (size_t offset = 0; offset < row_bytes; offset += traits->type_size) {
+        to_float(p + offset, block, traits->blck_size);
+        if (std::any_of(block, block + traits->blck_size, [](float x) { return x != 0; })) return false;
+    }
+    return true;
+}
+
+int zero_row_scanner::first_zero_layer(const std::vector<key_rows> &layers, int64_t cell, int64_t stream,
+                                       int32_t *hint) {
+    const int n = static_cast<int>(layers.size());
+    const auto zero = [&](int layer) { return layers[static_cast<size_t>(layer)].may_be_zero(cell, stream); };
+    // Zero in a layer means zero in all later ones, so the two rows around the border say all.
+    if (*hint >= 0 && *hint < n && zero(*hint) && (*hint == 0 || !zero(*hint - 1))) return *hint;
+    int low = 0, high = n - 1;  // the border is in low..high
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (layers[static_cast<size_t>(middle)].is_zero(cell, stream)) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    *hint = low;
+    return low;
+}
+
+const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_rows> &layers, const ggml_tensor *mask,
+                                                        const std::vector<uint8_t> &skip) {
+    found_.clear();
+    if (layers.empty()) return found_;
+    const int64_t cells = mask->ne[0], streams = mask->ne[3];
+    const size_t total = static_cast<size_t>(cells * streams);
+    if (streams > 1 && cells != hinted_cells_) hints_.clear();  // they are numbered differently now
+    hinted_cells_ = cells;
+    if (hints_.size() < total) hints_.resize(total, -1);
+    const key_rows &last = layers.back();
+    const bool one_token = mask->ne[1] == 1;
+    for (int64_t s = 0; s < streams; ++s) {
+        for (int64_t c = 0; c < cells; ++c) {
+            const size_t at = static_cast<size_t>(s * cells + c);
+            if (c + prefetch_distance < cells) prefetch(last.row(c + prefetch_distance, s));
+            if ((one_token && is_hidden(mask, c, 0, s)) || (!skip.empty() && skip[at])) continue;
+            if (!last.may_be_zero(c, s)) continue;
+            if (hints_[at] < 0 && !last.is_zero(c, s)) continue;
+            if (!one_token && !is_visible_to_any(mask, c, s)) continue;
+            const int layer = first_zero_layer(layers, c, s, &hints_[at]);
+            // A hint that was wrong leaves the border at the last layer, of which only the beginning was looked at.
+            if (layer + 1 == static_cast<int>(layers.size()) && !last.is_zero(c, s)) {
+                hints_[at] = -1;
+                continue;
+            }
+            found_.push_back({static_cast<int32_t>(s), static_cast<int32_t>(c), layer});
+        }
+    }
+    return found_;
+}
+
+}  // namespace agq

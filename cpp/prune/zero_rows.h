@@ -1,0 +1,56 @@
+// Dropped tokens, as the K/V cache remembers them: a row of keys that is all zeros in a layer means that the token of
+// this cell is not there in this layer, nor in any later one.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../host.h"
+
+namespace agq {
+
+/// Rows of keys of one layer: cell c of stream s begins at base + s * stream_stride + c * row_stride.
+struct key_rows {
+    const char *base = nullptr;
+    size_t row_stride = 0, row_bytes = 0, stream_stride = 0;
+    int type = 0;
+    int64_t row_length = 0;  ///< elements
+
+    /// `k` is the view that attention takes, [head, cell, kv head, stream].
+    static key_rows of(const ggml_tensor *k);
+    const char *row(int64_t cell, int64_t stream) const {
+        return base + static_cast<size_t>(stream) * stream_stride + static_cast<size_t>(cell) * row_stride;
+    }
+    /// Whether all elements are zero, of whatever sign.
+    bool is_zero(int64_t cell, int64_t stream) const;
+    /// A look at the first bytes only: false is certain.
+    bool may_be_zero(int64_t cell, int64_t stream) const;
+};
+
+/// A cell whose token was dropped.
+struct dropped_cell {
+    int32_t stream, cell;
+    int32_t first_layer;  ///< index of the first layer, among those given, in which it is not there
+};
+
+/// Looks for dropped tokens in the cache. It keeps no state that could grow stale (cells are restored, copied, moved
+/// and used again behind the plugin's back), only hints that are verified by reading two rows for each dropped cell.
+class zero_row_scanner {
+  public:
+    /// All dropped cells that a row of `mask` ([cell, token, 1, stream]) can see, by stream and cell. `layers` ascend.
+    /// Cells for which `skip[stream * cells + cell]` is set are left out; it may be empty. Throws std::bad_alloc.
+    const std::vector<dropped_cell> &scan(const std::vector<key_rows> &layers, const ggml_tensor *mask,
+                                          const std::vector<uint8_t> &skip);
+
+  private:
+    int first_zero_layer(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t *hint);
+
+    std::vector<dropped_cell> found_;
+    std::vector<int32_t> hints_;  ///< by stream and cell
+    int64_t hinted_cells_ = 0;
+};
+
+/// Whether the mask hides `cell` from `token`; the mask is binary16 or binary32.
+bool is_hidden(const ggml_tensor *mask, int64_t cell, int64_t token, int64_t stream);
+
+}  // namespace agq

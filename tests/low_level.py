@@ -1,0 +1,138 @@
+"""llama.cpp contexts through the low-level API, with every option that matters for pruning; for tests."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import llama_cpp.llama_cpp as api
+import numpy as np
+from numpy.typing import NDArray
+
+import agq_gguf
+
+CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "iq4_nl": 20}
+
+
+log: list[str] = []  # lines of level warning and above, since it was last cleared
+_WARN, _ERROR = 3, 4
+
+
+@api.llama_log_callback
+def _collect(level: int, text: bytes, _: Any) -> None:
+    if level in (_WARN, _ERROR):
+        log.append(text.decode().strip())
+
+
+class LowModel:
+    """A loaded model, and its contexts."""
+
+    def __init__(self, path: Path | str):
+        agq_gguf.register()
+        api.llama_log_set(_collect, ctypes.c_void_p())
+        api.llama_backend_init()
+        self.model = api.llama_model_load_from_file(os.fsencode(path), api.llama_model_default_params())
+        assert self.model, path
+        self.n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+
+    def context(self, prune: str | None = None, **options: Any) -> LowContext:
+        with agq_gguf.options(prune=prune):
+            return LowContext(self, **options)
+
+    def close(self) -> None:
+        api.llama_model_free(self.model)
+
+
+class LowContext:
+    """One context; a context manager."""
+
+    def __init__(
+        self,
+        model: LowModel,
+        *,
+        n_ctx: int = 512,
+        n_batch: int = 512,
+        n_ubatch: int = 512,
+        threads: int = 1,
+        flash: bool = False,
+        cache: str = "f16",
+        n_seq: int = 1,
+        unified: bool = True,
+        embeddings: bool = False,
+        callback: Any = None,
+    ):
+        p = api.llama_context_default_params()
+        p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max = n_ctx, n_batch, n_ubatch, n_seq
+        p.n_threads = p.n_threads_batch = threads
+        p.flash_attn_type = 1 if flash else 0
+        p.type_k = CACHE_TYPES[cache]
+        # Without flash attention values cannot be quantized.
+        p.type_v = CACHE_TYPES[cache] if flash or cache in ("f32", "f16", "bf16") else CACHE_TYPES["f16"]
+        p.kv_unified = unified
+        p.embeddings = embeddings
+        p.no_perf = True
+        if callback is not None:
+            self._callback = api.ggml_backend_sched_eval_callback(callback)
+            p.cb_eval = self._callback
+        self.model = model
+        self.context = api.llama_init_from_model(model.model, p)
+        assert self.context
+        self.memory = api.llama_get_memory(self.context)
+
+    def __enter__(self) -> LowContext:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        api.llama_free(self.context)
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        position: int = 0,
+        *,
+        sequence: int | Sequence[Sequence[int]] = 0,
+        positions: Sequence[int] | None = None,
+        outputs: Sequence[int] | None = None,
+    ) -> NDArray[np.float32]:
+        """Logits [outputs, vocabulary] of the tokens with these indices (None: the last)."""
+        n = len(tokens)
+        wanted = [n - 1] if outputs is None else list(outputs)
+        sequences = [[sequence]] * n if isinstance(sequence, int) else sequence
+        batch = api.llama_batch_init(n, 0, max(len(s) for s in sequences))
+        try:
+            batch.n_tokens = n
+            for i, token in enumerate(tokens):
+                batch.token[i] = int(token)
+                batch.pos[i] = position + i if positions is None else positions[i]
+                batch.n_seq_id[i] = len(sequences[i])
+                for j, s in enumerate(sequences[i]):
+                    batch.seq_id[i][j] = s
+                batch.logits[i] = i in wanted
+            status = api.llama_decode(self.context, batch)
+            assert status == 0, status
+            rows = [api.llama_get_logits_ith(self.context, i) for i in wanted]
+            return np.array([np.ctypeslib.as_array(row, (self.model.n_vocab,)).copy() for row in rows])
+        finally:
+            api.llama_batch_free(batch)
+
+    def save(self, sequence: int | None = None) -> bytes:
+        if sequence is None:
+            size = api.llama_state_get_size(self.context)
+            buffer = (ctypes.c_uint8 * size)()
+            n = api.llama_state_get_data(self.context, buffer, size)
+        else:
+            size = api.llama_state_seq_get_size(self.context, sequence)
+            buffer = (ctypes.c_uint8 * size)()
+            n = api.llama_state_seq_get_data(self.context, buffer, size, sequence)
+        return bytes(buffer)[:n]
+
+    def restore(self, state: bytes, sequence: int | None = None) -> None:
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if sequence is None:
+            assert api.llama_state_set_data(self.context, buffer, len(state)) == len(state)
+        else:
+            assert api.llama_state_seq_set_data(self.context, buffer, len(state), sequence) == len(state)

@@ -1,0 +1,99 @@
+"""Token pruning: a pruned run must equal one in which dropped tokens are only hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import tiny_models
+from low_level import LowContext, LowModel
+
+import agq_gguf
+from agq_gguf.convert import QuantizeOptions, quantize
+from agq_gguf.errors import InputError
+from agq_gguf.quantizer import MatrixOptions
+
+LAYERS = 4
+FAST = QuantizeOptions(threads=1, embedding_type="agq4", output_type="agq4", matrix=MatrixOptions(learn_codebook=False))
+GetModel = Callable[..., LowModel]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
+    """Loads a tiny model of an architecture, as float or as AGQ4, once."""
+    folder = tmp_path_factory.mktemp("prune")
+    loaded: dict[tuple[str, str], LowModel] = {}
+
+    def get(arch: str = "llama", kind: str = "agq4") -> LowModel:
+        if (arch, kind) not in loaded:
+            source = folder / f"{arch}-f32.gguf"
+            if not source.exists():
+                getattr(tiny_models, f"write_{arch}")(source, dtype="f32", n_layer=LAYERS, seed=3)
+            path = source
+            if kind == "agq4":
+                path = folder / f"{arch}-agq4.gguf"
+                quantize(source, path, options=FAST)
+            loaded[arch, kind] = LowModel(path)
+        return loaded[arch, kind]
+
+    yield get
+    for m in loaded.values():
+        m.close()
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 400, n).tolist()
+
+
+def run(model: LowModel, prune: str, n: int = 200, decode: int = 4, **options: object) -> tuple[np.ndarray, list[int]]:
+    """Logits of the last prompt token and of the tokens generated behind it, and the fate of the prompt's tokens."""
+    with model.context(prune, **options) as context:
+        logits = [context.decode(tokens(n))]
+        fate = agq_gguf.last_pruned()
+        for i in range(decode):
+            logits.append(context.decode([int(logits[-1].argmax())], n + i))
+    return np.concatenate(logits), fate
+
+
+# At least 32 tokens are left in every segment: fewer would go through another attention kernel than in the masked run.
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("spec", ["1:0.5", "1:0.3,2:0.5", "1:t0.9", "2:0.4;score=recent", "0:0.5;score=first"])
+@pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2", "falcon", "qwen2"])
+def test_pruned_equals_masked(model: GetModel, arch: str, spec: str, flash: bool) -> None:
+    m = model(arch)
+    pruned, fate = run(m, spec, flash=flash, n_ubatch=100)
+    masked, masked_fate = run(m, "mask," + spec, flash=flash, n_ubatch=100)
+    assert fate == masked_fate and len(fate) == 200
+    assert 15 <= sum(layer >= 0 for layer in fate) <= 150
+    assert np.array_equal(pruned, masked)
+    whole, _ = run(m, "off", flash=flash, n_ubatch=100)
+    assert not np.allclose(pruned, whole, atol=1e-3)
+
+
+def test_options_are_checked_and_nest(model: GetModel) -> None:
+    for text in (
+        "3",
+        "3:1",
+        "3:-0.1",
+        "x:0.5",
+        "3:t",
+        "3:0.5,3:0.2",
+        "file;score=recent",
+        "3:0.5;score=best",
+        "off,3:0.5",
+    ):
+        with pytest.raises(InputError, match="is not understood"), agq_gguf.options(prune=text):
+            pass
+    with agq_gguf.options(prune="1:0.5"):
+        with agq_gguf.options(prune="off"):
+            assert plain_fate(model()) == 0
+        assert plain_fate(model()) == 100
+    assert plain_fate(model()) == 0
+
+
+def plain_fate(model: LowModel) -> int:
+    """How many of 200 tokens a context drops that is created with the options at hand."""
+    with LowContext(model) as context:
+        context.decode(tokens(200))
+        return sum(layer >= 0 for layer in agq_gguf.last_pruned())
