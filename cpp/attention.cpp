@@ -54,33 +54,53 @@ bool covered(const attention_job &job) {
 
 /// All keys of a head, packed by the kernel.
 void pack_keys(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
-    const int64_t width = job.k->ne[0], n_keys = job.k->ne[1];
+    const int64_t width = job.k->ne[0], n_keys = job.n_keys();
     const size_t block_bytes = job.kern->key_bytes(static_cast<int>(width));
     for (int64_t first = 0; first < n_keys; first += attention_keys, packed += block_bytes) {
         const int64_t n = std::min<int64_t>(attention_keys, n_keys - first);
         for (int64_t i = 0; i < n; ++i) {
-            read_row(*job.kern, job.k, address(job.k, first + i, head, stream), rows + i * width, width);
+            read_row(*job.kern, job.k, address(job.k, job.cell(first + i), head, stream), rows + i * width, width);
         }
         job.kern->pack_keys(rows, static_cast<int>(n), static_cast<int>(width), packed);
+    }
+}
+
+/// One channel of `n` values from key `first` on; `row` is that of the channel, in which keys lie side by side.
+void read_column(const attention_job &job, const char *row, int64_t first, int64_t n, float *column) {
+    const size_t element = host.ggml_get_type_traits(job.v->type)->type_size;
+    const int64_t begin = job.cell(first), span = job.cell(first + n - 1) + 1 - begin;
+    const char *from = row + static_cast<size_t>(begin) * element;
+    if (span == n) {
+        read_row(*job.kern, job.v, from, column, n);
+        return;
+    }
+    // Chosen keys are not far apart as a rule: convert all in between.
+    float between[4 * attention_keys];
+    if (span <= 4 * attention_keys) read_row(*job.kern, job.v, from, between, span);
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = job.cell(first + i) - begin;
+        if (span <= 4 * attention_keys) {
+            column[i] = between[at];
+        } else {
+            read_row(*job.kern, job.v, from + static_cast<size_t>(at) * element, column + i, 1);
+        }
     }
 }
 
 /// All values of a head, packed by the kernel.
 void pack_values(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
     const ggml_tensor *v = job.v;
-    const int64_t n_keys = job.k->ne[1], width = value_width(job);
+    const int64_t n_keys = job.n_keys(), width = value_width(job);
     const size_t block_bytes = job.kern->value_bytes(static_cast<int>(width));
     float column[attention_keys];
     for (int64_t first = 0; first < n_keys; first += attention_keys, packed += block_bytes) {
         const int64_t n = std::min<int64_t>(attention_keys, n_keys - first);
         for (int64_t d = 0; job.v_transposed && d < width; ++d) {
-            const size_t element = host.ggml_get_type_traits(v->type)->type_size;
-            const char *from = address(v, d, head, stream) + static_cast<size_t>(first) * element;
-            read_row(*job.kern, v, from, column, n);
+            read_column(job, address(v, d, head, stream), first, n, column);
             for (int64_t i = 0; i < n; ++i) rows[i * width + d] = column[i];
         }
         for (int64_t i = 0; !job.v_transposed && i < n; ++i) {
-            read_row(*job.kern, v, address(v, first + i, head, stream), rows + i * width, width);
+            read_row(*job.kern, v, address(v, job.cell(first + i), head, stream), rows + i * width, width);
         }
         job.kern->pack_values(rows, static_cast<int>(n), static_cast<int>(width), packed);
     }
@@ -213,7 +233,7 @@ void save_queries_node(ggml_tensor *, int ith, int nth, void *userdata) {
 void attention_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
     attention_job &job = *static_cast<attention_job *>(userdata);
     const ggml_tensor *q = job.q, *k = job.k;
-    const int64_t group = q->ne[2] / k->ne[2], width = q->ne[0], n_keys = k->ne[1];
+    const int64_t group = q->ne[2] / k->ne[2], width = q->ne[0], n_keys = job.n_keys();
     const int64_t head_v = value_width(job);
     const division cut(job, nth);
     const int64_t block_tokens = std::max<int64_t>(1, attention_row_limit / group);
@@ -251,7 +271,11 @@ void attention_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
             args.n_keys = n_keys;
             args.keys = keys;
             args.values = values;
-            if (job.mask) {
+            if (const key_choice *choice = job.choice()) {
+                args.mask = choice->mask + static_cast<size_t>(t) * choice->mask_stride;
+                args.mask_stride = choice->mask_stride;
+                args.mask_is_f16 = job.mask->type == ggml_type_f16;
+            } else if (job.mask) {
                 args.mask = address(job.mask, t, 0, job.mask->ne[3] == 1 ? 0 : stream);
                 args.mask_stride = job.mask->nb[1];
                 args.mask_is_f16 = job.mask->type == ggml_type_f16;

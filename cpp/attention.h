@@ -11,6 +11,15 @@
 
 namespace agq {
 
+/// Which keys an attention looks at, if not at all: what the `extra` of its mask points at. The pruning pass makes such
+/// masks; they hide the other keys as well, for the host's code, which knows nothing of this. One stream only.
+struct key_choice {
+    const int32_t *cells;  ///< ascending
+    int64_t n;
+    const char *mask;  ///< the chosen columns side by side, in the type of the mask
+    size_t mask_stride;
+};
+
 /// One attention of the graph: all tokens, heads and streams of a layer.
 struct attention_job {
     const attention_kernel *kern = nullptr;
@@ -29,6 +38,9 @@ struct attention_job {
     std::atomic<int64_t> next{0};
 
     int64_t tokens() const { return q->ne[1]; }
+    const key_choice *choice() const { return mask ? static_cast<const key_choice *>(mask->extra) : nullptr; }
+    int64_t n_keys() const { return choice() ? choice()->n : k->ne[1]; }
+    int64_t cell(int64_t key) const { return choice() ? choice()->cells[key] : key; }
 };
 
 /// Scratch memory that a job needs in each thread.

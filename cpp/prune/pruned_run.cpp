@@ -8,6 +8,23 @@
 
 namespace agq {
 
+namespace {
+
+/// The cells that the last token of the ubatch sees, which are all that any sees, without those in `hidden`.
+std::vector<int32_t> visible_cells(const ggml_tensor *mask, const std::vector<int32_t> &hidden) {
+    std::vector<uint8_t> is_hidden_cell(static_cast<size_t>(mask->ne[0]), 0);
+    for (int32_t c : hidden) is_hidden_cell[static_cast<size_t>(c)] = 1;
+    std::vector<int32_t> cells;
+    for (int64_t c = 0; c < mask->ne[0]; ++c) {
+        if (!is_hidden_cell[static_cast<size_t>(c)] && !is_hidden(mask, c, mask->ne[1] - 1, 0)) {
+            cells.push_back(static_cast<int32_t>(c));
+        }
+    }
+    return cells;
+}
+
+}  // namespace
+
 struct pruned_run::call {
     const graph_facts &facts;
     const prune_plan &plan;
@@ -25,6 +42,7 @@ ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, co
     const call c{facts, plan, hidden, mask_only, ubatch, n_threads, compute};
     arena_.clear();
     lists_.clear();
+    choices_.clear();
     job_ = {};
     rows_ = plan.tokens;
     copy_.begin(&facts, &plan.dims, plan.tokens, &arena_);
@@ -46,12 +64,17 @@ ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, co
 ggml_tensor *pruned_run::mask_of(const call &c, int site) {
     const int level = c.hidden.level(site);
     ggml_tensor *&made = masks_[static_cast<size_t>(level)];
-    if (made) return made;
+    if (!made) {
+        made = level == 0 && gone_cells_.empty() ? const_cast<ggml_tensor *>(c.facts.mask) : make_mask(c, level);
+    }
+    return made;
+}
+
+ggml_tensor *pruned_run::make_mask(const call &c, int level) {
     const ggml_tensor *original = c.facts.mask;
-    if (level == 0 && gone_cells_.empty()) return made = const_cast<ggml_tensor *>(original);
-    made = copy_.with_tokens(c.facts.number(original), rows_);
     std::vector<int32_t> &hide = lists_.emplace_back(gone_cells_);
     for (const dropped_cell &d : c.hidden.cells(level)) hide.push_back(d.cell);
+    ggml_tensor *made = copy_.with_tokens(c.facts.number(original), rows_);
     cut_job::mask m = {};
     m.from = static_cast<const char *>(original->data);
     m.to = static_cast<char *>(made->data);
@@ -63,6 +86,21 @@ ggml_tensor *pruned_run::mask_of(const call &c, int site) {
     m.rows = c.mask_only ? nullptr : &lists_.emplace_back(alive_);
     m.hidden = &hide;
     job_.masks.push_back(m);
+
+    // The same for our own attention, which leaves out the keys that nobody sees.
+    std::vector<int32_t> &cells = lists_.emplace_back(visible_cells(original, hide));
+    key_choice &choice = choices_.emplace_back();
+    choice.cells = cells.data();
+    choice.n = static_cast<int64_t>(cells.size());
+    choice.mask_stride = cells.size() * original->nb[0];
+    char *memory = arena_.memory(choice.mask_stride * static_cast<size_t>(rows_));
+    choice.mask = memory;
+    m.to = memory;
+    m.to_stride = choice.mask_stride;
+    m.hidden = nullptr;
+    m.columns = &cells;
+    job_.masks.push_back(m);
+    made->extra = &choice;
     return made;
 }
 

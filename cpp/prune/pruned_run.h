@@ -36,6 +36,7 @@ class pruned_run {
     struct call;
 
     ggml_tensor *mask_of(const call &c, int site);
+    ggml_tensor *make_mask(const call &c, int level);
     ggml_status run_segment(const call &c, size_t segment);
     void plan_importance_node(const call &c, const prune_cut &cut);
     void choose(const call &c, const prune_cut &cut);
@@ -47,7 +48,8 @@ class pruned_run {
     graph_copy copy_;
     importance_job importance_;
     cut_job job_;                             ///< of the segment to come
-    std::deque<std::vector<int32_t>> lists_;  ///< that job_ points at
+    std::deque<std::vector<int32_t>> lists_;  ///< that job_ and choices_ point at
+    std::deque<key_choice> choices_;          ///< that masks point at
     std::vector<ggml_tensor *> nodes_;
     std::vector<ggml_tensor *> masks_;  ///< of this segment, by level; null: not made yet
     int64_t rows_ = 0;                  ///< tokens in the graph: all with mask_only
