@@ -97,11 +97,11 @@ class Calibrator:
         self._path, self._wanted = Path(path), wanted
         self._visit: Callable[[GgmlTensor, bool], bool] = lambda node, ask: False
         self._failure: BaseException | None = None
+        self._stopped = False  # whether the callback ended the graph that ran last
         self._ggml: Ggml = ggml()
         with ExitStack() as stack:
             model = stack.enter_context(Model(path))
-            if llama_api().llama_model_has_encoder(model._model):
-                raise InputError(f"{path}: encoder-decoder models cannot be calibrated; use an imatrix, or neither")
+            self._model = model
             if llama_api().llama_vocab_type(model._vocabulary) == _NO_TOKENIZER:  # llama.cpp would abort the process
                 raise InputError(f"{path}: has no tokenizer, so text cannot calibrate it; use an imatrix, or neither")
             size = min(context, model.n_ctx_train or context)
@@ -177,20 +177,36 @@ class Calibrator:
     def _run(self, chunk: NDArray[np.int32]) -> None:
         """Runs one chunk from scratch; an exception from the callback is raised here."""
         self._context.clear()
-        # All logits are asked for: else the last layer would skip the tokens whose result nobody reads.
-        self._context.decode(Batch(chunk, first_logits=0))
+        self._stopped = False
+        if self._model.has_encoder and self._model.has_decoder:
+            self._run_both(chunk)
+        elif self._model.has_encoder:
+            self._context.encode(Batch(chunk, first_logits=0))
+        else:
+            # All logits are asked for: else the last layer would skip the tokens whose result nobody reads.
+            self._context.decode(Batch(chunk, first_logits=0))
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+
+    def _run_both(self, chunk: NDArray[np.int32]) -> None:
+        """Encoder and decoder: the first half of the chunk is read, the second half said."""
+        half = len(chunk) // 2
+        self._context.encode(Batch(chunk[:half], first_logits=0))
+        if not self._stopped:  # else the decoder is of no interest, and nothing is there for it to look at
+            start = np.array([self._model.decoder_start], np.int32)
+            self._context.decode(Batch(np.concatenate([start, chunk[half:-1]]), first_logits=0))
 
     # the graph
 
     def _on_node(self, node: int, ask: bool) -> bool:
         """What llama.cpp calls; no exception may pass through its C code."""
         try:
-            return self._failure is None and self._visit(GgmlTensor.from_address(node), ask)
+            go_on = self._failure is None and self._visit(GgmlTensor.from_address(node), ask)
+            self._stopped |= not ask and not go_on
+            return go_on
         except BaseException as e:
-            self._failure = e
+            self._failure, self._stopped = e, True
             return False
 
     def _weight_of(self, node: GgmlTensor) -> str:

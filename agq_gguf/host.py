@@ -228,6 +228,8 @@ class Model(_Closable):
         self.size = int(api.llama_model_size(self._model))  # bytes of all tensors
         self.add_bos = bool(api.llama_vocab_get_add_bos(self._vocabulary))
         self.bos = int(api.llama_vocab_bos(self._vocabulary))
+        self.has_encoder = bool(api.llama_model_has_encoder(self._model))
+        self.has_decoder = bool(api.llama_model_has_decoder(self._model))
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of the text."""
@@ -243,9 +245,15 @@ class Model(_Closable):
                 raise InputError(f"{self.path}: its tokenizer cannot tokenize this text ({len(raw)} bytes)")
             room = -n
 
+    @property
+    def decoder_start(self) -> int:
+        """The token that the decoder of an encoder-decoder model begins with."""
+        start = int(self._api.llama_model_decoder_start_token(self._model))
+        return start if start >= 0 else self.bos
+
     def require_logits(self) -> None:
         """Raises InputError unless the model predicts a next token."""
-        if not self.facts.causal or self._api.llama_model_has_encoder(self._model):
+        if not self.facts.causal or self.has_encoder:
             raise InputError(f"{self.path}: an encoder model, it predicts no next token; a decoder model is wanted")
 
     def context(
@@ -345,6 +353,13 @@ class Context(_Closable):
     def decode(self, batch: Batch) -> None:
         """Runs the batch and waits for it. Raises HostError if llama.cpp cannot."""
         status = self._decode(self._context, batch.raw)
+        if status != 0:
+            raise HostError(self._failure(status))
+        self._synchronize(self._context)
+
+    def encode(self, batch: Batch) -> None:
+        """Runs the batch through the encoder of a model that has one; it must fit into n_ubatch. Raises HostError."""
+        status = self._api.llama_encode(self._context, batch.raw)
         if status != 0:
             raise HostError(self._failure(status))
         self._synchronize(self._context)
