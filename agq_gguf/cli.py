@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agq_gguf import __version__, cli_import, cli_serve, cli_verify
+from agq_gguf import __version__, cli_import, cli_report, cli_serve, cli_verify, plots
 from agq_gguf import cli_output as show
 from agq_gguf import cli_tables as tables
 from agq_gguf.errors import AgqError, FormatError, HostError, InputError
@@ -133,6 +133,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Context = Annotated[int, typer.Option("--ctx", "-c", min=0, help="Context in tokens; 0: the model's, at most 4096.")]
 Temperature = Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0: always the likeliest token.")]
 Seed = Annotated[int, typer.Option("--seed", "-s", min=-1, help="Seed of the random choice; -1: another each time.")]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", help="Picture to draw, such as FILE.png.", show_default=False)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -229,6 +232,7 @@ def evaluate(
     chunks: Annotated[int, typer.Option(min=0, help="Use only the first chunks; 0: all.")] = 0,
     threads: Threads = 0,
     flash_attention: FlashOption = Flash.auto,
+    plot: PlotOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -241,6 +245,8 @@ def evaluate(
     from agq_gguf.evaluate import read_text
 
     content = read_text(text)
+    if plot is not None:
+        plots.check_target(plot)
     with show.ProgressView(quiet=quiet or as_json) as view:
         found = run(
             model,
@@ -252,6 +258,8 @@ def evaluate(
             flash_attention=flash_attention.value,
             progress=lambda done, total: view.update("evaluate", done, total, ""),
         )
+    if plot is not None:
+        plots.plot_evaluation(found, model.name, plot)
     if as_json:
         show.write_json({"model": str(model), "reference": str(reference), "text": str(text), **asdict(found)})
         return
@@ -270,6 +278,7 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Turns of each model.")] = 5,
     flash_attention: FlashOption = Flash.auto,
     profile: Annotated[bool, typer.Option("--profile", help="Also print the time per kind of node.")] = False,
+    plot: PlotOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -282,6 +291,8 @@ def bench(
     from agq_gguf.host import default_threads
 
     threads = threads or default_threads()
+    if plot is not None:
+        plots.check_target(plot)
     with show.ProgressView(quiet=quiet or as_json) as view:
         results = run(
             models,
@@ -293,6 +304,8 @@ def bench(
             profile=profile,
             progress=lambda done, total, what: view.update("bench", done, total, what),
         )
+    if plot is not None:
+        plots.plot_bench(results, plot)
     if as_json:
         setup = {"threads": threads, "flash_attention": flash_attention.value, "repetitions": repetitions}
         show.write_json({**setup, "models": [asdict(result) for result in results]})
@@ -410,6 +423,7 @@ def demo(
 
 app.command()(cli_serve.serve)
 app.command()(cli_verify.verify)
+app.command()(cli_report.report)
 app.command()(cli_import.import_hf)
 
 

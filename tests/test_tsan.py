@@ -29,7 +29,7 @@ RACES = [
     (
         "cpp/backend.cpp",
         "std::atomic<bool> agq4_seen{false};",
-        "struct flag { bool v = false; void store(bool x, int) { v = x; } bool load(int) const { return v; } } agq4_seen;",
+        "struct flag { bool v = 0; void store(bool x, int) { v = x; } bool load(int) const { return v; } } agq4_seen;",
         "agq4_seen",
     ),
 ]

@@ -1,0 +1,198 @@
+"""The page of `report` and the pictures of `bench` and `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import Browser, needs_chromium
+from test_cli import run
+
+from agq_gguf import plots, report
+from agq_gguf.bench import Result, Speed
+from agq_gguf.errors import InputError, OutputError
+from agq_gguf.evaluate import Evaluation
+from agq_gguf.reader import open_gguf
+from agq_gguf.report_page import render
+from agq_gguf.writer import Writer, layout
+
+RESULTS = [
+    Result(
+        f"{name}.gguf", 10, 9, 8, Speed(64, [90.0, 100.0, 110.0], 100 / slow, (95 / slow, 105 / slow), 1 / slow),
+        Speed(16, [50.0], 50.0, (50.0, 50.0), 1.0), None,
+    )
+    for name, slow in (("fast", 1.0), ("slow", 2.0))
+]  # fmt: skip
+EVALUATION = Evaluation(512, 4, 1024, 1.75, 1.7, 0.004, 0.0002, 0.001, 0.09, 0.5, 0.97)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "bench.json").write_text(json.dumps({"threads": 2, "models": [asdict(result) for result in RESULTS]}))
+    (folder / "evaluate.json").write_text(json.dumps({"model": "</script><b>x", "text": "t", **asdict(EVALUATION)}))
+    return folder / "bench.json", folder / "evaluate.json"
+
+
+@pytest.fixture(scope="module")
+def with_errors(llama_agq: Path) -> Path:
+    """The model with the errors that quantize writes."""
+    path = llama_agq.with_name("with-errors.gguf")
+    with open_gguf(llama_agq) as reader:
+        names = [name for name, tensor in reader.tensors.items() if tensor.type_name == "agq4"]
+        added = {
+            report.ERROR_TENSORS: names,
+            report.ERROR_VALUES: np.linspace(0.001, 0.01, len(names), dtype=np.float32),
+        }
+        placed = layout((t.name, t.type_name, t.shape) for t in reader.tensors.values())
+        with Writer(path, reader.metadata, added, placed) as writer:
+            for name in reader.tensors:
+                writer.write(name, [reader.raw(name)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(with_errors: Path, words_file: Path, measured: tuple[Path, Path]) -> Path:
+    bench, evaluation = measured
+    target = with_errors.with_suffix(".html")
+    run("report", with_errors, "-o", target, "--text", words_file, "--tokens", 256, "--bench", bench, "--evaluate",
+        evaluation, "-t", 1)  # fmt: skip
+    return target
+
+
+class Tags(HTMLParser):
+    """Attributes of all tags outside of scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_ranges_are_those_of_the_activations(llama_agq: Path, words_file: Path) -> None:
+    """Against the inputs that a forward in numpy sees."""
+    from reference_model import ReferenceModel
+
+    from agq_gguf.calibrate import Calibrator, read_text
+
+    data = report.gather(llama_agq, text=words_file, tokens=256, threads=1)
+    assert len(data.ranges) == 2 * 4  # q/k/v, output, gate/up, down; the output matrix is Q8_0
+    with Calibrator(llama_agq, read_text(words_file), {}, max_tokens=256, threads=1) as calibrator:
+        chunks = calibrator.chunks
+    seen: dict[str, list[np.ndarray]] = {}
+
+    class Spy(ReferenceModel):
+        def linear(self, x, name, expert=None):
+            seen.setdefault(name, []).append(np.asarray(x))
+            return super().linear(x, name, expert)
+
+    for chunk in chunks:
+        Spy(llama_agq).logits([int(t) for t in chunk])
+    for one in data.ranges:
+        x = np.concatenate(seen[one.weights[0]])
+        # Two correct runs differ by some int8 steps (docs/design.md).
+        np.testing.assert_allclose(one.abs_max, np.abs(x).max(0), rtol=0.15)
+        np.testing.assert_allclose(one.rms, np.sqrt((x**2).mean(0)), rtol=0.03)
+        assert len(one.exponents) * 64 == len(one.abs_max) == len(one.order)
+    refined = [one for one in data.ranges if one.exponents.any()]
+    assert refined  # the tiny models have outlier channels
+    for one in refined:
+        assert one.abs_max[one.outlier_channels[0]] == one.abs_max.max()
+
+
+def test_page_has_everything_and_asks_for_nothing(page: Path, with_errors: Path) -> None:
+    html = page.read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(html)
+    assert not [a for _, a in tags.found if "src" in a or "href" in a]
+    titles = re.findall(r"<h2>(.*?)</h2>", html)
+    assert titles == [
+        "Bytes by tensor type", "Activation range by layer", "Channels", "Outlier groups and their exponents",
+        "Error of each tensor", "Speed", "Quality", "Figures", "Tensors", "Metadata",
+    ]  # fmt: skip
+    figures = [json.loads(found) for found in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html)]
+    assert len(figures) == 7
+    with open_gguf(with_errors) as reader:
+        assert all(f"<td>{name}</td>" in html for name in reader.tensors)
+    assert "&lt;/script&gt;&lt;b&gt;x" in html and "</script><b>" not in html  # names from files are text
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_page_in_a_browser(page: Path, tmp_path: Path) -> None:
+    with Browser(tmp_path) as browser:
+        browser.open(page.as_uri())
+        browser.wait("[...document.querySelectorAll('.figure')].every(f => f.dataset.drawn && f.querySelector('svg'))")
+        assert browser.requests() == [page.as_uri()]
+        assert not browser.problems()
+        colours = {}
+        for scheme in ("light", "dark"):
+            browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            browser.run("new Promise(resolve => setTimeout(resolve, 500))")
+            back, text, axis = (
+                [int(part) for part in re.findall(r"\d+", browser.run(expression))[:3]]
+                for expression in (
+                    "getComputedStyle(document.body).backgroundColor",
+                    "getComputedStyle(document.body).color",
+                    "getComputedStyle(document.querySelector('.xtick text')).fill",
+                )
+            )
+            assert abs(sum(back) - sum(text)) > 400 and abs(sum(back) - sum(axis)) > 400, scheme
+            colours[scheme] = back
+        assert sum(colours["light"]) > 600 > 200 > sum(colours["dark"])
+        assert browser.run("document.querySelectorAll('#tensors tr').length") > 10
+        assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_model_without_agq4_and_without_a_run(llama_q8: Path, tmp_path: Path) -> None:
+    run("report", llama_q8, "-o", tmp_path / "r.html", "--tokens", 0)
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Activation range" not in html and "q8_0" in html
+    assert render(report.gather(llama_q8)).count("<h2>") == 3
+
+
+def test_report_refuses(llama_agq: Path, tmp_path: Path, measured: tuple[Path, Path]) -> None:
+    bench, evaluation = measured
+    for options, message in (
+        ({"bench": [evaluation]}, "not what `agq-gguf bench --json` prints"),
+        ({"evaluations": [bench]}, "not what `agq-gguf evaluate --json` prints"),
+        ({"bench": [llama_agq]}, "not what"),
+        ({"bench": [tmp_path / "none"]}, "No such file"),
+        ({"text": tmp_path / "none"}, "No such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            report.gather(llama_agq, tokens=64, threads=1, **options)  # type: ignore[arg-type]
+    run("report", llama_agq, "-o", tmp_path / "no" / "r.html", "--tokens", 0, code=OutputError.exit_code)
+
+
+# pictures
+
+
+def is_picture(path: Path) -> bool:
+    from matplotlib.image import imread
+
+    pixels = imread(path)
+    return pixels.shape[0] > 200 and pixels.shape[1] > 800 and pixels[..., :3].std() > 0.05
+
+
+def test_plot_bench(tmp_path: Path) -> None:
+    plots.plot_bench(RESULTS, tmp_path / "bench.png")
+    assert is_picture(tmp_path / "bench.png")
+    with pytest.raises(InputError, match="nothing was measured"):
+        plots.plot_bench([Result("a", 1, 1, 1, None, None, None)], tmp_path / "none.png")
+
+
+def test_plot_options(llama_agq: Path, llama_q4: Path, llama_f16: Path, words_file: Path, tmp_path: Path) -> None:
+    run("bench", llama_agq, llama_q4, "-p", 8, "-n", 2, "-r", 1, "-t", 1, "--plot", tmp_path / "b.png")
+    run("evaluate", llama_agq, "--reference", llama_f16, "--text", words_file, "-c", 64, "--chunks", 2, "-t", 1,
+        "--plot", tmp_path / "e.png")  # fmt: skip
+    assert is_picture(tmp_path / "b.png") and is_picture(tmp_path / "e.png")
+    assert "known endings are" in run("bench", llama_agq, "--plot", tmp_path / "b.gguf", code=2).stderr
+    assert "no such folder" in run("bench", llama_agq, "--plot", tmp_path / "no" / "b.png", code=5).stderr
