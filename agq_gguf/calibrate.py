@@ -117,6 +117,14 @@ class Calibrator:
         """Tokens that one pass runs through the model."""
         return sum(map(len, self.chunks))
 
+    def logits(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Logits [n, vocabulary] of the float model for a text of its own of at most a chunk's length."""
+        self._visit = lambda node, ask: False
+        self._context.clear()
+        batch = Batch(tokens, first_logits=0)
+        self._context.decode(batch)
+        return self._context.logits(batch).copy()
+
     def passes(self, memory: int, hessians: bool = True) -> list[list[Input]]:
         """Splits the inputs, in the order of the graph, so that the Hessians of each part fit into `memory` bytes."""
         if not hessians:

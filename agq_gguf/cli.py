@@ -118,6 +118,14 @@ def parse_size(text: str) -> int:
     return n_bytes
 
 
+class Quality(str, Enum):
+    """Values of --quality."""
+
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
 class Flash(str, Enum):
     """Values of --flash-attn."""
 
@@ -154,6 +162,9 @@ def quantize(
     imatrix: Annotated[
         Path | None, typer.Option(help="Importance matrix (GGUF) to use in place of a text.", show_default=False)
     ] = None,
+    quality: Annotated[
+        Quality, typer.Option(help="How much work: docs/quality.md has what each costs and brings.")
+    ] = Quality.balanced,
     output_type: Annotated[str, typer.Option(help="Type of the output matrix: agq4, q8_0, f16 or f32.")] = "q8_0",
     embedding_type: Annotated[
         str, typer.Option(help="Type of the token embedding: as above, or auto (q8_0 below 1024 columns, else agq4).")
@@ -172,6 +183,9 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is finished beside OUT, and go on from there next time.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -185,6 +199,8 @@ def quantize(
     except ImportError as e:
         raise HostError(f"quantizing needs {e.name}: pip install 'agq-gguf[convert]'") from e
     options = convert.QuantizeOptions(
+        quality=quality.value,
+        resume=resume,
         output_type=output_type,
         embedding_type=embedding_type,
         threads=threads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from agq_gguf import cli_output as show
 
 if TYPE_CHECKING:
     from agq_gguf.bench import Result, Speed
-    from agq_gguf.convert import Report
+    from agq_gguf.convert import Report, TensorReport
     from agq_gguf.demo import Demonstration
     from agq_gguf.evaluate import Evaluation
     from agq_gguf.inspection import ModelInfo, TensorInfo
@@ -47,6 +48,11 @@ def show_report(report: Report) -> None:
     if reasons:
         rows = [[name, len(names), reason, _some(names)] for (name, reason), names in reasons.items()]
         show.table(["not AGQ4", ">tensors", "why", "which"], rows)
+    worst = sorted((t for t in report.tensors if t.error is not None), key=lambda t: -(t.error or 0))
+    if worst:
+        rows = [[kind, f"{min(errors):.3%}", f"{_median(errors):.3%}", f"{max(errors):.3%}", name]
+                for kind, (errors, name) in _by_kind(worst).items()]  # fmt: skip
+        show.table(["error of the output", ">least", ">median", ">most", "in"], rows)
     for tensor in report.tensors:
         if tensor.note:
             show.complain(f"note: {tensor.name}: {tensor.note}")
@@ -54,6 +60,19 @@ def show_report(report: Report) -> None:
         show.complain(f"warning: {warning}")
     files = f" in {len(report.paths)} files" if len(report.paths) > 1 else ""
     show.say(f"{report.paths[0]}: {show.size(report.n_bytes)}{files}, {report.bits_per_weight:.2f} bits per weight")
+
+
+def _by_kind(worst: list[TensorReport]) -> dict[str, tuple[list[float], str]]:
+    """Kind of tensor -> its errors and the name of the worst; `worst` is sorted that way."""
+    found: dict[str, tuple[list[float], str]] = {}
+    for tensor in worst:
+        kind = re.sub(r"^blk\.\d+\.|\.weight$", "", tensor.name)
+        found.setdefault(kind, ([], tensor.name))[0].append(tensor.error or 0.0)
+    return found
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def _some(names: list[str]) -> str:
@@ -74,8 +93,9 @@ def show_model(info: ModelInfo) -> None:
     rows = []
     for tensor in info.tensors:
         shape = " x ".join(map(str, tensor.shape))
-        rows.append([tensor.name, tensor.type, shape, show.size(tensor.bytes), _attributes(tensor)])
-    show.table(["tensor", "type", "shape", ">size", "AGQ4 attributes"], rows)
+        error = "" if tensor.error is None else f"{tensor.error:.3%}"
+        rows.append([tensor.name, tensor.type, shape, show.size(tensor.bytes), error, _attributes(tensor)])
+    show.table(["tensor", "type", "shape", ">size", ">error", "AGQ4 attributes"], rows)
     if info.metadata:
         show.say()
         show.table(["metadata", "value"], [[f"agq.{key}", value] for key, value in info.metadata.items()])

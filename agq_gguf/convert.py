@@ -6,18 +6,19 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agq_gguf import blocks
+from agq_gguf import __version__, blocks
 from agq_gguf.errors import InputError
 from agq_gguf.host import default_threads
+from agq_gguf.journal import Journal, digest, folder_of
 from agq_gguf.quantizer import MatrixOptions, QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.reader import Reader, Tensor, check_source
 from agq_gguf.recipe import EMBEDDING, TensorPlan, plan
@@ -25,8 +26,13 @@ from agq_gguf.shards import open_model, paths_of
 from agq_gguf.stats import WeightStats, check_shapes, load_imatrix
 from agq_gguf.writer import Writer, layout
 
+if TYPE_CHECKING:
+    from agq_gguf.refined import Refined
+
 _STOCK_ROWS = 4096  # converted at a time: bounds memory
 _FEW_TOKENS = 4096  # of calibration text; less is worth a warning
+ERROR_TENSORS, ERROR_VALUES = "agq.error.tensors", "agq.error.values"  # metadata: squared output errors by tensor
+QUALITIES = ("fast", "balanced", "best")
 
 Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
 
@@ -35,6 +41,8 @@ Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is b
 class QuantizeOptions:
     """What a user can choose."""
 
+    quality: str = "balanced"  # one of QUALITIES
+    resume: bool = False  # keep what is finished beside the output, and go on from there
     output_type: str = "q8_0"
     embedding_type: str = "auto"  # q8_0 for small models, else agq4
     threads: int = 0  # 0: all that this process may use
@@ -43,6 +51,12 @@ class QuantizeOptions:
     context: int = 512  # tokens of a calibration chunk
     split_size: int = 0  # bytes of tensors in a file, at most; 0: one file
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
+
+    def __post_init__(self) -> None:
+        if self.quality not in QUALITIES:
+            raise InputError(f"unknown quality {self.quality!r}; known are {', '.join(QUALITIES)}")
+        if self.quality == "fast":
+            object.__setattr__(self, "matrix", replace(self.matrix, error_feedback=False))
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ def quantize(
         plans = plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
         wanted = {p.source.name: p.source for p in plans if p.type_name == blocks.TYPE_NAME}
         if calibration is not None and wanted:
-            guide = _from_text(stack, reader, wanted, calibration, options, progress)
+            guide = _from_text(stack, reader, plans, calibration, options, Path(dst), progress)
         elif imatrix is not None and wanted:
             guide = _from_imatrix(wanted, imatrix)
         else:
@@ -139,11 +153,16 @@ def _torch_threads(n: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Guide:
-    """Where statistics come from. `groups` yields the weights to quantize, those with the same input together."""
+    """Where statistics come from. `groups` yields the weights to quantize, those with the same input together.
+
+    What `refined` yields needs no statistics any more; its norms take the place of the file's.
+    """
 
     origin: str
     groups: Iterator[tuple[tuple[str, ...], WeightStats | None]]
     warnings: list[str]
+    journal: Journal = field(default_factory=lambda: Journal(None))
+    refined: Refined | None = None
 
 
 def _unguided(wanted: dict[str, Tensor]) -> _Guide:
@@ -163,26 +182,45 @@ def _from_imatrix(wanted: dict[str, Tensor], path: str | os.PathLike[str]) -> _G
 def _from_text(
     stack: ExitStack,
     reader: Reader,
-    wanted: dict[str, Tensor],
+    plans: list[TensorPlan],
     text: str | os.PathLike[str] | Iterable[str],
     options: QuantizeOptions,
+    dst: Path,
     progress: Progress,
 ) -> _Guide:
     from agq_gguf.calibrate import Calibrator, read_text
+    from agq_gguf.refined import Refined, refine
 
     progress("calibrate", 0, 1, "loading the model")
+    wanted = [p.source.name for p in plans if p.type_name == blocks.TYPE_NAME]
     calibrator = stack.enter_context(
         Calibrator(
             reader.path,
             read_text(text),
-            {name: tensor.shape for name, tensor in wanted.items()},
+            {name: reader.tensors[name].shape for name in wanted},
             context=options.context,
             max_tokens=options.calibration_tokens,
             threads=options.threads,
         )
     )
+    journal = Journal(None)
+    if options.resume:
+        decisive = replace(options, threads=0, resume=False, split_size=0)
+        journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
+    warnings, refined = [], None
+    if options.quality == "best":
+        found = refine(reader, calibrator, plans, options.matrix, options.memory, journal, progress)
+        if isinstance(found, Refined):
+            refined = found
+            wanted = [name for name in wanted if name not in refined.names]
+        else:
+            warnings.append(f"quality best is not to be had for this model, balanced was used: {found}")
     hessians = options.matrix.error_feedback
-    parts = calibrator.passes(options.memory, hessians)
+    left = set(wanted)
+    parts = [
+        [found for found in part if left.intersection(found.weights)]
+        for part in calibrator.passes(options.memory, hessians)
+    ]
     seen = {name for part in parts for found in part for name in found.weights}
     unseen = [name for name in wanted if name not in seen]
 
@@ -191,19 +229,22 @@ def _from_text(
         for i, part in enumerate(parts):
             before, detail = i * calibrator.n_tokens, f"pass {i + 1} of {len(parts)}"
             report = partial(_report, progress, before, total, detail)
-            for found, stats in zip(part, calibrator.collect(part, options.memory, report, hessians), strict=True):
-                yield found.weights, stats
+            yield from ((found.weights, None) for found in part if journal.has(found.weights))
+            part = [found for found in part if not journal.has(found.weights)]
+            if part:
+                collected = calibrator.collect(part, options.memory, report, hessians)
+                yield from ((found.weights, stats) for found, stats in zip(part, collected, strict=True))
         yield from (((name,), None) for name in unseen)
 
     source = Path(text).name if isinstance(text, (str, os.PathLike)) else "text"
-    warnings = _unseen([name for name in unseen if name != EMBEDDING])  # a table to look up multiplies with nothing
+    warnings += _unseen([name for name in unseen if name != EMBEDDING])  # a table to look up multiplies with nothing
     if hessians and (pooled := calibrator.pooled(options.memory)):
         warnings.append(
             f"the experts of {len(pooled)} tensors share their statistics; more memory would keep them apart"
         )
     if calibrator.n_tokens < _FEW_TOKENS:
         warnings.append(f"calibrated on {calibrator.n_tokens} tokens only; {_FEW_TOKENS} or more give better results")
-    return _Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings)
+    return _Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings, journal, refined)
 
 
 def _report(progress: Progress, before: int, total: int, detail: str, done: int) -> None:
@@ -231,21 +272,40 @@ def _write(
     added = _metadata(plans, guide.origin, options)
     with Writer(dst, reader.metadata, added, placed, split=options.split_size) as writer:
         _check_targets(writer.paths, reader)
+        norms: dict[str, NDArray[np.float32]] = {}
+        if guide.refined is not None:
+            for name, matrix in guide.refined.results:
+                results[name] = _Quantized([blocks.pack(matrix.matrix)], matrix.error, matrix.note)
+                writer.write(name, results[name].parts)
+                done += reader.tensors[name].n_elements
+            norms = guide.refined.norms
+            guide.warnings.extend(guide.refined.notes)
         for p in plans:
             if p.type_name != blocks.TYPE_NAME:
                 name = p.source.name
-                same = p.type_name == p.source.type_name
-                writer.write(name, reader.chunks(name) if same else _stock(reader, p.source, p.type_name))
+                if name in norms:
+                    writer.write(name, [norms[name]])
+                elif p.type_name == p.source.type_name:
+                    writer.write(name, reader.chunks(name))
+                else:
+                    writer.write(name, _stock(reader, p.source, p.type_name))
                 done += p.source.n_elements
                 progress("quantize", done, total, name)
         for names, stats in guide.groups:
             progress("quantize", done, total, names[0])
-            for name, result in _quantize_group(reader, names, stats, options.matrix).items():
+            finished = _finished(guide.journal, names)
+            if finished is None:
+                finished = _quantize_group(reader, names, stats, options.matrix)
+                _keep(guide.journal, finished)
+            for name, result in finished.items():
                 writer.write(name, result.parts)
                 results[name] = result
                 done += reader.tensors[name].n_elements
         reader.check_unchanged()
+        if results:
+            writer.replace(ERROR_VALUES, np.array([results[name].error for name in added[ERROR_TENSORS]], np.float32))
         progress("quantize", done, total, "")
+    guide.journal.close()
     reports = []
     for p, target in zip(plans, placed, strict=True):
         found = results.get(p.source.name)
@@ -265,6 +325,22 @@ class _Quantized:
     parts: list[NDArray[np.uint8]]  # a matrix each
     error: float
     note: str
+
+
+def _finished(journal: Journal, names: tuple[str, ...]) -> dict[str, _Quantized] | None:
+    """What an earlier run has made of these weights, if it has finished all of them."""
+    found: dict[str, _Quantized] = {}
+    for name in names:
+        kept = journal.get(name)
+        if kept is None:
+            return None
+        found[name] = _Quantized(list(kept["parts"]), float(kept["error"]), str(kept["note"]))
+    return found
+
+
+def _keep(journal: Journal, finished: dict[str, _Quantized]) -> None:
+    for name, result in finished.items():
+        journal.put(name, {"parts": result.parts, "error": result.error, "note": result.note})
 
 
 def _quantize_group(
@@ -304,14 +380,18 @@ def _stock(reader: Reader, tensor: Tensor, type_name: str) -> Iterator[NDArray[A
         yield quants.quantize(rows, GGMLQuantizationType[type_name.upper()])
 
 
-def _metadata(plans: list[TensorPlan], guidance: str, options: QuantizeOptions) -> dict[str, str | bool | int | float]:
+def _metadata(plans: list[TensorPlan], guidance: str, options: QuantizeOptions) -> dict[str, Any]:
     counts = Counter(p.type_name for p in plans)
+    names = [p.source.name for p in plans if p.type_name == blocks.TYPE_NAME]
+    errors = {ERROR_TENSORS: names, ERROR_VALUES: np.zeros(len(names), np.float32)} if names else {}
     return {
         "general.quantization_version": 2,  # ggml's GGML_QNT_VERSION, which stock quantized files carry
         "general.file_type": 100 + blocks.TYPE_ID,  # no stock number; programs show it as unknown
         "agq.version": blocks.VERSION,
         "agq.calibration": guidance,
+        "agq.quality": options.quality,
         "agq.activation_bits": options.matrix.activation_bits,
         "agq.activation_scale": "group" if options.matrix.per_group else "token",
         **{f"agq.tensors.{type_name}": n for type_name, n in sorted(counts.items())},
+        **errors,
     }

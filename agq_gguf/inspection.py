@@ -15,7 +15,7 @@ from agq_gguf.reader import Reader, Tensor
 from agq_gguf.shards import open_model, paths_of
 
 _PREFIX = "agq."
-_NOT_SHOWN = "agq.hash."  # for `verify`; long and of no use to a reader
+_NOT_SHOWN = ("agq.hash.", "agq.error.")  # for `verify`, and shown with the tensors
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class TensorInfo:
     bytes: int
     agq: AgqAttributes | None = None
     problem: str = ""  # why its parameters cannot be used
+    error: float | None = None  # AGQ4: squared output error over squared output, as the quantizer measured it
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class ModelInfo:
 def inspect_file(path: str | os.PathLike[str]) -> ModelInfo:
     """Reads header and AGQ4 attributes only. Raises InputError; damaged AGQ4 tensors are told in the result."""
     with open_model(path) as reader:
-        tensors = [_tensor_info(reader, tensor) for tensor in reader.tensors.values()]
+        errors = _errors(reader)
+        tensors = [_tensor_info(reader, tensor, errors.get(tensor.name)) for tensor in reader.tensors.values()]
         elements = [tensor.n_elements for tensor in reader.tensors.values()]
         n_bytes = sum(tensor.bytes for tensor in tensors)
         return ModelInfo(
@@ -121,14 +123,25 @@ def _scalars(reader: Reader, prefix: str) -> dict[str, Any]:
     return found
 
 
-def _tensor_info(reader: Reader, tensor: Tensor) -> TensorInfo:
+def _errors(reader: Reader) -> dict[str, float]:
+    """Error of each tensor, from the metadata; empty where that is missing or does not fit together."""
+    names, values = reader.get(f"{_PREFIX}error.tensors"), reader.get(f"{_PREFIX}error.values")
+    if names is None or values is None or np.ndim(names) != 1 or np.shape(names) != np.shape(values):
+        return {}
+    numbers = np.asarray(values)
+    if not np.issubdtype(numbers.dtype, np.floating):
+        return {}
+    return {str(name): float(value) for name, value in zip(names, numbers, strict=True) if np.isfinite(value)}
+
+
+def _tensor_info(reader: Reader, tensor: Tensor, error: float | None) -> TensorInfo:
     attributes, problem = None, ""
     if tensor.type_name == blocks.TYPE_NAME:
         try:
             attributes = _attributes(reader, tensor)
         except FormatError as e:
             problem = str(e)
-    return TensorInfo(tensor.name, tensor.type_name, list(tensor.shape), tensor.n_bytes, attributes, problem)
+    return TensorInfo(tensor.name, tensor.type_name, list(tensor.shape), tensor.n_bytes, attributes, problem, error)
 
 
 def _attributes(reader: Reader, tensor: Tensor) -> AgqAttributes:

@@ -294,13 +294,17 @@ def test_inspect(llama_agq: Path) -> None:
     shown = run("inspect", llama_agq).stdout
     assert "tiny random llama, architecture llama" in shown
     assert re.search(r"agq4 +14 +153\.0 KiB +4\.25", shown)
-    assert re.search(r"blk\.0\.ffn_up\.weight +agq4 +256 x 128 +17\.0 KiB +8-bit activations per token, exp", shown)
+    assert re.search(
+        r"blk\.0\.ffn_up\.weight +agq4 +256 x 128 +17\.0 KiB +0\.\d{3}% +8-bit activations per token, exp", shown
+    )
     assert re.search(r"agq\.activation_bits +8", shown)
     found = json.loads(run("inspect", llama_agq, "--json").stdout)
     keys = {"path", "architecture", "name", "parameters", "file_bytes", "tensor_bytes", "bits_per_weight", "types"}
     assert set(found) == keys | {"metadata", "hyperparameters", "tensors"}
     assert found["types"]["agq4"]["tensors"] == 14
-    assert set(found["tensors"][0]) == {"name", "type", "shape", "bytes", "agq", "problem"}
+    assert set(found["tensors"][0]) == {"name", "type", "shape", "bytes", "agq", "problem", "error"}
+    errors = {tensor["name"]: tensor["error"] for tensor in found["tensors"]}
+    assert 0 < errors["blk.0.ffn_up.weight"] < 0.01 and errors["output_norm.weight"] is None
 
 
 def test_inspect_damaged(llama_agq: Path, tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Quality for size: AGQ4 beside llama.cpp's own types, made from one float model with statistics of one text.
+
+    python benchmarks/quality_compare.py MODEL-f16.gguf --calibration A.txt --text B.txt --folder OUT [--agq X.gguf ...]
+
+Each stock type gets an importance matrix of the calibration text (the mean squares that llama-imatrix gathers, in the
+graph of llama.cpp) and is made twice: as llama-quantize makes it, and with token embedding and output matrix in Q8_0,
+as AGQ4 has them by default, so that only the other matrices differ. All run in the stock library. Prints a table in
+Markdown; figures are those of ``agq-gguf evaluate``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+from pathlib import Path
+
+import numpy as np
+
+from agq_gguf import blocks
+from agq_gguf.calibrate import Calibrator, read_text
+from agq_gguf.evaluate import evaluate
+from agq_gguf.host import llama_api, quiet_log
+from agq_gguf.inspection import inspect_file
+from agq_gguf.reader import open_gguf
+
+FILE_TYPES = {"Q4_0": 2, "Q4_K_S": 14, "IQ4_XS": 30, "IQ4_NL": 25, "Q4_K_M": 15, "Q5_K_S": 16, "Q8_0": 7}
+Q8_0 = 8  # ggml_type
+
+
+def importance(model: Path, text: Path, tokens: int, threads: int) -> dict[str, np.ndarray]:
+    """Mean squares of every matrix's input, [experts * K] float32."""
+    with open_gguf(model) as reader:
+        wanted = {t.name: t.shape for t in reader.tensors.values() if len(t.shape) > 1 and t.name.endswith(".weight")}
+    with Calibrator(model, read_text(text), wanted, max_tokens=tokens, threads=threads) as calibrator:
+        inputs = calibrator.inputs
+        found = calibrator.collect(inputs, 1 << 30, lambda done: None, hessians=False)
+    return {
+        name: np.concatenate([part.mean_square for part in stats.experts or (stats.whole,)])
+        for entry, stats in zip(inputs, found, strict=True)
+        for name in entry.weights
+    }
+
+
+def quantize_stock(src: Path, dst: Path, file_type: int, data: dict[str, np.ndarray], same_ends: bool, threads: int):
+    """What ``llama-quantize --imatrix`` does."""
+    api = llama_api()
+    entry = api.llama_model_imatrix_data
+    keep = {name: np.ascontiguousarray(values, np.float32) for name, values in data.items()}
+    floats = ctypes.POINTER(ctypes.c_float)
+    rows = [entry(name.encode(), v.ctypes.data_as(floats), v.size) for name, v in keep.items()]
+    array = (entry * (len(rows) + 1))(*rows)  # the last, all zero, ends the list
+    parameters = api.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = file_type, threads
+    parameters.imatrix = ctypes.cast(array, type(parameters.imatrix))
+    if same_ends:
+        parameters.output_tensor_type = parameters.token_embedding_type = Q8_0
+    with quiet_log():
+        if api.llama_model_quantize(os.fsencode(src), os.fsencode(dst), ctypes.byref(parameters)):
+            raise SystemExit(f"llama.cpp cannot make {dst}")
+
+
+def main() -> None:
+    """The table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="must not be the calibration text")
+    parser.add_argument("--folder", type=Path, required=True, help="for the models made; those there are used again")
+    parser.add_argument("--agq", type=Path, nargs="*", default=[], help="AGQ4 files of the same model")
+    parser.add_argument("--types", nargs="*", default=["Q4_0", "Q4_K_S", "IQ4_XS"], choices=list(FILE_TYPES))
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--chunks", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    files: list[tuple[str, Path]] = []
+    data: dict[str, np.ndarray] = {}
+    for name in args.types:
+        for same_ends in (False, True):
+            path = args.folder / f"{args.model.stem}-{name}{'-same-ends' if same_ends else ''}.gguf"
+            if not path.exists():
+                data = data or importance(args.model, args.calibration, args.tokens, args.threads)
+                quantize_stock(args.model, path, FILE_TYPES[name], data, same_ends, args.threads)
+            files.append((name + (", ends Q8_0" if same_ends else ""), path))
+    files += [(path.stem, path) for path in args.agq]
+    text = args.text.read_text("utf-8")
+    print("| type | kB | bpw | bpw of the AGQ4-able | KL x 1000 | perplexity | same top token |")
+    print("|---|---|---|---|---|---|---|")
+    for name, path in files:
+        found = evaluate(path, args.model, text, chunks=args.chunks or None, threads=args.threads)
+        info = inspect_file(path)
+        inner = [t for t in info.tensors if len(t.shape) > 1 and t.name not in ("token_embd.weight", "output.weight")]
+        inner = [t for t in inner if not blocks.shape_problem(*t.shape[-2:])]
+        bits = 8 * sum(t.bytes for t in inner) / max(1, sum(int(np.prod(t.shape)) for t in inner))
+        print(
+            f"| {name} | {info.file_bytes / 1000:.0f} | {info.bits_per_weight:.2f} | {bits:.2f} "
+            f"| {1000 * found.mean_kl:.3f} ± {1000 * found.mean_kl_error:.3f} | {found.perplexity:.4f} "
+            f"| {100 * found.top1_agreement:.2f}% |",
+            flush=True,
+        )
+    print(f"\nreference perplexity {found.reference_perplexity:.4f}, {found.positions} positions")
+
+
+if __name__ == "__main__":
+    main()

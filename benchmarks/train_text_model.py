@@ -1,0 +1,96 @@
+"""Trains a small LLaMA on text files: a second language model for benchmarks/quality_compare.py.
+
+Its matrices have 256 or 768 columns, so that llama.cpp's K types can hold them (the demo model's have 128). About forty
+minutes on one core; not part of the package:
+
+    python benchmarks/train_text_model.py wikitext.txt other.txt --output FOLDER --minutes 40
+
+Of the first text the last 220 kB are kept from training: FOLDER/calibration.txt and FOLDER/evaluation.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from train_story_model import Shape, StoryModel, schedule, write_gguf
+
+HELD_OUT = 110_000  # characters, twice
+
+
+def main() -> None:
+    """Trains and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.manual_seed(1)
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    texts = [path.read_text("utf-8") for path in args.texts]
+    held = texts[0][-2 * HELD_OUT :]
+    (args.output / "calibration.txt").write_text(held[:HELD_OUT], "utf-8")
+    (args.output / "evaluation.txt").write_text(held[HELD_OUT:], "utf-8")
+    texts[0] = texts[0][: -2 * HELD_OUT]
+
+    shape = Shape(vocab=2048, n_embd=256, n_ff=768, n_layer=args.layers, n_head=4, n_kv=2, context=512)
+    words = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=words,
+        vocab_size=shape.vocab, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False, num_threads=1, bos_id=1, eos_id=2, unk_id=0, pad_id=-1,
+        minloglevel=2, max_sentence_length=20000, character_coverage=0.9999,
+    )  # fmt: skip
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=words.getvalue())
+    stream = torch.tensor([token for text in texts for token in tokenizer.encode(text)])
+    test = torch.tensor([1, *tokenizer.encode(held[HELD_OUT:])])[: 40 * args.window + 1]
+    model = StoryModel(shape)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(stream)} tokens", flush=True)
+
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    began, mean, step = time.monotonic(), 0.0, 0
+    while (progress := (time.monotonic() - began) / 60 / args.minutes) < 1:
+        starts = torch.randint(len(stream) - args.window - 1, (args.batch, 1))
+        batch = stream[starts + torch.arange(args.window + 1)]
+        batch[:, 0] = 1
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(progress, args.learning_rate)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch[:, :-1])
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        mean = loss.item() if step == 0 else 0.98 * mean + 0.02 * loss.item()
+        step += 1
+        if step % 200 == 0:
+            print(f"step {step}, {step * batch[:, 1:].numel()} tokens, loss {mean:.3f}", flush=True)
+    with torch.no_grad():
+        rows = test[:-1].view(-1, args.window)
+        loss = functional.cross_entropy(model(rows).flatten(0, 1), test[1:])
+    print(f"perplexity on the evaluation text {math.exp(loss):.2f} after {step} steps")
+    write_gguf(args.output / "text-f16.gguf", model, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""The quality `best` and its parts: graph, token weights, sequential quantization, tuning, journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from torch.nn import functional
+
+from agq_gguf import blocks, convert, distill, journal, refined, sequential
+from agq_gguf.calibrate import Calibrator
+from agq_gguf.convert import QuantizeOptions, quantize
+from agq_gguf.errors import InputError, OutputError
+from agq_gguf.evaluate import compare
+from agq_gguf.llama_graph import STAGES, LlamaGraph, why_not
+from agq_gguf.quantizer import MatrixOptions, prepare_input, quantize_matrix
+from agq_gguf.reader import open_gguf
+from agq_gguf.sensitivity import token_weights
+from agq_gguf.simulate import Rounder, restored
+
+BEST = QuantizeOptions(quality="best", threads=1, context=64, calibration_tokens=1024)
+MODELS = {
+    "llama": {},
+    "tied": {"tied": True, "n_layer": 1},
+    "qwen2": {"arch": "qwen2"},
+    "wide head": {"n_head": 2, "n_kv": 1},
+}
+
+
+Opener = Callable[..., LlamaGraph]
+
+
+@pytest.fixture
+def graph_of() -> Iterator[Opener]:
+    """Opens graphs, whose files are closed after the test."""
+    with ExitStack() as stack:
+        yield lambda path, cache=1 << 30: LlamaGraph(stack.enter_context(open_gguf(path)), cache)
+
+
+def run_graph(graph: LlamaGraph, tokens: torch.Tensor) -> torch.Tensor:
+    x = graph.embed(tokens)
+    for layer in range(graph.shape.n_layer):
+        x = graph.block(layer, x, graph.linear)
+    return graph.logits(x)
+
+
+def some_tokens(n: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(300, 500, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+# the graph
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graph_gives_the_logits_of_llama_cpp(graph_of: Opener, name: str, tmp_path: Path) -> None:
+    path = tiny_models.write_llama(tmp_path / "m.gguf", dtype="f32", **MODELS[name])
+    with open_gguf(path) as reader:
+        assert why_not(reader) == ""
+    tokens = some_tokens(1, 48)[0].numpy().astype(np.int32)
+    with Calibrator(path, ["a" * 200], {"blk.0.attn_q.weight": (128, 128)}, context=64, threads=1) as calibrator:
+        theirs = calibrator.logits(tokens)
+    ours = run_graph(graph_of(path), torch.from_numpy(tokens.astype(np.int64))[None])[0].numpy()
+    assert compare(theirs, ours, tokens)[:, 2].max() < 1e-4
+
+
+def test_graph_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    cases = {
+        "architecture gpt2": tiny_models.write_gpt2(tmp_path / "gpt2.gguf"),
+        "ffn_gate_inp.weight is not part": tiny_models.write_llama(tmp_path / "moe.gguf", n_expert=4, n_expert_used=2),
+    }
+    for expected, path in cases.items():
+        with open_gguf(path) as reader:
+            assert expected in why_not(reader)
+
+
+def test_a_small_cache_changes_nothing(graph_of: Opener, llama_f16: Path) -> None:
+    tokens = some_tokens(1, 20)
+    small = graph_of(llama_f16, 70_000)
+    assert torch.equal(run_graph(small, tokens), run_graph(graph_of(llama_f16), tokens))
+    assert sum(t.nbytes for t in small._cache.values()) <= 70_000
+
+
+# token weights
+
+
+def test_token_weights_are_squared_gradients(graph_of: Opener, llama_f16: Path) -> None:
+    """Against autograd through the whole graph at once."""
+    graph, tokens = graph_of(llama_f16), some_tokens(2, 24)
+    found = token_weights(graph, [tokens], lambda done: None, seed=5)
+    made: dict[str, torch.Tensor] = {}
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        made[name] = functional.linear(x, graph.tensor(f"{name}.weight").clone().requires_grad_())
+        made[name].retain_grad()
+        return made[name]
+
+    x = graph.embed(tokens)
+    for layer in range(graph.shape.n_layer):
+        x = graph.block(layer, x, linear)
+    scores = functional.log_softmax(graph.logits(x), -1).flatten(0, 1)
+    drawn = torch.multinomial(scores.detach().exp(), 1, generator=torch.Generator().manual_seed(5))
+    (-scores.gather(1, drawn).sum()).backward()
+    assert set(found) == {(layer, stage) for layer in range(2) for stage in range(4)}
+    for (layer, stage), weights in found.items():
+        gradients = [made[f"blk.{layer}.{name}"].grad for name in STAGES[stage]]
+        square = sum(g.square().sum(-1).flatten() for g in gradients if g is not None)
+        assert isinstance(square, torch.Tensor)
+        torch.testing.assert_close(weights, 0.8 * square / square.mean() + 0.2, rtol=1e-3, atol=1e-4)
+
+
+# what the runtime does, simulated
+
+
+@pytest.mark.parametrize(("bits", "per_group"), [(8, False), (8, True), (4, False)])
+def test_simulation_is_the_reference(bits: int, per_group: bool) -> None:
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(9, 256)).astype(np.float32) * np.exp(rng.normal(size=256)).astype(np.float32)
+    x[4] = 0
+    options = MatrixOptions(activation_bits=bits, per_group=per_group)
+    from agq_gguf.stats import InputStats
+
+    stats = InputStats(9, np.square(x).mean(0), np.abs(x).max(0), x)
+    prepared = prepare_input(stats, 256, 100, options)
+    matrix = quantize_matrix(rng.normal(size=(64, 256)).astype(np.float32), prepared, options).matrix
+    assert per_group or matrix.parameters.listed.size  # else the order would not be tried
+    rounder = Rounder(matrix.parameters, 256)
+    found = functional.linear(rounder(torch.from_numpy(x)), restored(matrix, rounder)).numpy()
+    wanted = blocks.matmul_reference(x, matrix)
+    np.testing.assert_allclose(found, wanted, atol=2e-4 * np.abs(wanted).max())
+
+
+# sequential quantization
+
+
+def final_error(graph: LlamaGraph, tokens: torch.Tensor, matrices: dict) -> float:
+    rounders = {n: Rounder(m.matrix.parameters, m.matrix.codes.shape[1]) for n, m in matrices.items()}
+    weights = {n: restored(m.matrix, rounders[n]) for n, m in matrices.items()}
+    exact = approximate = graph.embed(tokens)
+    for layer in range(graph.shape.n_layer):
+        exact = graph.block(layer, exact, graph.linear)
+        approximate = graph.block(
+            layer,
+            approximate,
+            lambda name, x: functional.linear(rounders[f"{name}.weight"](x), weights[f"{name}.weight"]),
+        )
+    return float((exact - approximate).square().mean() / exact.square().mean())
+
+
+def test_taking_errors_back_helps(graph_of: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graph_of(tiny_models.write_llama(tmp_path / "m.gguf", n_layer=3))
+    names = {name for name in graph._reader.tensors if name.startswith("blk.") and "norm" not in name}
+    batches, unseen = [some_tokens(8, 128, seed) for seed in range(4)], some_tokens(4, 128, 9)
+    errors = []
+    for share in (0.0, 0.5):
+        monkeypatch.setattr(sequential, "_TAKEN_BACK", share)
+        run = sequential.Sequential(graph, batches, names, {}, MatrixOptions())
+        with torch.no_grad():
+            errors.append(final_error(graph, unseen, dict(run.run(journal.Journal(None), lambda done, name: None))))
+    assert errors[1] < 0.93 * errors[0] < 0.02
+
+
+def test_batches() -> None:
+    chunks = [np.arange(n, dtype=np.int32) for n in (8, 8, 8, 5, 5, 8)]
+    shapes = [tuple(batch.shape) for batch in sequential.batches_of(chunks, 16)]
+    assert shapes == [(2, 8), (1, 8), (2, 5), (1, 8)]
+
+
+# tuning
+
+
+def test_tuning_keeps_only_what_is_better(graph_of: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graph_of(tiny_models.write_llama(tmp_path / "m.gguf", n_layer=1))
+    names = {name for name in graph._reader.tensors if name.startswith("blk.") and "norm" not in name}
+    batches = [some_tokens(4, 64, seed) for seed in range(16)]
+    run = sequential.Sequential(graph, batches, names, {}, MatrixOptions(error_feedback=False))
+    matrices = dict(run.run(journal.Journal(None), lambda done, name: None))
+    steps: list[tuple[int, int]] = []
+
+    def tune() -> distill.Tuned:
+        return distill.tune(
+            graph,
+            batches,
+            matrices,
+            embedding=None,
+            output=None,
+            epochs=1,
+            progress=lambda done, total: steps.append((done, total)),
+        )
+
+    tuned = tune()
+    assert tuned.after < 0.97 * tuned.before and steps[-1] == (14, 14)
+    assert set(tuned.matrices) == names and set(tuned.norms) == set(graph.norms)
+    for name, result in tuned.matrices.items():
+        scales = result.matrix.scales
+        assert np.array_equal(scales, blocks.round_scale(scales))
+        assert np.array_equal(result.matrix.codes, matrices[name].matrix.codes)
+    monkeypatch.setattr(distill, "_NORM_RATE", 1.0)
+    worse = tune()
+    assert worse.after > worse.before and not worse.norms and not worse.matrices
+
+
+# the whole
+
+
+def test_best(llama_f16: Path, words: str, tmp_path: Path) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    out = tmp_path / "out.gguf"
+    report = quantize(
+        llama_f16,
+        out,
+        calibration=[words],
+        options=BEST,
+        progress=lambda phase, done, total, what: seen.__setitem__(phase, (done, total)),
+    )
+    assert all(done == total for done, total in seen.values() if total > 8) and {"sensitivity", "tune"} <= set(seen)
+    with open_gguf(out) as made, open_gguf(llama_f16) as source:
+        assert made.get("agq.quality") == "best"
+        norms = [name for name in source.tensors if "norm" in name]
+        changed = [name for name in norms if not np.array_equal(made.read(name), source.read(name))]
+        helped = not any("did not help" in warning for warning in report.warnings)
+        assert changed == (norms if helped else [])
+    errors = {t.name: t.error for t in report.tensors if t.type_name == "agq4"}
+    assert len(errors) == 14 and all(e is not None and 0 < e < 0.006 for e in errors.values())
+
+
+def test_best_where_it_cannot_be(gpt2_f16: Path, words: str, tmp_path: Path) -> None:
+    report = quantize(gpt2_f16, tmp_path / "out.gguf", calibration=[words], options=BEST)
+    assert "balanced was used: architecture gpt2" in report.warnings[0]
+    assert sum(t.type_name == "agq4" for t in report.tensors) == 8
+
+
+def test_best_without_trust(llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is not llama.cpp's is found out before it guides anything."""
+    monkeypatch.setattr(refined, "_SAME", 0.0)
+    report = quantize(llama_f16, tmp_path / "out.gguf", calibration=[words], options=BEST)
+    assert "does not give the logits of llama.cpp" in report.warnings[0]
+
+
+def test_little_memory_uses_less_text(llama_f16: Path, words: str, tmp_path: Path) -> None:
+    options = QuantizeOptions(quality="best", threads=1, context=64, calibration_tokens=1024, memory=3 << 20)
+    report = quantize(llama_f16, tmp_path / "out.gguf", calibration=[words], options=options)
+    assert any("more memory would take all" in warning for warning in report.warnings)
+    assert any("not tuned: that takes" in warning for warning in report.warnings)
+
+
+def test_unknown_quality() -> None:
+    with pytest.raises(InputError, match="unknown quality 'good'; known are fast, balanced, best"):
+        QuantizeOptions(quality="good")
+
+
+# journal
+
+
+def test_journal(tmp_path: Path) -> None:
+    folder = tmp_path / ".out.resume"
+    first = journal.Journal(folder, "a")
+    first.put("x", {"v": np.arange(3)})
+    again = journal.Journal(folder, "a")
+    kept = again.get("x")
+    assert kept is not None and kept["v"].tolist() == [0, 1, 2] and again.get("y") is None and again.found == 1
+    assert again.has(["x"]) and not again.has(["x", "y"])
+    [path] = folder.glob("*.npz")
+    path.write_bytes(path.read_bytes()[:100])
+    assert again.get("x") is None  # damaged is as good as missing
+    again.put("x", {"v": np.arange(3)})
+    assert journal.Journal(folder, "b").get("x") is None  # another model, text or option
+    again.close()
+    assert not folder.exists()
+    nothing = journal.Journal(None)
+    nothing.put("x", {"v": 1})
+    assert nothing.get("x") is None and not nothing.has(["x"])
+
+
+def test_journal_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot keep what is finished"):
+        journal.Journal(tmp_path / "file" / "folder", "a")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("quality", ["balanced", "best"])
+def test_resume_gives_the_same_file(
+    quality: str, llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = QuantizeOptions(quality=quality, resume=True, threads=1, context=64, calibration_tokens=512)
+    module = sequential if quality == "best" else convert
+    real, calls = module.quantize_matrix, []
+
+    def counted(weight, prepared, options, name="the matrix"):  # type: ignore[no-untyped-def]
+        calls.append(name)
+        if len(calls) == stop_at:
+            raise Stop
+        return real(weight, prepared, options, name)
+
+    monkeypatch.setattr(module, "quantize_matrix", counted)
+    stop_at = 0
+    quantize(llama_f16, tmp_path / "whole.gguf", calibration=[words], options=options)
+    assert len(calls) == 14
+    calls.clear()
+    stop_at = 9
+    out = tmp_path / "out.gguf"
+    with pytest.raises(Stop):
+        quantize(llama_f16, out, calibration=[words], options=options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.gguf.resume", "whole.gguf"]
+    begun, stop_at = calls.copy(), 0
+    calls.clear()
+    quantize(llama_f16, out, calibration=[words], options=options)
+    assert len(calls) < 10 and len(set(calls) | set(begun)) == 14
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
+
+
+def test_other_options_start_again(llama_f16: Path, words: str, tmp_path: Path) -> None:
+    with open_gguf(llama_f16) as reader:
+        tokens = [np.arange(5, dtype=np.int32)]
+        keys = {
+            journal.digest(reader, tokens, "a"),
+            journal.digest(reader, tokens, "b"),
+            journal.digest(reader, [tokens[0] + 1], "a"),
+        }
+        assert len(keys) == 3 and journal.digest(reader, tokens, "a") in keys
+    with open_gguf(tiny_models.write_llama(tmp_path / "other.gguf", seed=1)) as reader:
+        assert journal.digest(reader, tokens, "a") not in keys
