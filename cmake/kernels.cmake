@@ -31,6 +31,10 @@ function(agq_add_kernels target)
     endif()
 
     agq_kernel(${target} scalar.cpp "" "")
+    # -fno-math-errno lets square roots be instructions, and -fno-trapping-math comparisons be selections; neither changes
+    # a result.
+    set(rows "-fno-math-errno;-fno-trapping-math")
+    agq_kernel(${target} rows_generic.cpp "${rows}" "/fp:precise")
     if(vector_types)
         agq_kernel(${target} attention_generic.cpp "" "")
         agq_kernel(${target} softmax_weights_generic.cpp "" "")
@@ -41,6 +45,10 @@ function(agq_add_kernels target)
         agq_kernel(${target} avx512vnni.cpp
                    "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512"
                    "/arch:AVX512")
+        agq_kernel(${target} rows_avx2.cpp "-mavx2;-mfma;${rows}" "/arch:AVX2;/fp:precise")
+        agq_kernel(${target} rows_avx512.cpp
+                   "-mavx2;-mfma;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512;${rows}"
+                   "/arch:AVX512;/fp:precise")
         if(vector_types)
             agq_kernel(${target} attention_avx2.cpp "-mavx2;-mfma;-mf16c" "")
             agq_kernel(${target} softmax_weights_avx2.cpp "-mavx2;-mfma;-mf16c" "")

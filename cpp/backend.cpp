@@ -26,6 +26,7 @@ using set_abort_callback_fn = void (*)(ggml_backend *, ggml_abort_callback, void
 constexpr char backend_name[] = "AGQ";
 
 const kernel *active_kernel = nullptr;
+bool fuse_rows = true;
 
 /// Set as soon as the host asks about a node with AGQ4 weights. Until then the device declines everything, so that a
 /// process without such a model runs exactly as if the plugin were not there.
@@ -80,7 +81,7 @@ class thread_pool {
 struct backend_context {
     backend_context(ggml_backend *inner_cpu, const prune_settings &pruning)
         : cpu(inner_cpu),
-          rewriter(active_kernel),
+          rewriter(active_kernel, fuse_rows),
           pruning(active_kernel->attention, pruning),
           may_prune(pruning.given) {}
     ~backend_context() { host.ggml_backend_free(cpu); }
@@ -281,8 +282,9 @@ void *registry_get_proc_address(ggml_backend_reg *, const char *name) {
 
 }  // namespace
 
-ggml_backend_reg *backend_registry(const kernel *kern) {
+ggml_backend_reg *backend_registry(const kernel *kern, bool fuse) {
     active_kernel = kern;
+    fuse_rows = fuse;
     static ggml_backend_reg registry = [] {
         ggml_backend_reg r = {};
         r.api_version = ggml_backend_api_version;

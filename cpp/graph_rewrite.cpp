@@ -39,6 +39,18 @@ bool check_weights(const ggml_tensor *w, std::string *error) {
     return false;
 }
 
+/// Whether the product is one that the custom nodes compute.
+bool check_product(const ggml_tensor *node, std::string *error) {
+    const ggml_tensor *weights = node->src[0], *x = node->src[1], *ids = node->src[2];
+    const bool experts = node->op == host.op_mul_mat_id;
+    if (is_plain_rows(x, ggml_type_f32) && is_plain_rows(node, ggml_type_f32) && x->ne[0] == weights->ne[0] &&
+        (experts ? is_plain_rows(ids, ggml_type_i32) && x->ne[3] == 1 : weights->ne[2] == 1)) {
+        return true;
+    }
+    *error = describe(weights) + " is used in a product that the plugin does not cover; convert it to another type";
+    return false;
+}
+
 /// Whether `kept` was parsed from these weights. The header holds a checksum of the rest, so comparing it notices that
 /// other weights have come to the same address.
 bool is_intact(const ggml_tensor *weights, const tensor_attributes &kept) {
@@ -71,6 +83,7 @@ void graph_rewriter::clear() {
     lookups_.clear();
     attentions_.clear();
     jobs_.clear();
+    fusions_.clear();
     clocks_.clear();
     thread_bytes_ = 0;
 }
@@ -152,6 +165,7 @@ void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
             has_soft_max = has_soft_max || nodes[i]->ne[1] > 1;
         }
     }
+    if (fuse_) assign_fusions(nodes, n);
     if (!has_soft_max || !kern_->attention) return;
     std::unordered_map<const ggml_tensor *, int> position, uses;
     for (int i = 0; i < n; ++i) {
@@ -194,6 +208,11 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
             case role::row_lookup:
                 good = add_row_lookup(nodes[i], error);
                 break;
+            case role::fused:
+                break;
+            case role::fused_source:
+                good = add_fused_source(nodes[i], fusions_.at(i), nodes, error);
+                break;
             case role::flash_attention:
             case role::chain_output:
                 add_attention(nodes[i], jobs_.at(i));
@@ -209,7 +228,9 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
         }
         if (!good) return false;
         const bool followed = i + 1 < n && nodes[i]->op == host.op_rms_norm && nodes[i + 1]->op == host.op_mul;
-        if (profiled_ && !is_empty_op(nodes[i]->op) && !followed) add_clock(profile_label(nodes[i]));
+        const bool ours =
+            roles_[static_cast<size_t>(i)] == role::fused || roles_[static_cast<size_t>(i)] == role::fused_source;
+        if (profiled_ && !is_empty_op(nodes[i]->op) && !followed && !ours) add_clock(profile_label(nodes[i]));
     }
     return true;
 }
@@ -286,12 +307,23 @@ activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, const tensor_
             return &last;
         }
     }
+    return add_set(node, x, ids, attributes, nullptr);
+}
+
+activation_set *graph_rewriter::add_set(ggml_tensor *node, ggml_tensor *x, ggml_tensor *ids,
+                                        const tensor_attributes *attributes, const row_source *source) {
     activation_set &set = sets_.emplace_back();
     set.x = x;
     set.ids = ids;
     set.kern = kern_;
     set.attributes = attributes;
     set.buffer = &buffer_;
+    set.source = source;
+    set.memory = &scratch_;
+    if (source) {
+        const size_t row_bytes = static_cast<size_t>(x->ne[0]) * sizeof(float);
+        thread_bytes_ = std::max(thread_bytes_, static_cast<size_t>(kern_->nr) * row_bytes);
+    }
     buffer_.reserve(set.rows(), x->ne[0]);
     ggml_tensor *args[2] = {x, ids};
     if (ids) {
@@ -300,20 +332,45 @@ activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, const tensor_
         set.route();
     }
     add_custom(node, args, ids ? 2 : 1, quantize_node, &set);
-    if (profiled_) add_clock("quantize");
+    if (profiled_ && !source) add_clock("quantize");
     return &set;
 }
 
+void graph_rewriter::assign_fusions(ggml_tensor **nodes, int n) {
+    std::vector<bool> is_product;
+    for (role r : roles_) is_product.push_back(r == role::product);
+    const auto same_format = [&](int i, int j) {
+        std::string error;  // will be found again, and reported, when the product is added
+        const tensor_attributes *a = find_attributes(nodes[i]->src[0], &error);
+        const tensor_attributes *b = find_attributes(nodes[j]->src[0], &error);
+        return a && b && (i == j || (*a)[0]->same_activations(*(*b)[0]));
+    };
+    for (fusion &f : find_fusions(nodes, n, is_product, same_format)) {
+        for (int i : f.replaced) roles_[static_cast<size_t>(i)] = role::fused;
+        const int last = f.replaced.back();
+        roles_[static_cast<size_t>(last)] = role::fused_source;
+        fusions_.emplace(last, std::move(f));
+    }
+}
+
+bool graph_rewriter::add_fused_source(ggml_tensor *node, const fusion &fused, ggml_tensor **nodes, std::string *error) {
+    const ggml_tensor *first = nodes[fused.products[0]];
+    const tensor_attributes *attributes = find_attributes(first->src[0], error);
+    if (!attributes || !check_product(first, error)) return false;
+    add_set(node, node, nullptr, attributes, &fused.source);
+    if (profiled_) {
+        std::string label;
+        for (int i : fused.replaced) label += std::string(host.ggml_op_name(nodes[i]->op)) + '+';
+        add_clock(label + "quantize");
+    }
+    return true;
+}
+
 bool graph_rewriter::add_product(ggml_tensor *node, std::string *error) {
-    const ggml_tensor *weights = node->src[0], *x = node->src[1], *ids = node->src[2];
+    const ggml_tensor *weights = node->src[0];
     const tensor_attributes *attributes = find_attributes(weights, error);
     if (!attributes) return false;
-    const bool experts = node->op == host.op_mul_mat_id;
-    if (!is_plain_rows(x, ggml_type_f32) || !is_plain_rows(node, ggml_type_f32) || x->ne[0] != weights->ne[0] ||
-        (experts ? !is_plain_rows(ids, ggml_type_i32) || x->ne[3] != 1 : weights->ne[2] != 1)) {
-        *error = describe(weights) + " is used in a product that the plugin does not cover; convert it to another type";
-        return false;
-    }
+    if (!check_product(node, error)) return false;
     product &p = products_.emplace_back();
     p.weights = weights;
     p.attributes = attributes;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "fuse.h"
 #include "host.h"
 #include "matmul.h"
 #include "thread_memory.h"
@@ -20,7 +21,8 @@ bool uses_agq4(const ggml_tensor *node);
 /// Builds and keeps the rewritten graph of one backend instance. Not thread-safe, like a ggml backend.
 class graph_rewriter {
   public:
-    explicit graph_rewriter(const kernel *kern) : kern_(kern) {}
+    /// `fuse`: whether work between products may be done where their input is quantized.
+    graph_rewriter(const kernel *kern, bool fuse) : kern_(kern), fuse_(fuse) {}
     ~graph_rewriter();
     graph_rewriter(const graph_rewriter &) = delete;
     graph_rewriter &operator=(const graph_rewriter &) = delete;
@@ -37,6 +39,8 @@ class graph_rewriter {
         keep,
         product,
         row_lookup,
+        fused,         ///< computed by a fused_source that follows
+        fused_source,  ///< computed while it is quantized
         flash_attention,
         chain_scores,
         chain_soft_max,
@@ -52,13 +56,18 @@ class graph_rewriter {
                     void *userdata);
     bool add_product(ggml_tensor *node, std::string *error);
     bool add_row_lookup(ggml_tensor *node, std::string *error);
+    void assign_fusions(ggml_tensor **nodes, int n);
+    bool add_fused_source(ggml_tensor *node, const fusion &fused, ggml_tensor **nodes, std::string *error);
     void add_attention(ggml_tensor *node, attention_job *job);
     void add_clock(const std::string &label);
     activation_set *find_or_add_set(ggml_tensor *node, const tensor_attributes *attributes);
+    activation_set *add_set(ggml_tensor *node, ggml_tensor *x, ggml_tensor *ids, const tensor_attributes *attributes,
+                            const row_source *source);
     const tensor_attributes *find_attributes(const ggml_tensor *weights, std::string *error);
     void clear();
 
     const kernel *kern_;
+    bool fuse_;
     activation_buffer buffer_;
     std::unordered_map<const void *, tensor_attributes>
         attributes_;  ///< by address of the weights, checked at each use
@@ -68,6 +77,7 @@ class graph_rewriter {
     ggml_cgraph *graph_ = nullptr;
     std::vector<role> roles_;
     std::unordered_map<int, attention_job *> jobs_;  ///< by the index of each node that belongs to the job
+    std::unordered_map<int, fusion> fusions_;        ///< by the index of their last node
     std::deque<activation_set> sets_;
     std::deque<product> products_;
     std::deque<row_lookup> lookups_;

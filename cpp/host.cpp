@@ -93,6 +93,8 @@ bool find_operations(std::string *error) {
             }
         }
     }
+    constexpr int swiglu = 2;  // in all supported releases
+    if (std::strcmp(host.ggml_glu_op_name(swiglu), "SWIGLU") == 0) host.glu_swiglu = swiglu;
     if (missing > 0) *error = "the host's ggml lacks an operation that the plugin needs";
     return missing == 0;
 }

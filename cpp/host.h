@@ -155,6 +155,7 @@ constexpr int ggml_backend_api_version = 2;
 #define AGQ_HOST_FUNCTIONS(X)                                                                                        \
     X(const char *, ggml_version, ())                                                                                \
     X(const ggml_type_traits *, ggml_get_type_traits, (int))                                                         \
+    X(const char *, ggml_glu_op_name, (int))                                                                         \
     X(const char *, ggml_op_name, (int))                                                                             \
     X(size_t, ggml_tensor_overhead, ())                                                                              \
     X(size_t, ggml_nbytes, (const ggml_tensor *))                                                                    \
@@ -192,6 +193,7 @@ struct host_api {
     int op_none = -1, op_mul_mat = -1, op_mul_mat_id = -1, op_get_rows = -1, op_set_rows = -1, op_soft_max = -1,
         op_flash_attn_ext = -1, op_custom = -1, op_view = -1, op_reshape = -1, op_permute = -1, op_transpose = -1,
         op_norm = -1, op_rms_norm = -1, op_mul = -1, op_add = -1, op_glu = -1;
+    int glu_swiglu = -1;  ///< number of the gated unit with SiLU, -1 if this host has another one
 
     ggml_backend_device *cpu = nullptr;  ///< the device that runs all that is not ours
     bool openmp = false;                 ///< whether the CPU backend keeps its threads in OpenMP

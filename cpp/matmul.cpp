@@ -8,6 +8,8 @@
 #include <limits>
 #include <new>
 
+#include "tensor_rows.h"
+
 namespace agq {
 
 namespace {
@@ -16,17 +18,6 @@ constexpr size_t alignment = 64;
 
 size_t align_up(size_t bytes) {
     return (bytes + alignment - 1) / alignment * alignment;
-}
-
-const char *row_address(const ggml_tensor *t, int64_t i1, int64_t i2, int64_t i3) {
-    return static_cast<const char *>(t->data) + i1 * static_cast<int64_t>(t->nb[1]) +
-           i2 * static_cast<int64_t>(t->nb[2]) + i3 * static_cast<int64_t>(t->nb[3]);
-}
-
-/// Address of row `flat` when the rows of all upper dimensions are counted through.
-const char *flat_row(const ggml_tensor *t, int64_t flat) {
-    const int64_t i1 = flat % t->ne[1], rest = flat / t->ne[1];
-    return row_address(t, i1, rest % t->ne[2], rest / t->ne[2]);
 }
 
 /// Row of the input that belongs to row `flat` of the product. With experts, the input may have one row per token for
@@ -137,13 +128,22 @@ void route_node(ggml_tensor *, int ith, int, void *userdata) {
     if (ith == 0) static_cast<activation_set *>(userdata)->route();
 }
 
-void quantize_node(ggml_tensor *, int, int, void *userdata) {
+void quantize_node(ggml_tensor *, int ith, int, void *userdata) {
     activation_set &set = *static_cast<activation_set *>(userdata);
     const float *rows[64];
     for (int64_t i; (i = set.next.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(set.units.size());) {
         const activation_set::unit &u = set.units[static_cast<size_t>(i)];
         const activation_format &format = (*set.attributes)[static_cast<size_t>(u.matrix)]->format;
-        for (int t = 0; t < u.count; ++t) rows[t] = input_row(set, set.order[static_cast<size_t>(u.first + t)]);
+        for (int t = 0; t < u.count; ++t) {
+            const int64_t flat = set.order[static_cast<size_t>(u.first + t)];
+            if (set.source) {
+                float *row = static_cast<float *>(set.memory->of(ith)) + t * set.x->ne[0];
+                set.source->compute(*set.kern->rows, flat, row);
+                rows[t] = row;
+            } else {
+                rows[t] = input_row(set, flat);
+            }
+        }
         const activation_buffer::parts packed = set.packed(u.first);
         set.kern->quantize(format, rows, {packed.q, packed.bias, packed.scale, u.count});
     }

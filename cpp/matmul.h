@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attributes.h"
+#include "fuse.h"
 #include "host.h"
 #include "kernels/kernel.h"
 #include "thread_memory.h"
@@ -60,6 +61,8 @@ struct activation_set {
     const kernel *kern = nullptr;
     const tensor_attributes *attributes = nullptr;
     const activation_buffer *buffer = nullptr;
+    const row_source *source = nullptr;     ///< how to compute the rows of x, or null: they are in memory
+    const thread_memory *memory = nullptr;  ///< with a source, room for a block of rows in each thread
 
     std::vector<segment> segments;
     std::vector<unit> units;       ///< activation blocks, the unit of work

@@ -8,6 +8,7 @@ namespace agq {
 options read_options() {
     options result;
     if (const char *isa = std::getenv("AGQ_FORCE_ISA")) result.force_isa = isa;
+    if (const char *fuse = std::getenv("AGQ_FUSE")) result.fuse = std::string(fuse) != "0";
     return result;
 }
 

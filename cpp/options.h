@@ -6,6 +6,7 @@
 namespace agq {
 
 struct options {
+    bool fuse = true;       ///< AGQ_FUSE=0: leave the work between products to the host, for comparisons
     std::string force_isa;  ///< AGQ_FORCE_ISA: name of the kernel to use, empty for the best one
 };
 

@@ -85,6 +85,7 @@ const kernel kernel_avx2 = {"avx2",
                             gemm,
                             AGQ_ATTENTION(attention_avx2),
                             4,
-                            activation_offset};
+                            activation_offset,
+                            &rows_avx2};
 
 }  // namespace agq

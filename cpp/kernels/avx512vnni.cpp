@@ -399,6 +399,7 @@ bool supported() {
 }  // namespace
 
 const kernel kernel_avx512vnni = {
-    "avx512vnni", supported, nr, 2, quantize_block<quantize_ops>, gemm, AGQ_ATTENTION(attention_avx512vnni)};
+    "avx512vnni", supported, nr, 2, quantize_block<quantize_ops>, gemm, AGQ_ATTENTION(attention_avx512vnni), 4, 0,
+    &rows_avx512};
 
 }  // namespace agq

@@ -45,6 +45,7 @@ bool supported() {
 }  // namespace
 
 const kernel kernel_avxvnni = {
-    "avxvnni", supported, nr, 1, quantize_block<quantize_ops<0>>, multiply<dot4>, AGQ_ATTENTION(attention_avx2)};
+    "avxvnni", supported, nr,        1, quantize_block<quantize_ops<0>>, multiply<dot4>, AGQ_ATTENTION(attention_avx2),
+    4,         0,         &rows_avx2};
 
 }  // namespace agq

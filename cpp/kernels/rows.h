@@ -1,0 +1,28 @@
+// The contract of the row kernels: what the host computes on rows of activations between two matrix products, so that
+// it can be done while the rows are quantized.
+//
+// All numbers are binary32. Except in `swiglu`, operations are those of the host in its order, so that results are
+// equal to the bit; the sums over a row are taken in binary64, in another order than the host's, which shows in a
+// result once in some million rows. `y` may be one of the inputs.
+#pragma once
+
+#include <cstdint>
+
+namespace agq {
+
+struct row_kernel {
+    /// y = a + b
+    void (*add)(const float *a, const float *b, int64_t n, float *y);
+    /// y = x * 1 / sqrt(mean of x^2 + eps) * weight
+    void (*rms_norm)(const float *x, const float *weight, float eps, int64_t n, float *y);
+    /// y = (x - mean of x) * 1 / sqrt(variance of x + eps) * weight + bias; bias may be null
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t n, float *y);
+    /// y = gate / (1 + e^-gate) * up, the quotient within 3 units in the last place
+    void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
+};
+
+extern const row_kernel rows_generic;
+extern const row_kernel rows_avx2;
+extern const row_kernel rows_avx512;
+
+}  // namespace agq

@@ -1,0 +1,140 @@
+// Every row kernel this CPU can run against the host's order of operations, bit for bit, and swiglu against binary64,
+// over random lengths. Prints its seed; `--seed N` repeats a run.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/select.h"
+
+namespace {
+
+constexpr float guard = 12345.0f;  // stands where a kernel must not write
+
+using row = std::vector<float>;
+
+row random_row(std::mt19937 &rng, size_t n, float size) {
+    std::normal_distribution<float> normal;
+    row x(n);
+    for (float &v : x) v = normal(rng) * size;
+    return x;
+}
+
+row wanted_rms_norm(const row &x, const row &weight, float eps) {
+    double sum = 0;
+    for (float v : x) sum += static_cast<double>(v * v);
+    const float mean = static_cast<float>(sum / static_cast<double>(x.size()));
+    const float scale = 1.0f / std::sqrt(mean + eps);
+    row y(x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+        y[i] = x[i] * scale;
+        y[i] *= weight[i];
+    }
+    return y;
+}
+
+row wanted_layer_norm(const row &x, const row &weight, const row *bias, float eps) {
+    double sum = 0, squares = 0;
+    for (float v : x) sum += static_cast<double>(v);
+    const float mean = static_cast<float>(sum) / static_cast<float>(x.size());
+    row y(x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+        y[i] = x[i] - mean;
+        squares += static_cast<double>(y[i] * y[i]);
+    }
+    const float scale = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(x.size())) + eps);
+    for (size_t i = 0; i < x.size(); ++i) {
+        y[i] *= scale;
+        y[i] *= weight[i];
+        if (bias) y[i] += (*bias)[i];
+    }
+    return y;
+}
+
+/// Units in the last place between two numbers of the same sign.
+int64_t steps_between(float a, float b) {
+    int32_t bits_a, bits_b;
+    std::memcpy(&bits_a, &a, 4);
+    std::memcpy(&bits_b, &b, 4);
+    return std::abs(static_cast<int64_t>(bits_a) - bits_b);
+}
+
+int failures = 0;
+
+void expect(bool good, const char *kernel, const char *what, size_t n) {
+    if (good) return;
+    std::printf("%s: %s of %zu numbers is wrong\n", kernel, what, n);
+    ++failures;
+}
+
+/// Runs `work` on memory with a guard behind it.
+template <class work>
+row guarded(size_t n, const work &run) {
+    row y(n + 1, guard);
+    run(y.data());
+    if (y[n] != guard) return {};
+    y.resize(n);
+    return y;
+}
+
+void test_kernel(const char *name, const agq::row_kernel &kern, std::mt19937 &rng) {
+    for (int round = 0; round < 300; ++round) {
+        const size_t n = static_cast<size_t>(std::uniform_int_distribution<int>(1, round % 3 ? 700 : 40)(rng));
+        const int64_t length = static_cast<int64_t>(n);
+        const float size = std::exp2(std::uniform_real_distribution<float>(-8, 5)(rng));
+        const row a = random_row(rng, n, size), b = random_row(rng, n, size), bias = random_row(rng, n, 1);
+        const row sum = guarded(n, [&](float *y) { kern.add(a.data(), b.data(), length, y); });
+        bool equal = sum.size() == n;
+        for (size_t i = 0; equal && i < n; ++i) equal = sum[i] == a[i] + b[i];
+        expect(equal, name, "add", n);
+        const float eps = round % 2 ? 1e-5f : 1e-12f;
+        expect(guarded(n, [&](float *y) { kern.rms_norm(a.data(), b.data(), eps, length, y); }) ==
+                   wanted_rms_norm(a, b, eps),
+               name, "rms_norm", n);
+        const row *given = round % 4 ? &bias : nullptr;
+        const row normed = guarded(
+            n, [&](float *y) { kern.layer_norm(a.data(), b.data(), given ? bias.data() : nullptr, eps, length, y); });
+        expect(n < 2 || normed == wanted_layer_norm(a, b, given, eps), name, "layer_norm", n);
+        const row gated = guarded(n, [&](float *y) { kern.swiglu(a.data(), b.data(), length, y); });
+        bool close = gated.size() == n;
+        for (size_t i = 0; close && i < n; ++i) {
+            const double gate = a[i], wanted = gate / (1 + std::exp(-gate)) * b[i];
+            close = std::fabs(wanted) < 1e-35 ? std::fabs(gated[i]) < 1e-34f
+                                              : steps_between(gated[i], static_cast<float>(wanted)) <= 4;
+        }
+        expect(close, name, "swiglu", n);
+        // In place, as the host's graphs have it.
+        row place = a;
+        kern.rms_norm(place.data(), b.data(), eps, length, place.data());
+        expect(place == wanted_rms_norm(a, b, eps), name, "rms_norm in place", n);
+    }
+    // What is not finite stays so.
+    for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+        row a = random_row(rng, 64, 1), y(64);
+        const row b = random_row(rng, 64, 1);
+        a[7] = bad;
+        kern.swiglu(a.data(), b.data(), 64, y.data());
+        expect(!std::isfinite(y[7]) && std::isfinite(y[6]), name, "swiglu of what is not finite", 64);
+        kern.rms_norm(a.data(), b.data(), 1e-5f, 64, y.data());
+        expect(std::isnan(y[7]), name, "rms_norm of what is not finite", 64);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    unsigned seed = std::random_device{}();
+    if (argc == 3 && std::string(argv[1]) == "--seed") seed = static_cast<unsigned>(std::strtoul(argv[2], nullptr, 10));
+    std::printf("seed %u\n", seed);
+    for (const agq::kernel *row : agq::compiled_kernels()) {
+        if (!row->supported()) continue;
+        std::mt19937 rng(seed);
+        test_kernel(row->name, *row->rows, rng);
+        std::printf("%s: tested\n", row->name);
+    }
+    return failures == 0 ? 0 : 1;
+}

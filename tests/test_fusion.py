@@ -1,0 +1,108 @@
+"""Work between matrix products that is done where their input is quantized: the same results, and fewer nodes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+
+import agq_gguf
+from agq_gguf.convert import QuantizeOptions, quantize
+from agq_gguf.host import Batch, Model
+from agq_gguf.profile import profiled
+
+WRITERS: dict[str, Callable[..., Path]] = {
+    "llama": tiny_models.write_llama,
+    "experts": lambda path, **o: tiny_models.write_llama(path, n_expert=4, n_expert_used=2, **o),
+    "gpt2": tiny_models.write_gpt2,
+    "bloom": tiny_models.write_bloom,
+    "falcon": tiny_models.write_falcon,
+}
+TOKENS = np.random.default_rng(5).integers(3, 250, 24).astype(np.int32)
+
+LOGITS_OF = """
+import sys, numpy
+from agq_gguf.host import Batch, Model
+tokens = numpy.load(sys.argv[2])
+with Model(sys.argv[1]) as model, model.context(64, threads=2, n_ubatch=16) as context:
+    batch = Batch(tokens, first_logits=0)
+    context.decode(batch)
+    logits = [context.logits(batch).copy()]
+    for i in range(3):  # one token at a time
+        step = Batch(tokens[i : i + 1], first_position=len(tokens) + i)
+        context.decode(step)
+        logits.append(context.logits(step).copy())
+numpy.save(sys.argv[3], numpy.concatenate(logits))
+"""
+
+
+@pytest.fixture(scope="module")
+def model_of(models: Path) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        path = models / f"fusion-{name}-agq4.gguf"
+        if not path.exists():
+            source = WRITERS[name](models / f"fusion-{name}-f32.gguf", dtype="f32")
+            quantize(source, path, options=QuantizeOptions(output_type="agq4", threads=1))
+        return path
+
+    return make
+
+
+def nodes_of(path: Path, tokens: np.ndarray) -> dict[str, int]:
+    agq_gguf.register()
+    with Model(path) as model, model.context(64, threads=1) as context, profiled() as times:
+        context.decode(Batch(tokens))
+    return {time.kind: time.nodes for time in times}
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_fusion_changes_no_result(name: str, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    found = []
+    for fuse in ("1", "0"):
+        out = tmp_path / f"{fuse}.npy"
+        subprocess.run(
+            [sys.executable, "-c", LOGITS_OF, model_of(name), tmp_path / "tokens.npy", out],
+            check=True,
+            timeout=300,
+            env={**os.environ, "AGQ_FUSE": fuse},
+        )
+        found.append(np.load(out))
+    fused, plain = found
+    assert fused.shape == plain.shape == (len(TOKENS) + 3, plain.shape[1])
+    # SiLU is computed with another exponential function, which moves an activation to the next int8 step now and then.
+    tolerance = 5e-3 if name in ("llama", "experts") else 1e-6
+    assert np.linalg.norm(fused - plain) / np.linalg.norm(plain) < tolerance
+
+
+def test_a_llama_layer_has_few_nodes(model_of: Callable[[str], Path]) -> None:
+    for tokens in (TOKENS, TOKENS[:1]):
+        nodes = nodes_of(model_of("llama"), tokens)
+        layers = nodes["MUL_MAT ffn_down"]
+        assert layers == 2
+        # The first norm has no residual addition in front of it, the last addition belongs to the output's norm.
+        assert nodes["RMS_NORM+MUL+quantize"] == 1
+        assert nodes["ADD+RMS_NORM+MUL+quantize"] == 2 * layers
+        assert nodes["GLU+quantize"] == layers
+        assert nodes["quantize"] == layers  # output of the attention
+        assert not {"ADD", "MUL", "RMS_NORM", "GLU"} & set(nodes)
+
+
+def test_layer_norms_with_bias(model_of: Callable[[str], Path]) -> None:
+    nodes = nodes_of(model_of("gpt2"), TOKENS)
+    assert nodes["ADD+NORM+MUL+ADD+quantize"] == 5
+    # Falcon computes attention and FFN from one norm.
+    assert nodes_of(model_of("falcon"), TOKENS)["ADD+NORM+MUL+ADD+quantize"] >= 1
+
+
+def test_a_router_still_finds_the_norm(model_of: Callable[[str], Path]) -> None:
+    """The norm in front of experts is read by the router, which is not quantized, before it is by experts."""
+    nodes = nodes_of(model_of("experts"), TOKENS)
+    assert nodes["MUL_MAT ffn_gate_inp"] == 2
+    assert nodes["MUL"] >= 2
