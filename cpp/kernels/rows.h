@@ -17,7 +17,7 @@ struct row_kernel {
     void (*rms_norm)(const float *x, const float *weight, float eps, int64_t n, float *y);
     /// y = (x - mean of x) * 1 / sqrt(variance of x + eps) * weight + bias; bias may be null
     void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t n, float *y);
-    /// y = gate / (1 + e^-gate) * up, the quotient within 3 units in the last place
+    /// y = gate / (1 + e^-gate) * up, within 8 units in the last place
     void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
 };
 
