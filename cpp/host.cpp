@@ -1,8 +1,10 @@
 // Finds the host's functions and proves, before anything is touched, that it is laid out as host.h declares.
 #include "host.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 
 #ifdef _WIN32
 #define WIN32_LEAN_AND_MEAN
@@ -89,14 +91,13 @@ bool find_operations(std::string *error) {
         for (const auto &entry : wanted) {
             if (*entry.number < 0 && std::strcmp(entry.name, name) == 0) {
                 *entry.number = op;
-                --missing;
             }
         }
     }
     constexpr int swiglu = 2;  // in all supported releases
     if (std::strcmp(host.ggml_glu_op_name(swiglu), "SWIGLU") == 0) host.glu_swiglu = swiglu;
-    if (missing > 0) *error = "the host's ggml lacks an operation that the plugin needs";
-    return missing == 0;
+    if (missing()) *error = "the host's ggml lacks an operation that the plugin needs";
+    return !missing();
 }
 
 void probe_function(ggml_tensor *, int, int, void *) {}

@@ -445,3 +445,20 @@ def test_host_facts_are_those_of_the_installed_headers() -> None:
     function.restype = ctypes.c_char_p
     major, minor = map(int, function().decode().split(".")[:2])
     assert (0, 15) <= (major, minor) <= (0, 25)
+
+
+def test_a_second_load_says_that_it_is_the_second() -> None:
+    """Programs may load all backends twice; the first stays, and the message does not mislead."""
+    code = """
+import ctypes, os, agq_gguf
+from agq_gguf import plugin
+agq_gguf.register()
+library = plugin._host()
+with plugin._silenced(library):
+    assert not library.ggml_backend_load(os.fsencode(agq_gguf.backend_path()))
+loaded = ctypes.CDLL(str(agq_gguf.backend_path()))
+loaded.agq_last_error.restype = ctypes.c_char_p
+print(loaded.agq_last_error().decode(), plugin.is_registered())
+"""
+    result = run_python(code)
+    assert result.stdout == "the AGQ plugin is loaded already True\n", result.stderr
