@@ -187,6 +187,7 @@ def quantize(
         bool, typer.Option("--resume", help="Keep what is finished beside OUT, and go on from there next time.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantize a model to AGQ4.
@@ -210,10 +211,13 @@ def quantize(
     if dry_run:
         tables.show_plan(convert.plan_file(source, options))
         return
-    with show.ProgressView(quiet=quiet) as view:
+    with show.ProgressView(quiet=quiet or as_json) as view:
         report = convert.quantize(
             source, target, calibration=calibration, imatrix=imatrix, options=options, progress=view.update
         )
+    if as_json:
+        show.write_json(asdict(report))
+        return
     tables.show_report(report)
 
 

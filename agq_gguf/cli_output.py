@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -52,7 +55,7 @@ def complain(text: str) -> None:
 
 def write_json(value: Any) -> None:
     """Prints a value as JSON to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json.dumps(value, indent=2, default=os.fspath) + "\n")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -81,8 +84,41 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+_UNITS = {"calibrate": "tokens", "quantize": "weights", "verify": "B"}  # what a phase counts, where people care
+_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+
+
+def resident() -> int:
+    """Bytes of memory that this process occupies; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def _rate(phase: str, done: int, seconds: float) -> str:
+    """Speed of a phase in its own unit, '' if it has none or nothing is done yet."""
+    unit = _UNITS.get(phase)
+    if unit is None or done <= 0 or seconds <= 0:
+        return ""
+    if unit == "B":
+        return f"{size(done / seconds)}/s"
+    per_second = done / seconds
+    for prefix, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if per_second >= 10 * factor:
+            return f"{per_second / factor:.0f}{prefix} {unit}/s"
+    return f"{per_second:.0f} {unit}/s"
+
+
+def _place(what: str) -> str:
+    """A tensor of a layer as people say it: ``layer 3, attn_q.weight``."""
+    found = _LAYER.fullmatch(what)
+    return f"layer {found[1]}, {found[2]}" if found else what
+
+
 class ProgressView:
-    """Shows `(phase, done, total, what)`: bars on a terminal, a few plain lines elsewhere, on stderr."""
+    """Shows `(phase, done, total, what)` with speed, time left and memory: bars on a terminal, a few plain lines
+    elsewhere, on stderr."""
 
     def __init__(self, *, quiet: bool = False):
         """With `quiet` nothing is shown."""
@@ -90,7 +126,7 @@ class ProgressView:
         self._quiet = quiet
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._begun: dict[str, float] = {}
+        self._begun: dict[str, tuple[float, int]] = {}  # when and where a phase began
         self._lines: dict[str, int] = {}  # the last one shown of each phase
 
     def __enter__(self) -> ProgressView:
@@ -100,7 +136,9 @@ class ProgressView:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
                 TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[memory]}"),
                 TextColumn("{task.fields[what]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
             self._bars = Progress(*columns, console=self._console)
@@ -114,20 +152,27 @@ class ProgressView:
 
     def update(self, phase: str, done: int, total: int, what: str) -> None:
         """Takes note that `done` of `total` units of a phase are done, and shows it."""
+        if self._quiet:
+            return
+        begun, first = self._begun.setdefault(phase, (time.monotonic(), done))
+        elapsed = time.monotonic() - begun
+        rate, place = _rate(phase, done - first, elapsed), safe(_place(what))
         if self._bars is not None:
             if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task(phase, total=total, what="")
-            self._bars.update(self._tasks[phase], completed=done, total=total, what=safe(what))
-        elif not self._quiet:
-            self._line(phase, done, total, what)
+                self._tasks[phase] = self._bars.add_task(phase, total=total, what="", rate="", memory="")
+            self._bars.update(
+                self._tasks[phase], completed=done, total=total, what=place, rate=rate, memory=size(resident())
+            )
+        else:
+            self._line(phase, done, max(total, 1), elapsed, rate, place)
 
-    def _line(self, phase: str, done: int, total: int, what: str) -> None:
-        now, total = time.monotonic(), max(total, 1)
-        begun, share, line = self._begun.setdefault(phase, now), done / total, done * _LINES // total
+    def _line(self, phase: str, done: int, total: int, elapsed: float, rate: str, what: str) -> None:
+        share, line = done / total, done * _LINES // total
         if line <= self._lines.get(phase, -1):
             return
         self._lines[phase] = line
-        elapsed = now - begun
-        left = f", {_duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
         took = f" in {_duration(elapsed)}" if share >= 1 else ""
-        complain(f"{phase}: {share:.0%}{took}{left}{f' ({what})' if what else ''}")
+        left = f"{_duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
+        memory = size(resident()) if resident() else ""
+        details = "".join(f", {part}" for part in (rate, left, memory) if part)
+        complain(f"{phase}: {share:.0%}{took}{details}{f' ({what})' if what else ''}")

@@ -84,8 +84,11 @@ bool find_operations(std::string *error) {
                   {"ADD", &host.op_add},
                   {"GLU", &host.op_glu}};
     // All of these exist, so the search ends inside the host's table of names.
-    size_t missing = sizeof(wanted) / sizeof(*wanted);
-    for (int op = 0; missing > 0 && op < 256; ++op) {
+    // A host may ask for the plugin twice; then they are known already.
+    const auto missing = [&wanted] {
+        return std::any_of(std::begin(wanted), std::end(wanted), [](const auto &entry) { return *entry.number < 0; });
+    };
+    for (int op = 0; missing() && op < 256; ++op) {
         const char *name = host.ggml_op_name(op);
         if (!name) break;
         for (const auto &entry : wanted) {

@@ -471,9 +471,38 @@ def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
         for done in range(101):
             view.update("work", done, 100, "" if done == 100 else f"item {done}")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "work: 0% (item 0)"
+    assert re.fullmatch(r"work: 0%(, [\d.]+ [KMG]?i?B)? \(item 0\)", lines[0])
     assert [line.split("%")[0] for line in lines] == [f"work: {n}" for n in range(0, 101, 10)]
-    assert lines[-1] == "work: 100% in 0 s"
+    assert re.fullmatch(r"work: 100% in 0 s(, [\d.]+ [KMG]?i?B)?", lines[-1])
+
+
+def test_progress_tells_phase_layer_speed_time_and_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(cli_output.time, "monotonic", lambda: now)
+    monkeypatch.setattr(cli_output, "resident", lambda: 3 << 29)
+    with cli_output.ProgressView() as view:
+        view.update("calibrate", 0, 4000, "")
+        now = 110.0
+        view.update("calibrate", 1000, 4000, "pass 1 of 1")
+        view.update("quantize", 0, 10**9, "blk.0.attn_q.weight")
+        now = 130.0
+        view.update("quantize", 5 * 10**8, 10**9, "blk.3.ffn_up.weight")
+    assert capsys.readouterr().err.splitlines() == [
+        "calibrate: 0%, 1.50 GiB",
+        "calibrate: 25%, 100 tokens/s, 30 s left, 1.50 GiB (pass 1 of 1)",
+        "quantize: 0%, 1.50 GiB (layer 0, attn_q.weight)",
+        "quantize: 50%, 25M weights/s, 20 s left, 1.50 GiB (layer 3, ffn_up.weight)",
+    ]
+
+
+def test_quantize_as_json(small: Path, tmp_path: Path) -> None:
+    shown = run("quantize", small, tmp_path / "out.gguf", "-t", 1, "--json")
+    found = json.loads(shown.stdout)
+    assert found["paths"] == [str(tmp_path / "out.gguf")] and found["n_bytes"] == (tmp_path / "out.gguf").stat().st_size
+    assert {tensor["type_name"] for tensor in found["tensors"]} >= {"agq4", "f32"}
+    assert shown.stderr == ""
 
 
 def test_sizes_for_people() -> None:
