@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf import blocks
+from agq_gguf.convert import ERROR_TENSORS, ERROR_VALUES
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.inspection import ModelInfo, inspect_file
 from agq_gguf.reader import Reader
 from agq_gguf.shards import open_model
 
-ERROR_TENSORS, ERROR_VALUES = "agq.error.tensors", "agq.error.values"  # what quantize writes
 PACKAGED_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.weight")
 
