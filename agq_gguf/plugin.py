@@ -113,7 +113,7 @@ def register() -> None:
             raise HostError(f"the plugin {path} did not load: {plugin.agq_last_error().decode()}")
 
 
-def _plugin() -> ctypes.CDLL:
+def plugin_library() -> ctypes.CDLL:
     """The plugin library itself, registered."""
     register()
     library = ctypes.CDLL(str(backend_path()))
@@ -139,7 +139,7 @@ def options(*, prune: str | None) -> Iterator[None]:
     ``"3:0.5"`` (behind layer 3 drop half of the prompt's tokens), ...; None: what AGQ_PRUNE does hold. Contexts keep
     their options when the block ends. Raises InputError if the text is not understood, HostError as ``register``.
     """
-    library = _plugin()
+    library = plugin_library()
     before = _thread_options.prune
     _set_prune(library, prune)
     try:
@@ -160,7 +160,7 @@ def last_pruned() -> list[int]:
 
     For each position the layer behind which its token was dropped, or -1 if it was kept.
     """
-    library = _plugin()
+    library = plugin_library()
     n = library.agq_last_pruned(None, 0)
     layers = (ctypes.c_int32 * n)()
     library.agq_last_pruned(layers, n)

@@ -64,7 +64,8 @@ bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *r
 bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string *error) {
     float threshold;
     std::memcpy(&threshold, bytes + 4, sizeof(threshold));
-    if (bytes[0] > max_prune_score || bytes[1] || bytes[2] || bytes[3] || !std::isfinite(threshold) || threshold < 0) {
+    if (bytes[0] > max_prune_score || bytes[2] > max_prune_reach || bytes[3] || !std::isfinite(threshold) ||
+        threshold < 0) {
         *error = "the pruning record is not valid (score " + std::to_string(bytes[0]) + ", threshold " +
                  std::to_string(threshold) + ")";
         return false;
@@ -72,6 +73,8 @@ bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string 
     result->prunes = true;
     result->prune_score = bytes[0];
     result->prune_threshold = threshold;
+    result->prune_keep = bytes[1];
+    result->prune_reach = bytes[2];
     return true;
 }
 

@@ -39,6 +39,7 @@ constexpr uint8_t flag_channel_order = 1;
 constexpr uint8_t flag_pruning = 2;
 constexpr int pruning_record_bytes = 8;
 constexpr uint8_t max_prune_score = 2;
+constexpr uint8_t max_prune_reach = 15;
 constexpr int max_exponent = 15;
 
 constexpr int ggml_type_id = 38;

@@ -81,3 +81,15 @@ AGQ_EXPORT int32_t agq_last_pruned(int32_t *layers, int32_t n) {
     if (layers && n > 0) std::copy_n(known.begin(), std::min(known.size(), static_cast<size_t>(n)), layers);
     return static_cast<int32_t>(known.size());
 }
+
+/// For each token of the ubatch that this thread pruned last its importance at a pruning layer (NaN: it had left,
+/// infinite: it was protected): up to `n` of them go to `values` (which may be null). Returns how many there are, 0 if
+/// the layer is none.
+AGQ_EXPORT int32_t agq_last_importance(int32_t layer, float *values, int32_t n) {
+    const auto &known = agq::prune_history::of_thread().importance();
+    const auto found = known.find(layer);
+    if (found == known.end()) return 0;
+    const std::vector<float> &of_layer = found->second;
+    if (values && n > 0) std::copy_n(of_layer.begin(), std::min(of_layer.size(), static_cast<size_t>(n)), values);
+    return static_cast<int32_t>(of_layer.size());
+}

@@ -72,7 +72,7 @@ def choose(values: Array, rule: Rule, protected: NDArray[np.bool_]) -> NDArray[n
     assert rule.share is not None
     order = [int(t) for t in np.argsort(values, kind="stable") if candidates[t]]
     dropped = np.zeros(len(values), bool)
-    dropped[order[: int(np.floor(rule.share * len(values)))]] = True
+    dropped[order[: int(np.floor(rule.share * len(values) + 0.5))]] = True
     return dropped
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
+from low_level import LowModel
 from reference_model import ReferenceModel
 from reference_pruning import PrunedReference, Rule, choose, importance
+
+import agq_gguf
+from agq_gguf import blocks
+from agq_gguf.convert import QuantizeOptions, quantize
+from agq_gguf.host import quiet_log
+from agq_gguf.prune_file import write_plan
+from agq_gguf.reader import open_gguf
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +134,94 @@ def test_choice() -> None:
     assert choose(values, Rule(share=1.0), protected).nonzero()[0].tolist() == [0, 2, 3, 4]
     assert choose(values, Rule(threshold=0.5), protected).nonzero()[0].tolist() == [2, 3]
     assert choose(values, Rule(threshold=1.2, reach=1), protected).nonzero()[0].tolist() == [3, 4]
+
+
+# the running plugin
+
+
+@pytest.fixture(scope="module")
+def float32(models: Path) -> Path:
+    return tiny_models.write_llama(models / "prune-f32.gguf", dtype="f32", n_layer=5, seed=3)
+
+
+@pytest.fixture(scope="module")
+def running(float32: Path) -> Iterator[LowModel]:
+    with quiet_log():
+        model = LowModel(float32)
+        yield model
+        model.close()
+
+
+CLOSE, F16_NOISE = 1e-5, 3e-3  # of the norm of the logits, with a K/V cache in F32 and in F16
+
+RULES = {
+    "one layer": {1: Rule(share=0.5)},
+    "two layers": {0: Rule(share=0.3), 2: Rule(share=0.6)},
+    "all layers": {i: Rule(share=0.2) for i in range(4)},
+    "keep and reach": {1: Rule(share=0.6, keep=30, reach=2), 2: Rule(share=0.4, keep=30, reach=2)},
+}
+
+
+def spec_of(rules: dict[int, Rule], score: str) -> str:
+    listed = ",".join(f"{i}:{r.share if r.threshold is None else f't{r.threshold:.9g}'}" for i, r in rules.items())
+    rule = next(iter(rules.values()))
+    return f"{listed};score={score};keep={rule.keep};reach={rule.reach}"
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def check(model: LowModel, path: Path, rules: dict[int, Rule], score: str, calls: list[list[int]], **how: Any) -> int:
+    """Runs the calls both ways, the K/V cache in F32; returns how many tokens were dropped."""
+    reference = PrunedReference(ReferenceModel(path), rules, score)
+    dropped, n_past = 0, 0
+    # With flash attention libllama makes keys and values of a cache in F32 to F16.
+    exact = not how.get("flash")
+    with model.context(spec_of(rules, score), cache="f32" if exact else "f16", **how) as context:
+        for tokens in calls:
+            wanted, found = reference.run(tokens)[0], context.decode(tokens, n_past)[0]
+            n_past += len(tokens)
+            if len(tokens) >= reference.shortest:
+                left = np.array(agq_gguf.last_pruned())[-len(tokens) :]
+                np.testing.assert_array_equal(left, reference.left_behind)
+                dropped += int((left >= 0).sum())
+            assert relative(found, wanted) < (CLOSE if exact else F16_NOISE)
+    return dropped
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("score", ["first", "received", "recent"])
+@pytest.mark.parametrize("name", RULES)
+def test_plugin_agrees_with_removal(float32: Path, running: LowModel, name: str, score: str, flash: bool) -> None:
+    calls = [prompt(150), [301], [302], [303]]
+    assert check(running, float32, RULES[name], score, calls, flash=flash) > 60
+
+
+def test_plugin_agrees_over_several_calls(float32: Path, running: LowModel) -> None:
+    """Prompts in pieces, a turn of chat too short to prune, another that is long enough."""
+    calls = [prompt(120), prompt(90, seed=1), [305], prompt(40, seed=2), [306], prompt(100, seed=3), [307]]
+    assert check(running, float32, RULES["two layers"], "received", calls) > 150
+    assert check(running, float32, {1: Rule(threshold=0.9)}, "recent", calls, flash=True) > 50
+
+
+def test_thresholds_in_the_file(float32: Path, models: Path) -> None:
+    """The record in a tensor says what to drop, and `options` what to do instead."""
+    quantize(float32, models / "prune-agq4.gguf", options=QuantizeOptions(threads=1, embedding_type="agq4"))
+    path, record = models / "prune-record.gguf", blocks.Pruning("received", 1.0, keep=20, reach=1)
+    with open_gguf(models / "prune-agq4.gguf") as reader:
+        write_plan(reader, path, {"blk.0.attn_output.weight": record}, {}, lambda *_: None)
+    tokens = prompt(100)
+    reference = PrunedReference(ReferenceModel(path), {0: Rule(threshold=1.0, keep=20, reach=1)}, "received")
+    wanted, plain = reference.run(tokens)[0], ReferenceModel(path).logits(tokens)[-1]
+    assert 10 < (reference.left_behind >= 0).sum() < 80
+    # A last bit of a sum may become 1/127 of a token's largest activation: docs/design.md, "What int8 rounding does".
+    model, noise = LowModel(path), 0.03
+    assert relative(plain, wanted) > 3 * noise
+    with model.context("file", cache="f32") as context:
+        assert relative(context.decode(tokens)[0], wanted) < noise
+        np.testing.assert_array_equal(agq_gguf.last_pruned(), reference.left_behind)
+    with model.context("off", cache="f32") as context:
+        assert relative(context.decode(tokens)[0], plain) < noise
+        assert set(agq_gguf.last_pruned()) == {-1}
+    model.close()

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 namespace agq {
@@ -16,6 +17,10 @@ class prune_history {
     void record_kept(int32_t position, size_t n);
     const std::vector<int32_t> &layers() const { return layers_; }
 
+    /// By pruning layer the importance of each token of the ubatch that was pruned last.
+    void record_importance(const std::map<int, std::vector<float>> &importance) { importance_ = importance; }
+    const std::map<int, std::vector<float>> &importance() const { return importance_; }
+
     /// That of the calling thread.
     static prune_history &of_thread();
 
@@ -23,6 +28,7 @@ class prune_history {
     bool begin_at(int32_t position, size_t n);
 
     std::vector<int32_t> layers_;  ///< by position
+    std::map<int, std::vector<float>> importance_;
 };
 
 }  // namespace agq

@@ -50,6 +50,7 @@ ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, co
     for (size_t t = 0; t < alive_.size(); ++t) alive_[t] = static_cast<int32_t>(t);
     gone_cells_.clear();
     layer_of_token_.assign(alive_.size(), -1);
+    seen_importance_.clear();
     for (size_t segment = 0; segment <= plan.cuts.size(); ++segment) {
         const ggml_status status = run_segment(c, segment);
         if (status != status_success) return status;
@@ -170,11 +171,19 @@ void pruned_run::choose(const call &c, const prune_cut &cut) {
     } else {
         importance = importance_.result();
     }
+    importance = spread(importance, cut.stage.reach);
+    const int64_t end = c.plan.tokens - cut.stage.keep;
     std::vector<uint8_t> is_protected(alive_.size(), 0);
     for (size_t i = 0; i < alive_.size(); ++i) {
         const bool asks = cut.stage.score == prune_score::recent && i + recent_queries >= alive_.size();
         const bool is_first = alive_[i] == 0 && c.ubatch.position == 0;
-        is_protected[i] = asks || is_first || c.ubatch.wanted[static_cast<size_t>(alive_[i])];
+        is_protected[i] = asks || is_first || alive_[i] >= end || c.ubatch.wanted[static_cast<size_t>(alive_[i])];
+    }
+    std::vector<float> &seen = seen_importance_[cut.stage.layer];
+    seen.assign(layer_of_token_.size(), NAN);
+    for (size_t i = 0; i < alive_.size(); ++i) {
+        const bool stays = is_protected[i] || std::isnan(importance[i]);
+        seen[static_cast<size_t>(alive_[i])] = stays ? INFINITY : importance[i];
     }
     const std::vector<int32_t> dropped = choose_dropped(cut.stage, importance, is_protected);
     std::vector<int32_t> still;

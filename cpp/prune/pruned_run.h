@@ -4,6 +4,7 @@
 
 #include <deque>
 #include <functional>
+#include <map>
 #include <vector>
 
 #include "cut_job.h"
@@ -31,6 +32,8 @@ class pruned_run {
 
     /// For each token of the ubatch the layer behind which it was dropped, or -1.
     const std::vector<int32_t> &layer_of_token() const { return layer_of_token_; }
+    /// By pruning layer the importance of each token of the ubatch: NaN if it had left, infinite if it was protected.
+    const std::map<int, std::vector<float>> &importance() const { return seen_importance_; }
 
   private:
     struct call;
@@ -58,6 +61,7 @@ class pruned_run {
     std::vector<int32_t> kept_;         ///< of the latest choice: indices into alive_ as it was before
     std::vector<int32_t> gone_now_;     ///< cells of the latest choice
     std::vector<int32_t> layer_of_token_;
+    std::map<int, std::vector<float>> seen_importance_;
 };
 
 }  // namespace agq

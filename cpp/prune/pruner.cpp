@@ -27,6 +27,8 @@ bool read_record(const ggml_tensor *weights, prune_stage *stage) {
     stage->by_share = false;
     stage->value = attributes->prune_threshold;
     stage->score = static_cast<prune_score>(attributes->prune_score);
+    stage->keep = attributes->prune_keep;
+    stage->reach = attributes->prune_reach;
     return true;
 }
 
@@ -86,6 +88,7 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
         const ggml_status status =
             pruned_.run(facts_, plan_, hidden_, settings_.mask_only, ubatch_, n_threads, segment);
         prune_history::of_thread().record(ubatch_.position, pruned_.layer_of_token());
+        prune_history::of_thread().record_importance(pruned_.importance());
         return status;
     }
     if (has_cache && facts_.k_cells && facts_.mask->ne[3] == 1) {

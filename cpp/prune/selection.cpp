@@ -26,6 +26,21 @@ std::vector<int32_t> choose_dropped(const prune_stage &stage, const std::vector<
     return candidates;
 }
 
+std::vector<float> spread(const std::vector<float> &importance, int reach) {
+    if (reach == 0) return importance;
+    const int64_t n = static_cast<int64_t>(importance.size());
+    std::vector<float> best(importance);
+    for (int64_t i = 0; i < n; ++i) {
+        float &own = best[static_cast<size_t>(i)];
+        if (std::isnan(own)) continue;
+        const int64_t end = std::min<int64_t>(n, i + reach + 1);
+        for (int64_t j = std::max<int64_t>(0, i - reach); j < end; ++j) {
+            own = std::fmax(own, importance[static_cast<size_t>(j)]);  // of a NaN and a number it takes the number
+        }
+    }
+    return best;
+}
+
 float random_importance(int32_t position, int layer) {
     // The finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
     uint64_t z = (static_cast<uint64_t>(static_cast<uint32_t>(position)) << 32 | static_cast<uint32_t>(layer)) +

@@ -11,6 +11,8 @@ namespace agq {
 /// format.
 enum class prune_score : uint8_t { first = 0, received = 1, recent = 2, random = 3 };
 
+constexpr int max_keep = 255, max_reach = 15;  ///< as the file format has room for
+
 /// Behind the attention of `layer`, drop tokens by rank (`by_share`: this share of those that are still there) or by
 /// threshold (those whose importance is below `value`).
 struct prune_stage {
@@ -18,6 +20,8 @@ struct prune_stage {
     bool by_share = false;
     float value = 0;
     prune_score score = prune_score::received;
+    int keep = 0;   ///< the last so many tokens of an ubatch stay
+    int reach = 0;  ///< a token counts as much as the most important one at most so many places away
 };
 
 struct prune_settings {
