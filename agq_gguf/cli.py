@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agq_gguf import __version__, cli_import, cli_report, cli_serve, cli_verify, plots
+from agq_gguf import __version__, cli_import, cli_prune, cli_report, cli_serve, cli_verify, plots
 from agq_gguf import cli_output as show
 from agq_gguf import cli_tables as tables
 from agq_gguf.errors import AgqError, FormatError, HostError, InputError
@@ -186,6 +186,9 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what is finished beside OUT, and go on from there next time.")
     ] = False,
+    prune: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of a long prompt's work to save by dropping tokens.")
+    ] = 0.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -208,6 +211,8 @@ def quantize(
         memory=memory,
         split_size=split_size or 0,
     )
+    if prune and (calibration is None or split_size):
+        raise InputError("--prune needs a text, with --calibration, and one file, without --split-max-size")
     if dry_run:
         tables.show_plan(convert.plan_file(source, options))
         return
@@ -215,10 +220,13 @@ def quantize(
         report = convert.quantize(
             source, target, calibration=calibration, imatrix=imatrix, options=options, progress=view.update
         )
+        pruned = cli_prune.prune_new(target, prune, calibration, threads, view) if prune else None
     if as_json:
-        show.write_json(asdict(report))
+        show.write_json({**asdict(report), "pruning": asdict(pruned) if pruned else None})
         return
     tables.show_report(report)
+    if pruned is not None:
+        cli_prune.show_calibration(pruned)
 
 
 # inspect
@@ -348,13 +356,22 @@ def generate(
     seed: Seed = -1,
     context: Context = 0,
     threads: Threads = 0,
+    prune: Annotated[
+        str | None,
+        typer.Option(help="What to prune, such as off or 3:0.5; none: what the file says.", show_default=False),
+    ] = None,
+    show_pruned: Annotated[
+        bool, typer.Option("--show-pruned", help="Print the prompt first, with the tokens that were dropped marked.")
+    ] = False,
 ) -> None:
     """Continue a text."""
     from agq_gguf.host import generated_text, open_llama
 
-    llama = open_llama(model, context=context, threads=threads)
+    with cli_prune.pruning(prune):
+        llama = open_llama(model, context=context, threads=threads)
     try:
-        _stream(generated_text(llama, prompt, tokens=tokens, temperature=temperature, seed=seed))
+        start = cli_prune.read_prompt(llama, model, prompt) if show_pruned else prompt
+        _stream(generated_text(llama, start, tokens=tokens, temperature=temperature, seed=seed))
     finally:
         llama.close()
 
@@ -441,6 +458,7 @@ def demo(
         show.say(f"the models are in {keep}")
 
 
+app.command()(cli_prune.calibrate_pruning)
 app.command()(cli_serve.serve)
 app.command()(cli_verify.verify)
 app.command()(cli_report.report)

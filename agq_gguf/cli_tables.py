@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agq_gguf import cli_output as show
+from agq_gguf.cli_prune import show_pruning
 
 if TYPE_CHECKING:
     from agq_gguf.bench import Result, Speed
@@ -96,9 +97,13 @@ def show_model(info: ModelInfo) -> None:
         error = "" if tensor.error is None else f"{tensor.error:.3%}"
         rows.append([tensor.name, tensor.type, shape, show.size(tensor.bytes), error, _attributes(tensor)])
     show.table(["tensor", "type", "shape", ">size", ">error", "AGQ4 attributes"], rows)
-    if info.metadata:
+    if info.pruning is not None:
         show.say()
-        show.table(["metadata", "value"], [[f"agq.{key}", value] for key, value in info.metadata.items()])
+        show_pruning(info.pruning)
+    metadata = [[f"agq.{key}", value] for key, value in info.metadata.items() if not key.startswith("prune.curve.")]
+    if metadata:
+        show.say()
+        show.table(["metadata", "value"], metadata)
 
 
 def _attributes(tensor: TensorInfo) -> str:

@@ -230,6 +230,7 @@ class Model(_Closable):
         self.bos = int(api.llama_vocab_bos(self._vocabulary))
         self.has_encoder = bool(api.llama_model_has_encoder(self._model))
         self.has_decoder = bool(api.llama_model_has_decoder(self._model))
+        self.eos = int(api.llama_vocab_eos(self._vocabulary))
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of the text."""
@@ -250,6 +251,18 @@ class Model(_Closable):
         """The token that the decoder of an encoder-decoder model begins with."""
         start = int(self._api.llama_model_decoder_start_token(self._model))
         return start if start >= 0 else self.bos
+
+    def detokenize(self, tokens: ArrayLike) -> str:
+        """Text of token ids; what is no UTF-8 is replaced."""
+        ids = np.ascontiguousarray(tokens, np.int32)
+        pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        room = 8 * len(ids) + 16
+        while True:
+            raw = ctypes.create_string_buffer(room)
+            n = self._api.llama_detokenize(self._vocabulary, pointer, len(ids), raw, room, False, True)
+            if n >= 0:
+                return raw.raw[:n].decode("utf-8", "replace")
+            room = -n
 
     def require_logits(self) -> None:
         """Raises InputError unless the model predicts a next token."""
@@ -350,6 +363,11 @@ class Context(_Closable):
         if self._memory:
             self._api.llama_memory_clear(self._memory, False)
 
+    def forget(self, first_position: int) -> None:
+        """Forgets the tokens from this position on."""
+        if self._memory:
+            self._api.llama_memory_seq_rm(self._memory, 0, first_position, -1)
+
     def decode(self, batch: Batch) -> None:
         """Runs the batch and waits for it. Raises HostError if llama.cpp cannot."""
         status = self._decode(self._context, batch.raw)
@@ -390,7 +408,7 @@ class Context(_Closable):
 
 
 @contextlib.contextmanager
-def _llama_errors(what: str) -> Iterator[None]:
+def llama_errors(what: str) -> Iterator[None]:
     """Turns what `llama_cpp.Llama` raises into errors of ours, and keeps llama.cpp quiet."""
     with quiet_log():
         _log.errors.clear()
@@ -415,13 +433,15 @@ def open_llama(path: str | os.PathLike[str], *, context: int = 0, threads: int =
 
     n_ctx = context or min(facts.n_ctx_train or _CHAT_CONTEXT, _CHAT_CONTEXT)
     threads = threads or default_threads()
-    with _llama_errors(f"{path}: llama.cpp cannot load this model"):
+    with llama_errors(f"{path}: llama.cpp cannot load this model"):
         return Llama(str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False)
 
 
-def generated_text(llama: Llama, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
+def generated_text(
+    llama: Llama, prompt: str | list[int], *, tokens: int, temperature: float, seed: int
+) -> Iterator[str]:
     """The pieces of text that follow the prompt, as they come. Raises InputError or HostError."""
-    with _llama_errors("no text can be generated"):
+    with llama_errors("no text can be generated"):
         stream: Any = llama.create_completion(
             prompt, max_tokens=tokens, temperature=temperature, seed=seed, stream=True
         )
@@ -433,7 +453,7 @@ def chat_answer(
     llama: Llama, messages: list[dict[str, str]], *, tokens: int, temperature: float, seed: int
 ) -> Iterator[str]:
     """The pieces of the assistant's next message, as they come. Raises InputError or HostError."""
-    with _llama_errors("no answer can be generated"):
+    with llama_errors("no answer can be generated"):
         request: Any = messages
         stream: Any = llama.create_chat_completion(
             request, max_tokens=tokens, temperature=temperature, seed=seed, stream=True

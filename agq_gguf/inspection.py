@@ -11,6 +11,7 @@ import numpy as np
 
 from agq_gguf import blocks
 from agq_gguf.errors import FormatError
+from agq_gguf.prune_file import PruningInfo, pruning_info
 from agq_gguf.reader import Reader, Tensor
 from agq_gguf.shards import open_model, paths_of
 
@@ -72,6 +73,7 @@ class ModelInfo:
     metadata: dict[str, Any]  # our own keys, agq.*
     hyperparameters: dict[str, Any]  # the scalar keys of the architecture
     tensors: list[TensorInfo]
+    pruning: PruningInfo | None = None  # how it was calibrated, if it was
 
     @property
     def problems(self) -> list[str]:
@@ -98,6 +100,7 @@ def inspect_file(path: str | os.PathLike[str]) -> ModelInfo:
             metadata=_scalars(reader, _PREFIX),
             hyperparameters=_scalars(reader, f"{reader.architecture}."),
             tensors=tensors,
+            pruning=pruning_info(reader),
         )
 
 
