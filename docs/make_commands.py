@@ -1,0 +1,86 @@
+"""Writes docs/commands.md from the command line itself; tests/test_site.py fails if it is out of date.
+
+python docs/make_commands.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from typer.models import ArgumentInfo, OptionInfo
+
+from agq_gguf.cli import app
+
+TARGET = Path(__file__).parent / "commands.md"
+HEAD = """# Commands
+
+Made from the program itself by `docs/make_commands.py`. `agq-gguf --version` shows the versions of all that matters,
+`agq-gguf --debug COMMAND` tracebacks and the log of llama.cpp. Exit codes: 0 all went well, 2 a file or an option
+cannot be used, 3 damaged AGQ4 data, 4 the installed llama-cpp-python cannot be used, 5 the result cannot be written.
+"""
+
+
+def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any, Any]]:
+    """Name, type, typer's description and default of each parameter; read from the signature, not from typer's inside,
+    which differs between releases."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, *described = typing.get_args(hints[name])
+        found.append((name, kind, described[0], parameter.default))
+    return found
+
+
+def _value(kind: Any, described: Any) -> str:
+    """What stands for an option's value."""
+    if described.metavar:
+        return str(described.metavar)
+    plain = [part for part in typing.get_args(kind) if part is not type(None)] or [kind]
+    inner = typing.get_args(plain[0]) or plain
+    if isinstance(inner[0], type) and issubclass(inner[0], Enum):
+        return "|".join(str(choice.value) for choice in inner[0]).replace("|", "\\|")
+    return {int: "N", float: "X", Path: "FILE", str: "TEXT"}.get(inner[0], "VALUE")
+
+
+def _row(name: str, kind: Any, described: Any, default: Any) -> str:
+    help_text = " ".join((described.help or "").split()).replace("|", "\\|")
+    if isinstance(described, ArgumentInfo):
+        return f"| `{described.metavar or name.upper()}` | {help_text} | |"
+    # Inside Annotated, the first name stands where the default would be.
+    declared = [described.default] if isinstance(described.default, str) else []
+    names = [part for text in [*declared, *(described.param_decls or ())] for part in text.split("/")]
+    names = sorted(names or [f"--{name.replace('_', '-')}"], key=lambda n: not n.startswith("--"))
+    shown = ", ".join(f"`{n}`" for n in names) + ("" if kind is bool else f" {_value(kind, described)}")
+    if default is inspect.Parameter.empty:
+        value = "required"
+    elif default is None or default == "" or kind is bool:
+        value = "on" if default is True else ""
+    else:
+        value = f"`{getattr(default, 'value', default)}`"
+    return f"| {shown} | {help_text} | {value} |"
+
+
+def reference() -> str:
+    """The page as Markdown."""
+    parts = [HEAD.rstrip()]
+    commands = {
+        (c.name or c.callback.__name__.replace("_", "-")): c.callback for c in app.registered_commands if c.callback
+    }
+    for name, function in sorted(commands.items()):
+        parameters = _parameters(function)
+        arguments = " ".join(d.metavar or n.upper() for n, _, d, _ in parameters if isinstance(d, ArgumentInfo))
+        options = " [OPTIONS]" if any(isinstance(d, OptionInfo) for _, _, d, _ in parameters) else ""
+        parts += ["", f"## {name}", "", inspect.cleandoc(function.__doc__ or "")]
+        parts += ["", f"    agq-gguf {name} {arguments}".rstrip() + options]
+        if parameters:
+            parts += ["", "| | | default |", "|---|---|---|", *(_row(*parameter) for parameter in parameters)]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference(), encoding="utf-8")
