@@ -87,6 +87,25 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.median(np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)))
 
 
+def check_pruning(name: str, path: Path) -> None:
+    """Half of a prompt dropped behind the first layer: as if later layers did not see those tokens."""
+
+    def last_logits(prune: str) -> np.ndarray:
+        tokens = np.random.default_rng(1).integers(260, 330, 100).astype(np.int32)
+        with agq_gguf.options(prune=prune), Model(path) as model, model.context(256, threads=1) as context:
+            batch = Batch(tokens)
+            context.decode(batch)
+            return context.logits(batch).copy()
+
+    whole, masked, pruned = last_logits("off"), last_logits("mask,0:0.5"), last_logits("0:0.5")
+    if name in NOT_PRUNED:
+        assert np.array_equal(pruned, whole)
+    else:
+        assert error(pruned, masked) < 1e-3 < error(pruned, whole)
+
+
+NOT_PRUNED = ("gemma2", "gemma3", "mamba")  # sliding windows, no attention
+
 # What of each model is AGQ4: all matrices, but for the two that cannot be.
 COUNTS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mixtral", "qwen3moe"), 16),
@@ -110,6 +129,7 @@ def test_decoders_say_what_their_weights_say(name: str, tmp_path: Path, words: s
     assert error(found, wanted) < 0.06
     assert error(found, wanted) < error(wanted, original) / 2
     assert error(found, original) < 0.45
+    check_pruning(name, path)
 
 
 def test_what_cannot_be_agq4_says_why(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     import tiny_checkpoints as tiny
     import transformers
 
+import agq_gguf
 from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.evaluate import compare
@@ -164,8 +165,17 @@ def test_half_precision_checkpoint_and_outtypes(copy: Any, tmp_path: Path) -> No
     assert torch.equal(stored, half.model.layers[0].mlp.up_proj.weight)
 
 
+def pruned_logits(path: Path, tokens: np.ndarray, prune: str) -> tuple[np.ndarray, int]:
+    """Logits of the last token of a prompt, and how many of its tokens were dropped on the way."""
+    with agq_gguf.options(prune=prune), Model(path) as model, model.context(len(tokens), threads=1) as context:
+        batch = Batch(tokens)
+        context.decode(batch)
+        dropped = sum(layer >= 0 for layer in agq_gguf.last_pruned()) if prune != "off" else 0
+        return context.logits(batch)[0].copy(), dropped
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "bloom"])
-def test_then_quantize_and_generate(name: str, checkpoints: Any, tmp_path: Path, words_file: Path) -> None:
+def test_then_quantize_prune_and_generate(name: str, checkpoints: Any, tmp_path: Path, words_file: Path) -> None:
     folder, _, _ = checkpoints(name)
     import_checkpoint(folder, tmp_path / "f16.gguf")
     options = QuantizeOptions(threads=1, calibration_tokens=512, matrix=MatrixOptions(learn_codebook=False))
@@ -173,15 +183,61 @@ def test_then_quantize_and_generate(name: str, checkpoints: Any, tmp_path: Path,
     kinds = report.by_type()
     assert kinds["agq4"][0] == (14 if name == "llama" else 8)
     assert not report.warnings or "calibrated on" in report.warnings[0]
-    tokens = np.random.default_rng(3).integers(8, 400, 64).astype(np.int32)
+    tokens = np.random.default_rng(3).integers(8, 400, 100).astype(np.int32)
     wanted, found = logits_of(tmp_path / "f16.gguf", tokens), logits_of(tmp_path / "agq4.gguf", tokens)
     # Random weights are the hardest to quantize: 4 bits leave an error of some 8% in each of their products.
     assert 0.01 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.35
+    whole, _ = pruned_logits(tmp_path / "agq4.gguf", tokens, "off")
+    masked, _ = pruned_logits(tmp_path / "agq4.gguf", tokens, "mask,0:0.3")
+    pruned, dropped = pruned_logits(tmp_path / "agq4.gguf", tokens, "0:0.3")
+    assert dropped == 30
+    assert np.linalg.norm(pruned - masked) < 1e-3 * np.linalg.norm(whole) < np.linalg.norm(pruned - whole)
     llama = open_llama(tmp_path / "agq4.gguf", threads=1)
     said = list(itertools.islice(llama.generate(llama.tokenize(b"The king went to"), temp=0), 8))
     llama.close()
     assert len(said) == 8
     assert max(said) < 576
+
+
+# trained checkpoints, as they lie in tests/data
+
+TRAINED = sorted(path.parent for path in (Path(__file__).parent / "data").glob("*/config.json"))
+STORIES = Path(agq_gguf.__file__).parent / "data"
+
+
+@pytest.mark.parametrize("folder", TRAINED, ids=lambda folder: folder.name)
+def test_trained_checkpoints(folder: Path, tmp_path: Path) -> None:
+    report = import_checkpoint(folder, tmp_path / "f16.gguf")
+    assert report.warnings == []
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = (STORIES / "evaluation.txt").read_text(encoding="utf-8")[:2500]
+    with Model(tmp_path / "f16.gguf") as host:
+        for piece in [*tiny.NASTY, text]:
+            assert host.tokenize(piece, parse_special=True).tolist() == tokenizer(piece).input_ids, piece
+        tokens = host.tokenize(text)[:250]
+    wanted = torch_logits(model, tokens)
+    scored = compare(wanted[:-1], logits_of(tmp_path / "f16.gguf", tokens)[:-1], tokens[1:])
+    assert scored[:, 2].mean() < (1e-3 if report.architecture == "mpt" else 1e-4)
+    told, margin = greedy(lambda t: torch_logits(model, t), tokens[:60], 12)
+    assert margin > 1e-3
+    assert greedy(lambda t: logits_of(tmp_path / "f16.gguf", t), tokens[:60], 12)[0] == told
+
+    plain = MatrixOptions(learn_codebook=False)
+    options = QuantizeOptions(threads=1, calibration_tokens=4096, context=256, matrix=plain)
+    quantize(tmp_path / "f16.gguf", tmp_path / "agq4.gguf", calibration=STORIES / "calibration.txt", options=options)
+    exact, quantized = (logits_of(tmp_path / f"{name}.gguf", tokens)[:-1] for name in ("f16", "agq4"))
+    scored = compare(exact, quantized, tokens[1:])
+    assert scored[:, 2].mean() < 0.05
+    assert scored[:, 1].mean() < scored[:, 0].mean() + 0.05  # nats per token
+    whole, _ = pruned_logits(tmp_path / "agq4.gguf", tokens, "off")
+    pruned, dropped = pruned_logits(tmp_path / "agq4.gguf", tokens, "1:0.3")
+    assert dropped == 75
+    assert compare(whole[None], pruned[None], tokens[:1])[0, 2] < 0.5
+    llama = open_llama(tmp_path / "agq4.gguf", threads=1)
+    said = list(itertools.islice(llama.generate(tokens[:60].tolist(), temp=0), 12))
+    llama.close()
+    assert said[0] in np.argsort(quantized[59])[-2:]
 
 
 # how text is cut
