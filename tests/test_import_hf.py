@@ -463,6 +463,11 @@ def edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None
     path.write_text(json.dumps(values), encoding="utf-8")
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """A pre-tokenizer within sequences within sequences."""
+    return {"type": "Sequence", "pretokenizers": [nested(depth - 1)]} if depth else {"type": "Punctuation"}
+
+
 @pytest.mark.parametrize(
     ("name", "edit", "message"),
     [
@@ -479,6 +484,8 @@ def edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None
         ("opt", lambda t: t["model"].update(merges=[3]), "not a tokenizer"),
         ("opt", lambda t: t["added_tokens"].append({"id": 570, "content": "a", "special": True}), "same text 'a'"),
         ("opt", lambda t: t["added_tokens"].append({"content": "a"}), "not a tokenizer"),
+        ("opt", lambda t: t.update(pre_tokenizer=nested(400)), "rule that is not known"),
+        ("llama", lambda t: t["model"]["vocab"].pop("<0x41>"), "255 of the 256 byte tokens"),
         ("llama", lambda t: t.update(normalizer={"type": "NFKC"}), "NFKC"),
         ("llama", lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
     ],

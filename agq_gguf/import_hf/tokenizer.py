@@ -93,7 +93,7 @@ def _guarded(path: Path, build: Any) -> Vocabulary:
     try:
         found: Vocabulary = build()
         return found
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
         raise InputError(f"{path}: not a tokenizer as checkpoints have them ({type(e).__name__}: {e})") from e
 
 
@@ -129,6 +129,10 @@ class _Builder:
         )
 
     def done(self, model: str, pre: str, *, merges: bool) -> Vocabulary:
+        if (
+            not merges and self.kinds.count(TokenType.BYTE) != 256
+        ):  # llama.cpp would end the process at the first other character
+            raise ValueError(f"{self.kinds.count(TokenType.BYTE)} of the 256 byte tokens <0x00> to <0xFF> are there")
         if self._beyond:
             self.warnings.append(f"left out {self._beyond} tokens of the tokenizer: the model has only {self.n_vocab}")
         special = gguf.SpecialVocab(self.folder, load_merges=merges, n_vocab=self.n_vocab)

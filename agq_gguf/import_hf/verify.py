@@ -93,4 +93,11 @@ def _fast(path: Path) -> Encode | None:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises nothing more special
         raise InputError(f"{path}: cannot be read by the tokenizers library: {e}") from e
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode(text: str) -> list[int]:
+        try:
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as e:
+            raise InputError(f"{path}: the tokenizers library cannot cut {text!r} with it: {e}") from e
+
+    return encode
