@@ -103,8 +103,9 @@ void test_kernel(const char *name, const agq::row_kernel &kern, std::mt19937 &rn
         bool close = gated.size() == n;
         for (size_t i = 0; close && i < n; ++i) {
             const double gate = a[i], wanted = gate / (1 + std::exp(-gate)) * b[i];
-            close = std::fabs(wanted) < 1e-35 ? std::fabs(gated[i]) < 1e-34f
-                                              : steps_between(gated[i], static_cast<float>(wanted)) <= 8;
+            // The exponential function stops at e^87; what is lost there is far below what int8 can show.
+            close =
+                gate < -86 ? std::fabs(gated[i]) < 1e-30f : steps_between(gated[i], static_cast<float>(wanted)) <= 8;
         }
         expect(close, name, "swiglu", n);
         // In place, as the host's graphs have it.
