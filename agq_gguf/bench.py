@@ -82,6 +82,7 @@ class _Runner:
     warm_up: Batch
     prompt: Batch | None
     generation: list[Batch]
+    history: list[Batch]  # what is in the cache before the generation
 
     def time_prompt(self) -> float:
         """Seconds for the whole prompt at once, cache empty."""
@@ -91,9 +92,14 @@ class _Runner:
         self.context.decode(self.prompt)
         return time.perf_counter() - begin
 
-    def time_generation(self) -> float:
-        """Seconds for all single-token steps, cache empty at the beginning."""
+    def prepare_generation(self) -> None:
+        """Fills the cache with what the generation follows."""
         self.context.clear()
+        for batch in self.history:
+            self.context.decode(batch)
+
+    def time_generation(self) -> float:
+        """Seconds for all steps of one token per sequence."""
         decode = self.context.decode
         begin = time.perf_counter()
         for batch in self.generation:
@@ -105,6 +111,8 @@ class _Runner:
         found: list[list[NodeTime]] = []
         for tokens, run in ((prompt, self.time_prompt), (generation, self.time_generation)):
             times: list[NodeTime] = []
+            if tokens and run == self.time_generation:
+                self.prepare_generation()
             if tokens:
                 with profiled() as times:
                     run()
@@ -117,6 +125,8 @@ def bench(
     *,
     prompt: int = 512,
     generation: int = 128,
+    depth: int = 0,
+    sequences: int = 1,
     threads: int = 0,
     repetitions: int = 5,
     flash_attention: FlashAttention = "auto",
@@ -126,14 +136,16 @@ def bench(
 ) -> list[Result]:
     """Measures all models; `prompt` or `generation` 0 leaves that part out, `starts` False the fresh processes.
 
-    `profile` runs each part once more and says where the time goes; at least one model must hold AGQ4 tensors.
+    The generation begins with `depth` tokens in the cache, and steps by one token in each of `sequences` sequences;
+    its speed counts the tokens of all of them. `profile` runs each part once more and says where the time goes; at
+    least one model must hold AGQ4 tensors.
 
     All models are loaded at once and take turns within each repetition, so that a machine that slows down or is shared
     slows all of them: compare ratios rather than runs. Raises InputError or HostError.
     """
     if not paths:
         raise InputError("no model given")
-    if prompt < 0 or generation < 0 or prompt + generation == 0 or repetitions < 1:
+    if prompt < 0 or generation < 0 or prompt + generation == 0 or repetitions < 1 or depth < 0 or sequences < 1:
         raise InputError("wanted: at least one repetition of a prompt or a generation of at least one token")
     threads = threads or default_threads()
     # Fresh processes first: the models loaded here would take memory from them.
@@ -151,7 +163,7 @@ def bench(
         runners = []
         for path in paths:
             report(done, total, f"warm-up of {Path(path).name}")
-            runners.append(_load(stack, path, prompt, generation, threads, flash_attention))
+            runners.append(_load(stack, path, prompt, generation, depth, sequences, threads, flash_attention))
             done += 1
         for repetition in range(repetitions):
             for runner, seconds in zip(runners, times, strict=True):
@@ -159,6 +171,10 @@ def bench(
                 if prompt:
                     seconds["prompt"].append(runner.time_prompt())
                 if generation:
+                    if repetition == 0 or prompt:
+                        runner.prepare_generation()
+                    else:
+                        runner.context.forget(depth)
                     seconds["generation"].append(runner.time_generation())
                 done += 1
         profiles = [runner.profiles(prompt, generation) if profile else ([], []) for runner in runners]
@@ -170,7 +186,7 @@ def bench(
     ):
         speeds = {
             part: Speed.of(tokens, own[part], times[0][part]) if tokens else None
-            for part, tokens in (("prompt", prompt), ("generation", generation))
+            for part, tokens in (("prompt", prompt), ("generation", generation * sequences))
         }
         results.append(
             Result(str(path), file_bytes, weight_bytes, n_params, speeds["prompt"], speeds["generation"], start, *nodes)
@@ -183,15 +199,17 @@ def _load(
     path: str | os.PathLike[str],
     prompt: int,
     generation: int,
+    depth: int,
+    sequences: int,
     threads: int,
     flash_attention: FlashAttention,
 ) -> _Runner:
     """Loads a model and runs it once."""
     model = stack.enter_context(Model(path))
     model.require_logits()
-    size = max(prompt, generation, _WARM_UP_TOKENS)
+    size = max(prompt, depth + generation, sequences, _WARM_UP_TOKENS)
     context = stack.enter_context(
-        model.context(size, n_ubatch=_UBATCH, threads=threads, flash_attention=flash_attention)
+        model.context(size, n_ubatch=_UBATCH, threads=threads, flash_attention=flash_attention, sequences=sequences)
     )
     # The same tokens for every model of a vocabulary: experts are chosen by token, and cost time.
     tokens = np.random.default_rng(0).integers(model.n_vocab, size=size).astype(np.int32)
@@ -202,14 +220,15 @@ def _load(
         context,
         Batch(tokens[:_WARM_UP_TOKENS]),
         Batch(tokens[:prompt]) if prompt else None,
-        [Batch(tokens[i : i + 1], first_position=i) for i in range(generation)],
+        [Batch(tokens[i].repeat(sequences), first_position=depth + i, one_each=True) for i in range(generation)],
+        [Batch(tokens[:depth], sequence=i) for i in range(sequences)] if depth else [],
     )
     context.decode(runner.warm_up)
     if prompt:
         runner.time_prompt()
     if generation:
         # A few tokens are enough: the prompt has touched all weights, this sets up the other shapes of graphs.
-        context.clear()
+        runner.prepare_generation()
         for batch in runner.generation[:_WARM_UP_TOKENS]:
             context.decode(batch)
     return runner

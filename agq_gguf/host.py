@@ -277,9 +277,10 @@ class Model(_Closable):
         n_ubatch: int = 512,
         threads: int = 0,
         flash_attention: FlashAttention = "auto",
+        sequences: int = 1,
         eval_callback: EvalCallback | None = None,
     ) -> Context:
-        """A context of `n_ctx` tokens; `n_batch` 0 means n_ctx, `threads` 0 all CPUs.
+        """A context of `n_ctx` tokens for each sequence; `n_batch` 0 means n_ctx, `threads` 0 all CPUs.
 
         Raises InputError or HostError.
         """
@@ -288,7 +289,7 @@ class Model(_Closable):
             raise InputError(
                 f"{self.path}: can take at most {self.n_ctx_train} tokens at a time, {n_ctx} were asked for"
             )
-        return Context(self, n_ctx, n_batch or n_ctx, n_ubatch, threads, flash_attention, eval_callback)
+        return Context(self, n_ctx, n_batch or n_ctx, n_ubatch, threads, flash_attention, sequences, eval_callback)
 
     def close(self) -> None:
         """Frees the model and stops listening to the log."""
@@ -299,19 +300,26 @@ class Model(_Closable):
 
 
 class Batch:
-    """Tokens of one sequence, laid out for llama.cpp once and decoded as often as wanted."""
+    """Tokens laid out for llama.cpp once and decoded as often as wanted."""
 
-    def __init__(self, tokens: ArrayLike, *, first_position: int = 0, first_logits: int | None = None):
-        """Logits are computed from the token with index `first_logits` on; None: for the last token only."""
+    def __init__(
+        self, tokens: ArrayLike, *, first_position: int = 0, first_logits: int | None = None, sequence: int = 0,
+        one_each: bool = False,
+    ):  # fmt: skip
+        """Logits are computed from the token with index `first_logits` on; None: for the last token only.
+
+        The tokens are one piece of the sequence with the number `sequence`, or, with `one_each`, the next token of
+        each of the sequences 0, 1, 2, ..., all at the same position and all with logits.
+        """
         ids = np.ascontiguousarray(tokens, np.int32)
         n = len(ids)
         self._tokens = ids.copy()
-        self._positions = np.arange(first_position, first_position + n, dtype=np.int32)
+        self._positions = first_position + np.arange(n, dtype=np.int32) * np.int32(not one_each)
         self._n_sequences = np.ones(n, np.int32)
-        self._sequence = ctypes.c_int32(0)
-        self._sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*[ctypes.pointer(self._sequence)] * n)
+        numbers = [ctypes.c_int32(i if one_each else sequence) for i in range(n)]
+        self._sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*[ctypes.pointer(number) for number in numbers])
         self._logits = np.zeros(n, np.int8)
-        self._logits[n - 1 if first_logits is None else first_logits :] = 1
+        self._logits[0 if one_each else n - 1 if first_logits is None else first_logits :] = 1
         self.n_outputs = int(self._logits.sum())
         self.raw: Any = llama_api().llama_batch(
             n_tokens=n,
@@ -325,7 +333,7 @@ class Batch:
 
 
 class Context(_Closable):
-    """State of one running sequence; made by `Model.context`; a context manager."""
+    """State of running sequences; made by `Model.context`; a context manager."""
 
     def __init__(
         self,
@@ -335,13 +343,15 @@ class Context(_Closable):
         n_ubatch: int,
         threads: int,
         flash_attention: FlashAttention,
+        sequences: int,
         eval_callback: EvalCallback | None,
     ):
         """For `Model.context`."""
         self.model = model
         self._api = api = model._api
         parameters = api.llama_context_default_params()
-        parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = n_ctx, n_batch, min(n_ubatch, n_batch)
+        parameters.n_ctx, parameters.n_seq_max = n_ctx * sequences, sequences
+        parameters.n_batch, parameters.n_ubatch = n_batch, min(n_ubatch, n_batch)
         parameters.n_threads = parameters.n_threads_batch = threads or default_threads()
         parameters.flash_attn_type = _FLASH[flash_attention]
         parameters.no_perf = True
@@ -364,9 +374,9 @@ class Context(_Closable):
             self._api.llama_memory_clear(self._memory, False)
 
     def forget(self, first_position: int) -> None:
-        """Forgets the tokens from this position on."""
+        """Forgets the tokens of all sequences from this position on."""
         if self._memory:
-            self._api.llama_memory_seq_rm(self._memory, 0, first_position, -1)
+            self._api.llama_memory_seq_rm(self._memory, -1, first_position, -1)
 
     def decode(self, batch: Batch) -> None:
         """Runs the batch and waits for it. Raises HostError if llama.cpp cannot."""

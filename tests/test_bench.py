@@ -159,6 +159,49 @@ def test_a_process_that_dies(llama_q8: Path, tmp_path: Path, monkeypatch: pytest
         measure_start(llama_q8)
 
 
+# several sequences, tokens in the cache
+
+
+def test_sequences_step_together_behind_the_depth(llama_agq: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[tuple[int, list[int], set[int]]] = []
+    original = module.Context.decode
+
+    def decode(self: module.Context, batch: Batch) -> None:
+        raw = batch.raw
+        numbers = {raw.seq_id[i][0] for i in range(raw.n_tokens)}
+        decoded.append((raw.n_tokens, [raw.pos[0], raw.pos[raw.n_tokens - 1]], numbers))
+        original(self, batch)
+
+    monkeypatch.setattr(module.Context, "decode", decode)
+    (result,) = bench(
+        [llama_agq], prompt=0, generation=2, depth=10, sequences=3, threads=1, repetitions=2, starts=False
+    )
+    assert result.generation is not None
+    assert result.generation.tokens == 6
+    history = [(10, [0, 9], {i}) for i in range(3)]
+    steps = [(3, [10 + i, 10 + i], {0, 1, 2}) for i in range(2)]
+    assert decoded == [(8, [0, 7], {0}), *history, *steps, *history, *steps, *steps]
+
+
+def test_sequences_do_not_disturb_one_another(llama_agq: Path) -> None:
+    """Three sequences in one batch give what each gives alone."""
+    tokens = np.arange(5, 5 + 30).reshape(3, 10).astype(np.int32)
+    with Model(llama_agq) as model:
+        with model.context(32, threads=2, sequences=3) as context:
+            for i, row in enumerate(tokens):
+                context.decode(Batch(row[:9], sequence=i))
+            batch = Batch(tokens[:, 9], first_position=9, one_each=True)
+            context.decode(batch)
+            together = context.logits(batch).copy()
+        for row, logits in zip(tokens, together, strict=True):
+            with model.context(32, threads=1) as context:
+                batch = Batch(row)
+                context.decode(batch)
+                alone = context.logits(batch)[0]
+                assert np.linalg.norm(logits - alone) < 0.02 * np.linalg.norm(alone)
+                assert logits.argmax() == alone.argmax()
+
+
 # time per kind of node
 
 
