@@ -34,9 +34,11 @@ const float *input_row(const activation_set &set, int64_t flat) {
 }
 
 /// How many panels a thread takes at a time: small enough to balance the threads, large enough to amortize the packed
-/// activations that each unit streams through the cache.
-int64_t panels_per_unit(int64_t panels, int64_t step, int nth) {
-    const int64_t wanted = std::max<int64_t>(1, panels / (static_cast<int64_t>(nth) * 8));
+/// activations that each unit streams through the cache. With few tokens a unit costs what is fetched ahead behind its
+/// end, with many its share in the time that threads wait for the last one.
+int64_t panels_per_unit(int64_t panels, int64_t step, int nth, int64_t tokens) {
+    const int64_t units = tokens < 64 ? 8 : 16;
+    const int64_t wanted = std::max<int64_t>(1, panels / (nth * units));
     return std::max(step, wanted / step * step);
 }
 
@@ -153,7 +155,7 @@ void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
     product &p = *static_cast<product *>(userdata);
     const activation_set &set = *p.set;
     const int64_t k = p.weights->ne[0], panels = p.weights->ne[1] / panel_rows, tiles_per_panel = k / tile_columns;
-    const int64_t step = panels_per_unit(panels, set.kern->panel_step, nth);
+    const int64_t step = panels_per_unit(panels, set.kern->panel_step, nth, set.rows());
     const int64_t units_per_segment = (panels + step - 1) / step;
     const int64_t n_units = units_per_segment * static_cast<int64_t>(set.segments.size());
 

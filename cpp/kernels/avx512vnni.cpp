@@ -229,12 +229,15 @@ void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blo
         const float *scale = x.scale + (per_group ? b * (n * k / group_columns) : 0);
         for (int g = 0; g < groups; g++) {
             // A group of the first block fetches one tile of 17 lines, so that 8 groups fetch what the next scratch
-            // will be made of. Later blocks touch the scratch instead, which is in L1: cheaper than a branch in the
-            // loop.
+            // will be made of. Later blocks fetch the activations and sums of the block behind them.
             const bool fetch = b == 0 && x.next[0] != nullptr;
-            const char *ahead =
-                fetch ? reinterpret_cast<const char *>(x.next[g % 2] + g / 2) : reinterpret_cast<const char *>(w + g);
+            const char *ahead = fetch ? reinterpret_cast<const char *>(x.next[g % 2] + g / 2)
+                                      : reinterpret_cast<const char *>(q + n * k);
+            const char *ahead_sums = reinterpret_cast<const char *>(sums[b + 1]) + g * 192;
             _mm_prefetch(ahead, _MM_HINT_T0);
+            _mm_prefetch(ahead_sums, _MM_HINT_T0);
+            _mm_prefetch(ahead_sums + 64, _MM_HINT_T0);
+            _mm_prefetch(ahead_sums + 128, _MM_HINT_T0);
             __m512i u0 = _mm512_load_si512(w[g].u[0][0]);
             __m512i u1 = _mm512_load_si512(w[g].u[0][1]);
             AGQ_UNROLL
