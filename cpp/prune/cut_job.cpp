@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "mask_view.h"
+
 namespace agq {
 
 namespace {
@@ -39,7 +41,7 @@ void cut_node(ggml_tensor *, int ith, int nth, void *userdata) {
             const char *from = m.from + static_cast<size_t>(source) * m.from_stride;
             char *to = m.to + static_cast<size_t>(i) * m.to_stride;
             if (m.is_f16) {
-                copy_mask_row<uint16_t>(m, from, to, 0xFC00);
+                copy_mask_row<uint16_t>(m, from, to, hidden_f16);
             } else {
                 copy_mask_row<float>(m, from, to, -INFINITY);
             }

@@ -12,7 +12,8 @@ int64_t cell_offset(const attention_site &site) {
 
 bool hidden_cells::find(const graph_facts &facts) {
     level_of_site_.assign(facts.sites.size(), 0);
-    cells_.resize(1);
+    n_levels_ = 1;
+    if (cells_.empty()) cells_.resize(1);
     mark_in_flight(facts);
     const auto ascends = [](const attention_site &a, const attention_site &b) { return a.layer >= b.layer; };
     const bool ordered = std::adjacent_find(facts.sites.begin(), facts.sites.end(), ascends) == facts.sites.end();
@@ -21,7 +22,14 @@ bool hidden_cells::find(const graph_facts &facts) {
     } else {
         find_in_part(facts);
     }
-    return cells_.size() > 1;
+    return n_levels_ > 1;
+}
+
+std::vector<dropped_cell> &hidden_cells::new_level() {
+    if (cells_.size() == static_cast<size_t>(n_levels_)) cells_.emplace_back();
+    std::vector<dropped_cell> &fresh = cells_[static_cast<size_t>(n_levels_++)];
+    fresh.clear();
+    return fresh;
 }
 
 void hidden_cells::mark_in_flight(const graph_facts &facts) {
@@ -57,7 +65,7 @@ void hidden_cells::find_in_whole(const graph_facts &facts) {
         level_of_site_[s] = static_cast<int>(end - borders.begin());
     }
     for (int32_t border : borders) {
-        auto &cells = cells_.emplace_back();
+        std::vector<dropped_cell> &cells = new_level();
         for (const dropped_cell &d : found) {
             if (d.first_layer <= border) cells.push_back(d);
         }
@@ -79,8 +87,8 @@ void hidden_cells::find_in_part(const graph_facts &facts) {
         const std::vector<dropped_cell> &found =
             scanner_.scan(layers_, facts.mask, written_here ? in_flight_ : nothing);
         if (found.empty()) continue;
-        level_of_site_[s] = static_cast<int>(cells_.size());
-        cells_.push_back(found);
+        level_of_site_[s] = n_levels_;
+        new_level() = found;
     }
 }
 

@@ -17,7 +17,7 @@ class hidden_cells {
 
     /// Attentions of one level hide the same cells; level 0 hides none.
     int level(int site) const { return level_of_site_[static_cast<size_t>(site)]; }
-    int levels() const { return static_cast<int>(cells_.size()); }
+    int levels() const { return n_levels_; }
     /// The cells of a level, by stream and cell.
     const std::vector<dropped_cell> &cells(int level) const { return cells_[static_cast<size_t>(level)]; }
 
@@ -25,12 +25,14 @@ class hidden_cells {
     void mark_in_flight(const graph_facts &facts);
     void find_in_whole(const graph_facts &facts);
     void find_in_part(const graph_facts &facts);
+    std::vector<dropped_cell> &new_level();
 
     zero_row_scanner scanner_;
     std::vector<key_rows> layers_;
     std::vector<uint8_t> in_flight_;  ///< cells that this ubatch writes, by stream and cell
     std::vector<int> level_of_site_;
-    std::vector<std::vector<dropped_cell>> cells_;
+    std::vector<std::vector<dropped_cell>> cells_;  ///< by level; there may be more than n_levels_, for their memory
+    int n_levels_ = 1;
 };
 
 /// By how much the numbers in `attn_inp_k_idxs`, which count the cells of all streams, exceed those of the mask.

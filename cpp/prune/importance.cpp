@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "mask_view.h"
+
 namespace agq {
 
 namespace {
@@ -27,19 +29,6 @@ struct parts {
     }
     size_t bytes() const { return (keys + queries + row + weights + mask) * sizeof(float); }
 };
-
-template <typename Word>
-int64_t count_other(const char *row, int64_t n, Word hidden) {
-    const Word *words = reinterpret_cast<const Word *>(row);
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) count += words[i] != hidden;
-    return count;
-}
-
-/// Keys that a row of a mask shows.
-int64_t count_visible(const char *row, int64_t n, bool is_f16) {
-    return is_f16 ? count_other<uint16_t>(row, n, 0xFC00) : count_other<float>(row, n, -INFINITY);
-}
 
 /// All keys of a head as the kernel wants them. `row` holds one key.
 void pack_keys(const attention_job &job, int64_t head, float *row, float *packed) {
@@ -157,7 +146,7 @@ void importance_node(ggml_tensor *, int ith, int, void *userdata) {
             std::memcpy(mask + static_cast<size_t>(t) * mask_bytes,
                         static_cast<const char *>(a.mask->data) + static_cast<size_t>(token) * mask_bytes, mask_bytes);
             if (job.score == prune_score::recent || (job.score == prune_score::received && head == 0)) {
-                visible[t] = count_visible(mask + static_cast<size_t>(t) * mask_bytes, a.k->ne[1], is_f16);
+                visible[t] = mask_row(mask + static_cast<size_t>(t) * mask_bytes, is_f16).count_visible(a.k->ne[1]);
             }
             if (head == 0) job.visible[static_cast<size_t>(first + t)] = visible[t];
             for (int64_t g = 0; g < group; ++g) {

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "mask_view.h"
+
 namespace agq {
 
 namespace {
@@ -12,8 +14,7 @@ void hide(const ggml_tensor *mask, unsigned char *copy, const dropped_cell &d) {
         unsigned char *p = copy + static_cast<size_t>(d.stream) * mask->nb[3] +
                            static_cast<size_t>(token) * mask->nb[1] + static_cast<size_t>(d.cell) * mask->nb[0];
         if (mask->type == ggml_type_f16) {
-            const uint16_t hidden = 0xFC00;
-            std::memcpy(p, &hidden, sizeof(hidden));
+            std::memcpy(p, &hidden_f16, sizeof(hidden_f16));
         } else {
             const float hidden = -INFINITY;
             std::memcpy(p, &hidden, sizeof(hidden));
@@ -45,19 +46,50 @@ void masked_graph::build(const graph_facts &facts) {
     nodes_.swap(nodes);
 }
 
+void masked_graph::fill_level(const ggml_tensor *mask, const std::vector<dropped_cell> &hidden, level_mask *level) {
+    level->full.resize(mask->nb[3] * static_cast<size_t>(mask->ne[3]));
+    std::memcpy(level->full.data(), mask->data, level->full.size());
+    for (const dropped_cell &d : hidden) hide(mask, level->full.data(), d);
+    level->choice = {};
+    // A single token goes through the host's attention, which knows masks only.
+    if (mask->ne[3] == 1 && mask->ne[1] > 1) choose_keys(mask, hidden, level);
+}
+
+void masked_graph::choose_keys(const ggml_tensor *mask, const std::vector<dropped_cell> &hidden, level_mask *level) {
+    std::vector<uint8_t> seen(static_cast<size_t>(mask->ne[0]), 0);
+    for (int64_t token = 0; token < mask->ne[1]; ++token)
+        mask_row(mask, token, 0).mark_visible(mask->ne[0], seen.data());
+    for (const dropped_cell &d : hidden) seen[static_cast<size_t>(d.cell)] = 0;
+    level->cells.clear();
+    for (size_t c = 0; c < seen.size(); ++c) {
+        if (seen[c]) level->cells.push_back(static_cast<int32_t>(c));
+    }
+    const size_t element = mask->nb[0], stride = level->cells.size() * element;
+    level->chosen.resize(stride * static_cast<size_t>(mask->ne[1]));
+    unsigned char *to = level->chosen.data();
+    for (int64_t token = 0; token < mask->ne[1]; ++token) {
+        const unsigned char *row = level->full.data() + static_cast<size_t>(token) * mask->nb[1];
+        for (int32_t c : level->cells) {
+            std::memcpy(to, row + static_cast<size_t>(c) * element, element);
+            to += element;
+        }
+    }
+    level->choice.cells = level->cells.data();
+    level->choice.n = static_cast<int64_t>(level->cells.size());
+    level->choice.mask = reinterpret_cast<const char *>(level->chosen.data());
+    level->choice.mask_stride = stride;
+}
+
 void masked_graph::fill(const graph_facts &facts, const hidden_cells &hidden) {
-    const ggml_tensor *mask = facts.mask;
-    const size_t bytes = mask->nb[3] * static_cast<size_t>(mask->ne[3]);
-    if (levels_.size() < static_cast<size_t>(hidden.levels())) levels_.resize(static_cast<size_t>(hidden.levels()));
+    while (levels_.size() < static_cast<size_t>(hidden.levels())) levels_.emplace_back();
     for (int level = 1; level < hidden.levels(); ++level) {
-        std::vector<unsigned char> &copy = levels_[static_cast<size_t>(level)];
-        copy.resize(bytes);
-        std::memcpy(copy.data(), mask->data, bytes);
-        for (const dropped_cell &d : hidden.cells(level)) hide(mask, copy.data(), d);
+        fill_level(facts.mask, hidden.cells(level), &levels_[static_cast<size_t>(level)]);
     }
     for (size_t s = 0; s < masks_.size(); ++s) {
         const int level = hidden.level(static_cast<int>(s));
-        masks_[s]->data = level == 0 ? mask->data : levels_[static_cast<size_t>(level)].data();
+        level_mask &chosen = levels_[static_cast<size_t>(level)];
+        masks_[s]->data = level == 0 ? facts.mask->data : chosen.full.data();
+        masks_[s]->extra = level > 0 && chosen.choice.mask ? &chosen.choice : nullptr;
     }
 }
 

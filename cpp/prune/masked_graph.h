@@ -3,8 +3,10 @@
 // changes.
 #pragma once
 
+#include <deque>
 #include <vector>
 
+#include "../attention.h"
 #include "graph_copy.h"
 #include "hidden_cells.h"
 
@@ -21,11 +23,22 @@ class masked_graph {
     std::vector<ggml_tensor *> &nodes() { return nodes_; }
 
   private:
+    /// What the attentions of a level look at.
+    struct level_mask {
+        std::vector<unsigned char> full;    ///< the host's mask, with dropped tokens hidden
+        std::vector<unsigned char> chosen;  ///< the columns of `cells`
+        std::vector<int32_t> cells;
+        key_choice choice;
+    };
+
+    static void fill_level(const ggml_tensor *mask, const std::vector<dropped_cell> &hidden, level_mask *level);
+    static void choose_keys(const ggml_tensor *mask, const std::vector<dropped_cell> &hidden, level_mask *level);
+
     tensor_arena arena_;
     graph_copy copy_;
     std::vector<ggml_tensor *> nodes_;
-    std::vector<ggml_tensor *> masks_;                ///< by site
-    std::vector<std::vector<unsigned char>> levels_;  ///< masks of each level from 1 on
+    std::vector<ggml_tensor *> masks_;  ///< by site
+    std::deque<level_mask> levels_;     ///< from 1 on; addresses stay valid
 };
 
 }  // namespace agq

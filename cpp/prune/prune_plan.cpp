@@ -5,7 +5,7 @@
 #include "graph_copy.h"
 #include "hidden_cells.h"
 #include "importance.h"
-#include "zero_rows.h"
+#include "mask_view.h"
 
 namespace agq {
 
@@ -88,9 +88,7 @@ prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage>
 }
 
 int32_t first_position(const graph_facts &facts) {
-    int32_t visible = 0;
-    for (int64_t c = 0; c < facts.mask->ne[0]; ++c) visible += !is_hidden(facts.mask, c, 0, 0);
-    return visible - 1;
+    return static_cast<int32_t>(mask_row(facts.mask, 0, 0).count_visible(facts.mask->ne[0])) - 1;
 }
 
 std::string read_ubatch(const graph_facts &facts, ubatch_facts *ubatch) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "mask_view.h"
 #include "selection.h"
 
 namespace agq {

@@ -1,8 +1,9 @@
 #include "zero_rows.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+
+#include "mask_view.h"
 
 namespace agq {
 
@@ -47,19 +48,6 @@ bool is_visible_to_any(const ggml_tensor *mask, int64_t cell, int64_t stream) {
 
 }  // namespace
 
-bool is_hidden(const ggml_tensor *mask, int64_t cell, int64_t token, int64_t stream) {
-    const char *p = static_cast<const char *>(mask->data) + static_cast<size_t>(stream) * mask->nb[3] +
-                    static_cast<size_t>(token) * mask->nb[1] + static_cast<size_t>(cell) * mask->nb[0];
-    if (mask->type == ggml_type_f16) {
-        uint16_t half;
-        std::memcpy(&half, p, sizeof(half));
-        return half == 0xFC00;
-    }
-    float value;
-    std::memcpy(&value, p, sizeof(value));
-    return value == -INFINITY;
-}
-
 key_rows key_rows::of(const ggml_tensor *k) {
     key_rows rows;
     const ggml_type_traits *traits = host.ggml_get_type_traits(k->type);
@@ -97,23 +85,36 @@ bool key_rows::is_zero(int64_t cell, int64_t stream) const {
     return true;
 }
 
-int zero_row_scanner::first_zero_layer(const std::vector<key_rows> &layers, int64_t cell, int64_t stream,
-                                       int32_t *hint) {
-    const int n = static_cast<int>(layers.size());
-    const auto zero = [&](int layer) { return layers[static_cast<size_t>(layer)].may_be_zero(cell, stream); };
-    // Zero in a layer means zero in all later ones, so the two rows around the border say all.
-    if (*hint >= 0 && *hint < n && zero(*hint) && (*hint == 0 || !zero(*hint - 1))) return *hint;
-    int low = 0, high = n - 1;  // the border is in low..high
+/// Zero in a layer means zero in all later ones, so two rows say whether a hint is right.
+bool zero_row_scanner::is_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t layer) {
+    const size_t at = static_cast<size_t>(layer);
+    return layer >= 0 && at < layers.size() && layers[at].may_be_zero(cell, stream) &&
+           (at == 0 || !layers[at - 1].may_be_zero(cell, stream));
+}
+
+/// The first layer in which the row is zero; it is in the last one.
+int32_t zero_row_scanner::find_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream) {
+    size_t low = 0, high = layers.size() - 1;
     while (low < high) {
-        const int middle = (low + high) / 2;
-        if (layers[static_cast<size_t>(middle)].is_zero(cell, stream)) {
+        const size_t middle = (low + high) / 2;
+        if (layers[middle].is_zero(cell, stream)) {
             high = middle;
         } else {
             low = middle + 1;
         }
     }
-    *hint = low;
-    return low;
+    return static_cast<int32_t>(low);
+}
+
+/// Rows lie far apart in memory that is not in the cache.
+void zero_row_scanner::prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream,
+                                     int32_t hint) const {
+    if (hint < 0 || static_cast<size_t>(hint) >= layers.size()) {
+        prefetch(layers.back().row(cell, stream));
+        return;
+    }
+    prefetch(layers[static_cast<size_t>(hint)].row(cell, stream));
+    if (hint > 0) prefetch(layers[static_cast<size_t>(hint) - 1].row(cell, stream));
 }
 
 const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_rows> &layers, const ggml_tensor *mask,
@@ -128,20 +129,21 @@ const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_ro
     const key_rows &last = layers.back();
     const bool one_token = mask->ne[1] == 1;
     for (int64_t s = 0; s < streams; ++s) {
+        const mask_row row(mask, 0, s);  // of the only token, if there is one
         for (int64_t c = 0; c < cells; ++c) {
             const size_t at = static_cast<size_t>(s * cells + c);
-            if (c + prefetch_distance < cells) prefetch(last.row(c + prefetch_distance, s));
-            if ((one_token && is_hidden(mask, c, 0, s)) || (!skip.empty() && skip[at])) continue;
-            if (!last.may_be_zero(c, s)) continue;
-            if (hints_[at] < 0 && !last.is_zero(c, s)) continue;
-            if (!one_token && !is_visible_to_any(mask, c, s)) continue;
-            const int layer = first_zero_layer(layers, c, s, &hints_[at]);
-            // A hint that was wrong leaves the border at the last layer, of which only the beginning was looked at.
-            if (layer + 1 == static_cast<int>(layers.size()) && !last.is_zero(c, s)) {
-                hints_[at] = -1;
-                continue;
+            if (const int64_t ahead = c + prefetch_distance; ahead < cells && !(one_token && row.hides(ahead))) {
+                prefetch_rows(layers, ahead, s, hints_[at + static_cast<size_t>(prefetch_distance)]);
             }
-            found_.push_back({static_cast<int32_t>(s), static_cast<int32_t>(c), layer});
+            if ((one_token && row.hides(c)) || (!skip.empty() && skip[at])) continue;
+            if (!is_border(layers, c, s, hints_[at])) {
+                hints_[at] = -1;
+                if (!last.is_zero(c, s)) continue;
+                hints_[at] = find_border(layers, c, s);
+            }
+            if (one_token || is_visible_to_any(mask, c, s)) {
+                found_.push_back({static_cast<int32_t>(s), static_cast<int32_t>(c), hints_[at]});
+            }
         }
     }
     return found_;

@@ -43,14 +43,13 @@ class zero_row_scanner {
                                           const std::vector<uint8_t> &skip);
 
   private:
-    int first_zero_layer(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t *hint);
+    static bool is_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t layer);
+    static int32_t find_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream);
+    void prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint) const;
 
     std::vector<dropped_cell> found_;
-    std::vector<int32_t> hints_;  ///< by stream and cell
+    std::vector<int32_t> hints_;  ///< first_layer by stream and cell, as it was last time; -1: not dropped
     int64_t hinted_cells_ = 0;
 };
-
-/// Whether the mask hides `cell` from `token`; the mask is binary16 or binary32.
-bool is_hidden(const ggml_tensor *mask, int64_t cell, int64_t token, int64_t stream);
 
 }  // namespace agq
