@@ -99,8 +99,22 @@ class LowContext:
         outputs: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
         """Logits [outputs, vocabulary] of the tokens with these indices (None: the last)."""
+        wanted = [len(tokens) - 1] if outputs is None else list(outputs)
+        self.run(tokens, position, sequence=sequence, positions=positions, outputs=wanted)
+        rows = [api.llama_get_logits_ith(self.context, i) for i in wanted]
+        return np.array([np.ctypeslib.as_array(row, (self.model.n_vocab,)).copy() for row in rows])
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        position: int = 0,
+        *,
+        sequence: int | Sequence[Sequence[int]] = 0,
+        positions: Sequence[int] | None = None,
+        outputs: Sequence[int] = (),
+    ) -> None:
+        """Computes a batch."""
         n = len(tokens)
-        wanted = [n - 1] if outputs is None else list(outputs)
         sequences = [[sequence]] * n if isinstance(sequence, int) else sequence
         batch = api.llama_batch_init(n, 0, max(len(s) for s in sequences))
         try:
@@ -111,11 +125,9 @@ class LowContext:
                 batch.n_seq_id[i] = len(sequences[i])
                 for j, s in enumerate(sequences[i]):
                     batch.seq_id[i][j] = s
-                batch.logits[i] = i in wanted
+                batch.logits[i] = i in outputs
             status = api.llama_decode(self.context, batch)
             assert status == 0, status
-            rows = [api.llama_get_logits_ith(self.context, i) for i in wanted]
-            return np.array([np.ctypeslib.as_array(row, (self.model.n_vocab,)).copy() for row in rows])
         finally:
             api.llama_batch_free(batch)
 

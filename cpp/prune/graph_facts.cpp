@@ -35,10 +35,21 @@ const ggml_tensor *root_of(const ggml_tensor *t) {
     return t;
 }
 
-int cache_layer(const ggml_tensor *t) {
-    const ggml_tensor *root = root_of(t);
-    constexpr size_t length = sizeof(cache_prefix) - 1;
-    return std::strncmp(root->name, cache_prefix, length) == 0 ? std::atoi(root->name + length) : -1;
+const ggml_tensor *find_cache(const ggml_tensor *keys) {
+    // With a binary32 cache, flash attention gets a copy in binary16.
+    for (int step = 0; step < 2; ++step) {
+        const ggml_tensor *root = root_of(keys);
+        if (root->op == host.op_none) {
+            return std::strncmp(root->name, cache_prefix, sizeof(cache_prefix) - 1) == 0 ? keys : nullptr;
+        }
+        if (!root->src[0]) break;
+        keys = root->src[0];
+    }
+    return nullptr;
+}
+
+int cache_layer(const ggml_tensor *cache) {
+    return std::atoi(root_of(cache)->name + sizeof(cache_prefix) - 1);
 }
 
 void graph_facts::read(ggml_tensor **nodes, int n) {
@@ -70,7 +81,11 @@ void graph_facts::find_input(const ggml_tensor *leaf) {
     const struct {
         const char *name;
         const ggml_tensor **slot;
-    } known[] = {{mask_name, &mask}, {"inp_pos", &positions}, {"attn_inp_k_idxs", &k_cells}, {"out_ids", &out_ids}};
+    } known[] = {{mask_name, &mask},
+                 {"inp_tokens", &tokens},
+                 {"inp_pos", &positions},
+                 {"attn_inp_k_idxs", &k_cells},
+                 {"out_ids", &out_ids}};
     for (const auto &input : known) {
         if (!is_named(leaf, input.name)) continue;
         if (*input.slot) ambiguous = true;
@@ -82,8 +97,9 @@ void graph_facts::find_site(int i) {
     const ggml_tensor *node = tensors[static_cast<size_t>(i)];
     if (node->op == host.op_flash_attn_ext) {
         attention_site site;
-        site.layer = cache_layer(node->src[1]);
-        if (site.layer < 0 || !is_mask(node->src[3])) return;
+        site.cache = find_cache(node->src[1]);
+        if (!site.cache || !is_mask(node->src[3])) return;
+        site.layer = cache_layer(site.cache);
         site.first = site.masked = site.last = i;
         site.mask_slot = 3;
         site.plain = true;
@@ -98,9 +114,11 @@ void graph_facts::find_site(int i) {
         // The product may be followed by a soft cap: up to three nodes of scaling and tanh.
         const ggml_tensor *scores = node->src[0];
         for (int step = 0; step < 4 && scores && scores->op != host.op_mul_mat; ++step) scores = scores->src[0];
-        if (!scores || scores->op != host.op_mul_mat || cache_layer(scores->src[0]) < 0) return;
+        if (!scores || scores->op != host.op_mul_mat) return;
         attention_site site;
-        site.layer = cache_layer(scores->src[0]);
+        site.cache = find_cache(scores->src[0]);
+        if (!site.cache) return;
+        site.layer = cache_layer(site.cache);
         site.first = number(scores);
         site.masked = i;
         site.mask_slot = 1;

@@ -19,7 +19,8 @@ struct attention_site {
     int mask_slot = 0;   ///< which source of `masked` the mask is
     bool plain = false;  ///< whether there is nothing between product and soft-max, so that q and k tell the weights
     const ggml_tensor *q = nullptr;
-    const ggml_tensor *k = nullptr;  ///< [head, cell, kv head, stream], a view of the cache
+    const ggml_tensor *k = nullptr;      ///< keys as attention reads them, [head, cell, kv head, stream]
+    const ggml_tensor *cache = nullptr;  ///< the same as a view of the cache, of which k may be a conversion
     const ggml_tensor *sinks = nullptr;
     float scale = 1, max_bias = 0, soft_cap = 0;
 };
@@ -41,8 +42,14 @@ class graph_facts {
     bool complete = false;               ///< whether all sources are leaves or nodes of this graph
 
     // Inputs, or null; `ambiguous` if there are several of a kind.
-    const ggml_tensor *mask = nullptr, *positions = nullptr, *k_cells = nullptr, *out_ids = nullptr;
+    const ggml_tensor *mask = nullptr, *tokens = nullptr, *positions = nullptr, *k_cells = nullptr, *out_ids = nullptr;
     bool ambiguous = false;
+
+    /// Tokens of the ubatch, 0 if the graph computes none.
+    int64_t n_tokens() const {
+        const ggml_tensor *input = k_cells ? k_cells : tokens ? tokens : positions;
+        return input ? input->ne[0] : 0;
+    }
 
   private:
     void find_input(const ggml_tensor *leaf);
@@ -60,7 +67,10 @@ std::string name_of(const ggml_tensor *t);
 /// The tensor whose memory a view shows.
 const ggml_tensor *root_of(const ggml_tensor *t);
 
-/// The layer of a tensor that is a part of the cache of keys, or -1.
-int cache_layer(const ggml_tensor *t);
+/// The view of the cache of keys that `keys` are or were converted from, or null.
+const ggml_tensor *find_cache(const ggml_tensor *keys);
+
+/// The layer of a view of the cache of keys.
+int cache_layer(const ggml_tensor *cache);
 
 }  // namespace agq

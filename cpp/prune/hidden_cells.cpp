@@ -5,9 +5,9 @@
 namespace agq {
 
 int64_t cell_offset(const attention_site &site) {
-    const ggml_tensor *root = root_of(site.k);
-    return (static_cast<const char *>(site.k->data) - static_cast<const char *>(root->data)) /
-           static_cast<int64_t>(site.k->nb[1]);
+    const ggml_tensor *root = root_of(site.cache);
+    return (static_cast<const char *>(site.cache->data) - static_cast<const char *>(root->data)) /
+           static_cast<int64_t>(site.cache->nb[1]);
 }
 
 bool hidden_cells::find(const graph_facts &facts) {
@@ -38,7 +38,8 @@ void hidden_cells::mark_in_flight(const graph_facts &facts) {
     if (!facts.k_cells || facts.sites.empty()) return;
     const attention_site &site = facts.sites[0];
     const int64_t offset = cell_offset(site);
-    const int64_t stream_cells = mask->ne[3] > 1 ? static_cast<int64_t>(site.k->nb[3] / site.k->nb[1]) : INT64_MAX;
+    const int64_t stream_cells =
+        mask->ne[3] > 1 ? static_cast<int64_t>(site.cache->nb[3] / site.cache->nb[1]) : INT64_MAX;
     const int64_t *indices = static_cast<const int64_t *>(facts.k_cells->data);
     for (int64_t t = 0; t < facts.k_cells->ne[0]; ++t) {
         const int64_t index = indices[t] - offset;
@@ -51,7 +52,7 @@ void hidden_cells::mark_in_flight(const graph_facts &facts) {
 
 void hidden_cells::find_in_whole(const graph_facts &facts) {
     layers_.clear();
-    for (const attention_site &site : facts.sites) layers_.push_back(key_rows::of(site.k));
+    for (const attention_site &site : facts.sites) layers_.push_back(key_rows::of(site.cache));
     const std::vector<dropped_cell> &found = scanner_.scan(layers_, facts.mask, in_flight_);
     if (found.empty()) return;
     std::vector<int32_t> borders;
@@ -80,9 +81,9 @@ void hidden_cells::find_in_part(const graph_facts &facts) {
         bool written_here = false;
         for (int i = 0; i < site.first; ++i) {
             const ggml_tensor *node = facts.tensors[static_cast<size_t>(i)];
-            written_here = written_here || (node->op == host.op_set_rows && root_of(node) == root_of(site.k));
+            written_here = written_here || (node->op == host.op_set_rows && root_of(node) == root_of(site.cache));
         }
-        layers_ = {key_rows::of(site.k)};
+        layers_ = {key_rows::of(site.cache)};
         static const std::vector<uint8_t> nothing;
         const std::vector<dropped_cell> &found =
             scanner_.scan(layers_, facts.mask, written_here ? in_flight_ : nothing);

@@ -13,10 +13,12 @@ namespace {
 
 /// What is missing or odd at first sight.
 std::string find_gap(const graph_facts &facts) {
-    if (!facts.complete) return "the host computes the graph in parts (an evaluation callback, or several devices)";
+    // Whole graphs choose the tokens whose logits are wanted; the first of several parts has no sources from outside.
+    if (!facts.complete || (facts.k_cells && !facts.out_ids)) {
+        return "the host computes the graph in parts (an evaluation callback, or several devices)";
+    }
     if (facts.ambiguous) return "the model has several attention masks or caches (sliding windows)";
     if (!facts.mask || !facts.k_cells || facts.sites.empty()) return "the model has no causal K/V cache";
-    if (!facts.out_ids) return "the graph does not choose the tokens whose logits are wanted";
     if (facts.mask->ne[3] != 1) return "the batch holds several sequences";
     for (size_t i = 0; i < facts.sites.size(); ++i) {
         if (facts.sites[i].last < 0) return "the output of an attention was not found";

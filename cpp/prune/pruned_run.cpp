@@ -207,7 +207,7 @@ void pruned_run::choose(const call &c, const prune_cut &cut) {
 
 void pruned_run::add_clears(const call &c, const prune_cut &cut) {
     for (size_t s = static_cast<size_t>(cut.site) + 1; s < c.facts.sites.size(); ++s) {
-        const key_rows rows = key_rows::of(c.facts.sites[s].k);
+        const key_rows rows = key_rows::of(c.facts.sites[s].cache);
         for (int32_t cell : gone_now_) job_.clears.push_back({const_cast<char *>(rows.row(cell, 0)), rows.row_bytes});
     }
 }

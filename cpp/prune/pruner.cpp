@@ -62,9 +62,7 @@ void pruner::warn_once(const std::string &obstacle) {
 /// Whether this ubatch is to be pruned, and can be.
 bool pruner::may_prune() {
     if (settings_.source == prune_settings::source_kind::off) return false;
-    // A graph without a mask over a cache is no decoding (it moves keys, for instance), or not one of a causal model.
-    const ggml_tensor *counted = facts_.k_cells ? facts_.k_cells : facts_.positions;
-    if (!counted || counted->ne[0] < settings_.min_tokens) return false;
+    if (facts_.n_tokens() < settings_.min_tokens) return false;
     if (!is_planned_) {
         const std::vector<prune_stage> wanted = stages();
         plan_ = wanted.empty() ? prune_plan{} : plan_pruning(facts_, wanted, kern_);
@@ -91,8 +89,12 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
         prune_history::of_thread().record_importance(pruned_.importance());
         return status;
     }
-    if (has_cache && facts_.k_cells && facts_.mask->ne[3] == 1) {
-        prune_history::of_thread().record_kept(first_position(facts_), static_cast<size_t>(facts_.k_cells->ne[0]));
+    if (facts_.n_tokens() > 0) {
+        const bool counts = has_cache && facts_.k_cells && facts_.mask->ne[3] == 1;
+        const int32_t position = counts             ? first_position(facts_)
+                                 : facts_.positions ? *static_cast<const int32_t *>(facts_.positions->data)
+                                                    : 0;
+        prune_history::of_thread().record_kept(position, static_cast<size_t>(facts_.n_tokens()));
     }
     const form now = any_hidden || masked_.is_built() ? form::masked : form::host;
     const bool same = repeated && last_ == now;
