@@ -25,6 +25,7 @@ from agq_gguf.reader import Reader
 from agq_gguf.shards import open_model
 
 PACKAGED_TEXT = Path(__file__).parent / "data" / "calibration.txt"
+_PROMPT_TOKENS = 384
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.weight")
 
 Progress = Callable[[str, int, int, str], None]
@@ -59,6 +60,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class SamplePrompt:
+    """What token pruning makes of a prompt."""
+
+    pieces: list[tuple[str, int]]  # text, and the layer behind which its tokens were dropped, -1: they stayed
+    first_attention: dict[int, NDArray[np.float32]]  # layer -> each token's attention to the first, mean of heads
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers behind which tokens were dropped."""
+        return sorted({layer for _, layer in self.pieces if layer >= 0})
+
+
+@dataclass(frozen=True)
 class ReportData:
     """All that the page shows."""
 
@@ -66,6 +80,7 @@ class ReportData:
     ranges: list[InputRange]
     text: str  # what the ranges were taken on, for people
     errors: dict[str, float]  # tensor -> squared output error over squared output, on calibration data
+    prompt: SamplePrompt | None  # of a model that prunes tokens
     measured: Measured
 
 
@@ -91,8 +106,9 @@ def gather(
     with open_model(path) as reader:
         ranges = _ranges(reader, model, text or PACKAGED_TEXT, tokens, threads, progress) if tokens else []
         errors = _errors(reader)
+        prompt = _sample_prompt(reader, text or PACKAGED_TEXT, threads) if tokens else None
     source = "the text in the package" if text is None else Path(text).name
-    return ReportData(model, ranges, f"{tokens} tokens of {source}" if ranges else "", errors, measured)
+    return ReportData(model, ranges, f"{tokens} tokens of {source}" if ranges else "", errors, prompt, measured)
 
 
 def _entries(path: str | os.PathLike[str], key: str | None) -> list[dict[str, Any]]:
@@ -116,6 +132,38 @@ def _errors(reader: Reader) -> dict[str, float]:
     if not isinstance(names, list) or not isinstance(values, np.ndarray) or len(names) != len(values):
         return {}
     return {str(name): float(value) for name, value in zip(names, values, strict=True)}
+
+
+def _sample_prompt(reader: Reader, text: str | os.PathLike[str], threads: int) -> SamplePrompt | None:
+    """The beginning of a text as a prompt, if the model says behind which layers it drops tokens."""
+    layers = reader.get("agq.prune.layers")
+    if not isinstance(layers, np.ndarray) or not layers.size or layers.dtype.kind not in "iu":
+        return None
+    from agq_gguf.evaluate import read_text
+    from agq_gguf.host import open_llama, prepare
+    from agq_gguf.plugin import options
+    from agq_gguf.prune_control import last_importance, read_prompt
+
+    prepare(reader.path)
+    llama = open_llama(reader.path, context=_PROMPT_TOKENS, threads=threads)
+    try:
+        tokens = llama.tokenize(read_text(text)[: 16 * _PROMPT_TOKENS].encode())[:_PROMPT_TOKENS]
+        pieces, _ = read_prompt(llama, tokens)
+    finally:
+        llama.close()
+    # A threshold of 0 drops nothing, but makes the plugin work out the score of the paper at that layer.
+    found = {}
+    for layer in sorted({int(layer) for layer in layers}):
+        with options(prune=f"{layer}:t0;score=first;keep=0;reach=0"):
+            llama = open_llama(reader.path, context=_PROMPT_TOKENS, threads=threads)
+        try:
+            llama.eval(tokens)
+            values = last_importance(layer)
+        finally:
+            llama.close()
+        if len(values) == len(tokens):
+            found[layer] = np.where(np.isfinite(values), values, np.float32(np.nan))
+    return SamplePrompt(pieces, found)
 
 
 def _ranges(

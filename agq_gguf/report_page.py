@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from plotly.colors import qualitative
 from plotly.offline import get_plotlyjs
 
-from agq_gguf.report import InputRange, ReportData
+from agq_gguf.report import InputRange, ReportData, SamplePrompt
 
 _TEMPLATE = Path(__file__).parent / "data" / "report.html.j2"
 _CHANNEL_BINS = 384  # columns of a picture; wider inputs are binned, each bin showing its largest channel
@@ -60,6 +60,8 @@ def _figures(data: ReportData) -> list[Figure]:
     layered = [one for one in data.ranges if one.layer >= 0]
     if layered:
         figures += [_ranges(layered), _channels(layered, data.text), _exponents(layered)]
+    if data.prompt is not None and data.prompt.first_attention:
+        figures.append(_first_attention(data.prompt))
     if data.errors:
         figures.append(_errors(data.errors))
     if any(entry["prompt"] or entry["generation"] for entry in data.measured.bench):
@@ -185,6 +187,22 @@ def _exponents(ranges: list[InputRange]) -> Figure:
         "Outlier groups and their exponents", text, traces, updatemenus=_pages(kinds, traces),
         xaxis={"title": "group of 64 columns"}, yaxis={"title": "layer"},
     )  # fmt: skip
+
+
+def _first_attention(prompt: SamplePrompt) -> Figure:
+    traces = [
+        go.Scatter(
+            x=list(range(len(values))), y=[None if np.isnan(v) else float(v) for v in values], name=f"layer {layer}"
+        )
+        for layer, values in prompt.first_attention.items()
+    ]
+    text = (
+        "Share of its attention that each token of the sample prompt pays to the first token, mean of all heads, at "
+        "the layers behind which this model drops tokens: the importance of the Agile-Quant paper. Gaps are tokens "
+        "that always stay."
+    )
+    axes = {"xaxis": {"title": "token"}, "yaxis": {"title": "attention"}}
+    return _figure("Attention paid to the first token", text, traces, **axes)
 
 
 def _errors(errors: dict[str, float]) -> Figure:

@@ -151,6 +151,25 @@ def test_page_in_a_browser(page: Path, tmp_path: Path) -> None:
         assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+def test_dropped_tokens(llama_agq: Path, words_file: Path, tmp_path: Path) -> None:
+    """As the plugin tells them: the page has the prompt, with marks where tokens left."""
+    path = tmp_path / "pruning.gguf"
+    run("calibrate-pruning", llama_agq, "-o", path, "--calibration", words_file, "--share", 0.2, "--layers", 0,
+        "--prompts", 2, "--keep", 16, "-t", 1)  # fmt: skip
+    data = report.gather(path, text=words_file, tokens=64, threads=1)
+    assert data.prompt is not None and data.prompt.layers == [0]
+    whole = "".join(text for text, _ in data.prompt.pieces)
+    assert words_file.read_text(encoding="utf-8")[:200] in whole
+    (values,) = data.prompt.first_attention.values()
+    known = values[np.isfinite(values)]
+    assert len(values) == 384 and len(known) > 300 and (known >= 0).all() and (known <= 1).all()
+    # Attention is shared by all that a token sees, so that to the first one falls along the prompt.
+    assert np.nanmean(values[1:50]) > 2 * np.nanmean(values[250:])
+    html = render(data)
+    assert html.count('title="dropped behind layer 0"') == sum(layer == 0 for _, layer in data.prompt.pieces) >= 1
+    assert "<h2>Attention paid to the first token</h2>" in html and "<h2>Dropped tokens</h2>" in html
+
+
 def test_model_without_agq4_and_without_a_run(llama_q8: Path, tmp_path: Path) -> None:
     run("report", llama_q8, "-o", tmp_path / "r.html", "--tokens", 0)
     html = (tmp_path / "r.html").read_text(encoding="utf-8")
