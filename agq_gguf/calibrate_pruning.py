@@ -51,7 +51,7 @@ class PruneOptions:
     share: float = 0.3  # of the prompt's work that is to be saved; 0: remove the records
     score: str = "recent"
     keep: int = 64
-    reach: int = 0
+    reach: int = 2
     layers: tuple[int, ...] | None = None  # None: the calibration chooses
     max_layers: int = 3
     candidates: int = 6  # layers that are tried

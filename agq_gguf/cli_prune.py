@@ -42,7 +42,7 @@ def calibrate_pruning(
     ] = None,
     score: Annotated[str, typer.Option(help="What makes a token important: recent, received or first.")] = "recent",
     keep: Annotated[int, typer.Option(min=0, max=255, help="So many tokens at the end always stay.")] = 64,
-    reach: Annotated[int, typer.Option(min=0, max=15, help="Neighbours so far from an important token stay.")] = 0,
+    reach: Annotated[int, typer.Option(min=0, max=15, help="Neighbours so far from an important token stay.")] = 2,
     layers: Annotated[
         str | None, typer.Option(help="Pruning layers, such as 3,7; none: chosen on the text.", show_default=False)
     ] = None,

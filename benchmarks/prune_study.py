@@ -4,16 +4,15 @@ Tokens are physically removed behind the pruning layers, as the plugin does it. 
 negative log-likelihood (NLL), the KL divergence to the model that keeps everything, and whether facts of the prompt are
 still answered. Ways that the plugin does not know can be tried, too. The tables of docs/pruning.md come from
 
-    python benchmarks/prune_study.py scores MODEL --plan 2:0.4 [--recall EXAMPLES.jsonl] [--text TEXT]
+    python benchmarks/prune_study.py scores MODEL --plan 2:0.4 [--recall SEED] [--text TEXT]
     python benchmarks/prune_study.py outliers MODEL --plan 2:0.4 --text TEXT
 
-EXAMPLES has one JSON object a line: {"prompt": text, "answer": text}. Nothing here is used at run time.
+Nothing here is used at run time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -26,80 +25,87 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+SHORTEST = 64  # tokens of a call that is pruned
 QUERIES = 8  # the last ones of the prompt, for `recent`
 WINDOW = 64  # the same for `window`
 FOLLOWING = 64  # tokens behind a prompt that are scored
 
 
-# ways to score: attention weights of one layer [heads, T, T] -> importance [T]; the larger, the more important
+# ways to score: what the attention of a layer shows of the T tokens of a call -> importance [T]
 
 
-def _visible(w: Tensor) -> Tensor:
-    """How many cells each query sees, [T, 1]."""
-    return torch.arange(1, w.shape[1] + 1)[:, None]
+@dataclass(frozen=True)
+class Seen:
+    """Attention of the tokens of a call."""
+
+    own: Tensor  # [heads, T, T]: paid by each to those of the same call
+    start: Tensor  # [heads, T]: paid by each to the first token of the sequence
+    visible: Tensor  # [T, 1]: how many tokens each sees, earlier calls included
+
+    def tail(self, n: int) -> Tensor:
+        """What the last n tokens pay, as a multiple of even attention, [heads, n, T]."""
+        return (self.own * self.visible)[:, -n:]
+
+    @property
+    def share(self) -> Tensor:
+        """What each token would receive of all later ones if they spread their attention evenly, [T]."""
+        return (torch.ones_like(self.own[0]).tril(-1) / self.visible).sum(0).clamp(min=1e-9)
 
 
-def first(w: Tensor) -> Tensor:
+def first(seen: Seen) -> Tensor:
     """The attention that a token pays to the first one: the paper's score."""
-    return w[:, :, 0].mean(0)
+    return seen.start.mean(0)
 
 
-def received(w: Tensor) -> Tensor:
+def received(seen: Seen) -> Tensor:
     """The attention that later tokens pay to it, as a multiple of what even attention would pay."""
-    own = w.mean(0)
-    later = torch.ones_like(own).tril(-1)
-    return (own * later).sum(0) / (later / _visible(w)).sum(0).clamp(min=1e-9)
+    return seen.own.mean(0).tril(-1).sum(0) / seen.share
 
 
-def _tail(w: Tensor, n: int) -> Tensor:
-    return w[:, -n:] * _visible(w)[-n:]
-
-
-def recent(w: Tensor) -> Tensor:
-    """The attention that the last 8 tokens pay to it."""
-    return _tail(w, QUERIES).mean((0, 1))
-
-
-def window(w: Tensor) -> Tensor:
-    """The attention that the last 64 tokens pay to it."""
-    return _tail(w, WINDOW).mean((0, 1))
-
-
-def recent_max(w: Tensor) -> Tensor:
-    """The largest attention that any head pays to it, mean over the last 8 tokens."""
-    return _tail(w, QUERIES).mean(1).amax(0)
-
-
-def received_max(w: Tensor) -> Tensor:
+def received_max(seen: Seen) -> Tensor:
     """`received`, but of the head that pays most."""
-    later = torch.ones_like(w[0]).tril(-1)
-    return ((w * later).sum(1) / (later / _visible(w)).sum(0).clamp(min=1e-9)).amax(0)
+    return (seen.own.tril(-1).sum(1) / seen.share).amax(0)
 
 
-def strongest(w: Tensor) -> Tensor:
+def recent(seen: Seen) -> Tensor:
+    """The attention that the last 8 tokens pay to it."""
+    return seen.tail(QUERIES).mean((0, 1))
+
+
+def window(seen: Seen) -> Tensor:
+    """The attention that the last 64 tokens pay to it."""
+    return seen.tail(WINDOW).mean((0, 1))
+
+
+def recent_max(seen: Seen) -> Tensor:
+    """The attention that the last 8 tokens pay to it in the head that pays most."""
+    return seen.tail(QUERIES).mean(1).amax(0)
+
+
+def strongest(seen: Seen) -> Tensor:
     """The largest attention that any of the last 8 tokens pays in any head."""
-    return _tail(w, QUERIES).amax((0, 1))
+    return seen.tail(QUERIES).amax((0, 1))
 
 
-def both(w: Tensor) -> Tensor:
+def both(seen: Seen) -> Tensor:
     """`received` or `recent`, whichever is larger."""
-    return torch.maximum(received(w), recent(w))
+    return torch.maximum(received(seen), recent(seen))
 
 
-def random(w: Tensor) -> Tensor:
+def random(seen: Seen) -> Tensor:
     """Nothing at all."""
-    return torch.rand(w.shape[1], generator=torch.Generator().manual_seed(w.shape[1]))
+    return torch.rand(seen.own.shape[1], generator=torch.Generator().manual_seed(seen.own.shape[1]))
 
 
-def oldest(w: Tensor) -> Tensor:
+def oldest(seen: Seen) -> Tensor:
     """The age: what stood first leaves first."""
-    return torch.arange(w.shape[1]).float()
+    return torch.arange(seen.own.shape[1]).float()
 
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+SCORES: dict[str, Callable[[Seen], Tensor]] = {
     **{f.__name__: f for f in (first, received, recent, window, both, random, oldest)},
     **{f.__name__: f for f in (recent_max, received_max, strongest)},
-    "notfirst": lambda w: -first(w),
+    "notfirst": lambda seen: -first(seen),
 }
 
 
@@ -110,21 +116,23 @@ class Plan:
     shares: dict[int, float] = field(default_factory=dict)
     score: str = "recent"
     layers: int = 1  # the score is the mean over so many layers, the pruning layer being the last
-    pool: int = 1  # a token counts as much as the best of so many neighbours, itself in the middle
-    mean: int = 1  # the same, as much as their mean
-    keep_recent: int = QUERIES  # the last tokens always stay
+    reach: int = 0  # a token counts as much as the best of its neighbours, so many to each side
+    mean: int = 0  # the same, as much as their mean
+    keep: int = QUERIES  # the last tokens of a call always stay
     keep_rare: float = 0.0  # this share of the prompt, of the rarest tokens, always stays
+    ubatch: int = 1 << 30  # tokens of a call
     reuse: bool = False  # later layers get keys and values of dropped tokens from the state in which they left
 
 
 @dataclass
 class _State:
-    """Prompt and continuation of one sequence: keys and values of each layer, [heads, cells, size]."""
+    """One sequence: keys and values of each layer, [heads, cells, size]."""
 
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor]
+    values: list[Tensor]
     n_past: int = 0
-    saved: float = 0.0  # share of the work of the prompt that was not done
+    read: int = 0  # tokens of the prompt
+    done: float = 0.0  # work done for them, in tokens times layers
 
 
 class TorchLlama:
@@ -174,14 +182,13 @@ class TorchLlama:
         k = self.rope(self.linear(h, f"{block}.attn_k").view(shape), positions)
         return k.transpose(0, 1), self.linear(h, f"{block}.attn_v").view(shape).transpose(0, 1)
 
-    def _attend(self, h: Tensor, block: str, positions: Tensor, k: Tensor, v: Tensor, cells: Tensor) -> tuple:
+    def _attend(self, h: Tensor, block: str, positions: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple:
+        """Output and attention weights; `hidden` [T, cells]: what a token does not see."""
         q = self.rope(self.linear(h, f"{block}.attn_q").view(len(h), self.n_head, -1), positions).transpose(0, 1)
         repeat = self.n_head // self.n_kv
         k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
-        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-        weights = scores.masked_fill(positions[:, None] < cells[None, :], -torch.inf).softmax(-1)
-        mixed = (weights @ v).transpose(0, 1).reshape(len(h), -1)
-        return self.linear(mixed, f"{block}.attn_output"), weights
+        weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+        return self.linear((weights @ v).transpose(0, 1).reshape(len(h), -1), f"{block}.attn_output"), weights
 
     def _ffn(self, x: Tensor, block: str) -> Tensor:
         h = self.norm(x, f"{block}.ffn_norm")
@@ -189,64 +196,64 @@ class TorchLlama:
         return self.linear(hidden, f"{block}.ffn_down")
 
     def prompt(self, tokens: Tensor, plan: Plan) -> tuple[Tensor, _State]:
-        """Logits [vocabulary] behind the prompt, and the state to go on from."""
-        state = _State(n_past=len(tokens))
-        x, positions, left = self.weights["token_embd"][tokens], torch.arange(len(tokens)), torch.empty(0, dtype=int)
+        """Logits [vocabulary] behind the prompt, read in calls, and the state to go on from."""
+        empty = torch.empty(self.n_kv, 0, self.weights["blk.0.attn_q"].shape[0] // self.n_head)
+        state = _State([empty] * self.n_layer, [empty] * self.n_layer)
+        for part in tokens.split(plan.ubatch):
+            logits = self.call(part, state, plan)
+        state.read = len(tokens)
+        return logits[-1], state
+
+    def call(self, tokens: Tensor, state: _State, plan: Plan) -> Tensor:
+        """Logits of the tokens that are still there at the end; extends the state."""
+        x, positions = self.weights["token_embd"][tokens], torch.arange(len(tokens))  # within this call
+        left, gone = positions[:0], x[:0]  # dropped tokens and the states in which they left
         history = torch.zeros(0, len(tokens))
-        done, gone = 0.0, x[:0]  # gone: states of the dropped tokens
         for i in range(self.n_layer):
             block = f"blk.{i}"
-            here, cells = self.norm(x, f"{block}.attn_norm"), positions
-            k, v = self._keys_values(here, block, positions)
+            h = self.norm(x, f"{block}.attn_norm")
+            cells = positions
+            k, v = self._keys_values(h, block, state.n_past + positions)
             if plan.reuse and len(left):
-                old = self._keys_values(self.norm(gone, f"{block}.attn_norm"), block, left)
+                old = self._keys_values(self.norm(gone, f"{block}.attn_norm"), block, state.n_past + left)
                 k, v, cells = torch.cat([k, old[0]], 1), torch.cat([v, old[1]], 1), torch.cat([positions, left])
-            mixed, weights = self._attend(here, block, positions, k, v, cells)
-            state.keys.append(k)
-            state.values.append(v)
+            before = state.keys[i].shape[1]
+            state.keys[i], state.values[i] = torch.cat([state.keys[i], k], 1), torch.cat([state.values[i], v], 1)
+            hidden = functional.pad(positions[:, None] < cells[None, :], (before, 0))
+            mixed, weights = self._attend(h, block, state.n_past + positions, state.keys[i], state.values[i], hidden)
             x = x + mixed
-            done += len(x) * (1 - self.ffn_share)
-            if plan.shares:
-                row = torch.zeros(len(tokens))
-                row[positions] = SCORES[plan.score](weights[:, :, : len(positions)])
-                history = torch.cat([history, row[None]])
-            if i in plan.shares:
-                keep = self._choose(history[-plan.layers :, positions].mean(0), tokens[positions], plan, i)
-                gone, left = torch.cat([gone, x[~keep]]), torch.cat([left, positions[~keep]])
-                x, positions = x[keep], positions[keep]
-            done += len(x) * self.ffn_share
+            state.done += len(x) * (1 - self.ffn_share)
+            if plan.shares and len(tokens) >= SHORTEST:
+                own = weights[:, :, before : before + len(positions)]
+                seen = Seen(own, weights[:, :, 0], (~hidden).sum(1, keepdim=True))
+                row = torch.zeros(1, len(tokens))
+                row[0, positions] = SCORES[plan.score](seen)
+                history = torch.cat([history, row])
+                if i in plan.shares:
+                    rows = history[-plan.layers :, positions].mean(0)
+                    keep = self._choose(rows, positions, tokens, plan, i, state.n_past)
+                    gone, left = torch.cat([gone, x[~keep]]), torch.cat([left, positions[~keep]])
+                    x, positions = x[keep], positions[keep]
+            state.done += len(x) * self.ffn_share
             x = x + self._ffn(x, block)
-        state.saved = 1 - done / (len(tokens) * self.n_layer)
-        return self.linear(self.norm(x[-1], "output_norm"), "output"), state
+        state.n_past += len(tokens)
+        return self.linear(self.norm(x, "output_norm"), "output")
 
-    def _choose(self, importance: Tensor, tokens: Tensor, plan: Plan, layer: int) -> Tensor:
-        """Which tokens stay, [T] bool: exactly a share of them leaves."""
-        importance = functional.max_pool1d(importance[None, None], plan.pool, 1, plan.pool // 2)[0, 0]
-        importance = functional.avg_pool1d(importance[None, None], plan.mean, 1, plan.mean // 2)[0, 0]
+    def _choose(
+        self, importance: Tensor, positions: Tensor, tokens: Tensor, plan: Plan, layer: int, n_past: int
+    ) -> Tensor:
+        """Which of the tokens that are still there stay, bool: a share of them leaves, the least important ones."""
+        importance = functional.max_pool1d(importance[None, None], 2 * plan.reach + 1, 1, plan.reach)[0, 0]
+        importance = functional.avg_pool1d(importance[None, None], 2 * plan.mean + 1, 1, plan.mean)[0, 0]
         n = len(importance)
         if plan.keep_rare and self.rarity is not None:
-            importance[self.rarity[tokens].topk(int(plan.keep_rare * n)).indices] = torch.inf
-        importance[0] = torch.inf
-        importance[n - max(1, plan.keep_recent) :] = torch.inf
+            importance[self.rarity[tokens[positions]].topk(int(plan.keep_rare * n)).indices] = torch.inf
+        importance[positions >= len(tokens) - max(1, plan.keep)] = torch.inf
+        if n_past == 0:
+            importance[0] = torch.inf
         keep = torch.ones(n, dtype=torch.bool)
-        keep[importance.argsort(stable=True)[: int(plan.shares[layer] * n)]] = False
+        keep[importance.argsort(stable=True)[: int(plan.shares[layer] * n + 0.5)]] = False
         return keep | importance.isinf()
-
-    def go_on(self, tokens: Tensor, state: _State) -> Tensor:
-        """Logits [T, vocabulary] of tokens behind what was read before; nothing is dropped."""
-        x = self.weights["token_embd"][tokens]
-        positions = torch.arange(state.n_past, state.n_past + len(tokens))
-        state.n_past += len(tokens)
-        for i in range(self.n_layer):
-            block = f"blk.{i}"
-            here = self.norm(x, f"{block}.attn_norm")
-            k, v = self._keys_values(here, block, positions)
-            old = state.keys[i].shape[1]
-            state.keys[i], state.values[i] = torch.cat([state.keys[i], k], 1), torch.cat([state.values[i], v], 1)
-            cells = torch.cat([torch.zeros(old, dtype=int), positions])  # older cells are visible, wherever they stood
-            x = x + self._attend(here, block, positions, state.keys[i], state.values[i], cells)[0]
-            x = x + self._ffn(x, block)
-        return self.linear(self.norm(x, "output_norm"), "output")
 
 
 # measuring
@@ -263,8 +270,9 @@ class Example:
 def log_probabilities(model: TorchLlama, example: Example, plan: Plan) -> tuple[Tensor, float]:
     """Log-probabilities [following, vocabulary] of what follows, and the share of the prompt's work that was saved."""
     last, state = model.prompt(example.prompt, plan)
-    rest = model.go_on(example.following[:-1], state) if len(example.following) > 1 else last[:0].view(0, len(last))
-    return torch.cat([last[None], rest]).log_softmax(-1), state.saved
+    saved = 1 - state.done / (state.read * model.n_layer)
+    rest = model.call(example.following[:-1], state, Plan()) if len(example.following) > 1 else last[None][:0]
+    return torch.cat([last[None], rest]).log_softmax(-1), saved
 
 
 @dataclass
@@ -305,20 +313,24 @@ def text_examples(tokens: Tensor, length: int, count: int) -> list[Example]:
     return [Example(tokens[s : s + length], tokens[s + length : s + length + FOLLOWING]) for s in starts]
 
 
-def recall_examples(path: Path, tokenize: Callable[[str, bool], Tensor], count: int) -> list[Example]:
+def recall_examples(
+    seed: int, tokenize: Callable[[str, bool], Tensor], count: int, tokens: tuple[int, int]
+) -> list[Example]:
     """Prompts with a question at their end, and the answers."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
-    return [Example(tokenize(e["prompt"], True), tokenize(e["answer"], False)) for e in lines]
+    from recall_task import recall_tasks
+
+    tasks = recall_tasks(seed, count, tokens, facts=max(3, min(12, tokens[0] // 40)))
+    return [Example(tokenize(t.prompt, True), tokenize(f" {t.answer}", False)) for t in tasks]
 
 
 # Variants, as parse_variant reads them.
 VARIANTS = """
-first first+keep64 first+pool5+keep64 notfirst received recent window both random oldest
-random+keep64 received+keep64 recent+keep64 recent_max+keep64 received_max+keep64 strongest+keep64 both+keep64
-received+pool3+keep64 recent+pool3+keep64 received+pool5+keep64 recent+pool5+keep64 recent+pool9+keep64
-recent+mean5+keep64 recent_max+pool5+keep64 window+pool5+keep64 recent+keep32 recent+keep128 received+keep128
-received+layers2+keep64 recent+layers2+keep64 recent+layers99+keep64 recent+rare0.1+keep64 received+rare0.1+keep64
-random+reuse+keep64 received+reuse+keep64 recent+reuse+keep64
+first first+keep64 first+reach2+keep64 notfirst+keep64 oldest random random+keep64 random+reach2+keep64 received recent
+received+keep64 recent+keep64 window+keep64 both+keep64 recent_max+keep64 received_max+keep64 strongest+keep64
+received+reach2+keep64 recent+reach1+keep64 recent+reach2+keep64 recent+reach4+keep64 recent+reach8+keep64
+recent+mean2+keep64 recent_max+reach2+keep64 strongest+reach2+keep64 window+reach2+keep64 both+reach2+keep64
+recent+keep32 recent+keep128 recent+layers2+keep64 recent+layers99+keep64 received+layers99+keep64
+recent+rare0.1+keep64 received+rare0.1+keep64 random+reuse+keep64 received+reuse+keep64 recent+reuse+keep64
 """
 
 
@@ -328,7 +340,7 @@ def parse_variant(text: str, plan: Plan) -> Plan:
     plan = replace(plan, score=score)
     for change in changes:
         name, number = re.fullmatch(r"([a-z]+)([\d.]*)", change).groups()
-        field_name = {"keep": "keep_recent", "rare": "keep_rare"}.get(name, name)
+        field_name = {"rare": "keep_rare"}.get(name, name)
         value = {"reuse": bool, "rare": float}.get(name, int)(number or 1)
         plan = replace(plan, **{field_name: value})
     return plan
@@ -343,17 +355,18 @@ def sets(args: argparse.Namespace, model: TorchLlama) -> Iterator[tuple[str, lis
         model.rarity = -counts.float()
         yield "text", text_examples(tokens, args.length, args.count)
     if args.recall:
-        yield "recall", recall_examples(args.recall, tokenize, args.count)
+        yield "recall", recall_examples(args.recall, tokenize, args.count, tuple(args.tokens))
 
 
 def scores(args: argparse.Namespace) -> None:
     """A table: every variant on every set of examples."""
-    model, plan = TorchLlama(args.model), parse_plan(args.plan)
+    model, plan = TorchLlama(args.model), parse_plan(args.plan, args.ubatch)
     for name, examples in sets(args, model):
         full = [log_probabilities(model, e, Plan())[0] for e in examples]
         base = measure(model, examples, Plan(), full)
         lengths = [len(e.prompt) for e in examples]
-        print(f"\n{name}: {len(examples)} prompts of {min(lengths)}..{max(lengths)} tokens, plan {args.plan}")
+        prompts = f"{len(examples)} prompts of {min(lengths)}..{max(lengths)} tokens"
+        print(f"\n{name}: {prompts}, {args.plan}, calls of {args.ubatch}")
         print(f"| unpruned | NLL {base.nll:.4f} | | right {base.right:.1%} | |\n|---|---|---|---|---|")
         for variant in args.only or VARIANTS.split():
             begun = time.monotonic()
@@ -367,7 +380,7 @@ def scores(args: argparse.Namespace) -> None:
 
 def outliers(args: argparse.Namespace) -> None:
     """Largest input of each matrix product against its root mean square, in the layers behind the first pruning one."""
-    model, plan = TorchLlama(args.model), parse_plan(args.plan)
+    model, plan = TorchLlama(args.model), parse_plan(args.plan, args.ubatch)
     _, examples = next(sets(args, model))
     behind = min(plan.shares)
     kinds = ("attn_q", "attn_output", "ffn_gate", "ffn_down")
@@ -399,10 +412,10 @@ def rounding_loss(x: Tensor) -> Tensor:
     return ((x / scale).round() * scale - x).square().sum(1) / x.square().sum(1)
 
 
-def parse_plan(text: str) -> Plan:
+def parse_plan(text: str, ubatch: int) -> Plan:
     """``2:0.3,4:0.5`` as shares by layer."""
     parts = (part.split(":") for part in text.split(","))
-    return Plan({int(layer): float(share) for layer, share in parts})
+    return Plan({int(layer): float(share) for layer, share in parts}, ubatch=ubatch)
 
 
 def main() -> None:
@@ -412,8 +425,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--plan", default="2:0.4", help="share dropped by layer, such as 1:0.2,3:0.4")
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--recall", type=Path)
+    parser.add_argument(
+        "--recall", type=int, metavar="SEED", help="of tasks made by a module recall_task (on PYTHONPATH)"
+    )
+    parser.add_argument("--tokens", type=int, nargs=2, default=(500, 900), help="length of the prompts of --recall")
     parser.add_argument("--length", type=int, default=448, help="tokens of a prompt from --text")
+    parser.add_argument("--ubatch", type=int, default=512, help="tokens of a call")
     parser.add_argument("--count", type=int, default=24, help="prompts")
     parser.add_argument("--only", action="append", help="a variant, as the table names it; may be repeated")
     args = parser.parse_args()

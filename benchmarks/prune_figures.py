@@ -1,0 +1,181 @@
+"""What token pruning costs, measured in the running library: text behind long prompts, and facts recalled from them.
+
+    python benchmarks/prune_figures.py MODEL --text held-out.txt --recall 77 [--spec SPEC ...]
+
+MODEL is AGQ4 and was calibrated (``agq-gguf calibrate-pruning``). Its own setting is compared with no pruning, with
+random pruning behind the same layers, with the paper's score and with leaving out the oldest tokens of the prompt, all
+at the same saving of work. The table of docs/pruning.md, "Figures", is from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import agq_gguf
+from agq_gguf.evaluate import log_softmax, read_text
+from agq_gguf.host import Batch, Context, Model
+from agq_gguf.inspection import inspect_file
+from agq_gguf.prune import STAYED, Work, work_of
+from agq_gguf.shards import open_model
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLLOWING = 64
+ANSWER = 16  # tokens, at most
+
+
+@dataclass
+class Task:
+    """A prompt, and what is measured behind it."""
+
+    tokens: NDArray[np.int32]
+    following: NDArray[np.int32] | None = None
+    recall: object = None
+
+
+@dataclass
+class Result:
+    """Of one setting, by task."""
+
+    nll: list[float]
+    right: list[bool]
+    saved: list[float]
+
+
+def leave_out_oldest(tokens: NDArray[np.int32], share: float) -> NDArray[np.int32]:
+    """A prompt without its oldest tokens, but for the first one."""
+    return np.concatenate([tokens[:1], tokens[1 + round(share * len(tokens)) :]])
+
+
+def read(context: Context, tokens: NDArray[np.int32], work: Work) -> tuple[NDArray[np.float32], float]:
+    """Logits behind a prompt, and the share of its work that was saved."""
+    context.clear()
+    batch = Batch(tokens)
+    context.decode(batch)
+    left = np.full(len(tokens), STAYED, np.int32)
+    layers = agq_gguf.last_pruned()
+    left[: len(layers)] = layers
+    return context.logits(batch)[-1].copy(), work.saving([left])
+
+
+def go_on(model: Model, context: Context, logits: NDArray[np.float32], n_past: int, end: int) -> str:
+    """The likeliest text, up to the end token."""
+    answer = []
+    for i in range(ANSWER):
+        token = int(logits.argmax())
+        if token == end:
+            break
+        answer.append(token)
+        batch = Batch([token], first_position=n_past + i)
+        context.decode(batch)
+        logits = context.logits(batch)[-1]
+    return model.detokenize(answer)
+
+
+def measure(
+    model: Model, spec: str, tasks: Sequence[Task], work: Work, args: argparse.Namespace, oldest: float = 0.0
+) -> Result:
+    """Runs all tasks with one setting."""
+    result = Result([], [], [])
+    with agq_gguf.options(prune=spec), model.context(1024, n_ubatch=args.ubatch, threads=args.threads) as context:
+        for task in tasks:
+            tokens = leave_out_oldest(task.tokens, oldest) if oldest else task.tokens
+            logits, saved = read(context, tokens, work)
+            result.saved.append(1 - (1 - saved) * len(tokens) / len(task.tokens))
+            if task.following is not None:
+                batch = Batch(task.following[:-1], first_position=len(tokens), first_logits=0)
+                context.decode(batch)
+                found = log_softmax(np.concatenate([logits[None], context.logits(batch)]))
+                result.nll.append(float(-found[np.arange(len(task.following)), task.following].mean()))
+            else:
+                reply = go_on(model, context, logits, len(tokens), model.eos)
+                result.right.append(task.recall.right(reply))  # type: ignore[attr-defined]
+    return result
+
+
+def text_tasks(model: Model, path: Path, length: int, count: int) -> list[Task]:
+    """Prompts spread over a text, and what follows each."""
+    tokens = model.tokenize(read_text(path))
+    starts = np.linspace(0, len(tokens) - length - FOLLOWING, count).astype(int)
+    tasks = [Task(tokens[s : s + length].copy(), tokens[s + length : s + length + FOLLOWING]) for s in starts]
+    for task in tasks:
+        task.tokens[0] = model.bos if model.add_bos else task.tokens[0]
+    return tasks
+
+
+def main() -> None:
+    """Arguments, and the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, default=ROOT / "agq_gguf/data/evaluation.txt")
+    parser.add_argument(
+        "--recall", type=int, metavar="SEED", help="of tasks made by a module recall_task (on PYTHONPATH)"
+    )
+    parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
+    parser.add_argument("--length", type=int, default=700, help="tokens of a prompt from --text")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(500, 900), help="length of the prompts of --recall")
+    parser.add_argument("--ubatch", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--spec", action="append", default=[], help="further settings")
+    args = parser.parse_args()
+    info = inspect_file(args.model).pruning
+    with open_model(args.model) as reader:
+        work = work_of({name: tensor.n_elements for name, tensor in reader.tensors.items()})
+    with Model(args.model) as model:
+        kinds = {"text": text_tasks(model, args.text, args.length, args.count)}
+        if args.recall is not None:
+            from recall_task import recall_tasks
+
+            tasks = recall_tasks(args.recall, args.count, tuple(args.tokens))
+            kinds["recall"] = [Task(model.tokenize(t.prompt), recall=t) for t in tasks]
+        for kind, tasks in kinds.items():
+            print(f"\n{kind}: {len(tasks)} prompts of {min(len(t.tokens) for t in tasks)} to "
+                  f"{max(len(t.tokens) for t in tasks)} tokens, calls of {args.ubatch}")  # fmt: skip
+            print("| setting | work saved | NLL | right |\n|---|---|---|---|")
+            base = measure(model, "off", tasks, work, args)
+            show("nothing is dropped", base, base)
+            own = measure(model, "file", tasks, work, args)
+            saved = float(np.mean(own.saved))
+            show("as calibrated (file)", own, base)
+            layers = inspect_layers(info)
+            for score in ("random", "first"):
+                show(
+                    f"{score}, same layers",
+                    measure(model, same_saving(layers, saved, work, score), tasks, work, args),
+                    base,
+                )
+            show("oldest left out", measure(model, "off", tasks, work, args, oldest=saved), base)
+            for spec in args.spec:
+                show(spec, measure(model, spec, tasks, work, args), base)
+
+
+def inspect_layers(info: object) -> list[int]:
+    """The pruning layers of the file."""
+    spec = info.curve[0].spec  # type: ignore[attr-defined]
+    return [int(rule.split(":")[0]) for rule in spec.split(";")[0].split(",")]
+
+
+def same_saving(layers: list[int], saving: float, work: Work, score: str) -> str:
+    """Shares by rank behind these layers that save as much, an equal part behind each."""
+    rules, there = [], 1.0
+    for layer in layers:
+        leave = saving / len(layers) / work.worth(layer)
+        rules.append(f"{layer}:{leave / there:.4f}")
+        there -= leave
+    return ",".join(rules) + f";score={score}"
+
+
+def show(name: str, found: Result, base: Result) -> None:
+    """One row."""
+    nll = f"{np.mean(found.nll):.4f} ({np.mean(found.nll) / np.mean(base.nll) - 1:+.2%})" if found.nll else ""
+    right = f"{np.mean(found.right):.1%}" if found.right else ""
+    print(f"| {name} | {np.mean(found.saved):.1%} | {nll} | {right} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
