@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Input:
     weights: tuple[str, ...]
     columns: int
     experts: int  # 0: an ordinary product
+    norms: tuple[str, ...] = ()  # the weight (and bias) that make it, if nothing else sees what they make
 
 
 class _Accumulator:
@@ -225,24 +227,55 @@ class Calibrator:
         return name if name in self._wanted else ""
 
     def _discover(self) -> list[Input]:
-        """Which weights share an input, from one look at the graph."""
+        """Which weights share an input and which norm makes it, from one look at the graph."""
         found: dict[int, list[str]] = {}
+        norms: dict[int, dict[str, int]] = {}
+        readers: Counter[int] = Counter()
+        products: Counter[int] = Counter()
         seen: set[str] = set()
 
         def visit(node: GgmlTensor, ask: bool) -> bool:
+            readers.update(ctypes.addressof(source.contents) for source in node.src if source)
             name = self._weight_of(node)
-            if name and name not in seen:
-                seen.add(name)
-                found.setdefault(ctypes.addressof(node.src[1].contents), []).append(name)
+            if name:
+                source = ctypes.addressof(node.src[1].contents)
+                products[source] += 1
+                norms[source] = self._norms_of(node.src[1].contents)
+                if name not in seen:
+                    seen.add(name)
+                    found.setdefault(source, []).append(name)
             return False
 
         self._visit = visit
         self._run(self.chunks[0][:2])
         shapes = self._wanted
-        return [
-            Input(tuple(names), shapes[names[0]][-1], shapes[names[0]][0] if len(shapes[names[0]]) == 3 else 0)
-            for names in found.values()
-        ]
+        inputs = []
+        for source, names in found.items():
+            # Nobody else may read what the norm makes, nor the norm's own vectors.
+            alone = readers[source] == products[source] == len(names)
+            alone = alone and all(readers[address] == 1 for address in norms[source].values())
+            experts = shapes[names[0]][0] if len(shapes[names[0]]) == 3 else 0
+            made_by = tuple(name for name in norms[source] if name) if alone else ()
+            inputs.append(Input(tuple(names), shapes[names[0]][-1], experts, made_by))
+        return inputs
+
+    def _norms_of(self, made: GgmlTensor) -> dict[str, int]:
+        """Name -> address of weight and bias if `made` is norm(x) * weight (+ bias), else nothing.
+
+        Between them stands the product under the name "", which must have one reader, too.
+        """
+        found: dict[str, int] = {}
+        for op in (self._ggml.add, self._ggml.mul):
+            if made.op == op and made.src[0] and made.src[1]:
+                vector, before = made.src[1].contents, made.src[0].contents
+                if vector.op or list(vector.ne[1:]) != [1, 1, 1]:
+                    return {}
+                found[vector.name.decode("utf-8", "surrogateescape")] = ctypes.addressof(vector)
+                if op == self._ggml.mul:
+                    return found if before.op in self._ggml.norms else {}
+                found[""] = ctypes.addressof(before)
+                made = before
+        return {}
 
     def _add(self, node: GgmlTensor, sums: list[_Accumulator]) -> None:
         x = self._ggml.floats(node.src[1].contents)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agq_gguf import __version__, blocks
+from agq_gguf import __version__, blocks, equalize
 from agq_gguf.errors import InputError
 from agq_gguf.host import default_threads
 from agq_gguf.journal import Journal, digest, folder_of
@@ -152,6 +152,15 @@ def _torch_threads(n: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class _Group:
+    """Weights with the same input, and the norm that makes it where factors may be moved between them."""
+
+    names: tuple[str, ...]
+    stats: WeightStats | None = None
+    norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Guide:
     """Where statistics come from. `groups` yields the weights to quantize, those with the same input together.
 
@@ -159,7 +168,7 @@ class _Guide:
     """
 
     origin: str
-    groups: Iterator[tuple[tuple[str, ...], WeightStats | None]]
+    groups: Iterator[_Group]
     warnings: list[str]
     journal: Journal = field(default_factory=lambda: Journal(None))
     refined: Refined | None = None
@@ -169,14 +178,14 @@ def _unguided(wanted: dict[str, Tensor]) -> _Guide:
     if not wanted:
         return _Guide("none", iter(()), ["no tensor of this model can be AGQ4"])
     warning = "quantized without calibration: all activations count alike; a text file gives better results"
-    return _Guide("none", (((name,), None) for name in wanted), [warning])
+    return _Guide("none", (_Group((name,)) for name in wanted), [warning])
 
 
 def _from_imatrix(wanted: dict[str, Tensor], path: str | os.PathLike[str]) -> _Guide:
     stats = load_imatrix(path)
     check_shapes(stats, {name: tensor.shape for name, tensor in wanted.items()}, str(path))
     warnings = _unseen([name for name in wanted if name not in stats and name != EMBEDDING])
-    return _Guide(f"imatrix {Path(path).name}", (((name,), stats.get(name)) for name in wanted), warnings)
+    return _Guide(f"imatrix {Path(path).name}", (_Group((name,), stats.get(name)) for name in wanted), warnings)
 
 
 def _from_text(
@@ -224,17 +233,18 @@ def _from_text(
     seen = {name for part in parts for found in part for name in found.weights}
     unseen = [name for name in wanted if name not in seen]
 
-    def groups() -> Iterator[tuple[tuple[str, ...], WeightStats | None]]:
+    def groups() -> Iterator[_Group]:
         total = calibrator.n_tokens * len(parts)
         for i, part in enumerate(parts):
             before, detail = i * calibrator.n_tokens, f"pass {i + 1} of {len(parts)}"
             report = partial(_report, progress, before, total, detail)
-            yield from ((found.weights, None) for found in part if journal.has(found.weights))
+            yield from (_Group(found.weights) for found in part if journal.has(found.weights))
             part = [found for found in part if not journal.has(found.weights)]
             if part:
                 collected = calibrator.collect(part, options.memory, report, hessians)
-                yield from ((found.weights, stats) for found, stats in zip(part, collected, strict=True))
-        yield from (((name,), None) for name in unseen)
+                for found, stats in zip(part, collected, strict=True):
+                    yield _Group(found.weights, stats, found.norms if _plain(reader, found.norms) else ())
+        yield from (_Group((name,)) for name in unseen)
 
     source = Path(text).name if isinstance(text, (str, os.PathLike)) else "text"
     warnings += _unseen([name for name in unseen if name != EMBEDDING])  # a table to look up multiplies with nothing
@@ -245,6 +255,11 @@ def _from_text(
     if calibrator.n_tokens < _FEW_TOKENS:
         warnings.append(f"calibrated on {calibrator.n_tokens} tokens only; {_FEW_TOKENS} or more give better results")
     return _Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings, journal, refined)
+
+
+def _plain(reader: Reader, norms: tuple[str, ...]) -> bool:
+    """Whether factors can be moved out of these tensors exactly."""
+    return all(name in reader.tensors and reader.tensors[name].type_name == "f32" for name in norms)
 
 
 def _report(progress: Progress, before: int, total: int, detail: str, done: int) -> None:
@@ -272,14 +287,28 @@ def _write(
     added = _metadata(plans, guide.origin, options)
     with Writer(dst, reader.metadata, added, placed, split=options.split_size) as writer:
         _check_targets(writer.paths, reader)
-        norms: dict[str, NDArray[np.float32]] = {}
+        norms: dict[str, NDArray[np.float32]] = {}  # that take the place of the file's
+
+        def finish(name: str, result: _Quantized) -> None:
+            nonlocal done
+            writer.write(name, result.parts)
+            results[name] = result
+            done += reader.tensors[name].n_elements
+
         if guide.refined is not None:
             for name, matrix in guide.refined.results:
-                results[name] = _Quantized([blocks.pack(matrix.matrix)], matrix.error, matrix.note)
-                writer.write(name, results[name].parts)
-                done += reader.tensors[name].n_elements
-            norms = guide.refined.norms
+                finish(name, _Quantized([blocks.pack(matrix.matrix)], matrix.error, matrix.note))
+            norms |= guide.refined.norms
             guide.warnings.extend(guide.refined.notes)
+        for group in guide.groups:
+            progress("quantize", done, total, group.names[0])
+            made = _finished(guide.journal, group.names)
+            if made is None:
+                made = _quantize_group(reader, group, options.matrix)
+                _keep(guide.journal, made)
+            norms |= made.norms
+            for name, result in made.matrices.items():
+                finish(name, result)
         for p in plans:
             if p.type_name != blocks.TYPE_NAME:
                 name = p.source.name
@@ -291,16 +320,6 @@ def _write(
                     writer.write(name, _stock(reader, p.source, p.type_name))
                 done += p.source.n_elements
                 progress("quantize", done, total, name)
-        for names, stats in guide.groups:
-            progress("quantize", done, total, names[0])
-            finished = _finished(guide.journal, names)
-            if finished is None:
-                finished = _quantize_group(reader, names, stats, options.matrix)
-                _keep(guide.journal, finished)
-            for name, result in finished.items():
-                writer.write(name, result.parts)
-                results[name] = result
-                done += reader.tensors[name].n_elements
         reader.check_unchanged()
         if results:
             writer.replace(ERROR_VALUES, np.array([results[name].error for name in added[ERROR_TENSORS]], np.float32))
@@ -327,40 +346,59 @@ class _Quantized:
     note: str
 
 
-def _finished(journal: Journal, names: tuple[str, ...]) -> dict[str, _Quantized] | None:
+@dataclass(frozen=True)
+class _Made:
+    """What became of a group."""
+
+    matrices: dict[str, _Quantized]
+    norms: dict[str, NDArray[np.float32]]
+
+
+def _finished(journal: Journal, names: tuple[str, ...]) -> _Made | None:
     """What an earlier run has made of these weights, if it has finished all of them."""
-    found: dict[str, _Quantized] = {}
+    made = _Made({}, {})
     for name in names:
         kept = journal.get(name)
         if kept is None:
             return None
-        found[name] = _Quantized(list(kept["parts"]), float(kept["error"]), str(kept["note"]))
-    return found
+        made.matrices[name] = _Quantized(list(kept["parts"]), float(kept["error"]), str(kept["note"]))
+        made.norms.update({key[5:]: value for key, value in kept.items() if key.startswith("norm ")})
+    return made
 
 
-def _keep(journal: Journal, finished: dict[str, _Quantized]) -> None:
-    for name, result in finished.items():
-        journal.put(name, {"parts": result.parts, "error": result.error, "note": result.note})
+def _keep(journal: Journal, made: _Made) -> None:
+    norms = {f"norm {name}": norm for name, norm in made.norms.items()}
+    for name, result in made.matrices.items():
+        journal.put(name, {"parts": result.parts, "error": result.error, "note": result.note, **norms})
 
 
-def _quantize_group(
-    reader: Reader, names: tuple[str, ...], stats: WeightStats | None, options: MatrixOptions
-) -> dict[str, _Quantized]:
+def _quantize_group(reader: Reader, group: _Group, options: MatrixOptions) -> _Made:
     """Quantizes weights that share an input, expert by expert, so that what belongs to the input is prepared once."""
+    names, stats = group.names, group.stats
     shapes = [reader.tensors[name].shape for name in names]
     experts = shapes[0][0] if len(shapes[0]) == 3 else 1
     capacity = min(blocks.listable(*shape[-2:]) for shape in shapes)
     found: dict[str, list[QuantizedMatrix]] = {name: [] for name in names}
     packed: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in names}
+    columns, norms = None, {}
+    if stats is not None and group.norms and options.equalize:
+        every = [reader.read(name).reshape(-1, shapes[0][-1]) for name in names]
+        columns = equalize.choose(
+            stats.whole, every, capacity, options.activation_bits, options.per_group, options.refine
+        )
+    if stats is not None and columns is not None:
+        stats = equalize.scaled(stats, columns)
+        norms = {name: reader.read(name) / columns for name in group.norms}
     for expert in range(experts):
         if expert == 0 or (stats is not None and stats.experts):
             prepared = prepare_input(stats.of(expert) if stats else None, shapes[0][-1], capacity, options)
         for name, shape in zip(names, shapes, strict=True):
             rows = range(expert * shape[-2], (expert + 1) * shape[-2])
-            result = quantize_matrix(reader.read(name, rows), prepared, options, name)
+            weight = reader.read(name, rows)
+            result = quantize_matrix(weight if columns is None else weight * columns, prepared, options, name)
             packed[name].append(blocks.pack(result.matrix))
             found[name].append(result)
-    return {
+    matrices = {
         name: _Quantized(
             packed[name],
             float(np.mean([result.error for result in found[name]])),
@@ -368,6 +406,7 @@ def _quantize_group(
         )
         for name in names
     }
+    return _Made(matrices, norms)
 
 
 def _stock(reader: Reader, tensor: Tensor, type_name: str) -> Iterator[NDArray[Any]]:

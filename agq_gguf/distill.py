@@ -41,12 +41,13 @@ class _Student:
         self,
         graph: LlamaGraph,
         matrices: Mapping[str, QuantizedMatrix],
+        norms: Mapping[str, torch.Tensor],
         embedding: torch.Tensor | None,
         output: torch.Tensor | None,
     ):
         self.graph, self.matrices, self.output = graph, matrices, output
         self.embedding = graph.tensor("token_embd.weight") if embedding is None else embedding
-        self.norms = {name: graph.tensor(name).clone().requires_grad_() for name in graph.norms}
+        self.norms = {name: norms.get(name, graph.tensor(name)).clone().requires_grad_() for name in graph.norms}
         self.scales = {name: torch.from_numpy(m.matrix.scales).clone() for name, m in matrices.items()}
         for scales in self.scales.values():
             scales.requires_grad_()
@@ -81,14 +82,18 @@ def tune(
     graph: LlamaGraph,
     batches: list[torch.Tensor],
     matrices: Mapping[str, QuantizedMatrix],
+    norms: Mapping[str, torch.Tensor],
     *,
     embedding: torch.Tensor | None,
     output: torch.Tensor | None,
     epochs: int,
     progress: Callable[[int, int], None],
 ) -> Tuned:
-    """Trains on `batches` of tokens [batch, tokens]; `embedding` and `output` are what the quantized model has."""
-    student = _Student(graph, matrices, embedding, output)
+    """Trains on `batches` of tokens [batch, tokens].
+
+    `norms` (where they are not the file's), `embedding` and `output` are what the quantized model has.
+    """
+    student = _Student(graph, matrices, norms, embedding, output)
     kept = set(range(min(_HELD_OUT // 2, len(batches) - 1), len(batches), _HELD_OUT))
     aside = [batches[i] for i in kept]
     seen = [batch for i, batch in enumerate(batches) if i not in kept]

@@ -64,6 +64,8 @@ class Ggml:
         self._probe()
         names = [self._lib.ggml_op_name(i) for i in range(64)]  # both are far from the end of the enum
         self.mul_mat, self.mul_mat_id = names.index(b"MUL_MAT"), names.index(b"MUL_MAT_ID")
+        self.add, self.mul = names.index(b"ADD"), names.index(b"MUL")
+        self.norms = (names.index(b"NORM"), names.index(b"RMS_NORM"))
 
     def _probe(self) -> None:
         lib = self._lib

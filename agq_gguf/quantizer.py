@@ -40,6 +40,7 @@ class MatrixOptions:
     error_feedback: bool = True
     damping: float = 0.01  # of the Hessian, as a share of its mean diagonal
     sweeps: int = 3  # of coordinate descent after error feedback
+    equalize: bool = True  # move factors from norms into the matrices behind (the caller does it: `equalize`)
 
 
 @dataclass(frozen=True)

@@ -119,13 +119,16 @@ def _run(
             f"norms and scales were not tuned: that takes {needed >> 20} MiB, --memory allows {memory >> 20}"
         )
         yield from run.run(journal, report)
+        refined.norms.update({name: norm.numpy() for name, norm in run.norms.items()})
         return
     matrices = dict(run.run(journal, report))
+    refined.norms.update({name: norm.numpy() for name, norm in run.norms.items()})
     kind = types[graph.output_name]
     tuned = distill.tune(
         graph,
         batches_of(chunks, _TUNE_TOKENS),
         matrices,
+        run.norms,
         embedding=embedding,
         output=_q8_0(graph.tensor(graph.output_name)) if kind == "q8_0" else None,
         epochs=_EPOCHS,

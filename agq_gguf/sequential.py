@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from agq_gguf import equalize
 from agq_gguf.blocks import Matrix, listable
 from agq_gguf.journal import Journal
 from agq_gguf.llama_graph import STAGES, LlamaGraph, State
@@ -24,6 +25,7 @@ from agq_gguf.simulate import Rounder, restored
 from agq_gguf.stats import InputStats
 
 _SAMPLE_ROWS = 256
+_NORMS = ("attn_norm", "", "ffn_norm", "")  # what makes the input of a stage
 _RIDGE = 0.03  # of the Hessian in T, as a share of its mean diagonal
 # T is learned from the calibration text. Half of it measured as good as all of it, and errs less on other text.
 _TAKEN_BACK = 0.5
@@ -46,6 +48,7 @@ class Sequential:
         embedding: torch.Tensor | None = None,
     ):
         self._graph, self._wanted, self._weights, self._options = graph, wanted, weights, options
+        self.norms: dict[str, torch.Tensor] = {}  # equalized; complete when `run` is
         table = graph.tensor("token_embd.weight") if embedding is None else embedding
         self._float: list[State] = [(graph.embed(tokens), None) for tokens in batches]
         self._rounded: list[State] = [(table[tokens], None) for tokens in batches]
@@ -69,6 +72,13 @@ class Sequential:
         rounded_in = [graph.stage_input(layer, stage, state) for state in self._rounded]
         weights = {name: graph.tensor(f"{name}.weight") for name in names}
         wanted = [name for name in names if f"{name}.weight" in self._wanted]
+        norm = f"blk.{layer}.{_NORMS[stage]}.weight"
+        if self._options.equalize and len(wanted) == len(names) and norm in graph.norms:
+            factors = self._factors(rounded_in, [weight.numpy() for weight in weights.values()])
+            if factors is not None:
+                self.norms[norm] = graph.tensor(norm) / factors
+                weights = {name: weight * factors for name, weight in weights.items()}
+                float_in, rounded_in = ([x / factors for x in inputs] for inputs in (float_in, rounded_in))
         done = {name: result for name in wanted if (result := journal.get_matrix(f"refined {name}")) is not None}
         if len(done) < len(wanted):
             stats, correction = self._gather(float_in, rounded_in, self._weights.get((layer, stage)))
@@ -94,6 +104,18 @@ class Sequential:
             for state, x in zip(self._rounded, rounded_in, strict=True)
         ]
         yield from ((f"{name}.weight", done[name]) for name in wanted)
+
+    def _factors(self, inputs: list[torch.Tensor], weights: list[np.ndarray]) -> torch.Tensor | None:
+        """What equalization moves from the norm into the matrices, if anything."""
+        columns, options = inputs[0].shape[-1], self._options
+        tokens = sum(x.shape[0] * x.shape[1] for x in inputs)
+        square = torch.stack([x.flatten(0, 1).square().sum(0) for x in inputs]).sum(0) / tokens
+        step = max(1, tokens // _SAMPLE_ROWS)
+        sample = torch.cat([x.flatten(0, 1)[::step] for x in inputs])[:_SAMPLE_ROWS]
+        stats = InputStats(tokens, square.numpy(), None, sample.numpy())
+        capacity = min(listable(len(weight), columns) for weight in weights)
+        found = equalize.choose(stats, weights, capacity, options.activation_bits, options.per_group, options.refine)
+        return None if found is None else torch.from_numpy(found)
 
     def _gather(
         self, float_in: list[torch.Tensor], rounded_in: list[torch.Tensor], weights: torch.Tensor | None
