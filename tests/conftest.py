@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -100,3 +103,26 @@ def llama_agq(llama_f16: Path, words_file: Path) -> Path:
 def packaged_model() -> Path:
     """The trained model that the package ships."""
     return PACKAGED / "story-f16.gguf"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any, Any]]:
+    """Name of one of `tiny_checkpoints.CASES` -> folder, model, tokenizer; made once, not to be changed."""
+    import tiny_checkpoints  # loads transformers, which takes seconds
+
+    made: dict[str, tuple[Path, Any, Any]] = {}
+
+    def make(name: str) -> tuple[Path, Any, Any]:
+        if name not in made:
+            config, tokenizer, _ = tiny_checkpoints.CASES[name]
+            folder, cut = tmp_path_factory.mktemp(name), tokenizer()
+            made[name] = (folder, tiny_checkpoints.write(folder, config(), cut), cut)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def own_checkpoint(checkpoints: Callable[[str], tuple[Path, Any, Any]], tmp_path: Path) -> Callable[[str], Path]:
+    """Name of a case -> a copy of its folder that may be changed."""
+    return lambda name: Path(shutil.copytree(checkpoints(name)[0], tmp_path / "checkpoint"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +247,45 @@ def write_pytorch(folder: Path, model: Any, *, parts: int = 1, **options: Any) -
         torch.save({key: state[key].clone() for key in keys}, folder / name, **options)
         table.update(dict.fromkeys(keys, name))
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": table}), encoding="utf-8")
+
+
+# what the tests import
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+OWN_YARN = {**YARN, "attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}
+
+# name: (config, tokenizer, bound of the mean KL divergence)
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], float]] = {
+    "llama": (lambda: llama_config(), llama_tokenizer, 1e-4),
+    "llama-tied-biases": (
+        lambda: llama_config(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+        llama_tokenizer,
+        1e-4,
+    ),
+    "llama3": (
+        lambda: llama_config(
+            rope_scaling={**LLAMA3_ROPE, "original_max_position_embeddings": 64}, rope_theta=5e5, head_dim=64
+        ),
+        llama3_tokenizer,
+        1e-4,
+    ),
+    "linear": (
+        lambda: llama_config(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+        llama3_tokenizer,
+        1e-4,
+    ),
+    "yarn": (lambda: llama_config(rope_scaling=YARN, head_dim=64), llama3_tokenizer, 1e-4),
+    "own-yarn": (lambda: llama_config(rope_scaling=OWN_YARN), llama3_tokenizer, 1e-4),
+    "mistral": (
+        lambda: transformers.MistralConfig(
+            **SIZES, intermediate_size=256, num_key_value_heads=2, max_position_embeddings=256, sliding_window=None
+        ),
+        llama_tokenizer,
+        1e-4,
+    ),
+    "opt": (lambda: opt_config(), opt_tokenizer, 1e-3),
+    "opt-no-bias": (lambda: opt_config(enable_bias=False), opt_tokenizer, 1e-3),
+    "bloom": (lambda: bloom_config(), bloom_tokenizer, 1e-4),
+    "bloom-12-heads": (lambda: bloom_config(hidden_size=384, n_head=12), bloom_tokenizer, 1e-4),
+}
