@@ -87,7 +87,8 @@ def test_command_in_place_and_removal(unpruned: Path, words_file: Path, tmp_path
     path = tmp_path / "model.gguf"
     path.write_bytes(unpruned.read_bytes())
     shown = run("calibrate-pruning", path, "--share", "0.2", "--layers", "1", *QUICK[:1], words_file, *QUICK[1:])
-    assert re.search(r"\* +20\.\d%", shown.stdout) and "1:t" in shown.stdout
+    # With a reach, neighbours share their importance, so that the wanted number of tokens is met but for a few.
+    assert re.search(r"\* +(19\.[5-9]|20\.[0-5])%", shown.stdout) and "1:t" in shown.stdout
     told = json.loads(run("inspect", path, "--json").stdout)
     assert told["pruning"]["saving"] == pytest.approx(0.2, abs=0.01) and len(told["pruning"]["curve"]) >= 3
     record = next(t["agq"]["pruning"] for t in told["tensors"] if t["name"] == "blk.1.attn_output.weight")
