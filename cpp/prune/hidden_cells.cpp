@@ -58,6 +58,7 @@ void hidden_cells::find_in_whole(const graph_facts &facts) {
     std::vector<int32_t> borders;
     for (const dropped_cell &d : found) {
         // There are as many borders as pruning layers, that is, few.
+        if (!borders.empty() && d.first_layer == borders.back()) continue;
         if (std::find(borders.begin(), borders.end(), d.first_layer) == borders.end()) borders.push_back(d.first_layer);
     }
     std::sort(borders.begin(), borders.end());
@@ -67,6 +68,10 @@ void hidden_cells::find_in_whole(const graph_facts &facts) {
     }
     for (int32_t border : borders) {
         std::vector<dropped_cell> &cells = new_level();
+        if (border == borders.back()) {
+            cells.assign(found.begin(), found.end());
+            continue;
+        }
         for (const dropped_cell &d : found) {
             if (d.first_layer <= border) cells.push_back(d);
         }

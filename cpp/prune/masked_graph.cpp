@@ -9,15 +9,13 @@ namespace agq {
 
 namespace {
 
-void hide(const ggml_tensor *mask, unsigned char *copy, const dropped_cell &d) {
-    for (int64_t token = 0; token < mask->ne[1]; ++token) {
-        unsigned char *p = copy + static_cast<size_t>(d.stream) * mask->nb[3] +
-                           static_cast<size_t>(token) * mask->nb[1] + static_cast<size_t>(d.cell) * mask->nb[0];
-        if (mask->type == ggml_type_f16) {
-            std::memcpy(p, &hidden_f16, sizeof(hidden_f16));
-        } else {
-            const float hidden = -INFINITY;
-            std::memcpy(p, &hidden, sizeof(hidden));
+template <typename Element>
+void hide_all(const ggml_tensor *mask, unsigned char *copy, const std::vector<dropped_cell> &cells, Element hidden) {
+    for (const dropped_cell &d : cells) {
+        for (int64_t token = 0; token < mask->ne[1]; ++token) {
+            unsigned char *row =
+                copy + static_cast<size_t>(d.stream) * mask->nb[3] + static_cast<size_t>(token) * mask->nb[1];
+            reinterpret_cast<Element *>(row)[d.cell] = hidden;
         }
     }
 }
@@ -49,7 +47,11 @@ void masked_graph::build(const graph_facts &facts) {
 void masked_graph::fill_level(const ggml_tensor *mask, const std::vector<dropped_cell> &hidden, level_mask *level) {
     level->full.resize(mask->nb[3] * static_cast<size_t>(mask->ne[3]));
     std::memcpy(level->full.data(), mask->data, level->full.size());
-    for (const dropped_cell &d : hidden) hide(mask, level->full.data(), d);
+    if (mask->type == ggml_type_f16) {
+        hide_all<uint16_t>(mask, level->full.data(), hidden, hidden_f16);
+    } else {
+        hide_all<float>(mask, level->full.data(), hidden, -INFINITY);
+    }
     level->choice = {};
     // A single token goes through the host's attention, which knows masks only.
     if (mask->ne[3] == 1 && mask->ne[1] > 1) choose_keys(mask, hidden, level);

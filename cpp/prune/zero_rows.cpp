@@ -9,8 +9,8 @@ namespace agq {
 
 namespace {
 
-constexpr int64_t prefetch_distance = 24;  // rows; each is a cache line of its own, in memory that is not in the cache
-constexpr int64_t max_block = 256;         // elements of the largest block of a stock type
+constexpr size_t prefetch_distance = 24;  // rows; each is a cache line of its own, in memory that is not in the cache
+constexpr int64_t max_block = 256;        // elements of the largest block of a stock type
 
 using to_float_fn = void (*)(const void *, float *, int64_t);
 
@@ -57,16 +57,16 @@ key_rows key_rows::of(const ggml_tensor *k) {
     rows.type = k->type;
     rows.row_length = k->ne[0] * k->ne[2];
     rows.row_bytes = static_cast<size_t>(rows.row_length / traits->blck_size) * traits->type_size;
+    // Rows are at least one block of a quantized type or 16 floats long, so these bytes are there.
+    if (is_16_bit(k->type) || k->type == ggml_type_f32) {
+        rows.magnitude = k->type == ggml_type_f32 ? 0x7FFFFFFF7FFFFFFFu : 0x7FFF7FFF7FFF7FFFu;
+        rows.head_words = static_cast<int>(std::min<size_t>(rows.row_bytes / sizeof(uint64_t), 4));
+    } else {
+        // Blocks of the quantized types of a cache begin with one or two binary16 numbers, the scale and the offset. If
+        // the first is not zero, some element is not. (All machines that ggml runs on here are little endian.)
+        rows.magnitude = 0x7FFF;
+    }
     return rows;
-}
-
-bool key_rows::may_be_zero(int64_t cell, int64_t stream) const {
-    const char *p = row(cell, stream);
-    if (is_16_bit(type)) return all_zero<uint16_t>(p, std::min<size_t>(row_bytes, 32));
-    if (type == ggml_type_f32) return all_zero<uint32_t>(p, std::min<size_t>(row_bytes, 32));
-    // Blocks of the quantized types of a cache begin with one or two binary16 numbers, the scale and the offset. If the
-    // first is not zero, some element is not.
-    return all_zero<uint16_t>(p, 2);
 }
 
 bool key_rows::is_zero(int64_t cell, int64_t stream) const {
@@ -107,14 +107,59 @@ int32_t zero_row_scanner::find_border(const std::vector<key_rows> &layers, int64
 }
 
 /// Rows lie far apart in memory that is not in the cache.
-void zero_row_scanner::prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream,
-                                     int32_t hint) const {
+void zero_row_scanner::prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint,
+                                     bool both) const {
     if (hint < 0 || static_cast<size_t>(hint) >= layers.size()) {
         prefetch(layers.back().row(cell, stream));
         return;
     }
     prefetch(layers[static_cast<size_t>(hint)].row(cell, stream));
-    if (hint > 0) prefetch(layers[static_cast<size_t>(hint) - 1].row(cell, stream));
+    if (both && hint > 0) prefetch(layers[static_cast<size_t>(hint) - 1].row(cell, stream));
+}
+
+/// Whether the cells to look at are those of the last time and one more, in the same cache: a token was decoded.
+bool zero_row_scanner::is_one_step_on(const std::vector<key_rows> &layers) {
+    bool result = layers.size() == last_layers_ && layers[0].base == last_base_ &&
+                  candidates_.size() == last_candidates_.size() + 1;
+    if (result) {
+        const auto [here, before] =
+            std::mismatch(last_candidates_.begin(), last_candidates_.end(), candidates_.begin());
+        result = std::equal(here, last_candidates_.end(), before + 1);
+    }
+    last_layers_ = layers.size();
+    last_base_ = layers[0].base;
+    last_candidates_.assign(candidates_.begin(), candidates_.end());
+    return result;
+}
+
+/// Goes through the candidates. With `sampled` one cell in eight is looked at as closely as all are without, and false
+/// is returned as soon as one is not as it was.
+bool zero_row_scanner::scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream,
+                                   bool sampled) {
+    const key_rows &last = layers.back();
+    const size_t base = static_cast<size_t>(stream * mask->ne[0]);
+    const bool one_token = mask->ne[1] == 1;
+    const auto closely = [&](int32_t cell) { return !sampled || (cell + turn_) % 8 == 0; };
+    for (size_t i = 0; i < candidates_.size(); ++i) {
+        if (i + prefetch_distance < candidates_.size()) {
+            const int32_t ahead = candidates_[i + prefetch_distance];
+            prefetch_rows(layers, ahead, stream, hints_[base + static_cast<size_t>(ahead)], closely(ahead));
+        }
+        const int32_t c = candidates_[i];
+        int32_t &hint = hints_[base + static_cast<size_t>(c)];
+        if (hint < 0 && !last.may_be_zero(c, stream)) continue;
+        const bool as_before = sampled && hint >= 0 && !closely(c)
+                                   ? layers[static_cast<size_t>(hint)].may_be_zero(c, stream)
+                                   : is_border(layers, c, stream, hint);
+        if (!as_before) {
+            if (sampled) return false;
+            hint = -1;
+            if (!last.is_zero(c, stream)) continue;
+            hint = find_border(layers, c, stream);
+        }
+        if (one_token || is_visible_to_any(mask, c, stream)) found_.push_back({static_cast<int32_t>(stream), c, hint});
+    }
+    return true;
 }
 
 const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_rows> &layers, const ggml_tensor *mask,
@@ -126,24 +171,22 @@ const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_ro
     if (streams > 1 && cells != hinted_cells_) hints_.clear();  // they are numbered differently now
     hinted_cells_ = cells;
     if (hints_.size() < total) hints_.resize(total, -1);
-    const key_rows &last = layers.back();
     const bool one_token = mask->ne[1] == 1;
+    ++turn_;
     for (int64_t s = 0; s < streams; ++s) {
+        const uint8_t *skipped = skip.empty() ? nullptr : &skip[static_cast<size_t>(s * cells)];
         const mask_row row(mask, 0, s);  // of the only token, if there is one
+        candidates_.resize(static_cast<size_t>(cells));
+        size_t n = 0;
         for (int64_t c = 0; c < cells; ++c) {
-            const size_t at = static_cast<size_t>(s * cells + c);
-            if (const int64_t ahead = c + prefetch_distance; ahead < cells && !(one_token && row.hides(ahead))) {
-                prefetch_rows(layers, ahead, s, hints_[at + static_cast<size_t>(prefetch_distance)]);
-            }
-            if ((one_token && row.hides(c)) || (!skip.empty() && skip[at])) continue;
-            if (!is_border(layers, c, s, hints_[at])) {
-                hints_[at] = -1;
-                if (!last.is_zero(c, s)) continue;
-                hints_[at] = find_border(layers, c, s);
-            }
-            if (one_token || is_visible_to_any(mask, c, s)) {
-                found_.push_back({static_cast<int32_t>(s), static_cast<int32_t>(c), hints_[at]});
-            }
+            candidates_[n] = static_cast<int32_t>(c);
+            n += !(one_token && row.hides(c)) && !(skipped && skipped[c]);
+        }
+        candidates_.resize(n);
+        const bool sampled = is_one_step_on(layers) && one_token && streams == 1;
+        if (!scan_stream(layers, mask, s, sampled)) {
+            found_.clear();
+            scan_stream(layers, mask, s, false);
         }
     }
     return found_;
