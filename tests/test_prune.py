@@ -97,3 +97,9 @@ def plain_fate(model: LowModel) -> int:
     with LowContext(model) as context:
         context.decode(tokens(200))
         return sum(layer >= 0 for layer in agq_gguf.last_pruned())
+
+
+@pytest.mark.parametrize("score", ["first", "received", "recent"])
+def test_threads_do_not_change_the_choice(model: GetModel, score: str) -> None:
+    fates = [run(model("qwen2"), f"1:0.5;score={score}", decode=0, threads=n)[1] for n in (1, 2, 3)]
+    assert fates[0] == fates[1] == fates[2]

@@ -8,6 +8,9 @@ times as much.
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -401,6 +404,27 @@ def test_a_setting_that_is_not_understood_makes_no_context(model: LowModel, monk
     with model.context("off") as context:  # what Python says comes before the environment
         context.decode(tokens(100))
     assert n_dropped() == 0
+
+
+def test_stock_models_are_left_alone(tmp_path: Path) -> None:
+    """With nothing set the plugin takes no part in a model without AGQ4 tensors; a list makes it."""
+    path = tiny_models.write_llama(tmp_path / "stock.gguf")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import agq_gguf, low_level
+low = low_level.LowModel(sys.argv[2])
+with low.context() as context:
+    context.decode(list(range(5, 105)))
+print(len(agq_gguf.last_pruned()))
+with low.context("0:0.5") as context:
+    context.decode(list(range(5, 105)))
+print(sum(layer >= 0 for layer in agq_gguf.last_pruned()))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "AGQ_PRUNE"}
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.stdout.split() == ["0", "50"], result.stderr
 
 
 # random work

@@ -216,6 +216,69 @@ double largest_error(const agq::attention_kernel &kern, const problem &p) {
     return worst == worst ? worst : INFINITY;
 }
 
+/// Softmax weights of one row by the definition.
+std::vector<double> expected_weights(const problem &p, int t, int g) {
+    // Values that are unit vectors, sixteen keys at a time, make the output of attention its weights.
+    std::vector<double> weights;
+    problem unit = p;
+    unit.head_v = 16;
+    for (int64_t first = 0; first < p.n_keys; first += 16) {
+        unit.v.assign(static_cast<size_t>(p.n_keys) * 16, 0);
+        for (int64_t j = first; j < std::min<int64_t>(first + 16, p.n_keys); ++j) {
+            unit.v[static_cast<size_t>(j * 16 + j - first)] = 1;
+        }
+        const std::vector<double> part = expected(unit, t, g);
+        weights.insert(weights.end(), part.begin(), part.begin() + std::min<int64_t>(16, p.n_keys - first));
+    }
+    return weights;
+}
+
+/// Largest difference of the softmax weights to the definition; infinity if the kernel wrote where it must not.
+double largest_weights_error(const agq::attention_kernel &kern, problem p) {
+    p.has_mask = true;  // this kernel takes no problem without
+    const size_t width = static_cast<size_t>(p.head_qk), keys = static_cast<size_t>(p.n_keys);
+    const size_t padded = (keys + agq::attention_keys - 1) / agq::attention_keys * agq::attention_keys;
+    std::vector<float> packed(padded * width, 0.0f);
+    for (size_t j = 0; j < keys; ++j) {
+        const size_t block = j / agq::attention_keys * agq::attention_keys;
+        for (size_t d = 0; d < width; ++d)
+            packed[block * width + d * agq::attention_keys + j - block] = p.k[j * width + d];
+    }
+    std::vector<uint16_t> half;
+    for (float x : p.mask) half.push_back(half_bits(x));
+    const size_t rows = static_cast<size_t>(p.tokens * p.group), stride = padded + 5;
+    std::vector<float> weights(rows * stride, guard);
+    agq::softmax_weights_args args = {};
+    args.n_tokens = p.tokens;
+    args.group = p.group;
+    args.head = p.head_qk;
+    args.q = p.q.data();
+    args.n_keys = p.n_keys;
+    args.keys = packed.data();
+    args.mask =
+        p.mask_is_f16 ? reinterpret_cast<const char *>(half.data()) : reinterpret_cast<const char *>(p.mask.data());
+    args.mask_stride = keys * (p.mask_is_f16 ? 2 : 4);
+    args.mask_is_f16 = p.mask_is_f16;
+    args.slopes = p.slopes.data();
+    args.soft_cap = p.soft_cap;
+    args.sinks = p.has_sinks ? p.sinks.data() : nullptr;
+    args.weights = weights.data();
+    args.stride = static_cast<int64_t>(stride);
+    kern.weights(args);
+    double worst = 0;
+    for (size_t r = 0; r < rows; ++r) {
+        const float *row = &weights[r * stride];
+        const std::vector<double> wanted =
+            expected_weights(p, static_cast<int>(r) / p.group, static_cast<int>(r) % p.group);
+        for (size_t j = 0; j < keys; ++j) worst = std::max(worst, std::fabs(row[j] - wanted[j]));
+        for (size_t j = padded; j < stride; ++j) {
+            if (row[j] != guard) return INFINITY;
+        }
+        if (std::any_of(row, row + keys, [](float x) { return x != x; })) return INFINITY;
+    }
+    return worst;
+}
+
 /// A number that is not finite must show in the rows that see it, and in no other.
 bool check_not_finite(const agq::attention_kernel &kern, std::mt19937 &rng) {
     for (int where = 0; where < 3; ++where) {
@@ -287,6 +350,12 @@ int main(int argc, char **argv) {
                 ++failures;
             }
             worst = std::max(worst, integers ? error / allowed * tolerance : error);
+        }
+        for (int round = 0; round < 20; ++round) {
+            const double error = largest_weights_error(*row->attention, random_problem(rng));
+            if (error < tolerance) continue;
+            std::printf("%s: softmax weights of round %d differ by %g\n", row->name, round, error);
+            ++failures;
         }
         failures += !check_not_finite(*row->attention, rng);
         if (!check_conversion(*row->attention)) {
