@@ -79,9 +79,9 @@ class thread_pool {
 // ---- backend ----
 
 struct backend_context {
-    backend_context(ggml_backend *inner_cpu, const prune_settings &pruning)
+    backend_context(ggml_backend *inner_cpu, const prune_settings &pruning, const activation_settings &activations)
         : cpu(inner_cpu),
-          rewriter(active_kernel, fuse_rows),
+          rewriter(active_kernel, fuse_rows, activations),
           pruning(active_kernel->attention, pruning),
           may_prune(pruning.given) {}
     ~backend_context() { host.ggml_backend_free(cpu); }
@@ -112,7 +112,11 @@ void backend_free(ggml_backend *backend) {
 ggml_status compute_nodes(backend_context &context, ggml_tensor **nodes, int n, bool repeated) {
     std::string error;
     ggml_cgraph *rewritten = context.rewriter.rewrite(nodes, n, repeated, context.n_threads, &error);
-    if (rewritten) return host.ggml_backend_graph_compute(context.cpu, rewritten);
+    if (rewritten) {
+        const ggml_status status = host.ggml_backend_graph_compute(context.cpu, rewritten);
+        context.rewriter.record_bits();
+        return status;
+    }
     if (error != context.last_error) log_line(log_error, error);
     context.last_error = error;
     return status_failed;
@@ -199,14 +203,16 @@ ggml_backend *device_init_backend(ggml_backend_device *device, const char *) {
     try {
         prune_settings pruning;
         std::string error;
-        if (!parse_prune_settings(thread_pruning ? *thread_pruning : prune_option(), &pruning, &error)) {
+        activation_settings activations;
+        if (!parse_prune_settings(thread_pruning ? *thread_pruning : prune_option(), &pruning, &error) ||
+            !parse_activation_settings(activation_bits_option(), &activations, &error)) {
             log_line(log_error, error);
             return nullptr;
         }
         if (pruning.given) pruning_asked_for.store(true, std::memory_order_relaxed);
         ggml_backend *cpu = host.ggml_backend_dev_init(host.cpu, nullptr);
         if (!cpu) return nullptr;
-        auto context = std::make_unique<backend_context>(cpu, pruning);
+        auto context = std::make_unique<backend_context>(cpu, pruning, activations);
         auto backend = std::make_unique<ggml_backend>();
         *backend = {};
         backend->guid = &backend_guid;

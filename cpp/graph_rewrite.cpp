@@ -103,6 +103,7 @@ ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, 
         }
     }
     scratch_.reserve(thread_bytes_, n_threads);
+    mixed_.begin_call(n_threads);
     for (activation_set &s : sets_) s.next.store(0, std::memory_order_relaxed);
     for (product &p : products_) p.next.store(0, std::memory_order_relaxed);
     for (attention_job &a : attentions_) a.next.store(0, std::memory_order_relaxed);
@@ -186,10 +187,11 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
     // A product becomes at most three nodes: routing, quantization, multiplication.
     const size_t n_replaced =
         static_cast<size_t>(n) - static_cast<size_t>(std::count(roles_.begin(), roles_.end(), role::keep));
+    mixed_.plan(nodes, n);
     profiled_ = profile_enabled();
     const size_t n_clocks = profiled_ ? 2 * static_cast<size_t>(n) + 1 : 0;
-    const size_t n_nodes = static_cast<size_t>(n) + 2 * n_replaced + n_clocks;
-    const size_t bytes = host.ggml_tensor_overhead() * (3 * n_replaced + n_clocks) +
+    const size_t n_nodes = static_cast<size_t>(n) + 2 * n_replaced + 2 + n_clocks;
+    const size_t bytes = host.ggml_tensor_overhead() * (3 * n_replaced + 2 + n_clocks) +
                          host.ggml_graph_overhead_custom(n_nodes, false) + 1024;
     if (memory_.size() < bytes) memory_.resize(bytes);
     context_ = host.ggml_init({memory_.size(), memory_.data(), true});
@@ -198,12 +200,16 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
     if (profiled_) add_clock("");
     for (int i = 0; i < n; ++i) {
         bool good = true;
+        if (i == mixed_.node()) {
+            add_custom(nodes[i], nullptr, 0, measure_importance_node, &mixed_);
+            add_custom(nodes[i], nullptr, 0, choose_bits_node, &mixed_);
+        }
         switch (roles_[static_cast<size_t>(i)]) {
             case role::keep:
                 host.ggml_graph_add_node(graph_, nodes[i]);
                 break;
             case role::product:
-                good = add_product(nodes[i], error);
+                good = add_product(nodes[i], i, error);
                 break;
             case role::row_lookup:
                 good = add_row_lookup(nodes[i], error);
@@ -255,7 +261,8 @@ void graph_rewriter::add_clock(const std::string &label) {
 
 void graph_rewriter::add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, ggml_custom_op function,
                                 void *userdata) {
-    const bool has_output = function != route_node && function != quantize_node && function != save_queries_node;
+    const bool has_output = function != route_node && function != quantize_node && function != save_queries_node &&
+                            function != measure_importance_node && function != choose_bits_node;
     ggml_tensor *t =
         has_output ? host.ggml_custom_4d(context_, ggml_type_f32, replaced->ne[0], replaced->ne[1], replaced->ne[2],
                                          replaced->ne[3], args, n_args, function, ggml_n_tasks_max, userdata)
@@ -295,23 +302,26 @@ const tensor_attributes *graph_rewriter::find_attributes(const ggml_tensor *weig
     return &kept;
 }
 
-activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, const tensor_attributes *attributes) {
+activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, int i, const tensor_attributes *attributes) {
     ggml_tensor *x = node->src[1], *ids = node->op == host.op_mul_mat_id ? node->src[2] : nullptr;
+    const std::vector<uint8_t> *four = mixed_.covers(node, i) ? &mixed_.four() : nullptr;
     // Only the latest set is still in the buffer.
     if (!sets_.empty()) {
         activation_set &last = sets_.back();
         const auto same = [](const auto &a, const auto &b) { return a == b || a->same_activations(*b); };
-        if (last.x == x && last.ids == ids &&
+        // Rows that are computed on the way are nowhere else, so whoever reads them takes them as they are.
+        if (last.x == x && last.ids == ids && (last.source || last.four == four) &&
             std::equal(attributes->begin(), attributes->end(), last.attributes->begin(), last.attributes->end(),
                        same)) {
             return &last;
         }
     }
-    return add_set(node, x, ids, attributes, nullptr);
+    return add_set(node, x, ids, attributes, nullptr, four);
 }
 
 activation_set *graph_rewriter::add_set(ggml_tensor *node, ggml_tensor *x, ggml_tensor *ids,
-                                        const tensor_attributes *attributes, const row_source *source) {
+                                        const tensor_attributes *attributes, const row_source *source,
+                                        const std::vector<uint8_t> *four) {
     activation_set &set = sets_.emplace_back();
     set.x = x;
     set.ids = ids;
@@ -324,10 +334,12 @@ activation_set *graph_rewriter::add_set(ggml_tensor *node, ggml_tensor *x, ggml_
         const size_t row_bytes = static_cast<size_t>(x->ne[0]) * sizeof(float);
         thread_bytes_ = std::max(thread_bytes_, static_cast<size_t>(kern_->nr) * row_bytes);
     }
+    set.four = four;
+    if (activations_.mode == activation_settings::kind::all) set.bits = activations_.bits;
     buffer_.reserve(set.rows(), x->ne[0]);
     ggml_tensor *args[2] = {x, ids};
-    if (ids) {
-        add_custom(node, args, 2, route_node, &set);
+    if (ids || four) {
+        add_custom(node, args, ids ? 2 : 1, route_node, &set);
     } else {
         set.route();
     }
@@ -357,7 +369,9 @@ bool graph_rewriter::add_fused_source(ggml_tensor *node, const fusion &fused, gg
     const ggml_tensor *first = nodes[fused.products[0]];
     const tensor_attributes *attributes = find_attributes(first->src[0], error);
     if (!attributes || !check_product(first, error)) return false;
-    add_set(node, node, nullptr, attributes, &fused.source);
+    const bool mixed =
+        std::all_of(fused.products.begin(), fused.products.end(), [&](int i) { return mixed_.covers(nodes[i], i); });
+    add_set(node, node, nullptr, attributes, &fused.source, mixed ? &mixed_.four() : nullptr);
     if (profiled_) {
         std::string label;
         for (int i : fused.replaced) label += std::string(host.ggml_op_name(nodes[i]->op)) + '+';
@@ -366,7 +380,7 @@ bool graph_rewriter::add_fused_source(ggml_tensor *node, const fusion &fused, gg
     return true;
 }
 
-bool graph_rewriter::add_product(ggml_tensor *node, std::string *error) {
+bool graph_rewriter::add_product(ggml_tensor *node, int i, std::string *error) {
     const ggml_tensor *weights = node->src[0];
     const tensor_attributes *attributes = find_attributes(weights, error);
     if (!attributes) return false;
@@ -375,7 +389,7 @@ bool graph_rewriter::add_product(ggml_tensor *node, std::string *error) {
     p.weights = weights;
     p.attributes = attributes;
     p.memory = &scratch_;
-    p.set = find_or_add_set(node, attributes);
+    p.set = find_or_add_set(node, i, attributes);
     thread_bytes_ = std::max(thread_bytes_, static_cast<size_t>(p.set->rows()) * sizeof(float *));
     ggml_tensor *args[2] = {node->src[1], node->src[0]};
     add_custom(node, args, 2, product_node, &p);

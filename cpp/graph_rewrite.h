@@ -11,6 +11,7 @@
 #include "fuse.h"
 #include "host.h"
 #include "matmul.h"
+#include "mixed_bits.h"
 #include "thread_memory.h"
 
 namespace agq {
@@ -22,7 +23,8 @@ bool uses_agq4(const ggml_tensor *node);
 class graph_rewriter {
   public:
     /// `fuse`: whether work between products may be done where their input is quantized.
-    graph_rewriter(const kernel *kern, bool fuse) : kern_(kern), fuse_(fuse) {}
+    graph_rewriter(const kernel *kern, bool fuse, const activation_settings &activations)
+        : kern_(kern), fuse_(fuse), activations_(activations), mixed_(activations, kern->attention) {}
     ~graph_rewriter();
     graph_rewriter(const graph_rewriter &) = delete;
     graph_rewriter &operator=(const graph_rewriter &) = delete;
@@ -32,6 +34,9 @@ class graph_rewriter {
     /// returns null and `*error` says which. The graph may then run on up to `n_threads` threads. Throws
     /// std::bad_alloc.
     ggml_cgraph *rewrite(ggml_tensor **nodes, int n, bool repeated, int n_threads, std::string *error);
+
+    /// After the graph has run: which of its tokens had 4 bits, for programs that want to know.
+    void record_bits() const { mixed_.record(); }
 
   private:
     /// What becomes of a node of the host's graph.
@@ -54,20 +59,23 @@ class graph_rewriter {
                     const std::unordered_map<const ggml_tensor *, int> &uses);
     void add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, ggml_custom_op function,
                     void *userdata);
-    bool add_product(ggml_tensor *node, std::string *error);
+    bool add_product(ggml_tensor *node, int i, std::string *error);
     bool add_row_lookup(ggml_tensor *node, std::string *error);
     void assign_fusions(ggml_tensor **nodes, int n);
     bool add_fused_source(ggml_tensor *node, const fusion &fused, ggml_tensor **nodes, std::string *error);
     void add_attention(ggml_tensor *node, attention_job *job);
     void add_clock(const std::string &label);
-    activation_set *find_or_add_set(ggml_tensor *node, const tensor_attributes *attributes);
+    /// `i` is the number of the product that reads the set.
+    activation_set *find_or_add_set(ggml_tensor *node, int i, const tensor_attributes *attributes);
     activation_set *add_set(ggml_tensor *node, ggml_tensor *x, ggml_tensor *ids, const tensor_attributes *attributes,
-                            const row_source *source);
+                            const row_source *source, const std::vector<uint8_t> *four);
     const tensor_attributes *find_attributes(const ggml_tensor *weights, std::string *error);
     void clear();
 
     const kernel *kern_;
     bool fuse_;
+    activation_settings activations_;
+    mixed_bits mixed_;
     activation_buffer buffer_;
     std::unordered_map<const void *, tensor_attributes>
         attributes_;  ///< by address of the weights, checked at each use

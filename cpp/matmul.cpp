@@ -89,8 +89,16 @@ void activation_set::route() {
     const int64_t total = rows();
     order.resize(static_cast<size_t>(total));
     if (!ids) {
-        for (int64_t i = 0; i < total; ++i) order[static_cast<size_t>(i)] = i;
-        segments.push_back({0, 0, total});
+        // Rows with 4 bits come behind the others, as a segment of their own.
+        int64_t filled = 0;
+        const auto is_four = [&](int64_t i) { return four && (*four)[static_cast<size_t>(i)] != 0; };
+        for (const bool wanted : {false, true}) {
+            const int64_t first = filled;
+            for (int64_t i = 0; i < total; ++i) {
+                if (is_four(i) == wanted) order[static_cast<size_t>(filled++)] = i;
+            }
+            if (filled > first) segments.push_back({0, first, filled - first, wanted ? 4 : bits});
+        }
     } else {
         const int64_t n_matrices = static_cast<int64_t>(attributes->size()), slots = ids->ne[0];
         const auto expert = [&](int64_t flat) {
@@ -110,7 +118,7 @@ void activation_set::route() {
         for (size_t e = 1; e < begin.size(); ++e) {
             begin[e] += begin[e - 1];
             if (begin[e] > begin[e - 1]) {
-                segments.push_back({static_cast<int>(e - 1), begin[e - 1], begin[e] - begin[e - 1]});
+                segments.push_back({static_cast<int>(e - 1), begin[e - 1], begin[e] - begin[e - 1], bits});
             }
         }
         for (int64_t i = 0; i < total; ++i) {
@@ -121,7 +129,7 @@ void activation_set::route() {
     for (const segment &s : segments) {
         for (int64_t first = 0; first < s.count; first += kern->nr) {
             units.push_back(
-                {s.matrix, s.first + first, static_cast<int>(std::min<int64_t>(kern->nr, s.count - first))});
+                {s.matrix, s.first + first, static_cast<int>(std::min<int64_t>(kern->nr, s.count - first)), s.bits});
         }
     }
 }
@@ -135,7 +143,8 @@ void quantize_node(ggml_tensor *, int ith, int, void *userdata) {
     const float *rows[64];
     for (int64_t i; (i = set.next.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(set.units.size());) {
         const activation_set::unit &u = set.units[static_cast<size_t>(i)];
-        const activation_format &format = (*set.attributes)[static_cast<size_t>(u.matrix)]->format;
+        activation_format format = (*set.attributes)[static_cast<size_t>(u.matrix)]->format;
+        if (u.bits != 0) format.bits = u.bits;
         for (int t = 0; t < u.count; ++t) {
             const int64_t flat = set.order[static_cast<size_t>(u.first + t)];
             if (set.source) {
@@ -181,7 +190,7 @@ void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
         args.codebook = a.codebook;
         args.tensor_scale = a.header.tensor_scale;
         args.per_group = a.format.per_group;
-        args.bits = a.format.bits;
+        args.bits = segment.bits != 0 ? segment.bits : a.format.bits;
         args.q = packed.q;
         args.bias = packed.bias;
         args.scale = packed.scale;

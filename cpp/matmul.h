@@ -49,11 +49,13 @@ struct activation_set {
     struct segment {
         int matrix;
         int64_t first, count;
+        int bits;  ///< of the activations; 0: what the matrix says
     };
     struct unit {
         int matrix;
         int64_t first;
         int count;
+        int bits;
     };
 
     const ggml_tensor *x = nullptr;
@@ -61,8 +63,10 @@ struct activation_set {
     const kernel *kern = nullptr;
     const tensor_attributes *attributes = nullptr;
     const activation_buffer *buffer = nullptr;
-    const row_source *source = nullptr;     ///< how to compute the rows of x, or null: they are in memory
-    const thread_memory *memory = nullptr;  ///< with a source, room for a block of rows in each thread
+    const row_source *source = nullptr;          ///< how to compute the rows of x, or null: they are in memory
+    const thread_memory *memory = nullptr;       ///< with a source, room for a block of rows in each thread
+    int bits = 0;                                ///< of all rows; 0: what the matrices say
+    const std::vector<uint8_t> *four = nullptr;  ///< by row, whether it has 4 bits instead; null: none has
 
     std::vector<segment> segments;
     std::vector<unit> units;       ///< activation blocks, the unit of work
@@ -71,7 +75,7 @@ struct activation_set {
     std::atomic<int64_t> next{0};
 
     int64_t rows() const;
-    /// Fills `segments`, `units`, `order` and `invalid`; with `ids` that needs the computed routing.
+    /// Fills `segments`, `units`, `order` and `invalid`; with `ids` or `four` that needs what was computed before.
     void route();
     int64_t scale_stride() const;  ///< scales per row
     /// Where the packed activations of the rows from `first` on lie.

@@ -12,9 +12,21 @@ options read_options() {
     return result;
 }
 
-std::string prune_option() {
-    const char *text = std::getenv("AGQ_PRUNE");
+namespace {
+
+std::string variable(const char *name) {
+    const char *text = std::getenv(name);
     return text ? text : "";
+}
+
+}  // namespace
+
+std::string prune_option() {
+    return variable("AGQ_PRUNE");
+}
+
+std::string activation_bits_option() {
+    return variable("AGQ_ACT_BITS");
 }
 
 }  // namespace agq

@@ -12,7 +12,8 @@ struct options {
 
 options read_options();
 
-/// AGQ_PRUNE, as it is now: it is read when a context is created. Empty if it is not set.
-std::string prune_option();
+// As they are now: they are read when a context is created. Empty if they are not set.
+std::string prune_option();            ///< AGQ_PRUNE
+std::string activation_bits_option();  ///< AGQ_ACT_BITS
 
 }  // namespace agq

@@ -7,6 +7,7 @@
 #include "backend.h"
 #include "host.h"
 #include "kernels/select.h"
+#include "mixed_bits.h"
 #include "options.h"
 #include "profile.h"
 #include "prune/history.h"
@@ -80,6 +81,14 @@ AGQ_EXPORT int32_t agq_last_pruned(int32_t *layers, int32_t n) {
     const std::vector<int32_t> &known = agq::prune_history::of_thread().layers();
     if (layers && n > 0) std::copy_n(known.begin(), std::min(known.size(), static_cast<size_t>(n)), layers);
     return static_cast<int32_t>(known.size());
+}
+
+/// The bits of the activations of each token in the calling thread's last call, 8 or 4; returns the number of tokens, 0
+/// if they were not mixed.
+AGQ_EXPORT int32_t agq_last_bits(int32_t *bits, int32_t n) {
+    const std::vector<uint8_t> &four = agq::mixed_bits::last_call();
+    for (size_t i = 0; bits && i < four.size() && static_cast<int32_t>(i) < n; ++i) bits[i] = four[i] ? 4 : 8;
+    return static_cast<int32_t>(four.size());
 }
 
 /// For each token of the ubatch that this thread pruned last its importance at a pruning layer (NaN: it had left,

@@ -31,7 +31,7 @@ def run(program: Path, *arguments: str, **env: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("name", ["kernels_test", "attention_test", "rows_test"])
+@pytest.mark.parametrize("name", ["kernels_test", "attention_test", "rows_test", "mixed_test"])
 def test_cpp_program(name: str, build: Path) -> None:
     result = run(build / name)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -52,6 +52,7 @@ def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
         "ggml_backend_init",
         "llama_backend_init",
         "agq_last_error",
+        "agq_last_bits",
         "agq_last_pruned",
         "agq_profile",
         "agq_profile_report",
