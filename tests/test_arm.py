@@ -1,6 +1,6 @@
 """Cross-builds for 64-bit Arm and runs the result under qemu-user: kernels, attention, the plugin inside stock ggml.
 
-Needs g++-aarch64-linux-gnu and qemu-user; the plugin test also ggml's sources (AGQ_GGML_SOURCES, see docs/arm.md).
+Needs g++-aarch64-linux-gnu and qemu-user; the plugin test also llama.cpp's sources (AGQ_GGML_SOURCES, see docs/arm.md).
 """
 
 from __future__ import annotations
@@ -95,9 +95,10 @@ def ggml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of stock ggml's libraries for aarch64, built from the sources in AGQ_GGML_SOURCES; takes minutes."""
     sources = os.environ.get("AGQ_GGML_SOURCES")
     if not sources:
-        pytest.skip("AGQ_GGML_SOURCES does not name the folder of ggml's sources (docs/arm.md)")
-    options = ["-DGGML_NATIVE=OFF", "-DGGML_OPENMP=OFF", "-DBUILD_SHARED_LIBS=ON", "-DGGML_BUILD_TESTS=OFF"]
-    options += ["-DGGML_BUILD_EXAMPLES=OFF", "-DGGML_CPU_ARM_ARCH=armv8-a", "-DCMAKE_BUILD_TYPE=Release"]
+        pytest.skip("AGQ_GGML_SOURCES does not name the folder of llama.cpp's sources (docs/arm.md)")
+    options = ["-DGGML_NATIVE=OFF", "-DGGML_OPENMP=OFF", "-DBUILD_SHARED_LIBS=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    options += [f"-DLLAMA_BUILD_{part}=OFF" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
+    options.append("-DGGML_CPU_ARM_ARCH=armv8-a")
     folder = build(Path(sources), tmp_path_factory.mktemp("ggml"), ["ggml"], *options)
     return next(folder.rglob("libggml-cpu.so")).parent
 
