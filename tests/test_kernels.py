@@ -53,6 +53,7 @@ def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
         "llama_backend_init",
         "agq_last_error",
         "agq_last_bits",
+        "agq_last_importance",
         "agq_last_pruned",
         "agq_profile",
         "agq_profile_report",
