@@ -15,6 +15,7 @@
 #include "options.h"
 #include "profile.h"
 #include "prune/pruner.h"
+#include "thread_value.h"
 
 namespace agq {
 
@@ -37,7 +38,9 @@ std::atomic<bool> agq4_seen{false};
 std::atomic<bool> pruning_asked_for{false};
 
 /// What this thread's contexts shall do in place of AGQ_PRUNE.
-thread_local std::optional<std::string> thread_pruning;
+std::optional<std::string> &thread_pruning() {
+    return thread_value<std::optional<std::string>, struct pruning_tag>();
+}
 
 /// True from the creation of a backend to the end of its first graph, in the thread that creates the context. With
 /// flash attention "auto", libllama schedules one graph there to see whether the attention node lands on the layer's
@@ -204,7 +207,7 @@ ggml_backend *device_init_backend(ggml_backend_device *device, const char *) {
         prune_settings pruning;
         std::string error;
         activation_settings activations;
-        if (!parse_prune_settings(thread_pruning ? *thread_pruning : prune_option(), &pruning, &error) ||
+        if (!parse_prune_settings(thread_pruning() ? *thread_pruning() : prune_option(), &pruning, &error) ||
             !parse_activation_settings(activation_bits_option(), &activations, &error)) {
             log_line(log_error, error);
             return nullptr;
@@ -305,12 +308,12 @@ ggml_backend_reg *backend_registry(const kernel *kern, bool fuse) {
 
 bool set_thread_pruning(const char *text, std::string *error) {
     if (!text) {
-        thread_pruning.reset();
+        thread_pruning().reset();
         return true;
     }
     prune_settings ignored;
     if (!parse_prune_settings(text, &ignored, error)) return false;
-    thread_pruning = text;
+    thread_pruning() = text;
     return true;
 }
 

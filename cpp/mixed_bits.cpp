@@ -8,6 +8,7 @@
 #include <new>
 
 #include "prune/selection.h"
+#include "thread_value.h"
 
 namespace agq {
 
@@ -133,8 +134,7 @@ bool mixed_bits::covers(const ggml_tensor *product, int i) const {
 }
 
 std::vector<uint8_t> &mixed_bits::last_call() {
-    thread_local std::vector<uint8_t> last;
-    return last;
+    return thread_value<std::vector<uint8_t>, mixed_bits>();
 }
 
 void mixed_bits::record() const {

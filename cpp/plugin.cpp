@@ -11,6 +11,7 @@
 #include "options.h"
 #include "profile.h"
 #include "prune/history.h"
+#include "thread_value.h"
 #include "type_registry.h"
 
 #ifdef _WIN32
@@ -71,7 +72,7 @@ AGQ_EXPORT int agq_profile_report(char *text, int size) {
 /// Sets how contexts that this thread creates from now on prune (docs/pruning.md, "Control"); null: as AGQ_PRUNE says.
 /// Returns null, or what is wrong with the text (valid until the next call in this thread).
 AGQ_EXPORT const char *agq_set_prune(const char *text) {
-    static thread_local std::string error;
+    std::string &error = agq::thread_value<std::string, struct prune_error>();
     return agq::set_thread_pruning(text, &error) ? nullptr : error.c_str();
 }
 

@@ -1,5 +1,7 @@
 #include "history.h"
 
+#include "../thread_value.h"
+
 namespace agq {
 
 namespace {
@@ -25,8 +27,7 @@ void prune_history::record_kept(int32_t position, size_t n) {
 }
 
 prune_history &prune_history::of_thread() {
-    static thread_local prune_history history;
-    return history;
+    return thread_value<prune_history, prune_history>();
 }
 
 }  // namespace agq
