@@ -33,6 +33,7 @@ _STOCK_ROWS = 4096  # converted at a time: bounds memory
 _FEW_TOKENS = 4096  # of calibration text; less is worth a warning
 ERROR_TENSORS, ERROR_VALUES = "agq.error.tensors", "agq.error.values"  # metadata: squared output errors by tensor
 QUALITIES = ("fast", "balanced", "best")
+REPLACED = "adjusted with the matrices behind it"  # what the report says of norms that are not the source's
 
 Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
 
@@ -329,7 +330,8 @@ def _write(
     for p, target in zip(plans, placed, strict=True):
         found = results.get(p.source.name)
         error, note = (found.error, found.note) if found else (None, "")
-        reports.append(TensorReport(target.name, p.type_name, target.n_elements, target.n_bytes, p.reason, error, note))
+        reason = f"{p.reason}; {REPLACED}" if p.source.name in norms else p.reason
+        reports.append(TensorReport(target.name, p.type_name, target.n_elements, target.n_bytes, reason, error, note))
     return Report(reports, writer.n_bytes, guide.origin, guide.warnings, writer.paths)
 
 

@@ -69,7 +69,7 @@ def test_both_models_answer_with_their_own_text(server: str, llama_agq: Path, ll
     from agq_gguf.host import generated_text, open_llama
 
     for path in (llama_agq, llama_q8):
-        body = {"model": path.stem, "prompt": "the red key", "max_tokens": 8, "temperature": 0}
+        body = {"model": path.stem, "prompt": "the red key", "max_tokens": 8, "temperature": 0, "repeat_penalty": 1.0}
         text = post(f"{server}/completions", body)["choices"][0]["text"]
         llama = open_llama(path, context=256, threads=1)
         wanted = "".join(generated_text(llama, "the red key", tokens=8, temperature=0, seed=1))
