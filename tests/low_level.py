@@ -29,11 +29,18 @@ def _collect(level: int, text: bytes, _: Any) -> None:
 
 
 class LowModel:
-    """A loaded model, and its contexts."""
+    """A loaded model, and its contexts. While one is open, the log goes to `log`."""
+
+    _open = 0
+    _previous = (api.llama_log_callback(), ctypes.c_void_p())  # who got the log before the first one
 
     def __init__(self, path: Path | str):
         agq_gguf.register()
-        api.llama_log_set(_collect, ctypes.c_void_p())
+        if LowModel._open == 0:
+            callback, data = LowModel._previous
+            api.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+            api.llama_log_set(_collect, ctypes.c_void_p())
+        LowModel._open += 1
         api.llama_backend_init()
         self.model = api.llama_model_load_from_file(os.fsencode(path), api.llama_model_default_params())
         assert self.model, path
@@ -45,6 +52,9 @@ class LowModel:
 
     def close(self) -> None:
         api.llama_model_free(self.model)
+        LowModel._open -= 1
+        if LowModel._open == 0:
+            api.llama_log_set(*LowModel._previous)
 
 
 class LowContext:
