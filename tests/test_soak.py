@@ -157,7 +157,9 @@ def soak(path: Path, seconds: float, least: int, seed: int) -> Counter[str]:
     end, rounds, before = time.monotonic() + seconds, 0, 0
     try:
         while rounds < least or time.monotonic() < end:
-            for _ in range(choose.randint(20, 60)):
+            operations = choose.randint(20, 60)
+            while operations > 0 or len(session.tokens) > N_CTX - 50:  # the probe needs room, too
+                operations -= 1
                 name, arguments = next_operation(session, choose)
                 logits = getattr(session, name)(*arguments)
                 since_empty.append((name, arguments))
