@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -165,10 +165,19 @@ def quantize(
     quality: Annotated[
         Quality, typer.Option(help="How much work: docs/quality.md has what each costs and brings.")
     ] = Quality.balanced,
-    output_type: Annotated[str, typer.Option(help="Type of the output matrix: agq4, q8_0, f16 or f32.")] = "q8_0",
+    output_type: Annotated[
+        str, typer.Option(help="Type of the output matrix: agq4, q6_K, q8_0, f16, f32, or auto (q8_0).")
+    ] = "auto",
     embedding_type: Annotated[
         str, typer.Option(help="Type of the token embedding: as above, or auto (q8_0 below 1024 columns, else agq4).")
     ] = "auto",
+    target_bpw: Annotated[
+        float,
+        typer.Option(min=0, help="Bits per weight of the whole model, at most; sensitive tensors get more than 4."),
+    ] = 0.0,
+    act_bits: Annotated[
+        int, typer.Option("--act-bits", help="Bits of activations: 8, or 4 (far less exact, with a scale per group).")
+    ] = 8,
     threads: Threads = 0,
     memory: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for calibration, such as 4G.")
@@ -207,14 +216,17 @@ def quantize(
         resume=resume,
         output_type=output_type,
         embedding_type=embedding_type,
+        target_bpw=target_bpw,
         threads=threads,
         memory=memory,
         split_size=split_size or 0,
     )
+    if act_bits != 8:
+        options = replace(options, matrix=convert.activation_options(act_bits))
     if prune and (calibration is None or split_size):
         raise InputError("--prune needs a text, with --calibration, and one file, without --split-max-size")
     if dry_run:
-        tables.show_plan(convert.plan_file(source, options))
+        tables.show_plan(convert.plan_file(source, options, calibration=calibration, imatrix=imatrix))
         return
     with show.ProgressView(quiet=quiet or as_json) as view:
         report = convert.quantize(

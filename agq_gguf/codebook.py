@@ -20,8 +20,8 @@ _FIXED = (-64, -48, -37, -28, -21, -15, -9, -4, 2, 8, 14, 20, 27, 34, 43, 54)
 _FACTORS = tuple(0.68 + 0.08 * i for i in range(6))
 _FINER = (0.95, 0.975, 1.025, 1.05)  # then these times the best of them
 _CHUNK = 1 << 11  # groups searched at a time: fits into the cache
-_SAMPLE = 1 << 12  # groups a codebook is learned from
-_ROUNDS = 8
+_SAMPLE = 1 << 11  # groups a codebook is learned from
+_ROUNDS = 4
 
 # The nearest code of v is looked up at floor(8 v) + 512: exact for whole codebooks, whose midpoints are multiples of
 # 1/2, and ten times as fast as a search.
@@ -47,6 +47,11 @@ class Codebook:
     @staticmethod
     def _cells(normal: torch.Tensor) -> torch.Tensor:
         return torch.add(64 * _CELLS_PER_UNIT, normal, alpha=_CELLS_PER_UNIT).clamp_(0, _N_CELLS - 1).int().reshape(-1)
+
+    def round(self, normal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nearest codes, int64, and their values, of weights divided by their scale, [n]."""
+        codes = self._codes.index_select(0, self._cells(normal))
+        return codes, self.values.index_select(0, codes)
 
     def encode(self, normal: torch.Tensor) -> torch.Tensor:
         """Nearest codes, int64, of weights divided by their scale, any shape."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agq_gguf import __version__, blocks, equalize
+from agq_gguf import __version__, blocks, equalize, stock
 from agq_gguf.errors import InputError
 from agq_gguf.host import default_threads
 from agq_gguf.journal import Journal, digest, folder_of
@@ -44,8 +44,9 @@ class QuantizeOptions:
 
     quality: str = "balanced"  # one of QUALITIES
     resume: bool = False  # keep what is finished beside the output, and go on from there
-    output_type: str = "q8_0"
+    output_type: str = "auto"  # q8_0, or what the target allows
     embedding_type: str = "auto"  # q8_0 for small models, else agq4
+    target_bpw: float = 0.0  # bits per weight of the whole model, at most; 0: no target
     threads: int = 0  # 0: all that this process may use
     memory: int = 4 << 30  # bytes that calibration may use for the statistics it holds at a time
     calibration_tokens: int = 32768  # at most
@@ -56,8 +57,20 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
             raise InputError(f"unknown quality {self.quality!r}; known are {', '.join(QUALITIES)}")
+        if not (np.isfinite(self.target_bpw) and self.target_bpw >= 0):
+            raise InputError(f"the target is {self.target_bpw} bits per weight, it must be a positive number")
         if self.quality == "fast":
             object.__setattr__(self, "matrix", replace(self.matrix, error_feedback=False))
+
+
+def activation_options(bits: int) -> MatrixOptions:
+    """How matrices are quantized for activations of 8 or 4 bits.
+
+    Four bits need a scale per group of 64 channels: with one per token they are no use (docs/quality.md).
+    """
+    if bits not in (4, 8):
+        raise InputError(f"activations of {bits} bits are not to be had, only 8 and 4")
+    return MatrixOptions(activation_bits=bits, per_group=bits == 4)
 
 
 @dataclass(frozen=True)
@@ -102,12 +115,33 @@ def _silent(phase: str, done: int, total: int, what: str) -> None:
     """Progress nobody asked for."""
 
 
-def plan_file(src: str | os.PathLike[str], options: QuantizeOptions | None = None) -> list[TensorPlan]:
-    """What `quantize` would do with each tensor, without doing it."""
+def plan_file(
+    src: str | os.PathLike[str],
+    options: QuantizeOptions | None = None,
+    *,
+    calibration: str | os.PathLike[str] | Iterable[str] | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> list[TensorPlan]:
+    """What `quantize` would do with each tensor, without doing it; text and matrix matter under a target only."""
     options = options or QuantizeOptions()
-    with open_model(src) as reader:
+    with open_model(src) as reader, _torch_threads(options.threads):
         check_source(reader)
+        return _plans(reader, calibration, imatrix, options, progress or _silent)
+
+
+def _plans(
+    reader: Reader,
+    calibration: str | os.PathLike[str] | Iterable[str] | None,
+    imatrix: str | os.PathLike[str] | None,
+    options: QuantizeOptions,
+    progress: Progress,
+) -> list[TensorPlan]:
+    if not options.target_bpw:
         return plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
+    from agq_gguf.mixture import choose_types
+
+    return choose_types(reader, calibration, imatrix, options, progress)
 
 
 def quantize(
@@ -128,7 +162,9 @@ def quantize(
     options, progress = options or QuantizeOptions(), progress or _silent
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         check_source(reader)
-        plans = plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
+        if calibration is not None and not isinstance(calibration, (str, os.PathLike)):
+            calibration = list(calibration)  # it may be read twice
+        plans = _plans(reader, calibration, imatrix, options, progress)
         wanted = {p.source.name: p.source for p in plans if p.type_name == blocks.TYPE_NAME}
         if calibration is not None and wanted:
             guide = _from_text(stack, reader, plans, calibration, options, Path(dst), progress)
@@ -413,12 +449,10 @@ def _quantize_group(reader: Reader, group: _Group, options: MatrixOptions) -> _M
 
 def _stock(reader: Reader, tensor: Tensor, type_name: str) -> Iterator[NDArray[Any]]:
     """The rows of a tensor in a stock type, some at a time."""
-    from gguf import GGMLQuantizationType, quants
-
     n_rows = tensor.n_elements // tensor.shape[-1]
     for begin in range(0, n_rows, _STOCK_ROWS):
         rows = reader.read(tensor.name, range(begin, min(begin + _STOCK_ROWS, n_rows)))
-        yield quants.quantize(rows, GGMLQuantizationType[type_name.upper()])
+        yield stock.quantize(rows, type_name)
 
 
 def _metadata(plans: list[TensorPlan], guidance: str, options: QuantizeOptions) -> dict[str, Any]:

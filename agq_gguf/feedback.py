@@ -90,8 +90,8 @@ def _feed_back(weights: torch.Tensor, known: Correlations, codebook: Codebook) -
         inverse, errors = reciprocal(scale), torch.empty_like(group)
         for j in range(GROUP_COLUMNS):
             normal = group[j] * inverse
-            codes[columns[j]] = codebook.encode(normal)
-            errors[j] = (group[j] - codebook.nearest(normal) * scale) / inside[j, j]
+            codes[columns[j]], value = codebook.round(normal)
+            errors[j] = (group[j] - value * scale) / inside[j, j]
             group[j + 1 :].addr_(inside[j, j + 1 :], errors[j], alpha=-1)
         rest[later].addmm_(upper[here, later].T, errors, alpha=-1)
         scales[columns[0] // GROUP_COLUMNS] = scale
@@ -124,9 +124,9 @@ def _descend(
             for j in range(GROUP_COLUMNS):
                 k = here.start + j
                 normal = (restored[k] + group[j] / inside[j, j]) * inverse
-                codes[k] = codebook.encode(normal)
-                value = codebook.nearest(normal) * scales[g]
-                group.addr_(inside[j], value - restored[k], alpha=-1)
+                codes[k], value = codebook.round(normal)
+                value *= scales[g]
+                group[j + 1 :].addr_(inside[j, j + 1 :], value - restored[k], alpha=-1)  # columns still to come
                 restored[k] = value
             slope.addmm_(hessian[:, here], restored[here] - before, alpha=-1)
     return codes.T.contiguous(), scales.T.contiguous()

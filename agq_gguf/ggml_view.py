@@ -61,6 +61,10 @@ class Ggml:
         self._lib.ggml_op_name.restype = ctypes.c_char_p
         self._lib.ggml_backend_buffer_is_host.restype = ctypes.c_bool
         self._lib.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]
+        self._lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+        self._lib.ggml_quantize_chunk.argtypes = [
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p,
+        ]  # fmt: skip
         self._probe()
         names = [self._lib.ggml_op_name(i) for i in range(64)]  # both are far from the end of the enum
         self.mul_mat, self.mul_mat_id = names.index(b"MUL_MAT"), names.index(b"MUL_MAT_ID")
@@ -115,6 +119,19 @@ class Ggml:
     def integers(self, tensor: GgmlTensor) -> NDArray[np.int32]:
         """`floats` for an I32 tensor."""
         return self._array(tensor, I32, np.dtype(np.int32))
+
+    def quantize(
+        self, type_id: int, rows: NDArray[np.float32], row_bytes: int, importance: NDArray[np.float32] | None
+    ) -> NDArray[np.uint8]:
+        """Rows [n, K] in one of ggml's types of `row_bytes` bytes per row, errors weighted by `importance` [K]."""
+        source = np.ascontiguousarray(rows, np.float32)
+        weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+        made = np.empty((len(source), row_bytes), np.uint8)
+        pointer = None if weights is None else weights.ctypes.data
+        arguments = type_id, source.ctypes.data, made.ctypes.data, 0, len(source), source.shape[1], pointer
+        if self._lib.ggml_quantize_chunk(*arguments) != made.nbytes:
+            raise HostError(f"ggml makes rows of another size than {row_bytes} bytes of type {type_id}")
+        return made
 
     def _array(self, tensor: GgmlTensor, wanted: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         owner = tensor.view_src.contents if tensor.view_src else tensor

@@ -162,7 +162,11 @@ class LlamaGraph:
     def logits(self, x: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [batch, tokens, vocabulary] of the last block's x; `output` replaces the output matrix."""
         matrix = self.tensor(self.output_name) if output is None else output
-        return functional.linear(self._norm(x, "output_norm"), matrix)
+        return functional.linear(self.normed(x), matrix)
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the output matrix is multiplied with."""
+        return self._norm(x, "output_norm")
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         weight = self.tensor(f"{name}.weight")

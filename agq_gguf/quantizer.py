@@ -6,6 +6,8 @@ order, refinement exponents, error weights, the factor for error feedback. `quan
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +29,9 @@ _LARGEST = 4096.0
 _SMALLEST_ALPHA = 2.0**-126  # smaller binary32 numbers lose precision, or count as 0 on some machines
 _ERROR_ROWS = 256  # rows on which the reported error is measured
 _ROWS_AT_A_TIME = 4096  # bounds memory
+_ROWS_OF_A_THREAD = 128  # fewer are not worth a thread
+
+_Rounded = tuple[torch.Tensor, torch.Tensor]  # codes [M, K] uint8 and scales [M, K / 64]
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,9 @@ def quantize_matrix(
         raise InputError(f"tensor {name} holds a NaN or an infinity; the model is damaged")
     stored, tensor_scale = _stored_weights(weight, prepared.refinement)
     codebook = cb.learn(stored, prepared.importance) if options.learn_codebook else cb.fixed()
-    parts = [_round(part, prepared, codebook, options) for part in stored.split(_ROWS_AT_A_TIME)]
+    parts = _in_parallel(
+        lambda part: _round(part, prepared, codebook, options), stored.split(_rows_at_a_time(len(stored)))
+    )
     codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     parameters = Parameters(
         codebook=(codebook.values + 64).numpy().astype(np.uint8),
@@ -120,10 +127,27 @@ def quantize_matrix(
     return QuantizedMatrix(Matrix(codes.numpy(), scales.numpy(), parameters), error, prepared.note)
 
 
-def _round(
-    stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook, options: MatrixOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [M, K] uint8 and scales [M, K / 64] of some rows; each row is on its own."""
+def _rows_at_a_time(rows: int) -> int:
+    """Rows are rounded apart from one another: equal shares for all threads, of a bounded size."""
+    shares = torch.get_num_threads() * -(-rows // (torch.get_num_threads() * _ROWS_AT_A_TIME))
+    return max(_ROWS_OF_A_THREAD, -(-rows // shares))
+
+
+def _in_parallel(work: Callable[[torch.Tensor], _Rounded], parts: Sequence[torch.Tensor]) -> list[_Rounded]:
+    """Results for all parts, one thread each: tensors are too small here for threads inside of torch's operations."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) == 1:
+        return [work(part) for part in parts]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _round(stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook, options: MatrixOptions) -> _Rounded:
+    """Some rows; each is on its own."""
     rows, columns = stored.shape
     if prepared.correlations is not None:
         codes, scales = feedback.quantize(stored, prepared.correlations, codebook, options.sweeps)

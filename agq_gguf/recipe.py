@@ -11,7 +11,7 @@ from agq_gguf.reader import TYPE_IDS, TYPES, Reader, Tensor
 
 OUTPUT = "output.weight"
 EMBEDDING = "token_embd.weight"
-TARGET_TYPES = (blocks.TYPE_NAME, "q8_0", "f16", "f32")
+TARGET_TYPES = (blocks.TYPE_NAME, "q6_K", "q8_0", "f16", "f32")
 
 # Two-dimensional tensors that are no plain matrix product: looked up, added, convolved, or too small and too sensitive.
 # Patterns of names; the same kinds of tensors that llama-quantize leaves alone.
@@ -40,21 +40,21 @@ class TensorPlan:
 
 
 def plan(
-    reader: Reader, *, output_type: str = "q8_0", embedding_type: str = "auto", default_type: str = "agq4"
+    reader: Reader, *, output_type: str = "auto", embedding_type: str = "auto", default_type: str = "agq4"
 ) -> list[TensorPlan]:
     """One entry for each tensor, in the order of the file.
 
     `output_type` is for the matrix that yields the logits: `output.weight`, or the embedding when there is none and the
-    model shares it; `embedding_type` is for an embedding that is only looked up. "auto" means Q8_0 below
-    1024 columns: there the embedding is a large part of what 4 bits lose, and costs little (docs/format-study.md).
+    model shares it; "auto" means Q8_0. `embedding_type` is for an embedding that is only looked up; "auto" means Q8_0
+    below 1024 columns, where it is a large part of what 4 bits lose, and costs little (docs/format-study.md).
     """
     for option, name in (("output type", output_type), ("embedding type", embedding_type), ("type", default_type)):
-        if name not in TARGET_TYPES and (option, name) != ("embedding type", "auto"):
+        if name not in TARGET_TYPES and (option == "type" or name != "auto"):
             raise InputError(f"unknown {option} {name!r}; known are {', '.join(TARGET_TYPES)}")
     plans = []
     for tensor in reader.tensors.values():
         if tensor.name == OUTPUT or (tensor.name == EMBEDDING and OUTPUT not in reader.tensors):
-            wanted, option = output_type, "output type"
+            wanted, option = "q8_0" if output_type == "auto" else output_type, "output type"
         elif tensor.name == EMBEDDING:
             wanted, option = embedding_type, "embedding type"
             if wanted == "auto":
@@ -76,6 +76,8 @@ def _decide(tensor: Tensor, wanted: str, option: str) -> TensorPlan:
         if shape_problem is None:
             return TensorPlan(tensor, blocks.TYPE_NAME, "")
         type_name, problem = "q8_0", shape_problem
+    if type_name == "q6_K" and tensor.shape[-1] % TYPES[TYPE_IDS["q6_K"]][1]:
+        type_name, problem = "q8_0", f"{problem}; q6_K wants a multiple of 256"
     if type_name == "q8_0" and tensor.shape[-1] % TYPES[TYPE_IDS["q8_0"]][1]:
         type_name, problem = "f16", f"{problem}; q8_0 wants a multiple of 32"
     return TensorPlan(tensor, type_name, problem)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agq_gguf import distill
+from agq_gguf import distill, stock
 from agq_gguf.blocks import TYPE_NAME
 from agq_gguf.calibrate import Calibrator
 from agq_gguf.evaluate import compare
@@ -123,14 +123,13 @@ def _run(
         return
     matrices = dict(run.run(journal, report))
     refined.norms.update({name: norm.numpy() for name, norm in run.norms.items()})
-    kind = types[graph.output_name]
     tuned = distill.tune(
         graph,
         batches_of(chunks, _TUNE_TOKENS),
         matrices,
         run.norms,
         embedding=embedding,
-        output=_q8_0(graph.tensor(graph.output_name)) if kind == "q8_0" else None,
+        output=_stored(graph.tensor(graph.output_name), types[graph.output_name]),
         epochs=_EPOCHS,
         progress=lambda done, total: progress("tune", done, total, "norms and scales"),
     )
@@ -163,17 +162,14 @@ def _embedding(
 ) -> tuple[torch.Tensor | None, QuantizedMatrix | None]:
     """What the quantized model looks tokens up in, and the matrix if that is AGQ4."""
     table = graph.tensor(EMBEDDING)
-    if types[EMBEDDING] == "q8_0":
-        return _q8_0(table), None
     if types[EMBEDDING] != TYPE_NAME or graph.output_name == EMBEDDING:
-        return None, None
+        return _stored(table, types[EMBEDDING]), None
     found = quantize_matrix(table.numpy(), prepare_input(None, table.shape[1], 0, options), options, EMBEDDING)
     return restored(found.matrix, Rounder(found.matrix.parameters, table.shape[1])), found
 
 
-def _q8_0(weights: torch.Tensor) -> torch.Tensor:
-    """Weights as Q8_0 has them."""
-    from gguf import GGMLQuantizationType, quants
-
-    kind = GGMLQuantizationType.Q8_0
-    return torch.from_numpy(quants.dequantize(quants.quantize(weights.numpy(), kind), kind))
+def _stored(weights: torch.Tensor, type_name: str) -> torch.Tensor | None:
+    """Weights as they come back from one of ggml's types; None where that changes next to nothing, or is not known."""
+    if type_name in (TYPE_NAME, "f32", "f16", "bf16"):
+        return None
+    return torch.from_numpy(stock.rounded(weights.numpy(), type_name))

@@ -10,6 +10,7 @@ its simplest form, one weight per token and input.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -37,9 +38,12 @@ def token_weights(
         with torch.no_grad():
             for layer in range(graph.shape.n_layer):
                 inputs.append(graph.block(layer, inputs[-1], graph.linear))
-        gradient = _logits_gradient(graph, inputs.pop(), generator)
+        gradient, _ = logits_gradient(graph, inputs.pop(), generator)
         for layer in reversed(range(graph.shape.n_layer)):
-            gradient = _block_gradient(graph, layer, inputs.pop(), gradient, found)
+            gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
+            for stage in range(len(STAGES)):  # matrices and channels of a stage count together
+                squares = [p.gradient.square().sum(-1) for p in products if p.stage == stage]
+                found.setdefault((layer, stage), []).append(torch.stack(squares).sum(0))
         done += tokens.numel()
         progress(done)
     return {key: _tempered(torch.cat(parts)) for key, parts in found.items()}
@@ -50,35 +54,44 @@ def _tempered(weights: torch.Tensor) -> torch.Tensor:
     return _SHARE * weights / mean + (1 - _SHARE) if mean > 0 else torch.ones_like(weights)
 
 
-def _logits_gradient(graph: LlamaGraph, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Gradient of -log p of drawn tokens by the last block's x."""
+def logits_gradient(
+    graph: LlamaGraph, x: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of -log p of drawn tokens, by the last block's x and by the logits [tokens, vocabulary]."""
     x = x.detach().requires_grad_()
-    scores = functional.log_softmax(graph.logits(x), -1)
+    logits = graph.logits(x)
+    scores = functional.log_softmax(logits, -1).flatten(0, -2)
     with torch.no_grad():
-        drawn = torch.multinomial(scores.exp().flatten(0, -2), 1, generator=generator)
-    loss = -scores.flatten(0, -2).gather(1, drawn).sum()
-    return torch.autograd.grad(loss, x)[0]
+        drawn = torch.multinomial(scores.exp(), 1, generator=generator)
+    by_x, by_logits = torch.autograd.grad(-scores.gather(1, drawn).sum(), [x, logits])
+    return by_x, by_logits.flatten(0, -2)
 
 
-def _block_gradient(
-    graph: LlamaGraph,
-    layer: int,
-    x: torch.Tensor,
-    gradient: torch.Tensor,
-    found: dict[tuple[int, int], list[torch.Tensor]],
-) -> torch.Tensor:
-    """Gradient by the block's x; squared gradients by its products go to `found`, summed over matrices and channels."""
+@dataclass(frozen=True)
+class Product:
+    """What a matrix of a block is multiplied with, and the gradient by what comes out; [tokens, channels]."""
+
+    stage: int
+    name: str  # without ".weight"
+    given: torch.Tensor
+    gradient: torch.Tensor
+
+
+def block_gradients(
+    graph: LlamaGraph, layer: int, x: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, list[Product]]:
+    """Gradient by the block's x, given the one by its result, and those by all its products."""
     x = x.detach().requires_grad_()
     state: State = (x, None)
-    made: list[list[torch.Tensor]] = []
+    made: list[tuple[int, str, torch.Tensor, torch.Tensor]] = []
     for stage, names in enumerate(STAGES):
         given = graph.stage_input(layer, stage, state)
-        made.append([graph.linear(f"blk.{layer}.{name}", given) for name in names])
-        state = graph.stage_output(layer, stage, state, made[-1])
-    flat = [product for products in made for product in products]
-    gradients = list(torch.autograd.grad(state[0], [x, *flat], gradient))
-    before = gradients.pop(0)
-    for stage, products in enumerate(made):
-        squares = [gradients.pop(0).square().sum(-1).flatten() for _ in products]
-        found.setdefault((layer, stage), []).append(torch.stack(squares).sum(0))
-    return before
+        products = [graph.linear(f"blk.{layer}.{name}", given) for name in names]
+        made += [(stage, f"blk.{layer}.{name}", given, p) for name, p in zip(names, products, strict=True)]
+        state = graph.stage_output(layer, stage, state, products)
+    before, *gradients = torch.autograd.grad(state[0], [x, *(product for *_, product in made)], gradient)
+    found = [
+        Product(stage, name, given.detach().flatten(0, 1), g.flatten(0, 1))
+        for (stage, name, given, _), g in zip(made, gradients, strict=True)
+    ]
+    return before, found

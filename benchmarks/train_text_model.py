@@ -1,11 +1,13 @@
-"""Trains a small LLaMA on text files: a second language model for benchmarks/quality_compare.py.
+"""Trains a LLaMA of about ten million parameters on text files: a language model for benchmarks/quality_compare.py.
 
-Its matrices have 256 or 768 columns, so that llama.cpp's K types can hold them (the demo model's have 128). About forty
-minutes on one core; not part of the package:
+Its matrices have 512 or 1024 columns, so that llama.cpp's K types can hold them (the demo model's have 128). An hour or
+two on one core; not part of the package:
 
-    python benchmarks/train_text_model.py wikitext.txt other.txt --output FOLDER --minutes 40
+    export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
+    python benchmarks/train_text_model.py wikitext.txt other.txt --output FOLDER --minutes 65
 
-Of the first text the last 220 kB are kept from training: FOLDER/calibration.txt and FOLDER/evaluation.txt.
+Of the first text the last 220 kB are kept from training: FOLDER/calibration.txt and FOLDER/evaluation.txt. The model is
+written every ``--save-minutes``, so that it can be looked at before the end.
 """
 
 from __future__ import annotations
@@ -34,10 +36,16 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--columns", type=int, default=512, help="of the residual stream")
+    parser.add_argument("--feed-forward", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=8, help="of queries; half as many of keys and values")
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--save-minutes", type=float, default=10)
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16: faster on CPUs that have it")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.manual_seed(1)
@@ -49,7 +57,10 @@ def main() -> None:
     (args.output / "evaluation.txt").write_text(held[HELD_OUT:], "utf-8")
     texts[0] = texts[0][: -2 * HELD_OUT]
 
-    shape = Shape(vocab=2048, n_embd=256, n_ff=768, n_layer=args.layers, n_head=4, n_kv=2, context=512)
+    shape = Shape(
+        vocab=args.vocab, n_embd=args.columns, n_ff=args.feed_forward, n_layer=args.layers, n_head=args.heads,
+        n_kv=args.heads // 2, context=512,
+    )  # fmt: skip
     words = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=words,
@@ -68,13 +79,14 @@ def main() -> None:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     began, mean, step = time.monotonic(), 0.0, 0
+    saved = began
     while (progress := (time.monotonic() - began) / 60 / args.minutes) < 1:
         starts = torch.randint(len(stream) - args.window - 1, (args.batch, 1))
         batch = stream[starts + torch.arange(args.window + 1)]
         batch[:, 0] = 1
         for group in optimizer.param_groups:
             group["lr"] = schedule(progress, args.learning_rate)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             logits = model(batch[:, :-1])
         loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
@@ -83,13 +95,23 @@ def main() -> None:
         optimizer.step()
         mean = loss.item() if step == 0 else 0.98 * mean + 0.02 * loss.item()
         step += 1
-        if step % 200 == 0:
+        if step % 100 == 0:
             print(f"step {step}, {step * batch[:, 1:].numel()} tokens, loss {mean:.3f}", flush=True)
+        if time.monotonic() - saved > 60 * args.save_minutes:
+            saved = time.monotonic()
+            save(args.output / "text-f16.gguf", model, tokenizer)
     with torch.no_grad():
         rows = test[:-1].view(-1, args.window)
         loss = functional.cross_entropy(model(rows).flatten(0, 1), test[1:])
     print(f"perplexity on the evaluation text {math.exp(loss):.2f} after {step} steps")
-    write_gguf(args.output / "text-f16.gguf", model, tokenizer)
+    save(args.output / "text-f16.gguf", model, tokenizer)
+
+
+def save(path: Path, model: StoryModel, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
+    """Writes the file in one go, so that a reader never sees half of it."""
+    part = path.with_suffix(".part")
+    write_gguf(part, model, tokenizer)
+    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Plans under `target_bpw`: all that can be AGQ4 is, and what the model is most sensitive to gets more bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from agq_gguf import budget, damage
+from agq_gguf.llama_graph import LlamaGraph, why_not
+from agq_gguf.reader import Reader
+from agq_gguf.recipe import EMBEDDING, OUTPUT, TensorPlan, plan
+from agq_gguf.stats import InputStats, load_imatrix
+
+if TYPE_CHECKING:
+    from agq_gguf.convert import QuantizeOptions
+
+# Tokens that gradients are taken of, as a few chunks. Logits are held for all of them.
+_TOKENS = 1024
+_CHUNK = 256
+
+Progress = Callable[[str, int, int, str], None]
+
+
+def choose_types(
+    reader: Reader,
+    calibration: str | os.PathLike[str] | Iterable[str] | None,
+    imatrix: str | os.PathLike[str] | None,
+    options: QuantizeOptions,
+    progress: Progress,
+) -> list[TensorPlan]:
+    """Plans of at most `options.target_bpw` bits per weight.
+
+    An output or embedding type of "auto" is chosen, too. Raises InputError if the target is too small for the model.
+    """
+    output = OUTPUT if OUTPUT in reader.tensors else EMBEDDING
+    fixed = {"output_type": options.output_type, "embedding_type": options.embedding_type}
+    plans = plan(reader, **{key: "agq4" if value == "auto" else value for key, value in fixed.items()})
+    ends = {EMBEDDING: options.embedding_type == "auto", output: options.output_type == "auto"}
+    types = budget.open_types(plans, ends)
+    budget.choose(plans, {}, options.target_bpw)  # refuses before the work begins
+
+    def report(done: int, total: int, name: str) -> None:
+        progress("weigh tensors", done, total, name)
+
+    if calibration is None or why_not(reader):
+        stats = _mean_squares(reader, calibration, imatrix, options, types)
+        costs = damage.by_errors(reader, output, stats, types, options.matrix, report)
+    else:
+        graph = LlamaGraph(reader, options.memory // 4)
+        costs = damage.by_gradients(graph, _tokens(reader, calibration, options), types, options.matrix, report)
+    return budget.choose(plans, costs, options.target_bpw)
+
+
+def _tokens(reader: Reader, text: str | os.PathLike[str] | Iterable[str], options: QuantizeOptions) -> torch.Tensor:
+    """Some chunks of the text, [batch, n] int64."""
+    from agq_gguf.calibrate import Calibrator, read_text
+
+    size = min(_CHUNK, options.context)
+    with Calibrator(reader.path, read_text(text), {}, context=size, max_tokens=_TOKENS, threads=options.threads) as c:
+        length = min(map(len, c.chunks))
+        return torch.from_numpy(np.stack([chunk[:length] for chunk in c.chunks]).astype(np.int64))
+
+
+def _mean_squares(
+    reader: Reader,
+    text: str | os.PathLike[str] | Iterable[str] | None,
+    imatrix: str | os.PathLike[str] | None,
+    options: QuantizeOptions,
+    types: Iterable[str],
+) -> dict[str, InputStats]:
+    """Statistics of the inputs, of what there is; experts count together."""
+    if text is None:
+        return {} if imatrix is None else {name: found.whole for name, found in load_imatrix(Path(imatrix)).items()}
+    from agq_gguf.calibrate import Calibrator, read_text
+
+    shapes = {name: reader.tensors[name].shape for name in types}
+    few = {"context": options.context, "max_tokens": 4 * _TOKENS, "threads": options.threads}
+    with Calibrator(reader.path, read_text(text), shapes, **few) as calibrator:
+        collected = calibrator.collect(calibrator.inputs, options.memory, lambda done: None, hessians=False)
+        return {
+            name: stats.whole
+            for found, stats in zip(calibrator.inputs, collected, strict=True)
+            for name in found.weights
+        }

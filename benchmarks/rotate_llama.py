@@ -1,0 +1,91 @@
+"""The same LLaMA with pairs of residual channels turned into each other, so that its weights lie on no type's grid.
+
+    python benchmarks/rotate_llama.py IN.gguf OUT.gguf
+
+For comparisons on models that were once quantized: weights that come from Q4_1, say, fit Q4_K's grid by construction.
+Each channel of the residual stream is paired with another and turned by 17 to 34 degrees; norm weights, folded into the
+matrices for that, are taken out again with values between the old two, so that activations keep their outliers. The
+function stays, but for rounding to the tensors' types. The output matrix becomes one of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.llama_graph import STAGES, why_not
+from agq_gguf.reader import open_gguf
+from agq_gguf.writer import Writer, layout
+
+DTYPES = {"f16": np.float16, "f32": np.float32}
+Array = NDArray[np.float64]
+
+
+class Turn:
+    """A rotation of random pairs of the channels that are in use."""
+
+    def __init__(self, used: NDArray[np.int64], seed: int = 0):
+        rng = np.random.default_rng(seed)
+        mixed = rng.permutation(used)
+        half = len(mixed) // 2
+        self.a, self.b = mixed[:half], mixed[half : 2 * half]
+        angle = rng.uniform(0.3, 0.6, half)
+        self.cos, self.sin = np.cos(angle), np.sin(angle)
+
+    def columns(self, w: Array) -> Array:
+        """W R^T: a matrix that reads the turned stream, or rows of it."""
+        w = w.copy()
+        x, y = w[:, self.a].copy(), w[:, self.b].copy()
+        w[:, self.a], w[:, self.b] = self.cos * x + self.sin * y, self.cos * y - self.sin * x
+        return w
+
+    def norm(self, g: Array) -> Array:
+        """New norm weights."""
+        new = g.copy()
+        new[self.a] = np.hypot(self.cos * g[self.a], self.sin * g[self.b])
+        new[self.b] = np.hypot(self.cos * g[self.b], self.sin * g[self.a])
+        return np.where(new == 0, 1.0, new)
+
+
+def main() -> None:
+    """Reads, turns, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args()
+    with open_gguf(args.source) as reader:
+        if problem := why_not(reader):
+            raise SystemExit(f"{args.source}: {problem}")
+        types = {name: tensor.type_name for name, tensor in reader.tensors.items()}
+        tensors = {name: np.array(reader.read(name), np.float64) for name in types}
+        layers = int(reader.get(f"{reader.architecture}.block_count"))
+        embedding = tensors["token_embd.weight"]
+        turn = Turn(np.flatnonzero(embedding.any(axis=0)))
+        tensors.setdefault("output.weight", embedding)
+        types.setdefault("output.weight", types["token_embd.weight"])
+        behind = {"output_norm.weight": ["output.weight"]}
+        for layer in range(layers):
+            for norm, names in (("attn_norm", STAGES[0]), ("ffn_norm", STAGES[2])):
+                behind[f"blk.{layer}.{norm}.weight"] = [f"blk.{layer}.{name}.weight" for name in names]
+            for name in ("attn_output", "ffn_down"):
+                key = f"blk.{layer}.{name}.weight"
+                tensors[key] = turn.columns(tensors[key].T).T
+                if (bias := f"blk.{layer}.{name}.bias") in tensors:
+                    tensors[bias] = turn.columns(tensors[bias][None])[0]
+        for norm, names in behind.items():
+            new = turn.norm(tensors[norm])
+            for name in names:
+                tensors[name] = turn.columns(tensors[name] * tensors[norm]) / new
+            tensors[norm] = new
+        tensors["token_embd.weight"] = turn.columns(embedding)
+        placed = layout((name, types[name], values.shape) for name, values in tensors.items())
+        with Writer(args.target, reader.metadata, {}, placed) as writer:
+            for name, values in tensors.items():
+                writer.write(name, [np.ascontiguousarray(values).astype(DTYPES[types[name]])])
+
+
+if __name__ == "__main__":
+    main()

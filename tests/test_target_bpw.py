@@ -1,0 +1,212 @@
+"""`--target-bpw`: what each tensor costs in a coarser type, and which ones get more bits; `--act-bits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from torch.nn import functional
+
+from agq_gguf import blocks, budget, convert, damage, stock
+from agq_gguf.convert import QuantizeOptions, plan_file, quantize
+from agq_gguf.errors import InputError
+from agq_gguf.evaluate import evaluate
+from agq_gguf.llama_graph import LlamaGraph
+from agq_gguf.quantizer import MatrixOptions
+from agq_gguf.reader import Tensor, open_gguf
+from agq_gguf.recipe import TensorPlan
+
+QUIET = lambda done, total, name: None  # noqa: E731
+BOTH = ("agq4", "q8_0")
+
+
+# ggml's own types
+
+
+@pytest.mark.parametrize(("type_name", "most"), [("q6_K", 5e-4), ("q8_0", 5e-5), ("f16", 1e-7)])
+def test_rows_come_back(type_name: str, most: float) -> None:
+    rows = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
+    error = np.square(stock.rounded(rows, type_name) - rows).sum() / np.square(rows).sum()
+    assert most / 20 < error < most
+
+
+def test_importance_moves_the_error() -> None:
+    """q6_K: channels that count get smaller errors than without weights."""
+    rows = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    important = np.full(256, 1e-3, np.float32)
+    important[:16] = 1.0
+
+    def error(importance: np.ndarray | None) -> float:
+        return float(np.square(stock.rounded(rows, "q6_K", importance) - rows)[:, :16].sum())
+
+    assert error(important) < 0.95 * error(None)
+
+
+# the choice
+
+
+def plans_of(**rows: int) -> list[TensorPlan]:
+    return [TensorPlan(Tensor(name, "f16", (n, 256), 0, 512 * n), "agq4", "") for name, n in rows.items()]
+
+
+def test_the_most_per_byte_comes_first() -> None:
+    plans = plans_of(a=128, b=128, c=1280)
+    damage_of = {
+        "a": {"agq4": 1.0, "q6_K": 0.5, "q8_0": 0.0},
+        "b": {"agq4": 3.0, "q6_K": 0.1, "q8_0": 0.0},
+        "c": {"agq4": 4.0, "q6_K": 1.0, "q8_0": 0.9},
+    }
+    least = budget.bits_per_weight(plans)
+    assert least == pytest.approx(4.25)
+
+    def types(target: float) -> list[str]:
+        chosen = budget.choose(plans, damage_of, target)
+        assert budget.bits_per_weight(chosen) <= target
+        assert all((plan.reason == "sensitive") == (plan.type_name != "agq4") for plan in chosen)
+        return [plan.type_name for plan in chosen]
+
+    assert types(4.25) == ["agq4", "agq4", "agq4"]
+    assert types(4.25 + 2.32 / 12) == ["agq4", "q6_K", "agq4"]
+    # q6_K is above the line from agq4 to q8_0 for `a`: one step. What is too large for the rest is passed over.
+    assert types(4.25 + (2.32 + 4.25) / 12) == ["q8_0", "q6_K", "agq4"]
+    assert types(9) == ["q8_0", "q8_0", "q8_0"]
+    with pytest.raises(InputError, match=r"4\.2 bits per weight are too few for this model: all AGQ4 it has 4\.250"):
+        types(4.2)
+
+
+def test_types_that_do_not_fit_are_not_offered() -> None:
+    wide, narrow = plans_of(wide=128)[0], TensorPlan(Tensor("narrow", "f16", (128, 128), 0, 1), "agq4", "")
+    kept = TensorPlan(Tensor("norm", "f32", (128,), 0, 1), "f32", "one-dimensional")
+    found = budget.open_types([wide, narrow, kept], {"narrow": True})
+    assert found == {"wide": ("agq4", "q6_K", "q8_0"), "narrow": ("agq4", "q8_0")}
+    assert budget.open_types([wide, narrow, kept], {"narrow": False}) == {"wide": ("agq4", "q6_K", "q8_0")}
+
+
+# the cost
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_foretell_the_divergence(tied: bool, tmp_path: Path) -> None:
+    """Each tensor's cost against the divergence of the model in which just this tensor is AGQ4."""
+    path = tiny_models.write_llama(tmp_path / "m.gguf", n_layer=1, tied=tied)
+    tokens = torch.randint(300, 500, (8, 64), generator=torch.Generator().manual_seed(0))
+    options = MatrixOptions()
+    with open_gguf(path) as reader:
+        graph = LlamaGraph(reader, 1 << 30)
+        names = ["blk.0.attn_v.weight", "blk.0.ffn_down.weight"]
+        names += ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]
+        found = damage.by_gradients(graph, tokens, dict.fromkeys(names, BOTH), options, QUIET)
+        assert set(found) == set(names)
+
+        inputs: dict[str, torch.Tensor] = {}
+
+        def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+            inputs.setdefault(f"{name}.weight", x.flatten(0, 1))
+            return graph.linear(name, x)
+
+        def scores() -> torch.Tensor:
+            with torch.no_grad():
+                x = graph.block(0, graph.embed(tokens), linear)
+                inputs.setdefault("output.weight", graph.normed(x).flatten(0, 1))
+                return functional.log_softmax(graph.logits(x), -1)
+
+        wanted = scores()
+        for name in names:
+            given = inputs["output.weight"] if tied and name == "token_embd.weight" else inputs.get(name)
+            known = None if given is None else damage._stats(given)
+            rough = damage.rounded(graph.tensor(name).numpy(), "agq4", known, options)
+            graph.replaced = {name: torch.from_numpy(rough)}
+            real = float((wanted.exp() * (wanted - scores())).sum(-1).mean())
+            graph.replaced = {}
+            assert real / 2 < found[name]["agq4"] < 2 * real
+            assert found[name]["q8_0"] < 0.1 * found[name]["agq4"]
+
+
+def test_errors_where_the_graph_is_not_known(gpt2_f16: Path, words: str) -> None:
+    """The output matrix counts as much as all blocks together; with statistics, channels count as they are used."""
+    types = {
+        plan.source.name: BOTH for plan in plan_file(gpt2_f16, QuantizeOptions(output_type="agq4")) if not plan.reason
+    }
+    with open_gguf(gpt2_f16) as reader:
+        output = "output.weight" if "output.weight" in reader.tensors else "token_embd.weight"
+        plain = damage.by_errors(reader, output, {}, types, MatrixOptions(), QUIET)
+    assert set(plain) == set(types)
+    inner = [plain[name]["agq4"] for name in types if name.startswith("blk.")]
+    assert all(0.003 < cost < 0.015 for cost in inner)
+    assert plain[output]["agq4"] == pytest.approx(sum(inner), rel=0.5)
+    assert all(costs["q8_0"] < 0.1 * costs["agq4"] for costs in plain.values())
+
+
+# the whole
+
+
+@pytest.mark.parametrize("quality", ["balanced", "best"])
+def test_a_target_is_met_and_helps(quality: str, llama_f16: Path, words: str, tmp_path: Path) -> None:
+    def run(target: float) -> tuple[float, float, set[str]]:
+        out = tmp_path / f"{target}.gguf"
+        options = QuantizeOptions(quality=quality, target_bpw=target, threads=1, context=64, calibration_tokens=512)
+        report = quantize(llama_f16, out, calibration=[words], options=options)
+        assert report.bits_per_weight <= target
+        assert {t.type_name for t in report.tensors if t.reason == "sensitive"} <= {"q6_K", "q8_0"}
+        kinds = {t.type_name for t in report.tensors}
+        return report.bits_per_weight, evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl, kinds
+
+    least = budget.bits_per_weight(plan_file(llama_f16, QuantizeOptions(output_type="agq4", embedding_type="agq4")))
+    few, more = run(least + 0.01), run(least + 1)
+    assert few[0] == pytest.approx(least) and "q8_0" not in few[2] and "q8_0" in more[2]
+    assert more[0] > least + 0.5 and more[1] < 0.8 * few[1]
+
+
+@pytest.mark.parametrize("guide", ["text", "imatrix", "nothing"])
+def test_a_target_for_any_architecture(
+    guide: str, gpt2_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "agq_gguf.mixture.load_imatrix", lambda path: pytest.fail("read without need") if guide != "imatrix" else {}
+    )
+    monkeypatch.setattr(convert, "load_imatrix", lambda path: {})
+    options = QuantizeOptions(target_bpw=6, threads=1, context=64, calibration_tokens=512)
+    report = quantize(
+        gpt2_f16, tmp_path / "out.gguf",
+        calibration=[words] if guide == "text" else None,
+        imatrix=tmp_path / "i.gguf" if guide == "imatrix" else None,
+        options=options,
+    )  # fmt: skip
+    assert 5 < report.bits_per_weight <= 6
+    assert sum(t.reason == "sensitive" for t in report.tensors) > 0 and report.by_type()["agq4"][0] > 0
+
+
+def test_types_that_the_user_wants_stay(llama_f16: Path, words: str) -> None:
+    options = QuantizeOptions(output_type="f16", embedding_type="agq4", target_bpw=7.5, threads=1, context=64)
+    types = {p.source.name: p.type_name for p in plan_file(llama_f16, options, calibration=[words])}
+    assert types["output.weight"] == "f16" and types["token_embd.weight"] == "agq4"
+    with pytest.raises(InputError, match=r"too few for this model: all AGQ4 it has"):
+        plan_file(llama_f16, QuantizeOptions(target_bpw=3))
+    with pytest.raises(InputError, match="it must be a positive number"):
+        QuantizeOptions(target_bpw=-1)
+
+
+# activations
+
+
+def test_activation_bits(llama_f16: Path, words: str, tmp_path: Path) -> None:
+    kl = {}
+    for bits in (4, 8):
+        out = tmp_path / f"{bits}.gguf"
+        options = QuantizeOptions(
+            threads=1, context=64, calibration_tokens=512, matrix=convert.activation_options(bits)
+        )
+        quantize(llama_f16, out, calibration=[words], options=options)
+        with open_gguf(out) as reader:
+            assert reader.get("agq.activation_bits") == bits
+            name = "blk.0.ffn_up.weight"
+            raw = np.array(np.frombuffer(reader.raw(name), np.uint8))  # a copy: the mapping ends before
+            found = blocks.read_parameters(raw.reshape(reader.tensors[name].shape[0], -1))
+            assert (found.activation_bits, found.per_group) == (bits, bits == 4)
+        kl[bits] = evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl
+    assert kl[8] < kl[4] < 1
+    with pytest.raises(InputError, match="activations of 5 bits are not to be had, only 8 and 4"):
+        convert.activation_options(5)
