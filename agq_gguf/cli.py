@@ -178,6 +178,9 @@ def quantize(
     act_bits: Annotated[
         int, typer.Option("--act-bits", help="Bits of activations: 8, or 4 (far less exact, with a scale per group).")
     ] = 8,
+    keep_norms: Annotated[
+        bool, typer.Option("--keep-norms", help="Do not equalize norms: for LoRA adapters made for the source.")
+    ] = False,
     threads: Threads = 0,
     memory: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for calibration, such as 4G.")
@@ -223,6 +226,8 @@ def quantize(
     )
     if act_bits != 8:
         options = replace(options, matrix=convert.activation_options(act_bits))
+    if keep_norms:
+        options = replace(options, matrix=replace(options.matrix, equalize=False))
     if prune and (calibration is None or split_size):
         raise InputError("--prune needs a text, with --calibration, and one file, without --split-max-size")
     if dry_run:

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+from typer.testing import CliRunner
 
 from agq_gguf import equalize
 from agq_gguf.calibrate import Calibrator
+from agq_gguf.cli import app
 from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.evaluate import evaluate
 from agq_gguf.quantizer import MatrixOptions
@@ -127,3 +129,18 @@ def test_outliers_do_no_harm(quality: str, llama_f16: Path, words: str, tmp_path
         quantize(source, out, calibration=[words], options=options)
         found[name] = evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl
     assert found["loud"] < 1.2 * found["plain"] < 0.5 * found["without"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_norms_can_be_kept_for_adapters(tmp_path: Path, keep: bool) -> None:
+    plain = tiny_models.write_llama(tmp_path / "plain.gguf", dtype="f32", n_layer=1)
+    source = inject(plain, tmp_path / "in.gguf", 64)
+    (tmp_path / "text").write_text("the red key in the box and the blue door " * 60, encoding="utf-8")
+    arguments = ["quantize", str(source), str(tmp_path / "out.gguf"), "--calibration", str(tmp_path / "text")]
+    result = CliRunner().invoke(app, [*arguments, "-t", "1", "--quality", "fast", *(["--keep-norms"] if keep else [])])
+    assert result.exit_code == 0, result.output
+    assert ("adjusted with the matrices behind" in result.output) != keep
+    with open_gguf(source) as before, open_gguf(tmp_path / "out.gguf") as after:
+        same = [bytes(before.raw(f"blk.0.{x}_norm.weight")) == bytes(after.raw(f"blk.0.{x}_norm.weight"))
+                for x in ("attn", "ffn")]  # fmt: skip
+        assert same == [keep, keep]
