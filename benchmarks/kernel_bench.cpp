@@ -112,7 +112,7 @@ struct operands {
           q(static_cast<size_t>(k_) * tokens_),
           bias(static_cast<size_t>(k_ / 64) * tokens_),
           scale(static_cast<size_t>(k_ / 64) * tokens_, 0.01f),
-          out(static_cast<size_t>(panels_) * 16 * tokens_),
+          out(static_cast<size_t>(panels_) * 16 * tokens_ + 16),
           k(k_),
           panels(panels_),
           tokens(tokens_) {
@@ -129,7 +129,10 @@ struct operands {
             std::memset(w.scale_lo, 0x77, sizeof w.scale_lo);
         }
         for (int8_t &x : q) x = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
-        for (int t = 0; t < tokens; t++) rows.push_back(out.data() + static_cast<size_t>(t) * panels * 16);
+        // Results begin at a cache line, as in the host: a line that is split between two stores costs twice.
+        float *begin = out.data();
+        while (reinterpret_cast<uintptr_t>(begin) % 64 != 0) begin++;
+        for (int t = 0; t < tokens; t++) rows.push_back(begin + static_cast<size_t>(t) * panels * 16);
     }
 
     /// The product with matrix number i, in units of panels that the threads take in turn.
