@@ -171,7 +171,8 @@ def bench(
                 if prompt:
                     seconds["prompt"].append(runner.time_prompt())
                 if generation:
-                    if repetition == 0 or prompt:
+                    # The warm-up, too, left the cache filled up to where the generation begins.
+                    if prompt:
                         runner.prepare_generation()
                     else:
                         runner.context.forget(depth)

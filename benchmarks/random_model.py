@@ -25,9 +25,10 @@ SHAPES = {
 }
 
 
-def tensors(shape: str) -> Iterator[tuple[str, int, int]]:
-    """Name, rows and columns of every matrix."""
+def tensors(shape: str, layers: int = 0) -> Iterator[tuple[str, int, int]]:
+    """Name, rows and columns of every matrix; `layers` other than 0 replaces the shape's own number."""
     n_embd, n_ff, n_layer, n_head, n_kv, n_vocab = SHAPES[shape]
+    n_layer = layers or n_layer
     kv_rows = n_embd // n_head * n_kv
     yield "token_embd.weight", n_vocab, n_embd
     for i in range(n_layer):
@@ -52,9 +53,10 @@ def random_agq4(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray
     return blocks.pack(blocks.Matrix(codes, np.ones((rows, columns // 64), np.float32), parameters))
 
 
-def write(shape: str, type_name: str, path: str) -> None:
+def write(shape: str, type_name: str, path: str, layers: int = 0) -> None:
     """Write one model; bytes depend only on the arguments."""
     n_embd, n_ff, n_layer, n_head, n_kv, n_vocab = SHAPES[shape]
+    n_layer = layers or n_layer
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(8192)
@@ -75,7 +77,7 @@ def write(shape: str, type_name: str, path: str) -> None:
         writer.add_tensor(f"blk.{i}.attn_norm.weight", ones)
         writer.add_tensor(f"blk.{i}.ffn_norm.weight", ones)
     made: dict[tuple[int, int], np.ndarray] = {}
-    for name, rows, columns in tensors(shape):
+    for name, rows, columns in tensors(shape, layers):
         if (rows, columns) not in made:
             if type_name == "agq4":
                 made[rows, columns] = random_agq4(rng, rows, columns)
@@ -95,5 +97,6 @@ if __name__ == "__main__":
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("type", choices=["f16", "agq4"])
     parser.add_argument("out")
+    parser.add_argument("--layers", type=int, default=0, help="instead of the shape's own number")
     arguments = parser.parse_args()
-    write(arguments.shape, arguments.type, arguments.out)
+    write(arguments.shape, arguments.type, arguments.out, arguments.layers)
