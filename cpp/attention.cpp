@@ -48,8 +48,9 @@ bool covered(const attention_job &job) {
                   mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 && (mask->ne[3] == 1 || mask->ne[3] == q->ne[3]) &&
                   mask->nb[0] == host.ggml_get_type_traits(mask->type)->type_size);
     const bool sinks = !job.sinks || (job.sinks->type == ggml_type_f32 && job.sinks->ne[0] == q->ne[2]);
-    return shapes && types && masked && sinks && (job.max_bias == 0 || mask) && q->ne[1] >= least_tokens &&
-           q->ne[1] * (q->ne[2] / k->ne[2]) >= least_rows;
+    const bool long_enough =
+        job.any_length || (q->ne[1] >= least_tokens && q->ne[1] * (q->ne[2] / k->ne[2]) >= least_rows);
+    return shapes && types && masked && sinks && (job.max_bias == 0 || mask) && long_enough;
 }
 
 /// All keys of a head, packed by the kernel.
@@ -169,6 +170,16 @@ void read_slopes(const attention_job &job, int64_t first, int64_t group, float *
         const double slope = h < power ? std::pow(m0, h + 1) : std::pow(m1, 2 * (h - power) + 1);
         slopes[g] = job.max_bias > 0 ? static_cast<float>(slope) : 1.0f;
     }
+}
+
+bool parse_attention_option(const std::string &text, const attention_kernel **kern, std::string *error) {
+    *kern = nullptr;
+    if (text.empty()) return true;
+    if (text == "paper") *kern = AGQ_ATTENTION(attention_paper);
+    if (text == "paper-normalized") *kern = AGQ_ATTENTION(attention_paper_normalized);
+    if (*kern) return true;
+    *error = "AGQ_ATTENTION is '" + text + "'; wanted is paper or paper-normalized, in a build by GCC or Clang";
+    return false;
 }
 
 size_t attention_bytes(const attention_job &job) {

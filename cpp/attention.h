@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 
 #include "host.h"
 #include "kernels/attention.h"
@@ -22,7 +23,8 @@ struct key_choice {
 
 /// One attention of the graph: all tokens, heads and streams of a layer.
 struct attention_job {
-    const attention_kernel *kern = nullptr;
+    const attention_kernel *kern = nullptr;  ///< set before planning
+    bool any_length = false;                 ///< set before planning: single tokens, too
     /// [head, token, query head, stream], [head, key, kv head, stream]; values are [head, key, ...] or, transposed,
     /// [key, head, ...]
     const ggml_tensor *q = nullptr, *k = nullptr, *v = nullptr;
@@ -42,6 +44,11 @@ struct attention_job {
     int64_t n_keys() const { return choice() ? choice()->n : k->ne[1]; }
     int64_t cell(int64_t key) const { return choice() ? choice()->cells[key] : key; }
 };
+
+/// Reads AGQ_ATTENTION (docs/paper-attention.md): null means attention of the active kernel. On a mistake returns false
+/// and
+/// `*error` says which.
+bool parse_attention_option(const std::string &text, const attention_kernel **kern, std::string *error);
 
 /// Scratch memory that a job needs in each thread.
 size_t attention_bytes(const attention_job &job);

@@ -82,9 +82,10 @@ class thread_pool {
 // ---- backend ----
 
 struct backend_context {
-    backend_context(ggml_backend *inner_cpu, const prune_settings &pruning, const activation_settings &activations)
+    backend_context(ggml_backend *inner_cpu, const prune_settings &pruning, const activation_settings &activations,
+                    const attention_kernel *attention)
         : cpu(inner_cpu),
-          rewriter(active_kernel, fuse_rows, activations),
+          rewriter(active_kernel, fuse_rows, activations, attention),
           pruning(active_kernel->attention, pruning),
           may_prune(pruning.given) {}
     ~backend_context() { host.ggml_backend_free(cpu); }
@@ -207,15 +208,17 @@ ggml_backend *device_init_backend(ggml_backend_device *device, const char *) {
         prune_settings pruning;
         std::string error;
         activation_settings activations;
+        const attention_kernel *attention = nullptr;
         if (!parse_prune_settings(thread_pruning() ? *thread_pruning() : prune_option(), &pruning, &error) ||
-            !parse_activation_settings(activation_bits_option(), &activations, &error)) {
+            !parse_activation_settings(activation_bits_option(), &activations, &error) ||
+            !parse_attention_option(attention_option(), &attention, &error)) {
             log_line(log_error, error);
             return nullptr;
         }
         if (pruning.given) pruning_asked_for.store(true, std::memory_order_relaxed);
         ggml_backend *cpu = host.ggml_backend_dev_init(host.cpu, nullptr);
         if (!cpu) return nullptr;
-        auto context = std::make_unique<backend_context>(cpu, pruning, activations);
+        auto context = std::make_unique<backend_context>(cpu, pruning, activations, attention);
         auto backend = std::make_unique<ggml_backend>();
         *backend = {};
         backend->guid = &backend_guid;

@@ -130,7 +130,7 @@ void graph_rewriter::find_chain(ggml_tensor **nodes, int output,
     const ggml_tensor *root = scores->src[0];
     while (root->view_src) root = root->view_src;
     if (root->op != host.op_none) return;
-    attention_job &job = attentions_.emplace_back();
+    attention_job &job = new_attention();
     if (!plan_attention_chain(scores, weights, nodes[output], &job)) {
         attentions_.pop_back();
         return;
@@ -154,8 +154,8 @@ void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
         role &r = roles_[static_cast<size_t>(i)];
         if (uses_agq4(nodes[i])) {
             r = nodes[i]->op == host.op_get_rows ? role::row_lookup : role::product;
-        } else if (nodes[i]->op == host.op_flash_attn_ext && kern_->attention) {
-            attention_job &job = attentions_.emplace_back();
+        } else if (nodes[i]->op == host.op_flash_attn_ext && attention_) {
+            attention_job &job = new_attention();
             if (plan_flash_attention(nodes[i], &job)) {
                 r = role::flash_attention;
                 jobs_[i] = &job;
@@ -163,11 +163,11 @@ void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
                 attentions_.pop_back();
             }
         } else if (nodes[i]->op == host.op_soft_max) {
-            has_soft_max = has_soft_max || nodes[i]->ne[1] > 1;
+            has_soft_max = has_soft_max || nodes[i]->ne[1] > 1 || any_length_;
         }
     }
     if (fuse_) assign_fusions(nodes, n);
-    if (!has_soft_max || !kern_->attention) return;
+    if (!has_soft_max || !attention_) return;
     std::unordered_map<const ggml_tensor *, int> position, uses;
     for (int i = 0; i < n; ++i) {
         position[nodes[i]] = i;
@@ -241,8 +241,14 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
     return true;
 }
 
+attention_job &graph_rewriter::new_attention() {
+    attention_job &job = attentions_.emplace_back();
+    job.kern = attention_;
+    job.any_length = any_length_;
+    return job;
+}
+
 void graph_rewriter::add_attention(ggml_tensor *node, attention_job *job) {
-    job->kern = kern_->attention;
     job->memory = &scratch_;
     thread_bytes_ = std::max(thread_bytes_, attention_bytes(*job));
     ggml_tensor *args[4] = {const_cast<ggml_tensor *>(job->q), const_cast<ggml_tensor *>(job->k),

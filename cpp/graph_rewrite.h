@@ -22,9 +22,16 @@ bool uses_agq4(const ggml_tensor *node);
 /// Builds and keeps the rewritten graph of one backend instance. Not thread-safe, like a ggml backend.
 class graph_rewriter {
   public:
-    /// `fuse`: whether work between products may be done where their input is quantized.
-    graph_rewriter(const kernel *kern, bool fuse, const activation_settings &activations)
-        : kern_(kern), fuse_(fuse), activations_(activations), mixed_(activations, kern->attention) {}
+    /// `fuse`: whether work between products may be done where their input is quantized. `attention`: in place of the
+    /// kernel's own, and for single tokens, too; null: none.
+    graph_rewriter(const kernel *kern, bool fuse, const activation_settings &activations,
+                   const attention_kernel *attention)
+        : kern_(kern),
+          fuse_(fuse),
+          activations_(activations),
+          attention_(attention ? attention : kern->attention),
+          any_length_(attention != nullptr),
+          mixed_(activations, kern->attention) {}
     ~graph_rewriter();
     graph_rewriter(const graph_rewriter &) = delete;
     graph_rewriter &operator=(const graph_rewriter &) = delete;
@@ -63,6 +70,7 @@ class graph_rewriter {
     bool add_row_lookup(ggml_tensor *node, std::string *error);
     void assign_fusions(ggml_tensor **nodes, int n);
     bool add_fused_source(ggml_tensor *node, const fusion &fused, ggml_tensor **nodes, std::string *error);
+    attention_job &new_attention();
     void add_attention(ggml_tensor *node, attention_job *job);
     void add_clock(const std::string &label);
     /// `i` is the number of the product that reads the set.
@@ -75,6 +83,8 @@ class graph_rewriter {
     const kernel *kern_;
     bool fuse_;
     activation_settings activations_;
+    const attention_kernel *attention_;  ///< null: the host's
+    bool any_length_;                    ///< whether it is for single tokens, too
     mixed_bits mixed_;
     activation_buffer buffer_;
     std::unordered_map<const void *, tensor_attributes>

@@ -29,4 +29,8 @@ std::string activation_bits_option() {
     return variable("AGQ_ACT_BITS");
 }
 
+std::string attention_option() {
+    return variable("AGQ_ATTENTION");
+}
+
 }  // namespace agq

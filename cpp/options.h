@@ -15,5 +15,6 @@ options read_options();
 // As they are now: they are read when a context is created. Empty if they are not set.
 std::string prune_option();            ///< AGQ_PRUNE
 std::string activation_bits_option();  ///< AGQ_ACT_BITS
+std::string attention_option();        ///< AGQ_ATTENTION
 
 }  // namespace agq

@@ -31,7 +31,7 @@ def run(program: Path, *arguments: str, **env: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("name", ["kernels_test", "attention_test", "rows_test", "mixed_test"])
+@pytest.mark.parametrize("name", ["kernels_test", "attention_test", "paper_attention_test", "rows_test", "mixed_test"])
 def test_cpp_program(name: str, build: Path) -> None:
     result = run(build / name)
     assert result.returncode == 0, result.stdout + result.stderr

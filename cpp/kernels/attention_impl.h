@@ -5,50 +5,15 @@
 // FlashAttention, Dao et al., 2022): scores of a block, new maximum of each row, exponentials, then the output so far
 // is scaled down to the new maximum and the block's values are added. Both products are tiles of 6 rows in registers.
 #include "attention.h"
-#include "softmax_weights.h"
-#include "vector_math.h"
+#include "score_rows.h"
 
 namespace agq {
 namespace {
 
-/// Mask of a token for the block of keys that begins at `first`, as floats; keys beyond the last are hidden. Returns
-/// whether any key can be seen.
-inline bool read_mask(const attention_args &args, int token, int64_t first, float *mask) {
-    const int n = static_cast<int>(args.n_keys - first < attention_keys ? args.n_keys - first : attention_keys);
-    const char *row = args.mask ? args.mask + static_cast<size_t>(token) * args.mask_stride : nullptr;
-    if (!row) {
-        std::memset(mask, 0, sizeof(float) * attention_keys);
-    } else if (args.mask_is_f16) {
-        f16_to_f32(reinterpret_cast<const uint16_t *>(row) + first, mask, n);
-    } else {
-        std::memcpy(mask, reinterpret_cast<const float *>(row) + first, sizeof(float) * static_cast<size_t>(n));
-    }
-    for (int j = n; j < attention_keys; ++j) mask[j] = -INFINITY;
-    ivec visible{};
-    for (int j = 0; j < attention_keys; j += AGQ_VECTOR) visible |= load(mask + j) != splat(-INFINITY);
-    bool any = false;
-    for (int i = 0; i < AGQ_VECTOR; ++i) any = any || visible[i] != 0;
-    return any;
-}
-
 /// Turns a row of scores into weights relative to the new maximum. Returns by how much the output so far has to be
 /// scaled.
 inline float weigh(float *scores, const float *mask, float slope, float soft_cap, float *maximum, float *sum) {
-    vec best = splat(*maximum);
-    for (int j = 0; j < attention_keys; j += AGQ_VECTOR) {
-        vec s = load(scores + j);
-        if (soft_cap != 0) {
-            const vec y = s / soft_cap, magnitude = y < 0.0f ? -y : y;
-            const vec e = exponential(magnitude * -2.0f);  // tanh |y| = (1 - e^-2|y|) / (1 + e^-2|y|)
-            const vec t = (1.0f - e) / (1.0f + e) * soft_cap;
-            s = y < 0.0f ? -t : t;
-        }
-        s += load(mask + j) * slope;
-        store(scores + j, s);
-        best = s > best ? s : best;
-    }
-    float top = *maximum;
-    for (int i = 0; i < AGQ_VECTOR; ++i) top = best[i] > top ? best[i] : top;
+    const float top = finish_scores(scores, mask, slope, soft_cap, *maximum);
     if (top == -INFINITY) {
         // All keys are hidden, or the scores are no numbers, which the comparisons above pass over.
         for (int j = 0; j < attention_keys; ++j) {
@@ -116,14 +81,7 @@ void attend(const attention_args &args) {
         sum[r] = args.sinks ? 1.0f : 0.0f;
     }
     for (int64_t first = 0; first < args.n_keys; first += attention_keys) {
-        // Tokens ascend, so with a causal mask the first ones see the fewest keys: leave out those that see none here.
-        int begin = args.n_tokens, end = 0;
-        for (int t = 0; t < args.n_tokens; ++t) {
-            if (read_mask(args, t, first, masks + t * attention_keys)) {
-                begin = t < begin ? t : begin;
-                end = t + 1;
-            }
-        }
+        const auto [begin, end] = read_masks(args, first, masks);
         if (begin >= end) continue;
         const int64_t from = static_cast<int64_t>(begin) * args.group,
                       n = static_cast<int64_t>(end) * args.group - from;

@@ -1,49 +1,8 @@
 // The one implementation of the softmax weights. A file includes it once, as it does vector_math.h.
-#include "softmax_weights.h"
-#include "vector_math.h"
+#include "score_rows.h"
 
 namespace agq {
 namespace {
-
-/// Mask of a token for the block of keys that begins at `first`, as floats; keys beyond the last are hidden. Returns
-/// whether any key can be seen.
-inline bool read_weights_mask(const softmax_weights_args &args, int token, int64_t first, float *mask) {
-    const int n = static_cast<int>(args.n_keys - first < attention_keys ? args.n_keys - first : attention_keys);
-    const char *row = args.mask + static_cast<size_t>(token) * args.mask_stride;
-    if (args.mask_is_f16) {
-        f16_to_f32(reinterpret_cast<const uint16_t *>(row) + first, mask, n);
-    } else {
-        std::memcpy(mask, reinterpret_cast<const float *>(row) + first, sizeof(float) * static_cast<size_t>(n));
-    }
-    for (int j = n; j < attention_keys; ++j) mask[j] = -INFINITY;
-    ivec visible{};
-    for (int j = 0; j < attention_keys; j += AGQ_VECTOR) visible |= load(mask + j) != splat(-INFINITY);
-    bool any = false;
-    for (int i = 0; i < AGQ_VECTOR; ++i) any = any || visible[i] != 0;
-    return any;
-}
-
-/// c * tanh(s / c), or s if c is 0.
-inline vec capped(vec s, float soft_cap) {
-    if (soft_cap == 0) return s;
-    const vec y = s / soft_cap, magnitude = y < 0.0f ? -y : y;
-    const vec e = exponential(magnitude * -2.0f);  // tanh |y| = (1 - e^-2|y|) / (1 + e^-2|y|)
-    const vec t = (1.0f - e) / (1.0f + e) * soft_cap;
-    return y < 0.0f ? -t : t;
-}
-
-/// Scores of a row as they enter the softmax; returns the largest.
-inline float finish_scores(float *scores, const float *mask, float slope, float soft_cap, float maximum) {
-    vec best = splat(maximum);
-    for (int j = 0; j < attention_keys; j += AGQ_VECTOR) {
-        const vec s = capped(load(scores + j), soft_cap) + load(mask + j) * slope;
-        store(scores + j, s);
-        best = s > best ? s : best;
-    }
-    float top = maximum;
-    for (int i = 0; i < AGQ_VECTOR; ++i) top = best[i] > top ? best[i] : top;
-    return top;
-}
 
 /// Turns the scores of a row, of which the first `n` are computed, into weights.
 inline void normalize(float *row, int64_t n, int64_t padded, float maximum, const float *sink) {
@@ -67,13 +26,7 @@ inline void softmax_weights(const softmax_weights_args &args) {
     int64_t seen[weights_row_limit] = {};  // keys up to the end of the last block of which a token sees something
     for (int r = 0; r < rows; ++r) maximum[r] = args.sinks ? args.sinks[r % args.group] : -INFINITY;
     for (int64_t first = 0; first < args.n_keys; first += attention_keys) {
-        // Tokens ascend, so with a causal mask the first ones see the fewest keys: leave out those that see none here.
-        int begin = args.n_tokens, end = 0;
-        for (int t = 0; t < args.n_tokens; ++t) {
-            if (!read_weights_mask(args, t, first, masks + t * attention_keys)) continue;
-            begin = t < begin ? t : begin;
-            end = t + 1;
-        }
+        const auto [begin, end] = read_masks(args, first, masks);
         // The others may still see later keys.
         for (int t = 0; t < args.n_tokens; ++t) {
             if (t >= begin && t < end) {

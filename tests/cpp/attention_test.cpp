@@ -10,12 +10,11 @@
 #include <string>
 #include <vector>
 
+#include "attention_problem.h"
 #include "kernels/kernel.h"
 #include "kernels/select.h"
 
 namespace {
-
-constexpr float guard = 12345.0f;  // stands where a kernel must not write
 
 /// Whether the kernel works in 16-bit integers.
 bool in_integers(const agq::attention_kernel *kern) {
@@ -25,110 +24,6 @@ bool in_integers(const agq::attention_kernel *kern) {
     (void)kern;
     return false;
 #endif
-}
-
-struct problem {
-    int tokens, group, head_qk, head_v;
-    int64_t n_keys;
-    bool has_mask, mask_is_f16, has_sinks;
-    float soft_cap;
-    std::vector<float> q, k, v, mask, slopes, sinks;  // k [key][channel], v [key][channel], mask [token][key]
-};
-
-/// Bytes aligned to a cache line, with a line behind them that nobody may write.
-class aligned_bytes {
-  public:
-    explicit aligned_bytes(size_t size) : size_(size), memory_(size + 128, 0x5A) {}
-    char *data() {
-        const size_t address = reinterpret_cast<size_t>(memory_.data());
-        return memory_.data() + (64 - address % 64) % 64;
-    }
-    bool guarded() {
-        return std::all_of(data() + size_, data() + size_ + 64, [](char c) { return c == 0x5A; });
-    }
-
-  private:
-    size_t size_;
-    std::vector<char> memory_;
-};
-
-float to_half_and_back(float x) {
-    if (std::isinf(x)) return x;
-    int exponent;
-    const float m = std::frexp(x, &exponent);
-    return std::ldexp(std::nearbyint(std::ldexp(m, 11)), exponent - 11);
-}
-
-uint16_t half_bits(float x) {
-    if (std::isinf(x)) return 0xFC00;
-    if (x == 0) return 0;
-    int exponent;
-    const float m = std::frexp(std::fabs(x), &exponent);  // m in [0.5, 1): all values used here are normal in binary16
-    const int mantissa = static_cast<int>(std::ldexp(m, 11)) & 1023;
-    return static_cast<uint16_t>((x < 0 ? 0x8000 : 0) | (exponent + 14) << 10 | mantissa);
-}
-
-problem random_problem(std::mt19937 &rng) {
-    const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
-    std::normal_distribution<float> normal;
-    problem p;
-    p.group = pick(1, 9);
-    p.tokens = pick(1, std::min(40, agq::attention_row_limit / p.group));
-    p.head_qk = pick(1, 20) * (pick(0, 1) ? 16 : 7);
-    p.head_v = 16 * pick(1, 9);
-    p.n_keys = pick(1, 300);
-    p.has_mask = pick(0, 3) > 0;
-    p.mask_is_f16 = pick(0, 1);
-    p.has_sinks = pick(0, 3) == 0;
-    p.soft_cap = pick(0, 3) == 0 ? 20.0f : 0.0f;
-    const bool alibi = p.has_mask && pick(0, 1);
-    const auto fill = [&](std::vector<float> &to, size_t n, float size) {
-        to.resize(n);
-        for (float &x : to) x = normal(rng) * size;
-    };
-    const size_t rows = static_cast<size_t>(p.tokens * p.group), keys = static_cast<size_t>(p.n_keys);
-    fill(p.q, rows * static_cast<size_t>(p.head_qk),
-         (pick(0, 4) == 0 ? 8.0f : 1.0f) / std::sqrt(static_cast<float>(p.head_qk)));
-    fill(p.k, keys * static_cast<size_t>(p.head_qk), 1);
-    fill(p.v, keys * static_cast<size_t>(p.head_v), 1);
-    fill(p.sinks, static_cast<size_t>(p.group), 2);
-    for (int g = 0; g < p.group; ++g) p.slopes.push_back(alibi ? std::exp2(-static_cast<float>(g + 1)) : 1.0f);
-    p.mask.assign(static_cast<size_t>(p.tokens) * keys, 0);
-    const int shift = pick(-30, 250), style = pick(0, 2);
-    for (int t = 0; t < p.tokens; ++t) {
-        for (int64_t j = 0; j < p.n_keys; ++j) {
-            const bool hidden = style == 0 ? j > t + shift : style == 1 ? pick(0, 2) == 0 : (t % 5 == 3);
-            const float bias = alibi ? to_half_and_back(-std::fabs(static_cast<float>(t + shift - j))) : 0.0f;
-            p.mask[static_cast<size_t>(t) * keys + static_cast<size_t>(j)] = hidden ? -INFINITY : bias;
-        }
-    }
-    return p;
-}
-
-/// Output of one row by the definition.
-std::vector<double> expected(const problem &p, int t, int g) {
-    const size_t keys = static_cast<size_t>(p.n_keys), row = static_cast<size_t>(t * p.group + g);
-    const size_t width = static_cast<size_t>(p.head_qk), head_v = static_cast<size_t>(p.head_v);
-    std::vector<double> score(keys), out(head_v, 0.0);
-    double top = p.has_sinks ? p.sinks[static_cast<size_t>(g)] : -INFINITY;
-    for (size_t j = 0; j < keys; ++j) {
-        double s = 0;
-        for (size_t d = 0; d < width; ++d) s += static_cast<double>(p.q[row * width + d]) * p.k[j * width + d];
-        if (p.soft_cap != 0) s = p.soft_cap * std::tanh(s / p.soft_cap);
-        if (p.has_mask)
-            s += static_cast<double>(p.slopes[static_cast<size_t>(g)]) * p.mask[static_cast<size_t>(t) * keys + j];
-        score[j] = s;
-        top = std::max(top, s);
-    }
-    if (top == -INFINITY) return out;
-    double sum = p.has_sinks ? std::exp(p.sinks[static_cast<size_t>(g)] - top) : 0.0;
-    for (size_t j = 0; j < keys; ++j) {
-        const double w = std::exp(score[j] - top);
-        sum += w;
-        for (size_t d = 0; d < head_v; ++d) out[d] += w * p.v[j * head_v + d];
-    }
-    for (double &x : out) x /= sum;
-    return out;
 }
 
 /// Largest difference that comes from rounding queries, keys and values to binary16, as the host does.
@@ -147,61 +42,6 @@ double rounding_error(const problem &p) {
     return worst;
 }
 
-/// Output [token][head of the group][head_v] of a kernel; empty if it wrote where it must not.
-std::vector<float> run(const agq::attention_kernel &kern, const problem &p) {
-    const size_t width = static_cast<size_t>(p.head_qk), head_v = static_cast<size_t>(p.head_v);
-    const size_t blocks = (static_cast<size_t>(p.n_keys) + agq::attention_keys - 1) / agq::attention_keys;
-    const size_t key_bytes = kern.key_bytes(p.head_qk), value_bytes = kern.value_bytes(p.head_v);
-    aligned_bytes keys(blocks * key_bytes), values(blocks * value_bytes);
-    for (size_t b = 0; b < blocks; ++b) {
-        const size_t first = b * agq::attention_keys;
-        const int n = static_cast<int>(std::min<size_t>(agq::attention_keys, static_cast<size_t>(p.n_keys) - first));
-        kern.pack_keys(&p.k[first * width], n, p.head_qk, keys.data() + b * key_bytes);
-        kern.pack_values(&p.v[first * head_v], n, p.head_v, values.data() + b * value_bytes);
-    }
-    std::vector<uint16_t> half;
-    for (float x : p.mask) half.push_back(half_bits(x));
-    aligned_bytes scratch(kern.scratch_bytes(p.head_qk, p.head_v));
-    const size_t token_stride = static_cast<size_t>(p.group) * head_v + 3;
-    std::vector<float> out(token_stride * static_cast<size_t>(p.tokens) + 16, guard);
-
-    agq::attention_args args = {};
-    args.n_tokens = p.tokens;
-    args.group = p.group;
-    args.head_qk = p.head_qk;
-    args.head_v = p.head_v;
-    args.q = p.q.data();
-    args.n_keys = p.n_keys;
-    args.keys = keys.data();
-    args.values = values.data();
-    if (p.has_mask) {
-        args.mask =
-            p.mask_is_f16 ? reinterpret_cast<const char *>(half.data()) : reinterpret_cast<const char *>(p.mask.data());
-        args.mask_stride = static_cast<size_t>(p.n_keys) * (p.mask_is_f16 ? 2 : 4);
-        args.mask_is_f16 = p.mask_is_f16;
-    }
-    args.slopes = p.slopes.data();
-    args.soft_cap = p.soft_cap;
-    args.sinks = p.has_sinks ? p.sinks.data() : nullptr;
-    args.out = out.data();
-    args.out_token_stride = static_cast<int64_t>(token_stride);
-    args.out_head_stride = p.head_v;
-    args.scratch = scratch.data();
-    kern.attend(args);
-
-    std::vector<float> result;
-    for (size_t t = 0; t < static_cast<size_t>(p.tokens); ++t) {
-        const auto row = out.begin() + static_cast<std::ptrdiff_t>(t * token_stride);
-        result.insert(result.end(), row, row + static_cast<std::ptrdiff_t>(token_stride - 3));
-        if (!std::all_of(row + static_cast<std::ptrdiff_t>(token_stride - 3),
-                         row + static_cast<std::ptrdiff_t>(token_stride), [](float x) { return x == guard; }))
-            return {};
-    }
-    const bool kept = std::all_of(out.end() - 16, out.end(), [](float x) { return x == guard; }) && scratch.guarded() &&
-                      keys.guarded() && values.guarded();
-    return kept ? result : std::vector<float>();
-}
-
 /// Largest difference to the definition (values are about 1); infinity if the kernel wrote where it must not.
 double largest_error(const agq::attention_kernel &kern, const problem &p) {
     const std::vector<float> out = run(kern, p);
@@ -214,23 +54,6 @@ double largest_error(const agq::attention_kernel &kern, const problem &p) {
         }
     }
     return worst == worst ? worst : INFINITY;
-}
-
-/// Softmax weights of one row by the definition.
-std::vector<double> expected_weights(const problem &p, int t, int g) {
-    // Values that are unit vectors, sixteen keys at a time, make the output of attention its weights.
-    std::vector<double> weights;
-    problem unit = p;
-    unit.head_v = 16;
-    for (int64_t first = 0; first < p.n_keys; first += 16) {
-        unit.v.assign(static_cast<size_t>(p.n_keys) * 16, 0);
-        for (int64_t j = first; j < std::min<int64_t>(first + 16, p.n_keys); ++j) {
-            unit.v[static_cast<size_t>(j * 16 + j - first)] = 1;
-        }
-        const std::vector<double> part = expected(unit, t, g);
-        weights.insert(weights.end(), part.begin(), part.begin() + std::min<int64_t>(16, p.n_keys - first));
-    }
-    return weights;
 }
 
 /// Largest difference of the softmax weights to the definition; infinity if the kernel wrote where it must not.
@@ -269,7 +92,8 @@ double largest_weights_error(const agq::attention_kernel &kern, problem p) {
     for (size_t r = 0; r < rows; ++r) {
         const float *row = &weights[r * stride];
         const std::vector<double> wanted =
-            expected_weights(p, static_cast<int>(r) / p.group, static_cast<int>(r) % p.group);
+            expected_softmax(p, static_cast<int>(r) % p.group,
+                             expected_scores(p, static_cast<int>(r) / p.group, static_cast<int>(r) % p.group));
         for (size_t j = 0; j < keys; ++j) worst = std::max(worst, std::fabs(row[j] - wanted[j]));
         for (size_t j = padded; j < stride; ++j) {
             if (row[j] != guard) return INFINITY;

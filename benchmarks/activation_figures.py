@@ -1,0 +1,90 @@
+"""What settings of the runtime cost in quality: bits of activations by token, and the paper's attention.
+
+    python benchmarks/activation_figures.py model-f16.gguf model-agq4.gguf text.txt \\
+        "" AGQ_ACT_BITS=4 "AGQ_ACT_BITS=mixed:0.5;score=first" AGQ_ATTENTION=paper
+
+The text is cut into windows of 512 tokens: a prompt of 448, which is what mixed bits are for, and a rest of 64 in one
+more call, whose logits are compared with those of the float model. A setting is one or more variables, separated by
+spaces; an empty one is the file as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import agq_gguf
+from agq_gguf.evaluate import compare, read_text
+from agq_gguf.host import Batch, Context, Model, quiet_log
+
+PROMPT, REST = 448, 64
+
+
+@contextmanager
+def environment(setting: str) -> Iterator[None]:
+    """Variables of a setting, while a context is created."""
+    variables = dict(part.split("=", 1) for part in setting.split())
+    os.environ.update(variables)
+    yield
+    for name in variables:
+        del os.environ[name]
+
+
+def logits(context: Context, window: np.ndarray) -> np.ndarray:
+    """Of all tokens of the rest but the last, whose target lies beyond the window."""
+    context.clear()
+    context.decode(Batch(window[:PROMPT]))
+    batch = Batch(window[PROMPT:-1], first_position=PROMPT, first_logits=0)
+    context.decode(batch)
+    return context.logits(batch).copy()
+
+
+def main() -> None:
+    """Prints one line for each setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("settings", nargs="*", default=[""])
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    agq_gguf.register()
+    with ExitStack() as stack:
+        stack.enter_context(quiet_log())
+        reference, model = (stack.enter_context(Model(path)) for path in (args.reference, args.model))
+        size = PROMPT + REST
+        make = {"n_ctx": size, "threads": args.threads}
+        exact = stack.enter_context(reference.context(**make))
+        contexts = []
+        for setting in args.settings:
+            with environment(setting):
+                contexts.append(stack.enter_context(model.context(**make)))
+        tokens = reference.tokenize(read_text(args.text))
+        windows = tokens[: len(tokens) // size * size].reshape(-1, size)[: args.windows].copy()
+        if reference.add_bos:
+            windows[:, 0] = reference.bos
+        scored: list[list[np.ndarray]] = [[] for _ in contexts]
+        for window in tqdm(windows):
+            wanted, targets = logits(exact, window), window[PROMPT + 1 :]
+            for rows, context in zip(scored, contexts, strict=True):
+                rows.append(compare(wanted, logits(context, window), targets))
+    print(f"{len(windows)} windows; perplexity of the float model {np.exp(np.concatenate(scored[0])[:, 0].mean()):.4f}")
+    for setting, rows in zip(args.settings, scored, strict=True):
+        by_window = [part[:, 2].mean() for part in rows]
+        error = np.std(by_window, ddof=1) / np.sqrt(len(by_window))
+        nll, agree = (np.concatenate(rows)[:, i].mean() for i in (1, 3))
+        print(
+            f"{setting or 'as it is':45} KL {np.mean(by_window):.5f} +- {error:.5f}"
+            f"  perplexity {np.exp(nll):.4f}  same first token {agree:.2%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

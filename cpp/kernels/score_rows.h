@@ -1,0 +1,70 @@
+// Scores of a block of 64 keys on their way into a softmax, in binary32: masks, ALiBi and soft cap. A file includes
+// it once, as it does vector_math.h.
+#include "softmax_weights.h"
+#include "vector_math.h"
+
+namespace agq {
+namespace {
+
+/// Mask of a token, which begins at `row` (null: nothing is hidden), for the block of keys that begins at `first`, as
+/// floats; keys beyond the last are hidden. Returns whether any key can be seen.
+inline bool read_mask(const char *row, bool is_f16, int64_t first, int64_t n_keys, float *mask) {
+    const int n = static_cast<int>(n_keys - first < attention_keys ? n_keys - first : attention_keys);
+    if (!row) {
+        std::memset(mask, 0, sizeof(float) * attention_keys);
+    } else if (is_f16) {
+        f16_to_f32(reinterpret_cast<const uint16_t *>(row) + first, mask, n);
+    } else {
+        std::memcpy(mask, reinterpret_cast<const float *>(row) + first, sizeof(float) * static_cast<size_t>(n));
+    }
+    for (int j = n; j < attention_keys; ++j) mask[j] = -INFINITY;
+    ivec visible{};
+    for (int j = 0; j < attention_keys; j += AGQ_VECTOR) visible |= load(mask + j) != splat(-INFINITY);
+    bool any = false;
+    for (int i = 0; i < AGQ_VECTOR; ++i) any = any || visible[i] != 0;
+    return any;
+}
+
+/// The tokens of a block that see one of its keys: from `begin` on, before `end`.
+struct token_range {
+    int begin, end;
+};
+
+/// Reads the masks of all tokens for a block. Tokens ascend, so with a causal mask the first ones see the fewest keys,
+/// and those that see none here can be left out.
+template <typename Args>
+inline token_range read_masks(const Args &args, int64_t first, float *masks) {
+    token_range seen = {args.n_tokens, 0};
+    for (int t = 0; t < args.n_tokens; ++t) {
+        const char *row = args.mask ? args.mask + static_cast<size_t>(t) * args.mask_stride : nullptr;
+        if (!read_mask(row, args.mask_is_f16, first, args.n_keys, masks + t * attention_keys)) continue;
+        seen.begin = t < seen.begin ? t : seen.begin;
+        seen.end = t + 1;
+    }
+    return seen;
+}
+
+/// c * tanh(s / c), or s if c is 0.
+inline vec capped(vec s, float soft_cap) {
+    if (soft_cap == 0) return s;
+    const vec y = s / soft_cap, magnitude = y < 0.0f ? -y : y;
+    const vec e = exponential(magnitude * -2.0f);  // tanh |y| = (1 - e^-2|y|) / (1 + e^-2|y|)
+    const vec t = (1.0f - e) / (1.0f + e) * soft_cap;
+    return y < 0.0f ? -t : t;
+}
+
+/// Scores of a row as they enter the softmax; returns the largest of them and `maximum`.
+inline float finish_scores(float *scores, const float *mask, float slope, float soft_cap, float maximum) {
+    vec best = splat(maximum);
+    for (int j = 0; j < attention_keys; j += AGQ_VECTOR) {
+        const vec s = capped(load(scores + j), soft_cap) + load(mask + j) * slope;
+        store(scores + j, s);
+        best = s > best ? s : best;
+    }
+    float top = maximum;
+    for (int i = 0; i < AGQ_VECTOR; ++i) top = best[i] > top ? best[i] : top;
+    return top;
+}
+
+}  // namespace
+}  // namespace agq
