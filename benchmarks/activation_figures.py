@@ -1,17 +1,19 @@
-"""What settings of the runtime cost in quality: bits of activations by token, and the paper's attention.
+"""What settings of the runtime cost: bits of activations by token, and the paper's attention.
 
     python benchmarks/activation_figures.py model-f16.gguf model-agq4.gguf text.txt \\
         "" AGQ_ACT_BITS=4 "AGQ_ACT_BITS=mixed:0.5;score=first" AGQ_ATTENTION=paper
 
 The text is cut into windows of 512 tokens: a prompt of 448, which is what mixed bits are for, and a rest of 64 in one
 more call, whose logits are compared with those of the float model. A setting is one or more variables, separated by
-spaces; an empty one is the file as it is.
+spaces; an empty one is the file as it is. With --speed nothing is compared: prompts of 512 tokens are timed, settings
+taking turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -45,6 +47,26 @@ def logits(context: Context, window: np.ndarray) -> np.ndarray:
     return context.logits(batch).copy()
 
 
+def time_prompts(model: Model, settings: list[str], threads: int, rounds: int) -> None:
+    """Prints the median speed of each setting, and its ratio to the first one's."""
+    window = np.random.default_rng(0).integers(260, model.n_vocab, PROMPT + REST).astype(np.int32)
+    seconds: list[list[float]] = [[] for _ in settings]
+    with ExitStack() as stack:
+        contexts = []
+        for setting in settings:
+            with environment(setting):
+                contexts.append(stack.enter_context(model.context(len(window), threads=threads)))
+        for _ in range(rounds + 1):
+            for found, context in zip(seconds, contexts, strict=True):
+                context.clear()
+                began = time.perf_counter()
+                context.decode(Batch(window))
+                found.append(time.perf_counter() - began)
+    speeds = [len(window) / float(np.median(found[1:])) for found in seconds]  # the first round warms up
+    for setting, speed in zip(settings, speeds, strict=True):
+        print(f"{setting or 'as it is':45} {speed:7.1f} tokens/s  ({speed / speeds[0]:.2f})")
+
+
 def main() -> None:
     """Prints one line for each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,8 +76,13 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", default=[""])
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="time prompts in so many rounds")
     args = parser.parse_args()
     agq_gguf.register()
+    if args.speed:
+        with quiet_log(), Model(args.model) as model:
+            time_prompts(model, args.settings, args.threads, args.speed)
+        return
     with ExitStack() as stack:
         stack.enter_context(quiet_log())
         reference, model = (stack.enter_context(Model(path)) for path in (args.reference, args.model))
