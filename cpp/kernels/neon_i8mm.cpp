@@ -2,29 +2,22 @@
 //
 // Two operands of the file, columns 0..3 and 4..7 of the same 4 rows, interleave to two of SMMLA's:
 //
-//   low  r0 0..3 | r1 0..3 | r2 0..3 | r3 0..3      zip1   r0 0..3  r0 4..7 | r1 0..3  r1 4..7
-//   high r0 4..7 | r1 4..7 | r2 4..7 | r3 4..7      zip2   r2 0..3  r2 4..7 | r3 0..3  r3 4..7
+//   low  r0 0..3 | r1 0..3 | r2 0..3 | r3 0..3      first   r0 0..3  r0 4..7 | r1 0..3  r1 4..7
+//   high r0 4..7 | r1 4..7 | r2 4..7 | r3 4..7      second  r2 0..3  r2 4..7 | r3 0..3  r3 4..7
 //
-// That is one instruction per 16 codes, shared by all tokens that share a look-up. 4 pairs of rows x 3 pairs of tokens
-// are 12 integer accumulators and 12 sums of floats. A single token uses SDOT, which needs no pairs.
+// ST2 stores them so, shared by all tokens that share a look-up. 4 pairs of rows x 3 pairs of tokens are 12 integer
+// accumulators and 12 sums of floats. A single token uses SDOT, which needs no pairs.
 #include "neon_dot.h"
 
 namespace agq {
 namespace {
 
-inline int8x16_t interleave_low(int8x16_t a, int8x16_t b) {
-    return vreinterpretq_s8_s32(vzip1q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b)));
-}
-inline int8x16_t interleave_high(int8x16_t a, int8x16_t b) {
-    return vreinterpretq_s8_s32(vzip2q_s32(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b)));
-}
-
 struct i8mm {
     static constexpr int nr = 6;
 
     struct ready {
-        /// [group][rows 0..7 or 8..15][chunk][pair of rows]: 8 columns of the one row, then of the other
-        alignas(64) int8_t u[ready_capacity][2][8][4][16];
+        /// [rows 0..7 or 8..15][group][chunk][pair of rows]: 8 columns of the one row, then of the other
+        alignas(64) int8_t u[2][ready_capacity][8][4][16];
         /// [group][pair of rows]: the scales of the two, twice, as they stand in a product's result
         alignas(64) float d[ready_capacity][8][4];
 
@@ -37,8 +30,10 @@ struct i8mm {
                     const chunk values = look_up(w.codes[8 * half + c], codebook);
                     AGQ_UNROLL
                     for (int i = 0; i < 4; i++) {
-                        vst1q_s8(u[g][i / 2][c][i % 2 * 2], interleave_low(values.low[i], values.high[i]));
-                        vst1q_s8(u[g][i / 2][c][i % 2 * 2 + 1], interleave_high(values.low[i], values.high[i]));
+                        // Stores low and high interleaved: two pairs of rows.
+                        const int32x4x2_t rows = {
+                            {vreinterpretq_s32_s8(values.low[i]), vreinterpretq_s32_s8(values.high[i])}};
+                        vst2q_s32(reinterpret_cast<int32_t *>(u[i / 2][g][c][i % 2 * 2]), rows);
                     }
                 }
                 const float32x4x4_t scales = row_scales(w, half);
@@ -71,44 +66,53 @@ struct i8mm {
             AGQ_UNROLL
             for (int p = 0; p < pairs; p++) sum[i][p] = vld1q_f32(sums_at(sums, i, p));
         }
-        for (int g = 0; g < groups; g++) {
-            int32x4_t acc[4][pairs];
+        // A tile has two groups, and all of their loads have constant distances from three addresses.
+        for (int tile = 0; tile < groups; tile += 2) {
             AGQ_UNROLL
-            for (int i = 0; i < 4; i++) {
+            for (int g = tile; g < tile + 2; g++) {
+                int32x4_t acc[4][pairs];
                 AGQ_UNROLL
-                for (int p = 0; p < pairs; p++) acc[i][p] = vdupq_n_s32(0);
-            }
-            AGQ_UNROLL
-            for (int c = 0; c < 8; c++) {
-                const int8_t (*u)[16] = w.u[g][half][c];
-                const columns8<n> x(q);
+                for (int i = 0; i < 4; i++) {
+                    AGQ_UNROLL
+                    for (int p = 0; p < pairs; p++) acc[i][p] = vdupq_n_s32(0);
+                }
                 AGQ_UNROLL
-                for (int i = 0; i < 4; i += 2) {
-                    const int8x16_t u0 = vld1q_s8(u[i]), u1 = vld1q_s8(u[i + 1]);  // one instruction
+                for (int c = 0; c < 8; c += 2) {
+                    // The activations of two chunks lie side by side: with three pairs of tokens that is three loads of
+                    // two registers, in place of four.
+                    const columns8<n> x[2] = {columns8<n>(q), columns8<n>(q + 8 * n)};
+                    AGQ_UNROLL
+                    for (int i = 0; i < 8; i += 2) {
+                        const int8_t (*u)[16] = w.u[half][g][c + i / 4];
+                        const int8x16_t u0 = vld1q_s8(u[i % 4]), u1 = vld1q_s8(u[i % 4 + 1]);  // one instruction
+                        AGQ_UNROLL
+                        for (int p = 0; p < pairs; p++) {
+                            acc[i % 4][p] = vmmlaq_s32(acc[i % 4][p], x[i / 4].x[p], u0);
+                            acc[i % 4 + 1][p] = vmmlaq_s32(acc[i % 4 + 1][p], x[i / 4].x[p], u1);
+                        }
+                    }
+                    q += 16 * n;
+                }
+                float32x4_t s[pairs];
+                if (per_group) {
                     AGQ_UNROLL
                     for (int p = 0; p < pairs; p++) {
-                        acc[i][p] = vmmlaq_s32(acc[i][p], x.x[p], u0);
-                        acc[i + 1][p] = vmmlaq_s32(acc[i + 1][p], x.x[p], u1);
+                        s[p] =
+                            vcombine_f32(vdup_n_f32(scale[2 * p]), vdup_n_f32(2 * p + 1 < n ? scale[2 * p + 1] : 0.0f));
                     }
+                    scale += n;
                 }
-                q += 8 * n;
-            }
-            float32x4_t s[pairs];
-            if (per_group) {
+                float32x4_t d[4];
                 AGQ_UNROLL
-                for (int p = 0; p < pairs; p++) {
-                    s[p] = vcombine_f32(vdup_n_f32(scale[2 * p]), vdup_n_f32(2 * p + 1 < n ? scale[2 * p + 1] : 0.0f));
-                }
-                scale += n;
-            }
-            AGQ_UNROLL
-            for (int i = 0; i < 4; i++) {
-                const float32x4_t d = vld1q_f32(w.d[g][4 * half + i]);
+                for (int i = 0; i < 4; i++) d[i] = vld1q_f32(w.d[g][4 * half + i]);  // two instructions
                 AGQ_UNROLL
-                for (int p = 0; p < pairs; p++) {
-                    float32x4_t product = vcvtq_f32_s32(acc[i][p]);
-                    if (per_group) product = vmulq_f32(product, s[p]);
-                    sum[i][p] = vfmaq_f32(sum[i][p], product, d);
+                for (int i = 0; i < 4; i++) {
+                    AGQ_UNROLL
+                    for (int p = 0; p < pairs; p++) {
+                        float32x4_t product = vcvtq_f32_s32(acc[i][p]);
+                        if (per_group) product = vmulq_f32(product, s[p]);
+                        sum[i][p] = vfmaq_f32(sum[i][p], product, d[i]);
+                    }
                 }
             }
         }

@@ -94,7 +94,7 @@ int main(int argc, char **argv) {
     constexpr double tolerance = 1e-4;
     int failures = 0;
     std::mt19937 rng(seed);
-    for (int round = 0; round < 300; ++round) {
+    for (int round = 0; round < 120; ++round) {
         const problem p = random_problem(rng);
         const bool normalized = round % 2 == 1;
         const agq::attention_kernel &kern = normalized ? agq::attention_paper_normalized : agq::attention_paper;
