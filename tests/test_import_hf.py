@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ with warnings.catch_warnings():
     import tiny_checkpoints as tiny
     import transformers
 
-import agq_gguf
+from transformers_logits import greedy, logits_of, pruned_logits, torch_logits
+
 from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.evaluate import compare
-from agq_gguf.host import Batch, Model, open_llama
+from agq_gguf.host import Model, open_llama
 from agq_gguf.import_hf import import_checkpoint
 from agq_gguf.import_hf.llama import interleave_halves
 from agq_gguf.quantizer import MatrixOptions
@@ -30,30 +30,6 @@ from agq_gguf.quantizer import MatrixOptions
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
-
-def logits_of(path: Path, tokens: np.ndarray) -> np.ndarray:
-    with Model(path) as model, model.context(len(tokens), threads=1) as context:
-        batch = Batch(tokens, first_logits=0)
-        context.decode(batch)
-        return context.logits(batch).copy()
-
-
-def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        found: np.ndarray = model(torch.tensor(tokens[None].astype(np.int64))).logits[0].float().numpy()
-    return found
-
-
-def greedy(next_logits: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray, n: int) -> tuple[list[int], float]:
-    """The n likeliest tokens one after the other, and by how much the closest of these choices was made."""
-    margins = []
-    for _ in range(n):
-        last = next_logits(tokens)[-1]
-        second, first = np.argsort(last)[-2:]
-        margins.append(last[first] - last[second])
-        tokens = np.append(tokens, np.int32(first))
-    return [int(token) for token in tokens[-n:]], float(min(margins))
 
 
 def clear_text(model: Any, n_tokens: int) -> tuple[np.ndarray, list[int]]:
@@ -98,15 +74,6 @@ def test_half_precision_checkpoint_and_outtypes(own_checkpoint: Any, tmp_path: P
     assert torch.equal(stored, half.model.layers[0].mlp.up_proj.weight)
 
 
-def pruned_logits(path: Path, tokens: np.ndarray, prune: str) -> tuple[np.ndarray, int]:
-    """Logits of the last token of a prompt, and how many of its tokens were dropped on the way."""
-    with agq_gguf.options(prune=prune), Model(path) as model, model.context(len(tokens), threads=1) as context:
-        batch = Batch(tokens)
-        context.decode(batch)
-        dropped = sum(layer >= 0 for layer in agq_gguf.last_pruned()) if prune != "off" else 0
-        return context.logits(batch)[0].copy(), dropped
-
-
 @pytest.mark.parametrize("name", ["llama", "opt", "bloom"])
 def test_then_quantize_prune_and_generate(name: str, checkpoints: Any, tmp_path: Path, words_file: Path) -> None:
     folder, _, _ = checkpoints(name)
@@ -130,47 +97,6 @@ def test_then_quantize_prune_and_generate(name: str, checkpoints: Any, tmp_path:
     llama.close()
     assert len(said) == 8
     assert max(said) < 576
-
-
-# trained checkpoints, as they lie in tests/data
-
-TRAINED = sorted(path.parent for path in (Path(__file__).parent / "data").glob("*/config.json"))
-STORIES = Path(agq_gguf.__file__).parent / "data"
-
-
-@pytest.mark.parametrize("folder", TRAINED, ids=lambda folder: folder.name)
-def test_trained_checkpoints(folder: Path, tmp_path: Path) -> None:
-    report = import_checkpoint(folder, tmp_path / "f16.gguf")
-    assert report.warnings == []
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = (STORIES / "evaluation.txt").read_text(encoding="utf-8")[:2500]
-    with Model(tmp_path / "f16.gguf") as host:
-        for piece in [*tiny.NASTY, text]:
-            assert host.tokenize(piece, parse_special=True).tolist() == tokenizer(piece).input_ids, piece
-        tokens = host.tokenize(text)[:250]
-    wanted = torch_logits(model, tokens)
-    scored = compare(wanted[:-1], logits_of(tmp_path / "f16.gguf", tokens)[:-1], tokens[1:])
-    assert scored[:, 2].mean() < (1e-3 if report.architecture == "mpt" else 1e-4)
-    told, margin = greedy(lambda t: torch_logits(model, t), tokens[:60], 12)
-    assert margin > 1e-3
-    assert greedy(lambda t: logits_of(tmp_path / "f16.gguf", t), tokens[:60], 12)[0] == told
-
-    plain = MatrixOptions(learn_codebook=False)
-    options = QuantizeOptions(threads=1, calibration_tokens=4096, context=256, matrix=plain)
-    quantize(tmp_path / "f16.gguf", tmp_path / "agq4.gguf", calibration=STORIES / "calibration.txt", options=options)
-    exact, quantized = (logits_of(tmp_path / f"{name}.gguf", tokens)[:-1] for name in ("f16", "agq4"))
-    scored = compare(exact, quantized, tokens[1:])
-    assert scored[:, 2].mean() < 0.05
-    assert scored[:, 1].mean() < scored[:, 0].mean() + 0.05  # nats per token
-    whole, _ = pruned_logits(tmp_path / "agq4.gguf", tokens, "off")
-    pruned, dropped = pruned_logits(tmp_path / "agq4.gguf", tokens, "1:0.3")
-    assert dropped == 75
-    assert compare(whole[None], pruned[None], tokens[:1])[0, 2] < 0.5
-    llama = open_llama(tmp_path / "agq4.gguf", threads=1)
-    said = list(itertools.islice(llama.generate(tokens[:60].tolist(), temp=0), 12))
-    llama.close()
-    assert said[0] in np.argsort(quantized[59])[-2:]
 
 
 # how text is cut

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,14 @@ BLOOM_CUT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 
 
-def _byte_level(special: list[str], cut: Any, *, vocab: int = 560, ignore_merges: bool = False) -> Tokenizer:
+def _byte_level(
+    special: list[str],
+    cut: Any,
+    *,
+    texts: Iterable[str] | None = None,
+    vocab: int = 560,
+    ignore_merges: bool = False,
+) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = cut
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,7 +91,7 @@ def _byte_level(special: list[str], cut: Any, *, vocab: int = 560, ignore_merges
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(corpus() if texts is None else texts, trainer)
     return tokenizer
 
 
@@ -98,18 +105,19 @@ def _starts_with(tokenizer: Tokenizer, text: str) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{text} $A", special_tokens=pairs)
 
 
-def opt_tokenizer() -> Any:
+def opt_tokenizer(texts: Iterable[str] | None = None, vocab: int = 560) -> Any:
     """Like OPT's: GPT-2's rule, every text begins with </s>."""
-    tokenizer = _byte_level(["<s>", "<pad>", "</s>", "<unk>"], pre_tokenizers.ByteLevel(add_prefix_space=False))
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = _byte_level(["<s>", "<pad>", "</s>", "<unk>"], cut, texts=texts, vocab=vocab)
     _starts_with(tokenizer, "</s>")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
 
 
-def bloom_tokenizer() -> Any:
+def bloom_tokenizer(texts: Iterable[str] | None = None, vocab: int = 560) -> Any:
     """Like BLOOM's: a rule of its own, nothing added."""
-    tokenizer = _byte_level(["<unk>", "<s>", "</s>", "<pad>"], _split(BLOOM_CUT))
+    tokenizer = _byte_level(["<unk>", "<s>", "</s>", "<pad>"], _split(BLOOM_CUT), texts=texts, vocab=vocab)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
@@ -151,32 +159,45 @@ def sentencepiece_model(vocab: int = 570) -> bytes:
 
 
 def llama_tokenizer(*, published: bool = True, legacy: bool = True) -> Any:
-    """Like LLaMA 2's, from the SentencePiece model: the merges are all splits of a piece into two pieces, by its score.
+    """Like LLaMA 2's, from the SentencePiece model.
 
     `published` as tokenizer.json was in LLaMA 2; else as the class LlamaTokenizer of transformers 5 makes it.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
-    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
+    vocab, merges = _merges(pieces)
+    if not published:
+        return transformers.LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, add_bos_token=True)
+    return sentencepiece_tokenizer(pieces, space_before=True, chat_template=CHAT)
+
+
+def _merges(pieces: list[tuple[str, float]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of SentencePiece's pieces with scores: all splits of a piece in two, by its score."""
+    vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
     splits = [
-        (model.get_score(number), -vocab[piece[:i]], -vocab[piece[i:]], piece[:i], piece[i:])
-        for piece, number in vocab.items()
+        (score, -vocab[piece[:i]], -vocab[piece[i:]], piece[:i], piece[i:])
+        for piece, score in pieces
         for i in range(1, len(piece))
         if piece[:i] in vocab and piece[i:] in vocab
     ]
-    merges = [split[3:] for split in sorted(splits, reverse=True)]
-    if not published:
-        return transformers.LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, add_bos_token=True)
+    return vocab, [split[3:] for split in sorted(splits, reverse=True)]
+
+
+def sentencepiece_tokenizer(pieces: list[tuple[str, float]], *, space_before: bool, chat_template: str) -> Any:
+    """tokenizer.json of pieces with scores, as it was in LLaMA 2; `space_before`: texts get a space in front."""
+    vocab, merges = _merges(pieces)
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if space_before else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if space_before else steps)
     special = [AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>")]
     tokenizer.add_special_tokens(special)
     _starts_with(tokenizer, "<s>")
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
-    fast.chat_template = CHAT
+    fast.chat_template = chat_template
     return fast
 
 

@@ -1,0 +1,158 @@
+"""Trained OPT, BLOOM and LLaMA models, from the checkpoint to text, by the commands that a user types.
+
+The checkpoints of tests/data are made by ``train_checkpoints.py``; LLaMA is the model that the package ships, turned
+back into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of their own deprecations
+    import story_checkpoint
+    import tiny_checkpoints as tiny
+    import transformers
+
+from transformers_logits import greedy, logits_of, pruned_logits, torch_logits
+
+import agq_gguf
+from agq_gguf import cli, convert
+from agq_gguf.evaluate import compare
+from agq_gguf.host import Model
+from agq_gguf.quantizer import MatrixOptions
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+DATA = Path(__file__).parent / "data"
+STORIES = Path(agq_gguf.__file__).parent / "data"
+TEXT = (STORIES / "evaluation.txt").read_text(encoding="utf-8")[:2500]
+PROMPT = TEXT[:400]
+# Family: number of AGQ4 tensors, bound of the mean KL divergence of the float file to transformers.
+FAMILIES = {"llama": (56, 1e-4), "opt": (12, 1e-3), "bloom": (12, 1e-4)}
+
+
+@dataclass
+class Story:
+    """One family's model: checkpoint, float file, quantized file, and the tokens of a text of unseen stories."""
+
+    family: str
+    checkpoint: Path
+    exact: Path
+    quantized: Path
+    tokens: np.ndarray
+
+
+def command(*arguments: object) -> str:
+    """Runs a command in this process; returns what it printed."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    assert result.exit_code == 0, f"{result.exception!r}\n{result.output}"
+    assert "warning" not in result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Story]:
+    """Family -> its model, imported and quantized once."""
+    made: dict[str, Story] = {}
+
+    def make(family: str) -> Story:
+        if family in made:
+            return made[family]
+        folder = tmp_path_factory.mktemp(family)
+        checkpoint, exact, quantized = DATA / f"{family}-story", folder / "f16.gguf", folder / "agq4.gguf"
+        if family == "llama":
+            checkpoint = folder / "checkpoint"
+            story_checkpoint.write(checkpoint, STORIES / "story-f16.gguf")
+        command("import-hf", checkpoint, exact)
+        with pytest.MonkeyPatch.context() as patch:  # less calibration than a user's, to save time
+            plain = MatrixOptions(learn_codebook=False)
+            patch.setattr(
+                convert, "QuantizeOptions", partial(convert.QuantizeOptions, calibration_tokens=4096, matrix=plain)
+            )
+            command("quantize", exact, quantized, "--calibration", STORIES / "calibration.txt", "-t", 1)
+        with Model(exact, vocab_only=True) as host:
+            tokens = host.tokenize(TEXT)[:250]
+        made[family] = Story(family, checkpoint, exact, quantized, tokens)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(params=FAMILIES)
+def story(request: pytest.FixtureRequest, stories: Callable[[str], Story]) -> Story:
+    return stories(request.param)
+
+
+def original(story: Story) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(story.checkpoint, dtype=torch.float32).eval()
+
+
+def test_it_has_learned_and_says_what_transformers_says(story: Story) -> None:
+    model = original(story)
+    wanted, found = torch_logits(model, story.tokens), logits_of(story.exact, story.tokens)
+    scored = compare(wanted[:-1], found[:-1], story.tokens[1:])
+    assert scored[:, 0].mean() < 1.2  # nats per token; ln(vocabulary) is above 6.6
+    assert scored[:, 2].mean() < FAMILIES[story.family][1]
+    told, margin = greedy(lambda t: torch_logits(model, t), story.tokens[:60], 12)
+    assert margin > 1e-3
+    assert greedy(lambda t: logits_of(story.exact, t), story.tokens[:60], 12)[0] == told
+
+
+def test_text_is_cut_alike(story: Story) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(story.checkpoint)
+    with Model(story.exact, vocab_only=True) as host:
+        for text in [*tiny.NASTY, TEXT]:
+            assert host.tokenize(text, parse_special=True).tolist() == tokenizer(text).input_ids, text
+
+
+def test_the_exported_llama_is_the_one_that_ships(stories: Callable[[str], Story]) -> None:
+    story = stories("llama")
+    with Model(STORIES / "story-f16.gguf") as shipped, Model(story.exact) as imported:
+        for text in [*tiny.NASTY, TEXT]:
+            assert np.array_equal(shipped.tokenize(text), imported.tokenize(text)), text
+    assert np.array_equal(logits_of(STORIES / "story-f16.gguf", story.tokens), logits_of(story.exact, story.tokens))
+
+
+def test_quantized(story: Story) -> None:
+    assert re.search(rf"agq\.tensors\.agq4 +{FAMILIES[story.family][0]} ", command("inspect", story.quantized))
+    exact, quantized = (logits_of(path, story.tokens)[:-1] for path in (story.exact, story.quantized))
+    scored = compare(exact, quantized, story.tokens[1:])
+    assert 1e-6 < scored[:, 2].mean() < 0.05
+    assert scored[:, 1].mean() < scored[:, 0].mean() + 0.05  # nats per token
+
+
+def test_pruned(story: Story) -> None:
+    whole, _ = pruned_logits(story.quantized, story.tokens, "off")
+    masked, _ = pruned_logits(story.quantized, story.tokens, "mask,1:0.3")
+    pruned, dropped = pruned_logits(story.quantized, story.tokens, "1:0.3")
+    assert dropped == 75
+    assert np.linalg.norm(pruned - masked) < 1e-2 * np.linalg.norm(pruned - whole)
+    assert compare(whole[None], pruned[None], story.tokens[:1])[0, 2] < 0.5
+
+
+def test_it_tells_a_story(story: Story) -> None:
+    """Greedy text of the quantized model begins as that of the float one does, and with tokens dropped it goes on."""
+    options = ("-p", PROMPT, "-n", 24, "--temp", 0, "-t", 1)
+    exact, told = (command("generate", path, *options) for path in (story.exact, story.quantized))
+    assert told.split()[:2] == exact.split()[:2]
+    pruned = command("generate", story.quantized, *options, "--prune", "1:0.3", "--show-pruned")
+    assert "{1:" in pruned
+    known = set((STORIES / "calibration.txt").read_text(encoding="utf-8").split())
+    for text in (exact, told, pruned.rsplit("}", 1)[-1]):
+        words = text.split()[1:-1]  # the first and the last may be parts
+        assert len(words) >= 4
+        assert sum(word in known for word in words) > 0.8 * len(words), text
