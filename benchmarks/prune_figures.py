@@ -26,7 +26,7 @@ from agq_gguf.shards import open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLLOWING = 64
-ANSWER = 16  # tokens, at most
+ANSWER = 24  # tokens, at most
 
 
 @dataclass
@@ -113,12 +113,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, default=ROOT / "agq_gguf/data/evaluation.txt")
-    parser.add_argument(
-        "--recall", type=int, metavar="SEED", help="of tasks made by a module recall_task (on PYTHONPATH)"
-    )
+    parser.add_argument("--recall", type=int, metavar="SEED", help="of the tasks of recall_task.py")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--length", type=int, default=700, help="tokens of a prompt from --text")
-    parser.add_argument("--tokens", type=int, nargs=2, default=(500, 900), help="length of the prompts of --recall")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(300, 600), help="length of the prompts of --recall")
     parser.add_argument("--ubatch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--spec", action="append", default=[], help="further settings")
@@ -131,8 +129,11 @@ def main() -> None:
         if args.recall is not None:
             from recall_task import recall_tasks
 
-            tasks = recall_tasks(args.recall, args.count, tuple(args.tokens))
-            kinds["recall"] = [Task(model.tokenize(t.prompt), recall=t) for t in tasks]
+            def tokenize(prompt: str) -> NDArray[np.int32]:
+                return model.tokenize(prompt, parse_special=True)
+
+            tasks = recall_tasks(args.recall, args.count, tuple(args.tokens), lambda prompt: len(tokenize(prompt)))
+            kinds["recall"] = [Task(tokenize(t.prompt), recall=t) for t in tasks]
         for kind, tasks in kinds.items():
             print(f"\n{kind}: {len(tasks)} prompts of {min(len(t.tokens) for t in tasks)} to "
                   f"{max(len(t.tokens) for t in tasks)} tokens, calls of {args.ubatch}")  # fmt: skip

@@ -319,7 +319,7 @@ def recall_examples(
     """Prompts with a question at their end, and the answers."""
     from recall_task import recall_tasks
 
-    tasks = recall_tasks(seed, count, tokens, facts=max(3, min(12, tokens[0] // 40)))
+    tasks = recall_tasks(seed, count, tokens, lambda prompt: len(tokenize(prompt, True)))
     return [Example(tokenize(t.prompt, True), tokenize(f" {t.answer}", False)) for t in tasks]
 
 
@@ -425,10 +425,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--plan", default="2:0.4", help="share dropped by layer, such as 1:0.2,3:0.4")
     parser.add_argument("--text", type=Path)
-    parser.add_argument(
-        "--recall", type=int, metavar="SEED", help="of tasks made by a module recall_task (on PYTHONPATH)"
-    )
-    parser.add_argument("--tokens", type=int, nargs=2, default=(500, 900), help="length of the prompts of --recall")
+    parser.add_argument("--recall", type=int, metavar="SEED", help="of the tasks of recall_task.py")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(300, 600), help="length of the prompts of --recall")
     parser.add_argument("--length", type=int, default=448, help="tokens of a prompt from --text")
     parser.add_argument("--ubatch", type=int, default=512, help="tokens of a call")
     parser.add_argument("--count", type=int, default=24, help="prompts")

@@ -59,7 +59,7 @@ def main() -> None:
 
     shape = Shape(
         vocab=args.vocab, n_embd=args.columns, n_ff=args.feed_forward, n_layer=args.layers, n_head=args.heads,
-        n_kv=args.heads // 2, context=512,
+        n_kv=args.heads // 2, context=512, rope_base=1e4,
     )  # fmt: skip
     words = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

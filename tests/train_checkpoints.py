@@ -4,7 +4,8 @@
     python tests/train_checkpoints.py bloom tests/data/bloom-story --steps 300 --batch-tokens 1024
 
 Model and tokenizer are transformers' own classes, the text comes from ``examples/story_grammar.py`` and is never
-repeated. Everything follows from the seed. Some ten minutes on one core (the variables of
+repeated. (The files in tests/data are of an earlier version of that grammar; ``stories`` there has texts of it.)
+Everything follows from the seed. Some ten minutes on one core (the variables of
 ``examples/train_story_model.py`` help).
 """
 
