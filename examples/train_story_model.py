@@ -1,8 +1,8 @@
 """Trains the demo model that ships with agq_gguf: a LLaMA of 1.9 million parameters that tells stories and answers.
 
 The text comes from ``story_grammar.py`` and is never repeated; the model is plain PyTorch; the file is GGUF (arch
-``llama``, F16). Everything follows from ``--seed``. 2600 steps of 0.6 to 1.2 seconds on one core (the variables keep the C library from
-giving memory back to the system after every step, which costs half of the time):
+``llama``, F16). Everything follows from ``--seed``. 2600 steps of 0.6 to 1.2 seconds on one core (the variables keep
+the C library from giving memory back to the system after every step, which costs half of the time):
 
     export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
     python examples/train_story_model.py --output agq_gguf/data/story-f16.gguf
