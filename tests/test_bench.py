@@ -180,7 +180,7 @@ def test_sequences_step_together_behind_the_depth(llama_agq: Path, monkeypatch: 
     assert result.generation.tokens == 6
     history = [(10, [0, 9], {i}) for i in range(3)]
     steps = [(3, [10 + i, 10 + i], {0, 1, 2}) for i in range(2)]
-    assert decoded == [(8, [0, 7], {0}), *history, *steps, *history, *steps, *steps]
+    assert decoded == [(8, [0, 7], {0}), *history, *steps, *steps, *steps]
 
 
 def test_sequences_do_not_disturb_one_another(llama_agq: Path) -> None:
