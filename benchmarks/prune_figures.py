@@ -1,10 +1,12 @@
 """What token pruning costs, measured in the running library: text behind long prompts, and facts recalled from them.
 
-    python benchmarks/prune_figures.py MODEL --text held-out.txt --recall 77 [--spec SPEC ...]
+    python benchmarks/prune_figures.py MODEL --text held-out.txt --needles haystack.txt [--spec SPEC ...]
+    python benchmarks/prune_figures.py MODEL --recall 77
 
 MODEL is AGQ4 and was calibrated (``agq-gguf calibrate-pruning``). Its own setting is compared with no pruning, with
 random pruning behind the same layers, with the paper's score and with leaving out the oldest tokens of the prompt, all
-at the same saving of work. The table of docs/pruning.md, "Figures", is from here.
+at the same saving of work. --needles is for chat models (needles.py), --recall for the story model. The tables of
+docs/pruning.md are from here.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from needles import KINDS, make_needles
 from numpy.typing import NDArray
 
 import agq_gguf
@@ -24,9 +27,8 @@ from agq_gguf.inspection import inspect_file
 from agq_gguf.prune import STAYED, Work, work_of
 from agq_gguf.shards import open_model
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLLOWING = 64
-ANSWER = 24  # tokens, at most
+ANSWER = 16  # tokens, at most
 
 
 @dataclass
@@ -34,8 +36,9 @@ class Task:
     """A prompt, and what is measured behind it."""
 
     tokens: NDArray[np.int32]
-    following: NDArray[np.int32] | None = None
-    recall: object = None
+    following: NDArray[np.int32] | None = None  # its NLL is wanted
+    answer: NDArray[np.int32] | None = None  # the likeliest tokens should be these
+    recall: object = None  # knows whether a reply is right
 
 
 @dataclass
@@ -77,21 +80,34 @@ def go_on(model: Model, context: Context, logits: NDArray[np.float32], n_past: i
     return model.detokenize(answer)
 
 
+def behind(
+    context: Context, logits: NDArray[np.float32], n_past: int, tokens: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """Log-probabilities [tokens, vocabulary] of these tokens behind a prompt with these last logits."""
+    if len(tokens) == 1:
+        return log_softmax(logits[None])
+    batch = Batch(tokens[:-1], first_position=n_past, first_logits=0)
+    context.decode(batch)
+    return log_softmax(np.concatenate([logits[None], context.logits(batch)]))
+
+
 def measure(
     model: Model, spec: str, tasks: Sequence[Task], work: Work, args: argparse.Namespace, oldest: float = 0.0
 ) -> Result:
     """Runs all tasks with one setting."""
     result = Result([], [], [])
-    with agq_gguf.options(prune=spec), model.context(1024, n_ubatch=args.ubatch, threads=args.threads) as context:
+    size = max(len(task.tokens) for task in tasks) + FOLLOWING
+    with agq_gguf.options(prune=spec), model.context(size, n_ubatch=args.ubatch, threads=args.threads) as context:
         for task in tasks:
             tokens = leave_out_oldest(task.tokens, oldest) if oldest else task.tokens
             logits, saved = read(context, tokens, work)
             result.saved.append(1 - (1 - saved) * len(tokens) / len(task.tokens))
             if task.following is not None:
-                batch = Batch(task.following[:-1], first_position=len(tokens), first_logits=0)
-                context.decode(batch)
-                found = log_softmax(np.concatenate([logits[None], context.logits(batch)]))
+                found = behind(context, logits, len(tokens), task.following)
                 result.nll.append(float(-found[np.arange(len(task.following)), task.following].mean()))
+            elif task.answer is not None:
+                found = behind(context, logits, len(tokens), task.answer)
+                result.right.append(bool((found.argmax(1) == task.answer).all()))
             else:
                 reply = go_on(model, context, logits, len(tokens), model.eos)
                 result.right.append(task.recall.right(reply))  # type: ignore[attr-defined]
@@ -112,11 +128,17 @@ def main() -> None:
     """Arguments, and the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, default=ROOT / "agq_gguf/data/evaluation.txt")
-    parser.add_argument("--recall", type=int, metavar="SEED", help="of the tasks of recall_task.py")
+    parser.add_argument("--text", type=Path, help="whose continuations are measured")
+    parser.add_argument("--needles", type=Path, metavar="TEXT", help="of which the haystack is made, for chat models")
+    parser.add_argument("--kind", choices=sorted(KINDS), default="code", help="of the needles")
+    parser.add_argument("--facts", type=int, default=1, help="needles in a haystack, one of which is asked for")
+    parser.add_argument(
+        "--recall", type=int, metavar="SEED", help="of tasks made by a module recall_task (on PYTHONPATH)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of --needles")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--length", type=int, default=700, help="tokens of a prompt from --text")
-    parser.add_argument("--tokens", type=int, nargs=2, default=(300, 600), help="length of the prompts of --recall")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(500, 900), help="length of prompts that ask for facts")
     parser.add_argument("--ubatch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--spec", action="append", default=[], help="further settings")
@@ -125,15 +147,18 @@ def main() -> None:
     with open_model(args.model) as reader:
         work = work_of({name: tensor.n_elements for name, tensor in reader.tensors.items()})
     with Model(args.model) as model:
-        kinds = {"text": text_tasks(model, args.text, args.length, args.count)}
+        kinds: dict[str, list[Task]] = {}
+        if args.text:
+            kinds["text"] = text_tasks(model, args.text, args.length, args.count)
+        if args.needles:
+            lengths = tuple(args.tokens)
+            found = make_needles(model, args.needles, args.seed, args.count, lengths, args.facts, args.kind)
+            kinds["needles"] = [Task(n.prompt, answer=n.answer) for n in found]
         if args.recall is not None:
             from recall_task import recall_tasks
 
-            def tokenize(prompt: str) -> NDArray[np.int32]:
-                return model.tokenize(prompt, parse_special=True)
-
-            tasks = recall_tasks(args.recall, args.count, tuple(args.tokens), lambda prompt: len(tokenize(prompt)))
-            kinds["recall"] = [Task(tokenize(t.prompt), recall=t) for t in tasks]
+            tasks = recall_tasks(args.recall, args.count, tuple(args.tokens))
+            kinds["recall"] = [Task(model.tokenize(t.prompt), recall=t) for t in tasks]
         for kind, tasks in kinds.items():
             print(f"\n{kind}: {len(tasks)} prompts of {min(len(t.tokens) for t in tasks)} to "
                   f"{max(len(t.tokens) for t in tasks)} tokens, calls of {args.ubatch}")  # fmt: skip
@@ -172,10 +197,21 @@ def same_saving(layers: list[int], saving: float, work: Work, score: str) -> str
 
 
 def show(name: str, found: Result, base: Result) -> None:
-    """One row."""
-    nll = f"{np.mean(found.nll):.4f} ({np.mean(found.nll) / np.mean(base.nll) - 1:+.2%})" if found.nll else ""
-    right = f"{np.mean(found.right):.1%}" if found.right else ""
+    """One row; behind each difference to no pruning its standard error, task by task."""
+    nll = right = ""
+    if found.nll:
+        change = np.array(found.nll) - np.array(base.nll)
+        whole = np.mean(base.nll)
+        nll = f"{np.mean(found.nll):.4f} ({change.mean() / whole:+.2%} +- {_error(change) / whole:.2%})"
+    if found.right:
+        points = 100.0 * (np.array(found.right, float) - np.array(base.right, float))
+        right = f"{np.mean(found.right):.1%} ({points.mean():+.1f} +- {_error(points):.1f} points)"
     print(f"| {name} | {np.mean(found.saved):.1%} | {nll} | {right} |", flush=True)
+
+
+def _error(values: NDArray[np.float64]) -> float:
+    """Standard error of a mean."""
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 if __name__ == "__main__":

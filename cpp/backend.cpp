@@ -115,7 +115,9 @@ void backend_free(ggml_backend *backend) {
 
 ggml_status compute_nodes(backend_context &context, ggml_tensor **nodes, int n, bool repeated) {
     std::string error;
+    const int64_t begun = profile_enabled() ? profile_time() : 0;
     ggml_cgraph *rewritten = context.rewriter.rewrite(nodes, n, repeated, context.n_threads, &error);
+    if (profile_enabled()) add_profile_time("(rewriting the graph)", profile_time() - begun);
     if (rewritten) {
         const ggml_status status = host.ggml_backend_graph_compute(context.cpu, rewritten);
         context.rewriter.record_bits();
@@ -136,13 +138,24 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
         const bool has_agq4 = std::any_of(nodes, nodes + n, uses_agq4);
         context.may_prune = context.may_prune || has_agq4;
         if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
-        const auto compute = [&](ggml_tensor **part, int size, bool part_repeated) {
+        int64_t computing = 0;  // nanoseconds within the pruner that are not its own
+        const auto compute_part = [&](ggml_tensor **part, int size, bool part_repeated) {
             if (part == nodes && !has_agq4 && !profile_enabled()) {
                 return host.ggml_backend_graph_compute(context.cpu, graph);
             }
             return compute_nodes(context, part, size, part_repeated);
         };
-        return context.pruning.run(nodes, n, repeated, context.n_threads, compute);
+        if (!profile_enabled()) return context.pruning.run(nodes, n, repeated, context.n_threads, compute_part);
+        const auto compute = [&](ggml_tensor **part, int size, bool part_repeated) {
+            const int64_t begun = profile_time();
+            const ggml_status status = compute_part(part, size, part_repeated);
+            computing += profile_time() - begun;
+            return status;
+        };
+        const int64_t begun = profile_time();
+        const ggml_status status = context.pruning.run(nodes, n, repeated, context.n_threads, compute);
+        add_profile_time("(planning what to prune)", profile_time() - begun - computing);
+        return status;
     } catch (const std::bad_alloc &) {
         log_line(log_error, "out of memory for activations; use a smaller n_ubatch");
         return status_alloc_failed;

@@ -24,8 +24,9 @@ std::atomic<profile_clock> chosen{profile_clock::off};
 std::mutex kinds_mutex;
 std::vector<kind> kinds;
 
-/// Nanoseconds by the clock that was chosen.
-int64_t now() {
+}  // namespace
+
+int64_t profile_time() {
 #if defined(__unix__) || defined(__APPLE__)
     if (chosen.load(std::memory_order_relaxed) == profile_clock::cpu) {
         timespec t;
@@ -36,8 +37,6 @@ int64_t now() {
     const auto since = std::chrono::steady_clock::now().time_since_epoch();
     return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
 }
-
-}  // namespace
 
 bool profile_enabled() {
     return chosen.load(std::memory_order_relaxed) != profile_clock::off;
@@ -61,6 +60,13 @@ int profile_kind(const std::string &label) {
     return static_cast<int>(kinds.size()) - 1;
 }
 
+void add_profile_time(const std::string &label, int64_t nanoseconds) {
+    const size_t number = static_cast<size_t>(profile_kind(label));
+    const std::lock_guard<std::mutex> lock(kinds_mutex);
+    ++kinds[number].nodes;
+    kinds[number].nanoseconds += nanoseconds;
+}
+
 std::string profile_report() {
     const std::lock_guard<std::mutex> lock(kinds_mutex);
     std::string report;
@@ -75,7 +81,7 @@ void clock_node(ggml_tensor *, int ith, int, void *userdata) {
     // The first thread of a graph is the one that runs all of it.
     thread_local int64_t last;
     if (ith != 0) return;
-    const int64_t reached = now();
+    const int64_t reached = profile_time();
     const int number = *static_cast<const int *>(userdata);
     if (number >= 0) {
         const std::lock_guard<std::mutex> lock(kinds_mutex);
@@ -83,7 +89,7 @@ void clock_node(ggml_tensor *, int ith, int, void *userdata) {
         ++k.nodes;
         k.nanoseconds += reached - last;
     }
-    last = now();
+    last = profile_time();
 }
 
 std::string profile_label(const ggml_tensor *node) {

@@ -25,6 +25,10 @@ int profile_kind(const std::string &label);
 /// One line for each kind: label, tab, number of nodes run, tab, nanoseconds.
 std::string profile_report();
 
+/// For work outside of all nodes: the time now, and time that is added to the kind with this label.
+int64_t profile_time();
+void add_profile_time(const std::string &label, int64_t nanoseconds);
+
 /// Custom node: the time since the clock node before goes to the kind that `userdata` points at (an int); a negative
 /// one starts the clock.
 void clock_node(ggml_tensor *dst, int ith, int nth, void *userdata);

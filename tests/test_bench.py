@@ -214,6 +214,9 @@ def test_profile_counts_the_nodes_of_the_model(llama_agq: Path) -> None:
     assert layers > 0
     assert prompt["MUL_MAT attn_q"].nodes == layers
     assert {node.kind: node.nodes for node in result.generation_profile}["MUL_MAT ffn_down"] == 3 * layers
+    # What stands outside of all nodes, once for each call.
+    for kind in ("(planning what to prune)", "(rewriting the graph)"):
+        assert prompt[kind].nodes == 1
     for times in (result.prompt_profile, result.generation_profile):
         assert [node.seconds for node in times] == sorted((node.seconds for node in times), reverse=True)
         assert times[-1].seconds > 0
