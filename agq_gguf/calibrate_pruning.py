@@ -1,8 +1,9 @@
 """Chooses pruning layers and thresholds on calibration text, by running the model, and writes them into the file.
 
-Prompts are cut from the text. The model runs them with pruning as it will run later, inside the plugin, and what it
-then says about the 64 tokens that follow, and about a repeated part of the prompt, is compared with what it says
-when nothing is dropped. See docs/pruning.md, "Calibration".
+Prompts are cut from the text. Every second one ends with the beginning of an earlier part of it, as a question ends a
+prompt. The model runs them with pruning as it will run later, inside the plugin, and what it then says about the 64
+tokens that follow, or about the rest of the repeated part, is compared with what it says when nothing is dropped. See
+docs/pruning.md, "Calibration".
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from agq_gguf.prune import (
     Plan,
     Work,
     droppable,
+    overlooked,
     single_layers,
     split_saving,
     threshold_for,
@@ -41,7 +43,7 @@ Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is b
 _CALL = 512  # tokens of a prompt and what follows; llama.cpp's ubatch, within which tokens are judged
 _LOGITS_BYTES = 512 << 20  # of the unpruned model's logits that may be kept
 _BETTER = 0.97  # of the divergence: what another pruning layer must bring to be worth it
-_SKIPPED = 4  # tokens at the start of a repeated part, which nothing announces
+_CUE = 16  # tokens of a repeated part that end a prompt; by then a model that can copy does so
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,11 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, what follows it in the text, and a part of the prompt to repeat."""
+    """A prompt and what follows it: in the text, or (an echo) in a part of the prompt whose beginning its end repeats."""
 
     prompt: NDArray[np.int32]
     following: NDArray[np.int32]
-    echo: NDArray[np.int32]
+    is_echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,14 +130,18 @@ def make_examples(tokens: NDArray[np.int32], count: int, following: int, context
     room = len(tokens) - length - following
     if room < 0:
         raise InputError(f"the text has {len(tokens)} tokens; at least {length + following} are needed")
-    starts = np.unique(np.linspace(0, room, min(count, 1 + room // following)).astype(np.int64))
+    starts = np.linspace(0, room, max(2, min(count, 1 + room // following))).astype(np.int64)
     examples = []
     for i, start in enumerate(starts):
-        prompt = tokens[start : start + length]
+        prompt = tokens[start : start + length].copy()
+        if i % 2 == 0:
+            examples.append(Example(prompt, tokens[start + length : start + length + following]))
+            continue
         # Parts from all over the prompts, but not from their very end, which nobody drops.
-        at = 1 + (i * (length - 3 * following)) // max(len(starts) - 1, 1)
-        follows = tokens[start + length : start + length + following]
-        examples.append(Example(prompt, follows, prompt[at : at + following // 2]))
+        at = 1 + (i * (length - 3 * following)) // (len(starts) - 1)
+        part = prompt[at : at + _CUE + following // 2].copy()
+        prompt[-_CUE:] = part[:_CUE]
+        examples.append(Example(prompt, part[_CUE:], is_echo=True))
     return examples
 
 
@@ -163,13 +169,20 @@ def choose_layers(run: Runner, work: Work, allowed: Sequence[int], base: Run, ch
     """The layers behind which the wanted saving costs least: the best single one, then whatever improves on it."""
     tokens = sum(map(len, base.importance[allowed[0]]))
     most = droppable(base.importance[allowed[0]]) / tokens
-    candidates = single_layers(work, choice.share, allowed, most, choice.candidates)
+
+    def tried(saving: float) -> list[int]:
+        def missed(layer: int) -> float:
+            return overlooked(base.importance, layer, round(saving / work.worth(layer) * tokens))
+
+        return single_layers(work, saving, allowed, most, choice.candidates, missed)
+
+    candidates = tried(choice.share)
     if not candidates:
         raise InputError(
             f"a saving of {choice.share:.0%} is out of reach: at most {most:.0%} of the tokens of a calibration prompt "
             f"can leave, and behind layer {allowed[0]} at the earliest; ask for less, or keep fewer of the last tokens"
         )
-    later = single_layers(work, choice.share / 2, allowed, most, choice.candidates)
+    later = tried(choice.share / 2)
     best: tuple[float, tuple[int, ...]] = (np.inf, ())
     for size in range(1, choice.max_layers + 1):
         extensions = [(layer,) for layer in candidates] if size == 1 else _extend(best[1], {*candidates, *later})
@@ -212,24 +225,21 @@ class _Runtime:
         self._full: list[NDArray[np.float32]] = []  # logits of the unpruned model by example
 
     def __call__(self, plan: Plan, probed: Sequence[int]) -> Run:
-        size = max(len(e.prompt) + max(len(e.following), len(e.echo)) for e in self._examples)
+        size = max(len(e.prompt) + len(e.following) for e in self._examples)
         left: list[NDArray[np.int32]] = []
         importance: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in probed}
-        rows, echo_rows = [], []
+        rows: dict[bool, list[NDArray[np.float64]]] = {False: [], True: []}
         with ExitStack() as stack:
             with options(prune=plan.spec(probed)):
                 context = stack.enter_context(self._model.context(size, n_ubatch=size, threads=self._threads))
             for i, example in enumerate(self._examples):
-                logits, n = self._logits(context, example, left, importance)
+                logits = self._logits(context, example, left, importance)
                 if len(self._full) <= i:
                     self._full.append(logits)
-                targets = np.concatenate([example.following, example.echo[1:]])
-                scored = compare(self._full[i], logits, targets)
-                rows.append(scored[:n])
-                echo_rows.append(scored[n + _SKIPPED :])
+                rows[example.is_echo].append(compare(self._full[i], logits, example.following))
                 self._progress()
-        _, nll, kl, _ = np.concatenate(rows).T
-        echo_kl = np.concatenate(echo_rows)[:, 2]
+        _, nll, kl, _ = np.concatenate(rows[False]).T
+        echo_kl = np.concatenate(rows[True])[:, 2]
         if not (np.isfinite(nll).all() and np.isfinite(kl).all() and np.isfinite(echo_kl).all()):
             raise InputError(f"{self._model.path}: its logits hold values that are not finite; the weights are damaged")
         return Run(left, importance, float(kl.mean()), float(nll.mean()), float(echo_kl.mean()))
@@ -240,8 +250,8 @@ class _Runtime:
         example: Example,
         left: list[NDArray[np.int32]],
         importance: dict[int, list[NDArray[np.float32]]],
-    ) -> tuple[NDArray[np.float32], int]:
-        """Logits of the tokens that follow (so many) and of the repeated part; adds what the prompt's call showed."""
+    ) -> NDArray[np.float32]:
+        """Logits of the tokens that follow; adds what the prompt's call showed."""
         n = len(example.prompt)
         context.clear()
         prompt = Batch(example.prompt)
@@ -252,13 +262,10 @@ class _Runtime:
         found = [left[-1], *(values[-1] for values in importance.values())]
         if any(len(values) != n for values in found):
             raise HostError(f"{self._model.path}: the plugin cannot prune this model; its log says why (--debug)")
-        parts = [context.logits(prompt)[-1:].copy()]
-        for tokens in (example.following, example.echo):
-            context.forget(n)
-            batch = Batch(tokens[:-1], first_position=n, first_logits=0)
-            context.decode(batch)
-            parts.append(context.logits(batch).copy())
-        return np.concatenate(parts), len(example.following)
+        first = context.logits(prompt)[-1:].copy()
+        batch = Batch(example.following[:-1], first_position=n, first_logits=0)
+        context.decode(batch)
+        return np.concatenate([first, context.logits(batch)])
 
 
 def calibrate_pruning(
@@ -304,7 +311,7 @@ def calibrate_pruning(
 
 def _examples(model: Model, text: str, choice: PruneOptions) -> list[Example]:
     tokens = model.tokenize(text)
-    logits_bytes = 4 * model.n_vocab * (choice.following * 3 // 2)
+    logits_bytes = 4 * model.n_vocab * choice.following
     count = max(2, min(choice.prompts, _LOGITS_BYTES // logits_bytes))
     examples = make_examples(tokens, count, choice.following, model.n_ctx_train)
     if model.add_bos:

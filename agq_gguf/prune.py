@@ -7,7 +7,7 @@ it means in docs/pruning.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,12 +102,35 @@ def threshold_for(importance: Sequence[NDArray[np.float32]], n_drop: int) -> flo
     return float(values[n_drop])
 
 
-def single_layers(work: Work, saving: float, allowed: Sequence[int], most: float, count: int) -> list[int]:
-    """Up to `count` layers, spread evenly, that can save that much alone with at most a share `most` of the tokens."""
+def overlooked(importance: dict[int, list[NDArray[np.float32]]], layer: int, n_drop: int) -> float:
+    """How much later layers would miss of `n_drop` tokens that are dropped behind this one: 0 to 1.
+
+    That is the importance of the most important dropped token, as a share of that of all tokens, mean over later layers
+    and prompts. A layer that does not yet look at what will matter later shows by it, before anything is run.
+    """
+    border = threshold_for(importance[layer], n_drop)
+    missed = [
+        values[gone].max(initial=0) / max(values[np.isfinite(values)].max(initial=0), np.finfo(np.float32).tiny)
+        for later in importance
+        if later > layer
+        for values, own in zip(importance[later], importance[layer], strict=True)
+        for gone in [(own < np.float32(border)) & np.isfinite(values)]
+    ]
+    return float(np.mean(missed)) if missed else 0.0
+
+
+def single_layers(
+    work: Work, saving: float, allowed: Sequence[int], most: float, count: int, missed: Callable[[int], float]
+) -> list[int]:
+    """Up to `count` layers, from all over the model, that can save that much with at most a share `most` of the tokens.
+
+    Of neighbours the one is taken of which `missed` is least.
+    """
     able = [layer for layer in allowed if saving <= most * work.worth(layer)]
     if len(able) <= count:
         return able
-    return sorted({able[round(i * (len(able) - 1) / (count - 1))] for i in range(count)})
+    zones = (able[len(able) * i // count : len(able) * (i + 1) // count] for i in range(count))
+    return [min(zone, key=missed) for zone in zones]
 
 
 def split_saving(work: Work, layers: Sequence[int], parts: Sequence[float], saving: float) -> list[float]:

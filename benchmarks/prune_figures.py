@@ -28,7 +28,7 @@ from agq_gguf.prune import STAYED, Work, work_of
 from agq_gguf.shards import open_model
 
 FOLLOWING = 64
-ANSWER = 16  # tokens, at most
+ANSWER = 24  # tokens, at most
 
 
 @dataclass
@@ -132,13 +132,11 @@ def main() -> None:
     parser.add_argument("--needles", type=Path, metavar="TEXT", help="of which the haystack is made, for chat models")
     parser.add_argument("--kind", choices=sorted(KINDS), default="code", help="of the needles")
     parser.add_argument("--facts", type=int, default=1, help="needles in a haystack, one of which is asked for")
-    parser.add_argument(
-        "--recall", type=int, metavar="SEED", help="of tasks made by a module recall_task (on PYTHONPATH)"
-    )
+    parser.add_argument("--recall", type=int, metavar="SEED", help="of the tasks of recall_task.py")
     parser.add_argument("--seed", type=int, default=1, help="of --needles")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--length", type=int, default=700, help="tokens of a prompt from --text")
-    parser.add_argument("--tokens", type=int, nargs=2, default=(500, 900), help="length of prompts that ask for facts")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(300, 500), help="length of prompts that ask for facts")
     parser.add_argument("--ubatch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--spec", action="append", default=[], help="further settings")
@@ -157,8 +155,11 @@ def main() -> None:
         if args.recall is not None:
             from recall_task import recall_tasks
 
-            tasks = recall_tasks(args.recall, args.count, tuple(args.tokens))
-            kinds["recall"] = [Task(model.tokenize(t.prompt), recall=t) for t in tasks]
+            def tokenize(prompt: str) -> NDArray[np.int32]:
+                return model.tokenize(prompt, parse_special=True)
+
+            tasks = recall_tasks(args.recall, args.count, tuple(args.tokens), lambda prompt: len(tokenize(prompt)))
+            kinds["recall"] = [Task(tokenize(t.prompt), recall=t) for t in tasks]
         for kind, tasks in kinds.items():
             print(f"\n{kind}: {len(tasks)} prompts of {min(len(t.tokens) for t in tasks)} to "
                   f"{max(len(t.tokens) for t in tasks)} tokens, calls of {args.ubatch}")  # fmt: skip

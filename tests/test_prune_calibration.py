@@ -15,7 +15,17 @@ from agq_gguf import blocks
 from agq_gguf.calibrate_pruning import Point, PruneOptions, PruneReport, Run, choose, make_examples, metadata_of
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.inspection import inspect_file
-from agq_gguf.prune import STAYED, Plan, Work, droppable, single_layers, split_saving, threshold_for, work_of
+from agq_gguf.prune import (
+    STAYED,
+    Plan,
+    Work,
+    droppable,
+    overlooked,
+    single_layers,
+    split_saving,
+    threshold_for,
+    work_of,
+)
 from agq_gguf.prune_file import carriers, layer_of, write_plan
 from agq_gguf.reader import open_gguf
 
@@ -80,11 +90,28 @@ def test_threshold_of_nobody() -> None:
 
 def test_layers_that_can_save_enough() -> None:
     work = Work(10, 0.5)
-    assert single_layers(work, 0.3, range(9), 0.8, 99) == [0, 1, 2, 3, 4, 5]  # 0.8 * 0.45 >= 0.3 > 0.8 * 0.35
-    assert single_layers(work, 0.3, range(9), 0.8, 3) == [0, 2, 5]
-    assert single_layers(work, 0.9, range(9), 0.8, 3) == []
+
+    def missed(layer: int) -> float:
+        return abs(layer - 3)
+
+    assert single_layers(work, 0.3, range(9), 0.8, 99, missed) == [0, 1, 2, 3, 4, 5]  # 0.8 * 0.45 >= 0.3 > 0.8 * 0.35
+    assert single_layers(work, 0.3, range(9), 0.8, 3, missed) == [1, 3, 4]
+    assert single_layers(work, 0.9, range(9), 0.8, 3, missed) == []
     shares = split_saving(work, [2, 5], [1, 1], 0.3)
     assert shares == pytest.approx([0.15 / 0.75, 0.15 / 0.45])
+
+
+def test_what_later_layers_would_miss() -> None:
+    """Layer 0 would drop what layers 1 and 2 need most in the first prompt, half as much in the second."""
+    importance = {
+        0: [np.array([1, 2, 3, np.inf], np.float32), np.array([1, 2, 3, np.inf], np.float32)],
+        1: [np.array([8, 1, 2, np.inf], np.float32), np.array([4, 1, 8, np.inf], np.float32)],
+        2: [np.array([9, 1, 2, np.inf], np.float32), np.array([3, 1, 6, np.inf], np.float32)],
+    }
+    assert overlooked(importance, 0, 2) == pytest.approx((1 + 0.5 + 1 + 0.5) / 4)
+    assert overlooked(importance, 1, 2) == pytest.approx((1 / 9 + 1 / 6) / 2)
+    assert overlooked(importance, 2, 2) == 0  # nothing is later
+    assert overlooked(importance, 0, 0) == 0
 
 
 # choosing, with a model that is only a formula
@@ -117,7 +144,7 @@ WORK = Work(8, 0.5)
 
 
 def test_choice_of_layers_and_curve() -> None:
-    choice = PruneOptions(share=0.3, score="received", keep=7, curve=(0.1, 0.2, 0.8))
+    choice = PruneOptions(share=0.3, score="received", keep=7, candidates=7, curve=(0.1, 0.2, 0.8))
     chosen, curve, nll = choose(MadeUp(), WORK, range(7), choice)
     assert chosen.plan.layers == (3, 5) and nll == 1
     assert (chosen.plan.score, chosen.plan.keep) == ("received", 7)
@@ -156,11 +183,16 @@ def test_examples_are_cut_evenly() -> None:
     tokens = np.arange(3000, dtype=np.int32)
     examples = make_examples(tokens, 8, 64, 4096)
     assert len(examples) == 8
-    for e in examples:
+    for e in examples[::2]:
         assert len(e.prompt) == 448 and e.following[0] == e.prompt[-1] + 1 and len(e.following) == 64
-        assert e.prompt[0] < e.echo[0] and e.echo[-1] < e.prompt[-64] and len(e.echo) == 32
-    assert examples[-1].following[-1] == 2999
-    assert len(make_examples(tokens[:600], 8, 64, 4096)) == 2
+        assert not e.is_echo and np.all(np.diff(e.prompt) == 1)
+    for e in examples[1::2]:  # their last 16 tokens, and what follows, are a part of what stands before
+        assert e.is_echo and len(e.prompt) == 448 and len(e.following) == 32
+        assert np.all(np.diff(e.prompt[:-16]) == 1)
+        assert np.all(np.diff([*e.prompt[-16:], *e.following]) == 1)
+        assert e.prompt[0] < e.prompt[-16] and e.following[-1] < e.prompt[-65]
+    assert examples[6].prompt[0] < 2999 - 512 < examples[7].prompt[0]
+    assert [e.is_echo for e in make_examples(tokens[:512], 8, 64, 4096)] == [False, True]
     assert len(make_examples(tokens, 8, 64, 256)[0].prompt) == 192
     with pytest.raises(InputError, match="512 are needed"):
         make_examples(tokens[:511], 8, 64, 4096)
