@@ -25,6 +25,7 @@ class Rule:
     threshold: float | None = None
     keep: int = 0  # the last so many tokens of a call stay
     reach: int = 0  # a token counts as much as the best one at most so many places away
+    reuse: bool = False  # later layers get keys and values of dropped tokens from the state in which they left
 
 
 @dataclass
@@ -95,8 +96,11 @@ class PrunedReference:
         self.left_behind = np.full(len(tokens), -1)
         protected = np.isin(here, outputs) | (positions == 0)
         x = m.weight("token_embd.weight")[tokens]
+        gone: list[tuple[Array, NDArray[np.int64]]] = []  # states and positions of tokens that are used again
         for i in range(m.n_layer):
             block = f"blk.{i}"
+            for state, old in gone:
+                self._store(m.norm(state, f"{block}.attn_norm.weight"), i, old)
             mixed, weights = self._attention(m.norm(x, f"{block}.attn_norm.weight"), i, positions[here])
             x = x + mixed
             if i in self.rules and len(tokens) >= self.shortest:
@@ -105,19 +109,26 @@ class PrunedReference:
                 kept = len(tokens) - max(self.rules[i].keep, always_kept(self.score))
                 dropped = choose(values, self.rules[i], protected[here] | (here >= kept))
                 self.left_behind[here[dropped]] = i
+                if self.rules[i].reuse:
+                    gone.append((x[dropped], positions[here[dropped]]))
                 x, here = x[~dropped], here[~dropped]
             x = x + m.swiglu(m.norm(x, f"{block}.ffn_norm.weight"), block)
         x = m.norm(x[np.isin(here, outputs)], "output_norm.weight")
         return m.linear(x, "output.weight" if "output.weight" in m.tensors else "token_embd.weight")
+
+    def _store(self, x: Array, layer: int, positions: NDArray[np.int64]) -> None:
+        """Keys and values of these tokens; extends the cache."""
+        m, block, cache = self.model, f"blk.{layer}", self.caches[layer]
+        cache.keys.append(m.rope(m.linear(x, f"{block}.attn_k.weight").reshape(len(x), m.n_kv, -1), positions))
+        cache.values.append(m.linear(x, f"{block}.attn_v.weight").reshape(len(x), m.n_kv, -1))
+        cache.positions.append(positions)
 
     def _attention(self, x: Array, layer: int, positions: NDArray[np.int64]) -> tuple[Array, Array]:
         """Output [T, E] and attention weights [heads, T, cells] of the tokens at these positions; extends the cache."""
         m, block, tokens = self.model, f"blk.{layer}", len(x)
         cache = self.caches[layer]
         q = m.rope(m.linear(x, f"{block}.attn_q.weight").reshape(tokens, m.n_head, -1), positions)
-        cache.keys.append(m.rope(m.linear(x, f"{block}.attn_k.weight").reshape(tokens, m.n_kv, -1), positions))
-        cache.values.append(m.linear(x, f"{block}.attn_v.weight").reshape(tokens, m.n_kv, -1))
-        cache.positions.append(positions)
+        self._store(x, layer, positions)
         repeat = m.n_head // m.n_kv
         k, v = (np.repeat(np.concatenate(t), repeat, axis=1) for t in (cache.keys, cache.values))
         scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import low_level
 import numpy as np
 import pytest
 import tiny_models
@@ -13,6 +15,7 @@ import agq_gguf
 from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.errors import InputError
 from agq_gguf.quantizer import MatrixOptions
+from agq_gguf.reader import open_gguf
 
 LAYERS = 4
 FAST = QuantizeOptions(threads=1, embedding_type="agq4", output_type="agq4", matrix=MatrixOptions(learn_codebook=False))
@@ -82,6 +85,8 @@ def test_options_are_checked_and_nest(model: GetModel) -> None:
         "file;score=recent",
         "3:0.5;score=best",
         "off,3:0.5",
+        "mask,3:0.5;reuse=1",
+        "3:0.5;reuse=2",
     ):
         with pytest.raises(InputError, match="is not understood"), agq_gguf.options(prune=text):
             pass
@@ -90,6 +95,38 @@ def test_options_are_checked_and_nest(model: GetModel) -> None:
             assert plain_fate(model()) == 0
         assert plain_fate(model()) == 100
     assert plain_fate(model()) == 0
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2", "qwen2"])
+def test_states_used_again_are_those_that_left(arch: str, flash: bool, tmp_path: Path) -> None:
+    """Without feed-forward parts a token leaves behind the last layer but one as it enters the last: nothing is lost."""
+    path = tmp_path / "flat.gguf"
+    getattr(tiny_models, f"write_{arch}")(path, dtype="f32", n_layer=LAYERS, seed=3)
+    raw = bytearray(path.read_bytes())
+    with open_gguf(path) as reader:
+        for name, tensor in reader.tensors.items():
+            if "ffn_down" in name:
+                raw[tensor.offset : tensor.offset + tensor.n_bytes] = bytes(tensor.n_bytes)
+    path.write_bytes(raw)
+    m = LowModel(path)
+    spec = f"{LAYERS - 2}:0.6;score=random"
+    whole, _ = run(m, "off", flash=flash, n_ubatch=100)
+    dropped, fate = run(m, spec, flash=flash, n_ubatch=100)
+    again, same_fate = run(m, f"{spec};reuse=1", flash=flash, n_ubatch=100)
+    m.close()
+    assert fate == same_fate and sum(layer >= 0 for layer in fate) == 120
+    lost = np.abs(again - whole).max()  # other numbers of tokens go through other kernels
+    assert lost < 0.01 and lost < 0.05 * np.abs(dropped - whole).max()
+
+
+def test_states_used_again_need_layers_one_behind_the_other(model: GetModel) -> None:
+    """In Falcon's attention and feed-forward part stand side by side: nothing is dropped."""
+    low_level.log.clear()
+    whole, _ = run(model("falcon"), "off")
+    again, fate = run(model("falcon"), "1:0.5;reuse=1")
+    assert np.array_equal(whole, again) and set(fate) == {-1}
+    assert sum("states can not be used again" in line for line in low_level.log) == 1
 
 
 def plain_fate(model: LowModel) -> int:

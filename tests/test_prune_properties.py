@@ -52,6 +52,7 @@ RULES = st.builds(
     score=st.sampled_from(["first", "received", "recent"]),
     keep=st.integers(0, 30),
     reach=st.integers(0, 3),
+    reuse=st.booleans(),
     calls=st.lists(st.one_of(st.integers(64, 140), st.integers(1, 3)), min_size=1, max_size=4),
     ubatch=st.integers(64, 160),
 )
@@ -62,15 +63,16 @@ def test_random_graphs(
     score: str,
     keep: int,
     reach: int,
+    reuse: bool,
     calls: list[int],
     ubatch: int,
 ) -> None:
     path = tiny_models.write_llama(tmp_path / "random.gguf", dtype="f32", **shape)
     chosen = {
-        layer: Rule(rule.share, rule.threshold, keep, reach)
+        layer: Rule(rule.share, rule.threshold, keep, reach, reuse)
         for layer, rule in sorted(rules)
         if layer < shape["n_layer"] - 1
-    } or {0: Rule(share=0.4, keep=keep, reach=reach)}
+    } or {0: Rule(share=0.4, keep=keep, reach=reach, reuse=reuse)}
     listed = ",".join(
         f"{layer}:{r.share if r.threshold is None else f't{r.threshold:.9g}'}" for layer, r in chosen.items()
     )
@@ -79,7 +81,7 @@ def test_random_graphs(
     n_past = 0
     with quiet_log():
         model = LowModel(path)
-        spec = f"{listed};score={score};keep={keep};reach={reach}"
+        spec = f"{listed};score={score};keep={keep};reach={reach};reuse={int(reuse)}"
         with model.context(spec, cache="f32", n_ubatch=ubatch) as context:
             for length in calls:
                 tokens = dice.integers(300, 420, length).tolist()

@@ -158,6 +158,7 @@ RULES = {
     "one layer": {1: Rule(share=0.5)},
     "two layers": {0: Rule(share=0.3), 2: Rule(share=0.6)},
     "all layers": {i: Rule(share=0.2) for i in range(4)},
+    "states used again": {i: Rule(share=0.3, reuse=True) for i in (0, 1, 3)},
     "keep and reach": {1: Rule(share=0.6, keep=30, reach=2), 2: Rule(share=0.4, keep=30, reach=2)},
 }
 
@@ -165,7 +166,7 @@ RULES = {
 def spec_of(rules: dict[int, Rule], score: str) -> str:
     listed = ",".join(f"{i}:{r.share if r.threshold is None else f't{r.threshold:.9g}'}" for i, r in rules.items())
     rule = next(iter(rules.values()))
-    return f"{listed};score={score};keep={rule.keep};reach={rule.reach}"
+    return f"{listed};score={score};keep={rule.keep};reach={rule.reach};reuse={int(rule.reuse)}"
 
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:

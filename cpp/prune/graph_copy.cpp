@@ -106,6 +106,38 @@ ggml_tensor *graph_copy::node(int i, int64_t tokens_now, ggml_tensor *mask, int 
     return copy;
 }
 
+ggml_tensor *graph_copy::aside(int i, int64_t tokens_now) {
+    const ggml_tensor *original = facts_->tensors[static_cast<size_t>(i)];
+    ggml_tensor *copy = arena_->copy(original);
+    for (int s = 0; s < ggml_max_src; ++s) {
+        if (original->src[s]) copy->src[s] = current(facts_->number(original->src[s]));
+    }
+    if (const token_dim dim = (*dims_)[static_cast<size_t>(i)]) {
+        shrink(copy, original, dim, tokens_now);
+        if (!is_view_op(original)) {
+            copy->view_src = nullptr;
+            copy->view_offs = 0;
+            copy->data = nullptr;
+        }
+    }
+    replace(i, copy);
+    return copy;
+}
+
+cut_job::gather graph_copy::gather_of(int number, const ggml_tensor *from, ggml_tensor *to, int64_t source_rows,
+                                      const std::vector<int32_t> *rows) const {
+    const token_dim dim = (*dims_)[static_cast<size_t>(number)];
+    cut_job::gather g = {};
+    g.from = static_cast<const char *>(from->data);
+    g.to = static_cast<char *>(to->data);
+    g.bytes = token_bytes(from, dim);
+    g.blocks = 1;
+    for (int d = dim.dim + 1; d < 4; ++d) g.blocks *= from->ne[d];
+    g.source_rows = source_rows;
+    g.rows = rows;
+    return g;
+}
+
 ggml_tensor *graph_copy::with_tokens(int number, int64_t tokens_now) {
     const ggml_tensor *original = facts_->tensors[static_cast<size_t>(number)];
     const token_dim dim = (*dims_)[static_cast<size_t>(number)];

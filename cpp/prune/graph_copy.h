@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "cut_job.h"
 #include "dataflow.h"
 #include "graph_facts.h"
 
@@ -47,8 +48,14 @@ class graph_copy {
     /// The node as it is to be run for `tokens_now` tokens: itself, or a copy if a source was replaced or `mask` (its
     /// source `mask_slot`) is given. The copy writes to the memory of the original, of which it needs a part.
     ggml_tensor *node(int i, int64_t tokens_now, ggml_tensor *mask, int mask_slot);
+    /// A copy of the node for `tokens_now` tokens that reads what stands for its sources. Views and stores know their
+    /// memory; of others `data` is null, for the caller to give them some.
+    ggml_tensor *aside(int i, int64_t tokens_now);
     /// A tensor in memory of its own that has room for `tokens_now` tokens in place of all.
     ggml_tensor *with_tokens(int number, int64_t tokens_now);
+    /// What copies these rows (of tokens) of `from`, which stands for the tensor and has `source_rows` tokens.
+    cut_job::gather gather_of(int number, const ggml_tensor *from, ggml_tensor *to, int64_t source_rows,
+                              const std::vector<int32_t> *rows) const;
 
   private:
     void shrink(ggml_tensor *copy, const ggml_tensor *original, token_dim dim, int64_t tokens_now) const;

@@ -63,6 +63,10 @@ bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prun
         }
         cut.crossing.push_back(static_cast<int>(i));
     }
+    if (stage.reuse) {
+        plan->obstacle = plan_states(facts, plan->dims, cut.site, cut.at, &cut.states);
+        if (!plan->obstacle.empty()) return false;
+    }
     plan->cuts.push_back(std::move(cut));
     return true;
 }

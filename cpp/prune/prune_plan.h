@@ -7,6 +7,7 @@
 #include "../kernels/attention.h"
 #include "dataflow.h"
 #include "graph_facts.h"
+#include "kept_states.h"
 #include "settings.h"
 
 namespace agq {
@@ -17,6 +18,7 @@ struct prune_cut {
     int site = 0;               ///< index of the attention
     int at = 0;                 ///< the last node before the cut
     std::vector<int> crossing;  ///< numbers of token-indexed tensors that are read behind it, but for the mask
+    kept_states states;         ///< if the stage wants them
 };
 
 struct prune_plan {

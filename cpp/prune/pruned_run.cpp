@@ -45,6 +45,7 @@ ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, co
     lists_.clear();
     choices_.clear();
     job_ = {};
+    first_nodes_.clear();
     rows_ = plan.tokens;
     copy_.begin(&facts, &plan.dims, plan.tokens, &arena_);
     alive_.resize(static_cast<size_t>(plan.tokens));
@@ -67,7 +68,8 @@ ggml_tensor *pruned_run::mask_of(const call &c, int site) {
     const int level = c.hidden.level(site);
     ggml_tensor *&made = masks_[static_cast<size_t>(level)];
     if (!made) {
-        made = level == 0 && gone_cells_.empty() ? const_cast<ggml_tensor *>(c.facts.mask) : make_mask(c, level);
+        const bool as_it_is = level == 0 && gone_cells_.empty() && rows_ == c.plan.tokens;
+        made = as_it_is ? const_cast<ggml_tensor *>(c.facts.mask) : make_mask(c, level);
     }
     return made;
 }
@@ -131,6 +133,8 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
     masks_.assign(static_cast<size_t>(c.hidden.levels()), nullptr);
     nodes_.clear();
     nodes_.push_back(nullptr);  // the place of the copies
+    nodes_.insert(nodes_.end(), first_nodes_.begin(), first_nodes_.end());
+    first_nodes_.clear();
     size_t site = 0;
     while (site < c.facts.sites.size() && c.facts.sites[site].masked < begin) ++site;
     for (int i = begin; i < end; ++i) {
@@ -189,19 +193,21 @@ void pruned_run::choose(const call &c, const prune_cut &cut) {
     const std::vector<int32_t> dropped = choose_dropped(cut.stage, importance, is_protected);
     std::vector<int32_t> still;
     kept_.clear();
+    left_.clear();
     gone_now_.clear();
     size_t next = 0;
     for (size_t i = 0; i < alive_.size(); ++i) {
         if (next < dropped.size() && static_cast<size_t>(dropped[next]) == i) {
             ++next;
             layer_of_token_[static_cast<size_t>(alive_[i])] = cut.stage.layer;
+            left_.push_back(static_cast<int32_t>(i));
             gone_now_.push_back(c.ubatch.cells[static_cast<size_t>(alive_[i])]);
         } else {
             kept_.push_back(static_cast<int32_t>(i));
             still.push_back(alive_[i]);
         }
     }
-    gone_cells_.insert(gone_cells_.end(), gone_now_.begin(), gone_now_.end());
+    if (!cut.stage.reuse) gone_cells_.insert(gone_cells_.end(), gone_now_.begin(), gone_now_.end());
     alive_.swap(still);
 }
 
@@ -215,24 +221,19 @@ void pruned_run::add_clears(const call &c, const prune_cut &cut) {
 /// Prepares the copies for the segment behind the cut.
 void pruned_run::apply_cut(const call &c, const prune_cut &cut) {
     if (gone_now_.empty()) return;
-    add_clears(c, cut);
+    if (cut.stage.reuse) {
+        states_.begin(&c.facts, &c.plan.dims, c.plan.tokens, &arena_);
+        copy_states(cut.states, copy_, rows_, lists_.emplace_back(left_), &states_, &arena_, &job_, &first_nodes_);
+    } else {
+        add_clears(c, cut);
+    }
     if (c.mask_only) return;
     const std::vector<int32_t> &kept = lists_.emplace_back(kept_);
     const int64_t rows_before = rows_;
     rows_ = static_cast<int64_t>(kept.size());
     for (int number : cut.crossing) {
-        const ggml_tensor *from = copy_.current(number);
-        const token_dim dim = c.plan.dims[static_cast<size_t>(number)];
         ggml_tensor *to = copy_.with_tokens(number, rows_);
-        cut_job::gather g = {};
-        g.from = static_cast<const char *>(from->data);
-        g.to = static_cast<char *>(to->data);
-        g.bytes = token_bytes(from, dim);
-        g.blocks = 1;
-        for (int d = dim.dim + 1; d < 4; ++d) g.blocks *= from->ne[d];
-        g.source_rows = rows_before;
-        g.rows = &kept;
-        job_.gathers.push_back(g);
+        job_.gathers.push_back(copy_.gather_of(number, copy_.current(number), to, rows_before, &kept));
         copy_.replace(number, to);
     }
     // The tokens whose logits are wanted have new numbers.

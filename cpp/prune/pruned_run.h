@@ -49,6 +49,8 @@ class pruned_run {
     const attention_kernel *kern_;
     tensor_arena arena_;
     graph_copy copy_;
+    graph_copy states_;                       ///< for tokens that have left, of the segment to come
+    std::vector<ggml_tensor *> first_nodes_;  ///< that a segment begins with, behind the copies
     importance_job importance_;
     cut_job job_;                             ///< of the segment to come
     std::deque<std::vector<int32_t>> lists_;  ///< that job_ and choices_ point at
@@ -59,7 +61,8 @@ class pruned_run {
     std::vector<int32_t> alive_;        ///< tokens that are still there, ascending
     std::vector<int32_t> gone_cells_;   ///< of the tokens that are not, in the order in which they went
     std::vector<int32_t> kept_;         ///< of the latest choice: indices into alive_ as it was before
-    std::vector<int32_t> gone_now_;     ///< cells of the latest choice
+    std::vector<int32_t> left_;         ///< the others, in the same way
+    std::vector<int32_t> gone_now_;     ///< their cells
     std::vector<int32_t> layer_of_token_;
     std::map<int, std::vector<float>> seen_importance_;
 };

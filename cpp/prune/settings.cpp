@@ -98,7 +98,7 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
     bool good = parse_source(parts[0], settings);
     prune_score score = prune_score::received;
     const bool is_list = settings->source == prune_settings::source_kind::list;
-    int keep = 0, reach = 0;
+    int keep = 0, reach = 0, reuse = 0;
     for (size_t i = 1; good && i < parts.size(); ++i) {
         if (parts[i].compare(0, 6, "score=") == 0) {
             // The file's thresholds were chosen for the file's score, and so on.
@@ -107,6 +107,9 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
             good = is_list && parse_whole(parts[i].substr(5), 0, max_keep, &keep);
         } else if (parts[i].compare(0, 6, "reach=") == 0) {
             good = is_list && parse_whole(parts[i].substr(6), 0, max_reach, &reach);
+        } else if (parts[i].compare(0, 6, "reuse=") == 0) {
+            // Hiding them is another thing, so there is no mask to compare with.
+            good = is_list && !settings->mask_only && parse_whole(parts[i].substr(6), 0, 1, &reuse);
         } else if (parts[i].compare(0, 4, "min=") == 0) {
             good = parse_whole(parts[i].substr(4), 2, 1 << 30, &settings->min_tokens);
         } else {
@@ -117,13 +120,14 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
         stage.score = score;
         stage.keep = keep;
         stage.reach = reach;
+        stage.reuse = reuse == 1;
     }
     if (!good) {
-        *error =
-            "pruning is set to '" + text +
-            "', which is not understood; known are 'file', 'off', 'mask', a list as '3:0.5' (share) or '3:t0.1' " +
-            "(threshold), each layer once, 'mask,' and a list, and behind it ';score=first|received|recent|" +
-            "random', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15; all three with a list) and ';min=TOKENS'";
+        *error = "pruning is set to '" + text +
+                 "', which is not understood; known are 'file', 'off', 'mask', a list as '3:0.5' (share) or '3:t0.1' " +
+                 "(threshold), each layer once, 'mask,' and a list, and behind it ';score=first|received|recent|" +
+                 "random', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1' (all four with a list) "
+                 "and ';min=TOKENS'";
     }
     return good;
 }

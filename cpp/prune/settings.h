@@ -22,6 +22,8 @@ struct prune_stage {
     prune_score score = prune_score::received;
     int keep = 0;   ///< the last so many tokens of an ubatch stay
     int reach = 0;  ///< a token counts as much as the most important one at most so many places away
+    bool reuse =
+        false;  ///< later layers still get keys and values of dropped tokens, from the state in which they left
 };
 
 struct prune_settings {

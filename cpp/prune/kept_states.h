@@ -1,0 +1,38 @@
+// Keys and values of tokens that have left ("states used again"): the layers behind a cut still get them, made from the
+// state in which a token left, so that what stays can look at it. Nothing is hidden then, now or later.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cut_job.h"
+#include "graph_copy.h"
+
+namespace agq {
+
+/// What has to be computed for the tokens that leave at one cut. Numbers are those of graph_facts.
+struct kept_states {
+    struct layer {
+        int input = -1;          ///< the node of the residual stream that the layer reads
+        std::vector<int> nodes;  ///< from there to the stores of keys and values, ascending
+    };
+    int state = -1;            ///< the node that makes the state in which they leave: the first sum behind the cut
+    std::vector<int> leaving;  ///< the nodes from the cut to there, ascending
+    std::vector<layer> layers;
+    std::vector<int> gathered;  ///< tensors of which the rows of these tokens are needed
+};
+
+/// Finds them for a cut behind node `at`, of the attention with index `site`. Returns why it cannot be done, empty if
+/// it can. Throws std::bad_alloc.
+std::string plan_states(const graph_facts &facts, const std::vector<token_dim> &dims, int site, int at,
+                        kept_states *plan);
+
+/// Copies of all these nodes for `n_gone` tokens in memory of their own, to be run in this order. Rows come from
+/// `current` and are chosen by `rows`, which both must outlive the run. Adds to `nodes`, and to `job` what has to be
+/// copied before. Throws std::bad_alloc.
+void copy_states(const kept_states &plan, const graph_copy &current, int64_t source_rows,
+                 const std::vector<int32_t> &rows, graph_copy *aside, tensor_arena *arena, cut_job *job,
+                 std::vector<ggml_tensor *> *nodes);
+
+}  // namespace agq
