@@ -54,6 +54,7 @@ class Pruning:
     threshold: float  # finite, >= 0; rounded to binary32
     keep: int = 0  # the last so many tokens of a call always stay; 0..255
     reach: int = 0  # a token counts as much as the best one at most so many places away; 0..15
+    reuse: bool = False  # later layers still get keys and values of dropped tokens, from the state in which they left
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint
     if parameters.pruning is not None:
         flags |= _FLAG_PRUNING
         p = parameters.pruning
-        body += _PRUNING.pack(SCORES.index(p.score), p.keep, p.reach, 0, p.threshold)
+        body += _PRUNING.pack(SCORES.index(p.score), p.keep, p.reach, p.reuse, p.threshold)
     activation = parameters.activation_bits | int(parameters.per_group) << 4
     header = _HEADER.pack(
         _MAGIC, VERSION, activation, flags, np.float32(parameters.tensor_scale), zlib.crc32(body), len(body)
@@ -216,10 +217,10 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
 
 
 def _decode_pruning(record: bytes) -> Pruning:
-    score, keep, reach, reserved, threshold = _PRUNING.unpack(record)
-    if score >= len(SCORES) or reserved:
-        raise FormatError(f"unknown pruning record (score {score}, reserved byte {reserved})")
-    return Pruning(SCORES[score], threshold, keep, reach)
+    score, keep, reach, flags, threshold = _PRUNING.unpack(record)
+    if score >= len(SCORES) or flags > 1:
+        raise FormatError(f"unknown pruning record (score {score}, flags {flags})")
+    return Pruning(SCORES[score], threshold, keep, reach, bool(flags))
 
 
 def pack(matrix: Matrix) -> NDArray[np.uint8]:

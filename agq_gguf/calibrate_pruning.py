@@ -43,6 +43,7 @@ Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is b
 _CALL = 512  # tokens of a prompt and what follows; llama.cpp's ubatch, within which tokens are judged
 _LOGITS_BYTES = 512 << 20  # of the unpruned model's logits that may be kept
 _BETTER = 0.97  # of the divergence: what another pruning layer must bring to be worth it
+_ENOUGH = 0.95  # of the wanted saving
 _CUE = 16  # tokens of a repeated part that end a prompt; by then a model that can copy does so
 
 
@@ -54,6 +55,7 @@ class PruneOptions:
     score: str = "recent"
     keep: int = 64
     reach: int = 2
+    reuse: bool = True
     layers: tuple[int, ...] | None = None  # None: the calibration chooses
     max_layers: int = 3
     candidates: int = 6  # layers that are tried
@@ -70,6 +72,10 @@ class PruneOptions:
             raise InputError(f"unknown score {self.score!r}; known are {', '.join(blocks.SCORES)}")
         if not 0 <= self.keep <= blocks.MAX_KEEP or not 0 <= self.reach <= blocks.MAX_REACH:
             raise InputError(f"keep can be 0 to {blocks.MAX_KEEP} tokens, reach 0 to {blocks.MAX_REACH}")
+
+    def plan(self, *thresholds: tuple[int, float]) -> Plan:
+        """With these thresholds by layer."""
+        return Plan(thresholds, self.score, self.keep, self.reach, self.reuse)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and what follows it: in the text, or (an echo) in a part of the prompt whose beginning its end repeats."""
+    """A prompt and what follows it: in the text, or (an echo) in the part that the prompt's end begins to repeat."""
 
     prompt: NDArray[np.int32]
     following: NDArray[np.int32]
@@ -157,10 +163,10 @@ def plan_for(
     """
     tokens = sum(map(len, next(iter(base.importance.values()))))
     shares = split_saving(work, layers, [1.0] * len(layers), saving)
-    plan, seen = Plan((), choice.score, choice.keep, choice.reach), base
+    plan, seen = choice.plan(), base
     for i, (layer, share) in enumerate(zip(layers, shares, strict=True)):
         threshold = threshold_for(seen.importance[layer], round(share * tokens))
-        plan = Plan((*plan.thresholds, (layer, threshold)), choice.score, choice.keep, choice.reach)
+        plan = choice.plan(*plan.thresholds, (layer, threshold))
         seen = run(plan, layers[i + 1 : i + 2])
     return plan, seen
 
@@ -186,10 +192,14 @@ def choose_layers(run: Runner, work: Work, allowed: Sequence[int], base: Run, ch
     best: tuple[float, tuple[int, ...]] = (np.inf, ())
     for size in range(1, choice.max_layers + 1):
         extensions = [(layer,) for layer in candidates] if size == 1 else _extend(best[1], {*candidates, *later})
-        found = [(plan_for(run, work, layers, choice.share, base, choice)[1].cost, layers) for layers in extensions]
+        runs = [(plan_for(run, work, layers, choice.share, base, choice)[1], layers) for layers in extensions]
+        # Several layers may not reach what each of them could alone, with equal parts.
+        found = [(seen.cost, layers) for seen, layers in runs if work.saving(seen.left) > _ENOUGH * choice.share]
         if not found or min(found)[0] > _BETTER * best[0]:
             break
         best = min(found)
+    if not best[1]:
+        raise InputError(f"no layer was found behind which a share of {choice.share:.0%} is saved; ask for less")
     return best[1]
 
 
@@ -199,7 +209,7 @@ def _extend(layers: tuple[int, ...], more: Iterable[int]) -> list[tuple[int, ...
 
 def choose(run: Runner, work: Work, allowed: Sequence[int], choice: PruneOptions) -> tuple[Point, list[Point], float]:
     """The plan for the wanted share, the curve of savings with its layers, and the unpruned NLL."""
-    base = run(Plan((), choice.score, choice.keep, choice.reach), allowed)
+    base = run(choice.plan(), allowed)
     layers = choice.layers or choose_layers(run, work, allowed, base, choice)
     chosen = None
     points: list[Point] = []
@@ -222,9 +232,11 @@ class _Runtime:
 
     def __init__(self, model: Model, examples: list[Example], threads: int, progress: Callable[[], None]):
         self._model, self._examples, self._threads, self._progress = model, examples, threads, progress
+        self._reuse = False
         self._full: list[NDArray[np.float32]] = []  # logits of the unpruned model by example
 
     def __call__(self, plan: Plan, probed: Sequence[int]) -> Run:
+        self._reuse = plan.reuse
         size = max(len(e.prompt) + len(e.following) for e in self._examples)
         left: list[NDArray[np.int32]] = []
         importance: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in probed}
@@ -261,7 +273,10 @@ class _Runtime:
             values.append(last_importance(layer))
         found = [left[-1], *(values[-1] for values in importance.values())]
         if any(len(values) != n for values in found):
-            raise HostError(f"{self._model.path}: the plugin cannot prune this model; its log says why (--debug)")
+            without = "; it may be possible with --no-reuse" if self._reuse else ""
+            raise HostError(
+                f"{self._model.path}: the plugin cannot prune this model; its log says why (--debug){without}"
+            )
         first = context.logits(prompt)[-1:].copy()
         batch = Batch(example.following[:-1], first_position=n, first_logits=0)
         context.decode(batch)
@@ -293,7 +308,7 @@ def calibrate_pruning(
         if not held_by:
             raise FormatError(f"{src}: holds no AGQ4 matrix that can take a pruning record; quantize the model first")
         sizes = {name: tensor.n_elements for name, tensor in reader.tensors.items()}
-    work = work_of(sizes)
+    work = work_of(sizes, choice.reuse)
     allowed = sorted(layer for layer in held_by if layer < work.n_layer - 1)
     if choice.layers and (missing := sorted(set(choice.layers) - set(allowed))):
         raise InputError(f"{src}: layer {missing[0]} cannot be a pruning layer; possible are {allowed}")
@@ -352,6 +367,7 @@ def metadata_of(report: PruneReport) -> dict[str, Any]:
         "agq.prune.score": plan.score,
         "agq.prune.keep": plan.keep,
         "agq.prune.reach": plan.reach,
+        "agq.prune.reuse": int(plan.reuse),
         "agq.prune.layers": np.array(plan.layers, np.int32),
         "agq.prune.thresholds": np.array([value for _, value in plan.thresholds], np.float32),
         "agq.prune.saving": report.chosen.saving,

@@ -43,6 +43,10 @@ def calibrate_pruning(
     score: Annotated[str, typer.Option(help="What makes a token important: recent, received or first.")] = "recent",
     keep: Annotated[int, typer.Option(min=0, max=255, help="So many tokens at the end always stay.")] = 64,
     reach: Annotated[int, typer.Option(min=0, max=15, help="Neighbours so far from an important token stay.")] = 2,
+    reuse: Annotated[
+        bool,
+        typer.Option("--reuse/--no-reuse", help="Later layers can still look at dropped tokens as they were."),
+    ] = True,
     layers: Annotated[
         str | None, typer.Option(help="Pruning layers, such as 3,7; none: chosen on the text.", show_default=False)
     ] = None,
@@ -63,6 +67,7 @@ def calibrate_pruning(
         score=score,
         keep=keep,
         reach=reach,
+        reuse=reuse,
         layers=_layers(layers) if layers else None,
         prompts=prompts,
         threads=threads,

@@ -7,6 +7,7 @@ it means in docs/pruning.md.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Plan:
     score: str = "recent"  # one of blocks.SCORES
     keep: int = 0  # the last so many tokens of a call stay
     reach: int = 0  # a token counts as much as the best one at most so many places away
+    reuse: bool = False  # later layers still get keys and values of dropped tokens, from the state in which they left
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -42,11 +44,14 @@ class Plan:
         if not rules:
             return "off"
         listed = ",".join(f"{layer}:{rule}" for layer, rule in sorted(rules.items()))
-        return f"{listed};score={self.score};keep={self.keep};reach={self.reach}"
+        return f"{listed};score={self.score};keep={self.keep};reach={self.reach}" + (";reuse=1" if self.reuse else "")
 
     def records(self) -> dict[int, blocks.Pruning]:
         """The record of each pruning layer."""
-        return {layer: blocks.Pruning(self.score, value, self.keep, self.reach) for layer, value in self.thresholds}
+        return {
+            layer: blocks.Pruning(self.score, value, self.keep, self.reach, self.reuse)
+            for layer, value in self.thresholds
+        }
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,11 @@ class Work:
 
     n_layer: int
     ffn_share: float  # of the weights of a layer, those that stand behind its attention
+    again: float = 0.0  # of the weights of a layer, those that a dropped token still takes
 
     def worth(self, layer: int) -> float:
         """Share of a token's whole work that is saved if it leaves behind the attention of this layer."""
-        return (self.n_layer - layer - 1 + self.ffn_share) / self.n_layer
+        return ((self.n_layer - layer - 1) * (1 - self.again) + self.ffn_share) / self.n_layer
 
     def saving(self, left: Sequence[NDArray[np.int32]]) -> float:
         """Share of the work of prompts that was saved; `left` has for each the layer where each token left, or -1."""
@@ -75,13 +81,18 @@ class Work:
         return saved / max(tokens, 1)
 
 
-def work_of(sizes: dict[str, int]) -> Work:
-    """From the names and sizes (elements) of a model's tensors. Layers are ``blk.N``."""
+def work_of(sizes: dict[str, int], reuse: bool = False) -> Work:
+    """From the names and sizes (elements) of a model's tensors. Layers are ``blk.N``.
+
+    With `reuse`, dropped tokens still take the products that make keys and values.
+    """
     per_layer = {name: int(name.split(".")[1]) for name in sizes if name.startswith("blk.") and name.count(".") > 1}
     if not per_layer:
         raise ValueError("no tensor is called blk.N.*")
     ffn = sum(sizes[name] for name in per_layer if ".ffn" in name)
-    return Work(max(per_layer.values()) + 1, ffn / sum(sizes[name] for name in per_layer))
+    total = sum(sizes[name] for name in per_layer)
+    again = sum(sizes[name] for name in per_layer if re.search(r"\.attn_(k|v|qkv)\.", name)) if reuse else 0
+    return Work(max(per_layer.values()) + 1, ffn / total, again / total)
 
 
 def droppable(importance: Sequence[NDArray[np.float32]]) -> int:

@@ -63,6 +63,7 @@ def pruning_info(reader: Reader) -> PruningInfo | None:
                 str(value("score")),
                 int(value("keep")),
                 int(value("reach")),
+                bool(value("reuse")),
             )
             for row in thresholds
         ]

@@ -4,9 +4,9 @@
     python benchmarks/prune_figures.py MODEL --recall 77
 
 MODEL is AGQ4 and was calibrated (``agq-gguf calibrate-pruning``). Its own setting is compared with no pruning, with
-random pruning behind the same layers, with the paper's score and with leaving out the oldest tokens of the prompt, all
-at the same saving of work. --needles is for chat models (needles.py), --recall for the story model. The tables of
-docs/pruning.md are from here.
+random pruning and the paper's score behind the same layers, with and without states used again, and with leaving out
+the oldest tokens of the prompt, all at the same saving of work. --needles is for chat models (needles.py), --recall for
+the story model. The tables of docs/pruning.md are from here.
 """
 
 from __future__ import annotations
@@ -39,6 +39,19 @@ class Task:
     following: NDArray[np.int32] | None = None  # its NLL is wanted
     answer: NDArray[np.int32] | None = None  # the likeliest tokens should be these
     recall: object = None  # knows whether a reply is right
+
+
+@dataclass
+class Works:
+    """The work of a token when dropped ones are gone for good, when their states are used again, and in the file."""
+
+    gone: Work
+    again: Work
+    file: Work
+
+    def of(self, spec: str) -> Work:
+        """That of a setting."""
+        return self.file if spec == "file" else self.again if "reuse=1" in spec else self.gone
 
 
 @dataclass
@@ -92,7 +105,7 @@ def behind(
 
 
 def measure(
-    model: Model, spec: str, tasks: Sequence[Task], work: Work, args: argparse.Namespace, oldest: float = 0.0
+    model: Model, spec: str, tasks: Sequence[Task], work: Works, args: argparse.Namespace, oldest: float = 0.0
 ) -> Result:
     """Runs all tasks with one setting."""
     result = Result([], [], [])
@@ -100,7 +113,7 @@ def measure(
     with agq_gguf.options(prune=spec), model.context(size, n_ubatch=args.ubatch, threads=args.threads) as context:
         for task in tasks:
             tokens = leave_out_oldest(task.tokens, oldest) if oldest else task.tokens
-            logits, saved = read(context, tokens, work)
+            logits, saved = read(context, tokens, work.of(spec))
             result.saved.append(1 - (1 - saved) * len(tokens) / len(task.tokens))
             if task.following is not None:
                 found = behind(context, logits, len(tokens), task.following)
@@ -143,7 +156,9 @@ def main() -> None:
     args = parser.parse_args()
     info = inspect_file(args.model).pruning
     with open_model(args.model) as reader:
-        work = work_of({name: tensor.n_elements for name, tensor in reader.tensors.items()})
+        sizes = {name: tensor.n_elements for name, tensor in reader.tensors.items()}
+    reuse = "reuse=1" in info.curve[0].spec if info else False
+    work = Works(*(work_of(sizes, how) for how in (False, True, reuse)))
     with Model(args.model) as model:
         kinds: dict[str, list[Task]] = {}
         if args.text:
@@ -171,11 +186,11 @@ def main() -> None:
             show("as calibrated (file)", own, base)
             layers = inspect_layers(info)
             for score in ("random", "first"):
-                show(
-                    f"{score}, same layers",
-                    measure(model, same_saving(layers, saved, work, score), tasks, work, args),
-                    base,
-                )
+                for again in (False, True) if reuse else (False,):
+                    spec = same_saving(layers, saved, work.again if again else work.gone, score)
+                    spec += ";keep=64;reuse=1" if again else ""
+                    name = f"{score}, same layers, {'states used again' if again else 'gone for good'}"
+                    show(name, measure(model, spec, tasks, work, args), base)
             show("oldest left out", measure(model, "off", tasks, work, args, oldest=saved), base)
             for spec in args.spec:
                 show(spec, measure(model, spec, tasks, work, args), base)

@@ -68,6 +68,8 @@ def main() -> None:
                             flash_attention=args.flash_attention,
                         )
                     )
+            for context in contexts.values():  # pages of the file and of the caches are there from now on
+                context.decode(prompt)
             seconds: dict[str, list[float]] = {spec: [] for spec in settings}
             stepping: dict[str, list[float]] = {spec: [] for spec in settings}
             left = {}

@@ -64,7 +64,7 @@ bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *r
 bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string *error) {
     float threshold;
     std::memcpy(&threshold, bytes + 4, sizeof(threshold));
-    if (bytes[0] > max_prune_score || bytes[2] > max_prune_reach || bytes[3] || !std::isfinite(threshold) ||
+    if (bytes[0] > max_prune_score || bytes[2] > max_prune_reach || bytes[3] > 1 || !std::isfinite(threshold) ||
         threshold < 0) {
         *error = "the pruning record is not valid (score " + std::to_string(bytes[0]) + ", threshold " +
                  std::to_string(threshold) + ")";
@@ -75,6 +75,7 @@ bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string 
     result->prune_threshold = threshold;
     result->prune_keep = bytes[1];
     result->prune_reach = bytes[2];
+    result->prune_reuse = bytes[3] == 1;
     return true;
 }
 

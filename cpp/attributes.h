@@ -20,8 +20,9 @@ struct matrix_attributes {
     bool prunes = false;                  ///< whether there is a pruning record
     uint8_t prune_score = 0;              ///< 0 first, 1 received, 2 recent
     float prune_threshold = 0;
-    uint8_t prune_keep = 0;   ///< the last so many tokens of an ubatch stay
-    uint8_t prune_reach = 0;  ///< a token counts as much as the most important one at most so many places away
+    uint8_t prune_keep = 0;    ///< the last so many tokens of an ubatch stay
+    uint8_t prune_reach = 0;   ///< a token counts as much as the most important one at most so many places away
+    bool prune_reuse = false;  ///< later layers still get keys and values of dropped tokens
     activation_format format;
 
     matrix_attributes() = default;

@@ -132,6 +132,13 @@ def test_setting_a_record_changes_nothing_else(matrix: Matrix, pruning: Pruning 
     np.testing.assert_array_equal(blocks.with_pruning(changed, matrix.parameters.pruning), data)
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_record_says_whether_states_are_used_again(reuse: bool) -> None:
+    record = replace(make_agq4.PRUNING, reuse=reuse)
+    packed = blocks.with_pruning(blocks.pack(make_agq4.matrix()), record)
+    assert blocks.unpack(packed).parameters.pruning == record
+
+
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [
@@ -166,7 +173,7 @@ def test_no_room_for_a_record_and_damaged_matrices() -> None:
     [
         ({44: b"\x03"}, "unknown pruning record (score 3"),
         ({46: b"\x10"}, "reach of importance for pruning is 16"),
-        ({47: b"\x01"}, "reserved byte 1"),
+        ({47: b"\x02"}, "flags 2"),
         ({48: struct.pack("<f", -1.0)}, "threshold for pruning is -1"),
         ({48: struct.pack("<f", float("nan"))}, "threshold for pruning is nan"),
         ({48: struct.pack("<f", float("inf"))}, "threshold for pruning is inf"),

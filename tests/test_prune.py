@@ -100,7 +100,10 @@ def test_options_are_checked_and_nest(model: GetModel) -> None:
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2", "qwen2"])
 def test_states_used_again_are_those_that_left(arch: str, flash: bool, tmp_path: Path) -> None:
-    """Without feed-forward parts a token leaves behind the last layer but one as it enters the last: nothing is lost."""
+    """Without feed-forward parts a token leaves behind the last layer but one as it enters the last: nothing is lost.
+
+    Its keys and values are then what they would be without pruning.
+    """
     path = tmp_path / "flat.gguf"
     getattr(tiny_models, f"write_{arch}")(path, dtype="f32", n_layer=LAYERS, seed=3)
     raw = bytearray(path.read_bytes())

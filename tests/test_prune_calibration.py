@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def test_spec() -> None:
     assert Plan(()).spec() == "off"
     assert Plan((), "first").spec([1]) == "1:t0;score=first;keep=0;reach=0"
     assert plan.records()[11] == blocks.Pruning("received", 1.5, keep=3, reach=1)
+    again = replace(plan, reuse=True)
+    assert again.spec() == plan.spec() + ";reuse=1" and again.records()[2].reuse
 
 
 @given(st.floats(0, 1e30).map(np.float32))
@@ -58,6 +61,10 @@ def test_work() -> None:
         | {"blk.1.ffn_up.weight": 30, "blk.3.attn_q.weight": 20, "blk.3.ffn_up_exps.weight": 60, "output.weight": 5}
     )
     assert work == Work(4, 0.75)
+    sizes = {f"blk.0.attn_{name}.weight": n for name, n in {"q": 5, "k": 2, "v": 2, "output": 1}.items()}
+    again = work_of({**sizes, "blk.2.ffn_up.weight": 10}, reuse=True)
+    assert again == Work(3, 0.5, 0.2)
+    assert again.worth(0) == pytest.approx((2 * 0.8 + 0.5) / 3)
     assert work.worth(3) == 0.75 / 4 and work.worth(0) == 3.75 / 4
     left = np.full(10, STAYED, np.int32)
     assert work.saving([left]) == 0

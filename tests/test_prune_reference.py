@@ -206,14 +206,17 @@ def test_plugin_agrees_over_several_calls(float32: Path, running: LowModel) -> N
     assert check(running, float32, {1: Rule(threshold=0.9)}, "recent", calls, flash=True) > 50
 
 
-def test_thresholds_in_the_file(float32: Path, models: Path) -> None:
+@pytest.mark.parametrize("reuse", [False, True])
+def test_thresholds_in_the_file(float32: Path, models: Path, reuse: bool) -> None:
     """The record in a tensor says what to drop, and `options` what to do instead."""
     quantize(float32, models / "prune-agq4.gguf", options=QuantizeOptions(threads=1, embedding_type="agq4"))
-    path, record = models / "prune-record.gguf", blocks.Pruning("received", 1.0, keep=20, reach=1)
+    path, record = models / "prune-record.gguf", blocks.Pruning("received", 1.0, keep=20, reach=1, reuse=reuse)
     with open_gguf(models / "prune-agq4.gguf") as reader:
         write_plan(reader, path, {"blk.0.attn_output.weight": record}, {}, lambda *_: None)
     tokens = prompt(100)
-    reference = PrunedReference(ReferenceModel(path), {0: Rule(threshold=1.0, keep=20, reach=1)}, "received")
+    reference = PrunedReference(
+        ReferenceModel(path), {0: Rule(threshold=1.0, keep=20, reach=1, reuse=reuse)}, "received"
+    )
     wanted, plain = reference.run(tokens)[0], ReferenceModel(path).logits(tokens)[-1]
     assert 10 < (reference.left_behind >= 0).sum() < 80
     # A last bit of a sum may become 1/127 of a token's largest activation: docs/design.md, "What int8 rounding does".

@@ -29,6 +29,7 @@ bool read_record(const ggml_tensor *weights, prune_stage *stage) {
     stage->score = static_cast<prune_score>(attributes->prune_score);
     stage->keep = attributes->prune_keep;
     stage->reach = attributes->prune_reach;
+    stage->reuse = attributes->prune_reuse;
     return true;
 }
 
@@ -40,7 +41,9 @@ std::vector<prune_stage> pruner::stages() const {
     if (settings_.source == prune_settings::source_kind::off) return found;
     for (const ggml_tensor *t : facts_.tensors) {
         prune_stage stage;
-        if (t->op == host.op_none && read_record(t, &stage)) found.push_back(stage);
+        if (t->op != host.op_none || !read_record(t, &stage)) continue;
+        stage.reuse = stage.reuse && !settings_.mask_only;  // tokens that are to be hidden leave no keys
+        found.push_back(stage);
     }
     std::stable_sort(found.begin(), found.end(), [](const auto &a, const auto &b) { return a.layer < b.layer; });
     const auto same_layer = [](const auto &a, const auto &b) { return a.layer == b.layer; };
