@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf import blocks
-from agq_gguf.errors import FormatError, HostError, InputError
+from agq_gguf.errors import AgqError, FormatError, HostError, InputError
 from agq_gguf.evaluate import compare, read_text
 from agq_gguf.host import Batch, Context, Model
 from agq_gguf.plugin import last_pruned, options
@@ -55,7 +55,7 @@ class PruneOptions:
     score: str = "recent"
     keep: int = 64
     reach: int = 2
-    reuse: bool = True
+    reuse: bool | None = None  # None: the calibration chooses
     layers: tuple[int, ...] | None = None  # None: the calibration chooses
     max_layers: int = 3
     candidates: int = 6  # layers that are tried
@@ -75,7 +75,7 @@ class PruneOptions:
 
     def plan(self, *thresholds: tuple[int, float]) -> Plan:
         """With these thresholds by layer."""
-        return Plan(thresholds, self.score, self.keep, self.reach, self.reuse)
+        return Plan(thresholds, self.score, self.keep, self.reach, bool(self.reuse))
 
 
 @dataclass(frozen=True)
@@ -308,14 +308,25 @@ def calibrate_pruning(
         if not held_by:
             raise FormatError(f"{src}: holds no AGQ4 matrix that can take a pruning record; quantize the model first")
         sizes = {name: tensor.n_elements for name, tensor in reader.tensors.items()}
-    work = work_of(sizes, choice.reuse)
+    work = work_of(sizes)
     allowed = sorted(layer for layer in held_by if layer < work.n_layer - 1)
     if choice.layers and (missing := sorted(set(choice.layers) - set(allowed))):
         raise InputError(f"{src}: layer {missing[0]} cannot be a pruning layer; possible are {allowed}")
     with Model(src) as model:
         model.require_logits()
         examples = _examples(model, read_text(calibration), choice)
-        chosen, curve, nll = choose(_counted(model, examples, work, allowed, choice, progress), work, allowed, choice)
+        run = _counted(model, examples, work, allowed, choice, progress)
+        ways = [replace(choice, reuse=reuse) for reuse in ((False, True) if choice.reuse is None else (choice.reuse,))]
+        found: list[tuple[Point, list[Point], float]] = []
+        refused: list[AgqError] = []
+        for way in ways:
+            try:
+                found.append(choose(run, work_of(sizes, bool(way.reuse)), allowed, way))
+            except (InputError, HostError) as e:  # out of reach, or not for this architecture; the other way may do
+                refused.append(e)
+        if not found:
+            raise refused[0]
+        chosen, curve, nll = min(found, key=lambda result: result[0].kl + result[0].echo_kl)
     origin = f"{Path(calibration).name}, {len(examples)} prompts of {len(examples[0].prompt)} tokens"
     report = PruneReport(chosen, curve, nll, origin, {layer: held_by[layer] for layer in chosen.plan.layers})
     records = {held_by[layer]: record for layer, record in chosen.plan.records().items()}
@@ -349,7 +360,7 @@ def _counted(
     ]
     n_layers = len(choice.layers) if choice.layers else choice.max_layers
     curve = (len(choice.curve) + 1) * n_layers
-    total = len(examples) * (1 + curve + (0 if choice.layers else sum(per_size)))
+    total = len(examples) * (1 + curve + (0 if choice.layers else sum(per_size))) * (2 if choice.reuse is None else 1)
     done = 0
 
     def count() -> None:

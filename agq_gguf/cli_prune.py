@@ -44,9 +44,13 @@ def calibrate_pruning(
     keep: Annotated[int, typer.Option(min=0, max=255, help="So many tokens at the end always stay.")] = 64,
     reach: Annotated[int, typer.Option(min=0, max=15, help="Neighbours so far from an important token stay.")] = 2,
     reuse: Annotated[
-        bool,
-        typer.Option("--reuse/--no-reuse", help="Later layers can still look at dropped tokens as they were."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--reuse/--no-reuse",
+            help="Later layers can still look at dropped tokens as they were; none: chosen on the text.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Pruning layers, such as 3,7; none: chosen on the text.", show_default=False)
     ] = None,

@@ -109,7 +109,7 @@ class PrunedReference:
                 kept = len(tokens) - max(self.rules[i].keep, always_kept(self.score))
                 dropped = choose(values, self.rules[i], protected[here] | (here >= kept))
                 self.left_behind[here[dropped]] = i
-                if self.rules[i].reuse:
+                if self.rules[i].reuse and dropped.any():
                     gone.append((x[dropped], positions[here[dropped]]))
                 x, here = x[~dropped], here[~dropped]
             x = x + m.swiglu(m.norm(x, f"{block}.ffn_norm.weight"), block)
