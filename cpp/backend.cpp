@@ -12,7 +12,6 @@
 
 #include "graph_rewrite.h"
 #include "graph_snapshot.h"
-#include "options.h"
 #include "profile.h"
 #include "prune/pruner.h"
 #include "thread_value.h"
@@ -28,6 +27,9 @@ constexpr char backend_name[] = "AGQ";
 
 const kernel *active_kernel = nullptr;
 bool fuse_rows = true;
+
+/// Whether graphs without AGQ4 are handled like others, to test what the device does with every operation.
+bool take_all = false;
 
 /// Set as soon as the host asks about a node with AGQ4 weights. Until then the device declines everything, so that a
 /// process without such a model runs exactly as if the plugin were not there.
@@ -85,7 +87,7 @@ struct backend_context {
     backend_context(ggml_backend *inner_cpu, const prune_settings &pruning, const activation_settings &activations,
                     const attention_kernel *attention)
         : cpu(inner_cpu),
-          rewriter(active_kernel, fuse_rows, activations, attention),
+          rewriter(active_kernel, fuse_rows, take_all, activations, attention),
           pruning(active_kernel->attention, pruning),
           may_prune(pruning.given) {}
     ~backend_context() { host.ggml_backend_free(cpu); }
@@ -135,7 +137,7 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
         ggml_tensor **nodes = host.ggml_graph_nodes(graph);
         const int n = host.ggml_graph_n_nodes(graph);
         const bool repeated = context.snapshot.is_repeated(nodes, n);
-        const bool has_agq4 = std::any_of(nodes, nodes + n, uses_agq4);
+        const bool has_agq4 = take_all || std::any_of(nodes, nodes + n, uses_agq4);
         context.may_prune = context.may_prune || has_agq4;
         if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
         int64_t computing = 0;  // nanoseconds within the pruner that are not its own
@@ -261,7 +263,8 @@ bool device_supports_op(ggml_backend_device *, const ggml_tensor *op) {
         agq4_seen.store(true, std::memory_order_relaxed);
         return true;
     }
-    if (!agq4_seen.load(std::memory_order_relaxed) && !pruning_asked_for.load(std::memory_order_relaxed)) return false;
+    if (!take_all && !agq4_seen.load(std::memory_order_relaxed) && !pruning_asked_for.load(std::memory_order_relaxed))
+        return false;
     if (op->op == host.op_flash_attn_ext && probing_flash_attention) return false;
     return host.ggml_backend_dev_supports_op(host.cpu, op);
 }
@@ -307,9 +310,10 @@ void *registry_get_proc_address(ggml_backend_reg *, const char *name) {
 
 }  // namespace
 
-ggml_backend_reg *backend_registry(const kernel *kern, bool fuse) {
+ggml_backend_reg *backend_registry(const kernel *kern, const options &chosen) {
     active_kernel = kern;
-    fuse_rows = fuse;
+    fuse_rows = chosen.fuse;
+    take_all = chosen.take_all;
     static ggml_backend_reg registry = [] {
         ggml_backend_reg r = {};
         r.api_version = ggml_backend_api_version;

@@ -5,11 +5,12 @@
 
 #include "host.h"
 #include "kernels/kernel.h"
+#include "options.h"
 
 namespace agq {
 
 /// The registry to hand to the host. All computing goes through `kern`.
-ggml_backend_reg *backend_registry(const kernel *kern, bool fuse);
+ggml_backend_reg *backend_registry(const kernel *kern, const options &chosen);
 
 /// What contexts that this thread creates from now on shall do about pruning, in place of AGQ_PRUNE; null: back to
 /// that. On a mistake returns false and `*error` says which.

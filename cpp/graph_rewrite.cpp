@@ -148,7 +148,8 @@ void graph_rewriter::find_chain(ggml_tensor **nodes, int output,
 
 void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
     roles_.assign(static_cast<size_t>(n), role::keep);
-    if (std::none_of(nodes, nodes + n, uses_agq4)) return;  // a stock model that is profiled stays as it is
+    if (!take_all_ && std::none_of(nodes, nodes + n, uses_agq4))
+        return;  // a stock model that is profiled stays as it is
     bool has_soft_max = false;
     for (int i = 0; i < n; ++i) {
         role &r = roles_[static_cast<size_t>(i)];

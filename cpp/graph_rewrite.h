@@ -22,12 +22,14 @@ bool uses_agq4(const ggml_tensor *node);
 /// Builds and keeps the rewritten graph of one backend instance. Not thread-safe, like a ggml backend.
 class graph_rewriter {
   public:
-    /// `fuse`: whether work between products may be done where their input is quantized. `attention`: in place of the
-    /// kernel's own, and for single tokens, too; null: none.
-    graph_rewriter(const kernel *kern, bool fuse, const activation_settings &activations,
+    /// `fuse`: whether work between products may be done where their input is quantized. `take_all`: whether attention
+    /// is taken over in graphs without AGQ4, too. `attention`: in place of the kernel's own, and for single tokens,
+    /// too; null: none.
+    graph_rewriter(const kernel *kern, bool fuse, bool take_all, const activation_settings &activations,
                    const attention_kernel *attention)
         : kern_(kern),
           fuse_(fuse),
+          take_all_(take_all),
           activations_(activations),
           attention_(attention ? attention : kern->attention),
           any_length_(attention != nullptr),
@@ -81,7 +83,7 @@ class graph_rewriter {
     void clear();
 
     const kernel *kern_;
-    bool fuse_;
+    bool fuse_, take_all_;
     activation_settings activations_;
     const attention_kernel *attention_;  ///< null: the host's
     bool any_length_;                    ///< whether it is for single tokens, too

@@ -9,6 +9,7 @@ options read_options() {
     options result;
     if (const char *isa = std::getenv("AGQ_FORCE_ISA")) result.force_isa = isa;
     if (const char *fuse = std::getenv("AGQ_FUSE")) result.fuse = std::string(fuse) != "0";
+    if (const char *all = std::getenv("AGQ_TAKE_ALL")) result.take_all = std::string(all) == "1";
     return result;
 }
 

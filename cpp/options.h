@@ -7,6 +7,7 @@ namespace agq {
 
 struct options {
     bool fuse = true;       ///< AGQ_FUSE=0: leave the work between products to the host, for comparisons
+    bool take_all = false;  ///< AGQ_TAKE_ALL=1: take every operation, without waiting for an AGQ4 tensor, for tests
     std::string force_isa;  ///< AGQ_FORCE_ISA: name of the kernel to use, empty for the best one
 };
 

@@ -45,7 +45,7 @@ AGQ_EXPORT agq::ggml_backend_reg *ggml_backend_init() {
         agq::log_line(agq::log_error, last_error);
         return nullptr;
     }
-    return agq::backend_registry(kern, agq::read_options().fuse);
+    return agq::backend_registry(kern, agq::read_options());
 }
 
 /// Why the last ggml_backend_init returned null; empty if it did not.

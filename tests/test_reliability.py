@@ -281,6 +281,25 @@ def test_plugin_is_quiet_about_models_it_does_not_serve(llama_q4: Path) -> None:
     np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_taking_all_is_the_same_to_rounding(llama_f16: Path, tmp_path: Path, flash_attn: bool) -> None:
+    """AGQ_TAKE_ALL, which test-backend-ops needs, makes the device run stock models, with the plugin's own attention."""
+    code = (
+        "import sys, test_plugin, numpy; from pathlib import Path\nimport agq_gguf; agq_gguf.register()\n"
+        "logits = test_plugin.all_logits(Path(sys.argv[1]), test_plugin.LONG_TEXT, flash_attn=sys.argv[3] == 'True')[1]\n"
+        "numpy.save(sys.argv[2], logits)\n"
+    )
+    found = []
+    for value in ("0", "1"):
+        target = tmp_path / f"{value}.npy"
+        result = run_python(code, llama_f16, target, flash_attn, env={"AGQ_TAKE_ALL": value})
+        assert result.returncode == 0, result.stderr
+        found.append(np.load(target))
+    left_alone, taken = found
+    assert not np.array_equal(left_alone, taken)
+    assert relative(taken, left_alone) < 2e-3
+
+
 def test_registering_in_many_threads_at_once_and_using_it(dense: Path) -> None:
     agq_gguf.register()
     errors: list[BaseException] = []
