@@ -265,7 +265,7 @@ bool device_supports_op(ggml_backend_device *, const ggml_tensor *op) {
     }
     if (!take_all && !agq4_seen.load(std::memory_order_relaxed) && !pruning_asked_for.load(std::memory_order_relaxed))
         return false;
-    if (op->op == host.op_flash_attn_ext && probing_flash_attention) return false;
+    if (op->op == host.op_flash_attn_ext && probing_flash_attention && !take_all) return false;
     return host.ggml_backend_dev_supports_op(host.cpu, op);
 }
 

@@ -80,6 +80,7 @@ bool find_operations(std::string *error) {
                   {"NORM", &host.op_norm},
                   {"TRANSPOSE", &host.op_transpose},
                   {"RMS_NORM", &host.op_rms_norm},
+                  {"ROPE", &host.op_rope},
                   {"MUL", &host.op_mul},
                   {"ADD", &host.op_add},
                   {"GLU", &host.op_glu}};

@@ -192,7 +192,7 @@ struct host_api {
     /// Numbers of the operations the plugin looks at: new ones are inserted into ggml's enum from release to release.
     int op_none = -1, op_mul_mat = -1, op_mul_mat_id = -1, op_get_rows = -1, op_set_rows = -1, op_soft_max = -1,
         op_flash_attn_ext = -1, op_custom = -1, op_view = -1, op_reshape = -1, op_permute = -1, op_transpose = -1,
-        op_norm = -1, op_rms_norm = -1, op_mul = -1, op_add = -1, op_glu = -1;
+        op_norm = -1, op_rms_norm = -1, op_rope = -1, op_mul = -1, op_add = -1, op_glu = -1;
     int glu_swiglu = -1;  ///< number of the gated unit with SiLU, -1 if this host has another one
 
     ggml_backend_device *cpu = nullptr;  ///< the device that runs all that is not ours

@@ -203,13 +203,14 @@ token_dim trace_node(const operands &x) {
 }
 
 /// Inputs are known by their names. Returns false if this one is not.
-bool trace_input(const ggml_tensor *leaf, int64_t tokens, token_dim *dim, std::string *reason) {
+bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t tokens, token_dim *dim,
+                 std::string *reason) {
     *dim = {};
-    const std::string name = name_of(leaf);
+    const std::string name = facts.input_name(leaf);
     int wanted = -1;
     if (name == "inp_tokens" || name == "inp_pos" || name == "attn_inp_k_idxs") wanted = 0;
     if (name == "inp_embd" || name == "attn_inp_kq_mask") wanted = 1;
-    if (name == "inp_attn_scale") wanted = 2;
+    if (name == "inp_attn_scale" || name == "attn_scale") wanted = 2;
     if (wanted >= 0) {
         *dim = {wanted, 1};
         if (leaf->ne[wanted] == tokens) return true;
@@ -248,7 +249,7 @@ bool trace_tokens(const graph_facts &facts, int64_t tokens, std::vector<token_di
     const size_t n = static_cast<size_t>(facts.n_nodes);
     dims->assign(facts.tensors.size(), {});
     for (size_t i = n; i < facts.tensors.size(); ++i) {
-        if (!trace_input(facts.tensors[i], tokens, &(*dims)[i], reason)) {
+        if (!trace_input(facts, facts.tensors[i], tokens, &(*dims)[i], reason)) {
             if (reason->empty()) *reason = "an input has an unexpected shape";
             return false;
         }

@@ -9,11 +9,34 @@ namespace {
 
 constexpr char cache_prefix[] = "cache_k_l";
 constexpr char mask_name[] = "attn_inp_kq_mask";
+constexpr char positions_name[] = "inp_pos";
+constexpr char k_cells_name[] = "attn_inp_k_idxs";
+constexpr char out_ids_name[] = "out_ids";
 
 float float_param(const ggml_tensor *node, int i) {
     float value;
     std::memcpy(&value, &node->op_params[i], sizeof(value));
     return value;
+}
+
+bool begins(const ggml_tensor *t, const char *prefix) {
+    return std::strncmp(t->name, prefix, std::strlen(prefix)) == 0;
+}
+
+/// What newer releases call source `slot` of the node, if that is an input which tells by its use what it is, or null.
+const char *role_of(const ggml_tensor *node, int slot) {
+    const ggml_tensor *leaf = node->src[slot];
+    if (slot != 1 || leaf->op != host.op_none || !(leaf->flags & ggml_flag_input)) return nullptr;
+    if (node->op == host.op_set_rows) {
+        const ggml_tensor *root = root_of(node);
+        return begins(root, cache_prefix) ? k_cells_name : begins(root, "cache_v_l") ? "attn_inp_v_idxs" : nullptr;
+    }
+    // ggml gives numbers to what has no name.
+    if (leaf->name[0] != 0 && !begins(leaf, "leaf_")) return nullptr;
+    if (node->op == host.op_rope) return positions_name;
+    if (node->op != host.op_get_rows) return nullptr;
+    if (node->src[0]->op != host.op_none) return out_ids_name;
+    return is_named(node->src[0], "position_embd.weight") ? positions_name : nullptr;
 }
 
 bool is_mask(const ggml_tensor *t) {
@@ -62,32 +85,45 @@ void graph_facts::read(ggml_tensor **nodes, int n) {
     for (int i = 0; i < n; ++i) numbers_.emplace(nodes[i], i);
     last_use.assign(count, -1);
     for (int i = 0; i < n; ++i) {
-        for (ggml_tensor *src : nodes[i]->src) {
+        for (int slot = 0; slot < ggml_max_src; ++slot) {
+            ggml_tensor *src = nodes[i]->src[slot];
             if (!src) continue;
             const auto [entry, is_new] = numbers_.emplace(src, static_cast<int>(tensors.size()));
             if (is_new) {
                 tensors.push_back(src);
                 last_use.push_back(-1);
                 if (src->op != host.op_none) complete = false;
-                find_input(src);
+                find_input(nodes[i], slot);
             }
             last_use[static_cast<size_t>(entry->second)] = i;
         }
+        // Cells that are written now must be known, or they would be taken for those of dropped tokens.
+        const bool stores = nodes[i]->op == host.op_set_rows && begins(root_of(nodes[i]), cache_prefix);
+        unknown_store = unknown_store || (stores && nodes[i]->src[1] != k_cells);
         find_site(i);
     }
 }
 
-void graph_facts::find_input(const ggml_tensor *leaf) {
+std::string graph_facts::input_name(const ggml_tensor *leaf) const {
+    const auto known = roles_.find(leaf);
+    return known == roles_.end() ? name_of(leaf) : known->second;
+}
+
+/// Takes notice of an input, which is source `slot` of the node, the first that reads it.
+void graph_facts::find_input(const ggml_tensor *node, int slot) {
+    const ggml_tensor *leaf = node->src[slot];
+    if (const char *role = role_of(node, slot)) roles_.emplace(leaf, role);
+    const std::string name = input_name(leaf);
     const struct {
         const char *name;
         const ggml_tensor **slot;
     } known[] = {{mask_name, &mask},
                  {"inp_tokens", &tokens},
-                 {"inp_pos", &positions},
-                 {"attn_inp_k_idxs", &k_cells},
-                 {"out_ids", &out_ids}};
+                 {positions_name, &positions},
+                 {k_cells_name, &k_cells},
+                 {out_ids_name, &out_ids}};
     for (const auto &input : known) {
-        if (!is_named(leaf, input.name)) continue;
+        if (name != input.name) continue;
         if (*input.slot) ambiguous = true;
         *input.slot = leaf;
     }

@@ -44,6 +44,7 @@ class graph_facts {
     // Inputs, or null; `ambiguous` if there are several of a kind.
     const ggml_tensor *mask = nullptr, *tokens = nullptr, *positions = nullptr, *k_cells = nullptr, *out_ids = nullptr;
     bool ambiguous = false;
+    bool unknown_store = false;  ///< whether keys are stored to cells whose numbers are not an input
 
     /// Tokens of the ubatch, 0 if the graph computes none.
     int64_t n_tokens() const {
@@ -51,11 +52,16 @@ class graph_facts {
         return input ? input->ne[0] : 0;
     }
 
+    /// What newer releases of the host call this input; older ones leave some without a name, which are known by what
+    /// they are for.
+    std::string input_name(const ggml_tensor *leaf) const;
+
   private:
-    void find_input(const ggml_tensor *leaf);
+    void find_input(const ggml_tensor *node, int slot);
     void find_site(int i);
 
     std::unordered_map<const ggml_tensor *, int> numbers_;
+    std::unordered_map<const ggml_tensor *, const char *> roles_;  ///< names of inputs by what they are for
 };
 
 /// Whether the tensor has exactly this name.

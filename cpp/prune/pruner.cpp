@@ -81,7 +81,7 @@ bool pruner::may_prune() {
 ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute) {
     if (!repeated) read_graph(nodes, n);
     // Models with several masks are never pruned, so there is nothing to hide.
-    const bool has_cache = facts_.mask && !facts_.ambiguous && !facts_.sites.empty();
+    const bool has_cache = facts_.mask && !facts_.ambiguous && !facts_.unknown_store && !facts_.sites.empty();
     const bool any_hidden = has_cache && hidden_.find(facts_);
     if (may_prune()) {
         last_ = form::pruned;
