@@ -283,11 +283,12 @@ def test_plugin_is_quiet_about_models_it_does_not_serve(llama_q4: Path) -> None:
 
 @pytest.mark.parametrize("flash_attn", [True, False])
 def test_taking_all_is_the_same_to_rounding(llama_f16: Path, tmp_path: Path, flash_attn: bool) -> None:
-    """AGQ_TAKE_ALL, which test-backend-ops needs, makes the device run stock models, with the plugin's own attention."""
+    """AGQ_TAKE_ALL, which test-backend-ops needs, makes the device run stock models, with the plugin's attention."""
     code = (
         "import sys, test_plugin, numpy; from pathlib import Path\nimport agq_gguf; agq_gguf.register()\n"
-        "logits = test_plugin.all_logits(Path(sys.argv[1]), test_plugin.LONG_TEXT, flash_attn=sys.argv[3] == 'True')[1]\n"
-        "numpy.save(sys.argv[2], logits)\n"
+        "flash_attn = sys.argv[3] == 'True'\n"
+        "found = test_plugin.all_logits(Path(sys.argv[1]), test_plugin.LONG_TEXT, flash_attn=flash_attn)\n"
+        "numpy.save(sys.argv[2], found[1])\n"
     )
     found = []
     for value in ("0", "1"):

@@ -51,7 +51,8 @@ else:
 numpy.save(sys.argv[2], logits)
 pruned = agq_gguf.last_pruned()
 everything = ctypes.CDLL(None)
-print(sum(layer >= 0 for layer in pruned), hasattr(everything, "unnamed") and ctypes.c_int.in_dll(everything, "unnamed").value > 0)
+unnamed = ctypes.c_int.in_dll(everything, "unnamed").value if hasattr(everything, "unnamed") else 0
+print(sum(layer >= 0 for layer in pruned), unnamed > 0)
 """
 
 
