@@ -44,6 +44,11 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": search, **variables}
 
 
+def heeding_interrupts() -> None:
+    """For a child process: shells have background jobs ignore SIGINT, and their children after them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     """Runs a command in a process of its own."""
     return subprocess.run(
@@ -179,8 +184,9 @@ def test_a_process_whose_reader_is_gone(llama_agq: Path) -> None:
 def test_interrupted(small: Path) -> None:
     arguments = ["bench", small, "-p", "8", "-n", "8", "-r", "1000000", "-t", "1"]
     with subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=environment()
-    ) as child:
+        [*COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=environment(),
+        preexec_fn=heeding_interrupts,
+    ) as child:  # fmt: skip
         assert child.stderr is not None
         assert re.fullmatch(r"bench: 0%(, [\d.]+ MiB)? \(start of small\.gguf\)\n", child.stderr.readline())
         time.sleep(1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import tiny_models
-from test_cli import environment, run
+from test_cli import environment, heeding_interrupts, run
 
 from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.errors import FormatError, InputError, OutputError
@@ -283,6 +283,6 @@ def test_interrupt_signal_removes_temporary_files(source: Path, tmp_path: Path) 
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(source), str(tmp_path / "out.gguf")],
-        capture_output=True, text=True, timeout=120, check=False, env=environment(),
+        capture_output=True, text=True, timeout=120, check=False, env=environment(), preexec_fn=heeding_interrupts,
     )  # fmt: skip
     assert result.returncode == -signal.SIGINT and names(tmp_path) == []
