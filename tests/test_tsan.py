@@ -52,9 +52,10 @@ def run(plugin: Path, model: Path, shim: Path, threads: int) -> subprocess.Compl
     library = Path(found.stdout.strip()).resolve()
     if not library.is_absolute() or not library.exists():
         pytest.skip("gcc has no ThreadSanitizer here")
+    options = f"exitcode=66 report_signal_unsafe=0 suppressions={HERE / 'tsan' / 'suppressions.txt'}"
     return subprocess.run(
         ["setarch", "-R", sys.executable, str(HERE / "tsan" / "threads.py"), str(plugin), str(model), str(threads)],
-        env=environment(LD_PRELOAD=f"{library} {shim}", TSAN_OPTIONS="exitcode=66 report_signal_unsafe=0"),
+        env=environment(LD_PRELOAD=f"{library} {shim}", TSAN_OPTIONS=options),
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
