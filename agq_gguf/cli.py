@@ -191,7 +191,7 @@ def quantize(
             "--split-max-size",
             parser=parse_size,
             metavar="SIZE",
-            help="Write files of at most this size, such as 8G.",
+            help="Write files of at most this size, such as 8G; each holds one tensor at least.",
             show_default=False,
         ),
     ] = None,

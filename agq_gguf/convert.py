@@ -51,7 +51,7 @@ class QuantizeOptions:
     memory: int = 4 << 30  # bytes that calibration may use for the statistics it holds at a time
     calibration_tokens: int = 32768  # at most
     context: int = 512  # tokens of a calibration chunk
-    split_size: int = 0  # bytes of tensors in a file, at most; 0: one file
+    split_size: int = 0  # bytes of a file, at most; 0: one file
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
 
     def __post_init__(self) -> None:

@@ -89,6 +89,18 @@ def metadata_digest(metadata: Mapping[str, bytes], tensors: Iterable[Tensor]) ->
     return digest.hexdigest()
 
 
+def _entry(tensor: Tensor) -> bytes:
+    """What the header says of a tensor."""
+    shape = tuple(reversed(tensor.shape))
+    about = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPE_IDS[tensor.type_name], tensor.offset)
+    return _text(tensor.name) + about
+
+
+def _size(metadata: Mapping[str, bytes]) -> int:
+    """Bytes of a header without tensors."""
+    return 24 + sum(len(_text(key)) + len(raw) for key, raw in metadata.items())
+
+
 class _File:
     """One file in the making: a temporary one that is locked as long as this process lives."""
 
@@ -106,11 +118,7 @@ class _File:
         parts = [b"GGUF", struct.pack("<IQQ", 3, len(self.tensors), len(self.values))]
         for key, raw in self.values.items():
             parts += [_text(key), raw]
-        for tensor in self.tensors:
-            shape = tuple(reversed(tensor.shape))
-            parts += [_text(tensor.name), struct.pack(f"<I{len(shape)}Q", len(shape), *shape)]
-            parts.append(struct.pack("<IQ", TYPE_IDS[tensor.type_name], tensor.offset))
-        header = b"".join(parts)
+        header = b"".join([*parts, *map(_entry, self.tensors)])
         return header + bytes(-len(header) % ALIGNMENT)
 
     def open(self) -> None:
@@ -190,16 +198,22 @@ def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _cut(tensors: list[Tensor], split: int) -> list[list[Tensor]]:
-    """Tensors of each file: as many as fit into `split` bytes, at least one; 0: all in one file."""
-    parts: list[list[Tensor]] = [[]]
-    room = split
+def _cut(tensors: list[Tensor], split: int, metadata: tuple[int, int]) -> list[list[Tensor]]:
+    """Tensors of each file: as many as fit into one of `split` bytes, at least one; 0: all in one file.
+
+    `metadata` is the size of the header without tensors, of the first file and of each other.
+    """
+    if not split:
+        return [tensors]
+    parts: list[list[Tensor]] = []
+    room = -1
     for tensor in tensors:
-        if split and parts[-1] and tensor.n_bytes > room:
+        size = len(_entry(tensor)) + -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
+        if size > room:
+            room = split - metadata[bool(parts)] - (ALIGNMENT - 1)  # the header is padded, too
             parts.append([])
-            room = split
         parts[-1].append(tensor)
-        room -= tensor.n_bytes
+        room -= size
     return parts
 
 
@@ -221,7 +235,7 @@ class Writer:
     ):
         """`metadata` keeps its bytes and its place unless `added` has the key; keys of a split are left out.
 
-        With `split` > 0 files hold at most so many bytes of tensors (but one tensor at least) and are called
+        With `split` > 0 files have at most so many bytes (but one tensor at least) and are called
         NAME-00001-of-0000N.gguf, unless one is enough.
         """
         self.path = Path(path)
@@ -232,7 +246,8 @@ class Writer:
         values |= {key: encode_value(value) for key, value in added.items()}
         values |= {HASHES: b"", METADATA_HASH: encode_value(_NO_HASH), ALIGNMENT_KEY: encode_value(ALIGNMENT)}
         values[HASHES] = self._hashes()
-        parts = _cut(tensors, split)
+        later = self._metadata_of_part(values, 1, 2)
+        parts = _cut(tensors, split, (_size(values | later), _size(later)))
         if len(parts) > MAX_PARTS:
             raise OutputError(f"{self.path}: would be {len(parts)} files; choose a larger size to split at")
         self._files = [_File(*part) for part in self._split(values, parts)]
@@ -262,17 +277,18 @@ class Writer:
         """Path, metadata and tensors of each file. As in llama.cpp's own splits, the first has the metadata."""
         if len(parts) == 1:
             return [(self.path, values, parts[0])]
-        total = encode_value(np.int32(len(self._tensors)))
-        found = []
-        for i, part in enumerate(parts):
-            keys = {
-                "split.no": encode_value(np.uint16(i)),
-                "split.count": encode_value(np.uint16(len(parts))),
-                "split.tensors.count": total,
-            }
-            own = values | keys if i == 0 else {**keys, ALIGNMENT_KEY: encode_value(ALIGNMENT)}
-            found.append((part_path(self.path, i, len(parts)), own, part))
-        return found
+        return [
+            (part_path(self.path, i, len(parts)), self._metadata_of_part(values, i, len(parts)), part)
+            for i, part in enumerate(parts)
+        ]
+
+    def _metadata_of_part(self, values: dict[str, bytes], i: int, n: int) -> dict[str, bytes]:
+        keys = {
+            "split.no": encode_value(np.uint16(i)),
+            "split.count": encode_value(np.uint16(n)),
+            "split.tensors.count": encode_value(np.int32(len(self._tensors))),
+        }
+        return values | keys if i == 0 else {**keys, ALIGNMENT_KEY: encode_value(ALIGNMENT)}
 
     def _check_room(self) -> None:
         """A disk that is too full is better found out now than after hours."""
