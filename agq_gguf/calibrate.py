@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agq_gguf.arguments import Text
 from agq_gguf.errors import InputError
 from agq_gguf.ggml_view import Ggml, GgmlTensor, ggml
 from agq_gguf.host import Batch, Model, llama_api
@@ -355,7 +356,7 @@ def _with_prior(own: InputStats, whole: InputStats) -> InputStats:
     return InputStats(own.tokens, square, whole.abs_max, whole.sample, hessian)
 
 
-def read_text(source: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
+def read_text(source: Text) -> Iterator[str]:
     """Strings of text from a path or from an iterable. Raises InputError when the file cannot be read."""
     if not isinstance(source, (str, os.PathLike)):
         yield from source

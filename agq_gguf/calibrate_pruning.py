@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf import blocks
+from agq_gguf.arguments import Progress
 from agq_gguf.errors import AgqError, FormatError, HostError, InputError
 from agq_gguf.evaluate import compare, read_text
 from agq_gguf.host import Batch, Context, Model
@@ -37,8 +38,6 @@ from agq_gguf.prune import (
 from agq_gguf.prune_control import last_importance
 from agq_gguf.prune_file import carriers, write_plan
 from agq_gguf.shards import open_model
-
-Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
 
 _CALL = 512  # tokens of a prompt and what follows; llama.cpp's ubatch, within which tokens are judged
 _LOGITS_BYTES = 512 << 20  # of the unpruned model's logits that may be kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf import __version__, blocks, equalize, stock
+from agq_gguf.arguments import PathName, Progress, Text
 from agq_gguf.errors import InputError
 from agq_gguf.host import default_threads
 from agq_gguf.journal import Journal, digest, folder_of
@@ -34,8 +35,6 @@ _FEW_TOKENS = 4096  # of calibration text; less is worth a warning
 ERROR_TENSORS, ERROR_VALUES = "agq.error.tensors", "agq.error.values"  # metadata: squared output errors by tensor
 QUALITIES = ("fast", "balanced", "best")
 REPLACED = "adjusted with the matrices behind it"  # what the report says of norms that are not the source's
-
-Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,11 @@ def _silent(phase: str, done: int, total: int, what: str) -> None:
 
 
 def plan_file(
-    src: str | os.PathLike[str],
+    src: PathName,
     options: QuantizeOptions | None = None,
     *,
-    calibration: str | os.PathLike[str] | Iterable[str] | None = None,
-    imatrix: str | os.PathLike[str] | None = None,
+    calibration: Text | None = None,
+    imatrix: PathName | None = None,
     progress: Progress | None = None,
 ) -> list[TensorPlan]:
     """What `quantize` would do with each tensor, without doing it; text and matrix matter under a target only."""
@@ -132,8 +131,8 @@ def plan_file(
 
 def _plans(
     reader: Reader,
-    calibration: str | os.PathLike[str] | Iterable[str] | None,
-    imatrix: str | os.PathLike[str] | None,
+    calibration: Text | None,
+    imatrix: PathName | None,
     options: QuantizeOptions,
     progress: Progress,
 ) -> list[TensorPlan]:
@@ -145,11 +144,11 @@ def _plans(
 
 
 def quantize(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
+    src: PathName,
+    dst: PathName,
     *,
-    calibration: str | os.PathLike[str] | Iterable[str] | None = None,
-    imatrix: str | os.PathLike[str] | None = None,
+    calibration: Text | None = None,
+    imatrix: PathName | None = None,
     options: QuantizeOptions | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -218,7 +217,7 @@ def _unguided(wanted: dict[str, Tensor]) -> _Guide:
     return _Guide("none", (_Group((name,)) for name in wanted), [warning])
 
 
-def _from_imatrix(wanted: dict[str, Tensor], path: str | os.PathLike[str]) -> _Guide:
+def _from_imatrix(wanted: dict[str, Tensor], path: PathName) -> _Guide:
     stats = load_imatrix(path)
     check_shapes(stats, {name: tensor.shape for name, tensor in wanted.items()}, str(path))
     warnings = _unseen([name for name in wanted if name not in stats and name != EMBEDDING])
@@ -229,7 +228,7 @@ def _from_text(
     stack: ExitStack,
     reader: Reader,
     plans: list[TensorPlan],
-    text: str | os.PathLike[str] | Iterable[str],
+    text: Text,
     options: QuantizeOptions,
     dst: Path,
     progress: Progress,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from agq_gguf.arguments import Progress
 from agq_gguf.bench import bench
 from agq_gguf.errors import HostError
 from agq_gguf.evaluate import evaluate, read_text
@@ -18,8 +18,6 @@ PROMPT = "Once upon a time"
 _CHUNKS = 40  # of the evaluation text
 _PROMPT_TOKENS, _GENERATED_TOKENS, _REPETITIONS = 256, 64, 5
 _TEXT_TOKENS, _TEMPERATURE, _SEED = 96, 0.7, 4
-
-Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from agq_gguf import budget, damage
+from agq_gguf.arguments import PathName, Progress, Text
 from agq_gguf.llama_graph import LlamaGraph, why_not
 from agq_gguf.reader import Reader
 from agq_gguf.recipe import EMBEDDING, OUTPUT, TensorPlan, plan
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 _TOKENS = 1024
 _CHUNK = 256
 
-Progress = Callable[[str, int, int, str], None]
-
 
 def choose_types(
     reader: Reader,
-    calibration: str | os.PathLike[str] | Iterable[str] | None,
-    imatrix: str | os.PathLike[str] | None,
+    calibration: Text | None,
+    imatrix: PathName | None,
     options: QuantizeOptions,
     progress: Progress,
 ) -> list[TensorPlan]:
@@ -56,7 +54,7 @@ def choose_types(
     return budget.choose(plans, costs, options.target_bpw)
 
 
-def _tokens(reader: Reader, text: str | os.PathLike[str] | Iterable[str], options: QuantizeOptions) -> torch.Tensor:
+def _tokens(reader: Reader, text: Text, options: QuantizeOptions) -> torch.Tensor:
     """Some chunks of the text, [batch, n] int64."""
     from agq_gguf.calibrate import Calibrator, read_text
 
@@ -68,8 +66,8 @@ def _tokens(reader: Reader, text: str | os.PathLike[str] | Iterable[str], option
 
 def _mean_squares(
     reader: Reader,
-    text: str | os.PathLike[str] | Iterable[str] | None,
-    imatrix: str | os.PathLike[str] | None,
+    text: Text | None,
+    imatrix: PathName | None,
     options: QuantizeOptions,
     types: Iterable[str],
 ) -> dict[str, InputStats]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf import blocks
+from agq_gguf.arguments import Progress
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.prune import Plan
 from agq_gguf.reader import Reader, Tensor
@@ -22,8 +23,6 @@ from agq_gguf.writer import Writer, layout
 PREFIX = "agq.prune."
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _PREFERRED = "attn_output.weight"
-
-Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
 
 
 @dataclass(frozen=True)

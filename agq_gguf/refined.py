@@ -7,7 +7,7 @@ and each other's results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf import distill, stock
+from agq_gguf.arguments import Progress
 from agq_gguf.blocks import TYPE_NAME
 from agq_gguf.calibrate import Calibrator
 from agq_gguf.evaluate import compare
@@ -32,8 +33,6 @@ _TUNE_TOKENS = 512  # of a step of training
 _EPOCHS = 2
 _CHECK_TOKENS = 64
 _SAME = 1e-3  # nats per token between llama.cpp and our graph; F16 arithmetic alone makes 1e-6 to 1e-5
-
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass

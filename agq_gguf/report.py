@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf import blocks
+from agq_gguf.arguments import Progress
 from agq_gguf.convert import ERROR_TENSORS, ERROR_VALUES
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.inspection import ModelInfo, inspect_file
@@ -27,8 +28,6 @@ from agq_gguf.shards import open_model
 PACKAGED_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 _PROMPT_TOKENS = 384
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.weight")
-
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
