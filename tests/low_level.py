@@ -11,10 +11,18 @@ from typing import Any
 
 import llama_cpp.llama_cpp as api
 import numpy as np
+import tiny_models
 from numpy.typing import NDArray
 
 import agq_gguf
+from agq_gguf.convert import QuantizeOptions, quantize
+from agq_gguf.quantizer import MatrixOptions
 
+# Every matrix AGQ4, quantized in a moment.
+QUICK = QuantizeOptions(
+    threads=1, embedding_type="agq4", output_type="agq4", matrix=MatrixOptions(learn_codebook=False)
+)
+PROMPT = np.random.default_rng(5).integers(3, 400, 40).tolist()
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "iq4_nl": 20}
 
 
@@ -28,8 +36,15 @@ def _collect(level: int, text: bytes, _: Any) -> None:
         log.append(text.decode().strip())
 
 
+def quick_agq4(folder: Path, n_layer: int) -> Path:
+    """A tiny model, all AGQ4."""
+    source = tiny_models.write_llama(folder / "f32.gguf", dtype="f32", n_layer=n_layer, seed=3)
+    quantize(source, folder / "agq4.gguf", options=QUICK)
+    return folder / "agq4.gguf"
+
+
 class LowModel:
-    """A loaded model, and its contexts. While one is open, the log goes to `log`."""
+    """A loaded model, and its contexts; a context manager. While one is open, the log goes to `log`."""
 
     _open = 0
     _previous = (api.llama_log_callback(), ctypes.c_void_p())  # who got the log before the first one
@@ -49,6 +64,12 @@ class LowModel:
     def context(self, prune: str | None = None, **options: Any) -> LowContext:
         with agq_gguf.options(prune=prune):
             return LowContext(self, **options)
+
+    def __enter__(self) -> LowModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     def close(self) -> None:
         api.llama_model_free(self.model)

@@ -8,31 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
-from low_level import LowModel, log
+from low_level import PROMPT, LowModel, log, quick_agq4
 from reference_mixed import MixedReference
 
-from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.plugin import plugin_library
-from agq_gguf.quantizer import MatrixOptions
-
-FAST = QuantizeOptions(threads=1, embedding_type="agq4", output_type="agq4", matrix=MatrixOptions(learn_codebook=False))
-PROMPT = np.random.default_rng(5).integers(3, 400, 40).tolist()
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixed")
-    source = tiny_models.write_llama(folder / "f32.gguf", dtype="f32", n_layer=4, seed=3)
-    quantize(source, folder / "agq4.gguf", options=FAST)
-    return folder / "agq4.gguf"
+    return quick_agq4(tmp_path_factory.mktemp("mixed"), n_layer=4)
 
 
 @pytest.fixture(scope="module")
 def model(path: Path) -> Iterator[LowModel]:
-    loaded = LowModel(path)
-    yield loaded
-    loaded.close()
+    with LowModel(path) as loaded:
+        yield loaded
 
 
 def logits(

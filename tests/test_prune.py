@@ -9,16 +9,14 @@ import low_level
 import numpy as np
 import pytest
 import tiny_models
-from low_level import LowContext, LowModel
+from low_level import QUICK, LowContext, LowModel
 
 import agq_gguf
-from agq_gguf.convert import QuantizeOptions, quantize
+from agq_gguf.convert import quantize
 from agq_gguf.errors import InputError
-from agq_gguf.quantizer import MatrixOptions
 from agq_gguf.reader import open_gguf
 
 LAYERS = 4
-FAST = QuantizeOptions(threads=1, embedding_type="agq4", output_type="agq4", matrix=MatrixOptions(learn_codebook=False))
 GetModel = Callable[..., LowModel]
 
 
@@ -36,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
             path = source
             if kind == "agq4":
                 path = folder / f"{arch}-agq4.gguf"
-                quantize(source, path, options=FAST)
+                quantize(source, path, options=QUICK)
             loaded[arch, kind] = LowModel(path)
         return loaded[arch, kind]
 
