@@ -90,7 +90,7 @@ double measure_peak(const options &o, peak::loop loop) {
 std::atomic<uint64_t> sink{0};
 
 /// GB/s of reading `memory` on all threads.
-double measure_read(const options &o, const std::vector<tile> &memory, size_t ahead) {
+double measure_read(const options &o, const std::vector<tile> &memory, peak::fetch ahead) {
     const size_t share = memory.size() * sizeof(tile) / o.threads / 256 * 256;
     const char *begin = reinterpret_cast<const char *>(memory.data());
     const double seconds = run(o, [&](int i) { sink += peak::read(begin + i * share, share, ahead); });
@@ -186,7 +186,9 @@ void bench_gemv(const options &o, const kernel &row, int k, int tokens) {
     const double gigabytes = static_cast<double>(data.weights.size()) * sizeof(tile) * 1e-9;
     double best = 0, best_read = 0;
     for (int i = 0; i < o.repeat; i++) {
-        for (size_t ahead : {0, 1024, 4096}) best_read = std::max(best_read, measure_read(o, data.weights, ahead));
+        for (peak::fetch ahead : {peak::fetch{0, 0}, {1024, 0}, {4096, 0}, {0, 16384}, {4096, 16384}}) {
+            best_read = std::max(best_read, measure_read(o, data.weights, ahead));
+        }
         best = std::max(best, gigabytes / data.multiply(o, row, 0, false, 8));
         best = std::max(best, gigabytes / data.multiply(o, row, 0, false, 8));
     }

@@ -74,14 +74,19 @@ inline loop of_kernel(const std::string &name) {
     return nullptr;
 }
 
-/// Reads `bytes` (a multiple of 256) once, fetching `ahead` bytes ahead; the result keeps the compiler from leaving it
-/// out.
-inline uint64_t read(const char *memory, size_t bytes, size_t ahead) {
+/// Bytes to fetch ahead into the first-level and the second-level cache; 0: not at all.
+struct fetch {
+    size_t near, far;
+};
+
+/// Reads `bytes` (a multiple of 256) once; the result keeps the compiler from leaving it out.
+inline uint64_t read(const char *memory, size_t bytes, fetch ahead) {
     uint64_t sums[8] = {0};
     for (size_t i = 0; i < bytes; i += 256) {
         for (size_t line = 0; line < 256; line += 64) {
 #if defined(__GNUC__)
-            if (ahead > 0) __builtin_prefetch(memory + i + line + ahead);
+            if (ahead.near > 0) __builtin_prefetch(memory + i + line + ahead.near);
+            if (ahead.far > 0) __builtin_prefetch(memory + i + line + ahead.far, 0, 2);
 #endif
             uint64_t words[8];
             std::memcpy(words, memory + i + line, 64);

@@ -20,6 +20,7 @@ from agq_gguf import blocks
 # name: (embedding, feed-forward, layers, heads, key/value heads, vocabulary)
 SHAPES = {
     "tiny": (256, 768, 2, 4, 2, 4096),
+    "thin": (128, 128, 22, 4, 2, 256),  # the nodes of 1.1b with next to nothing to multiply
     "1.1b": (2048, 5632, 22, 32, 4, 32000),
     "7b": (4096, 11008, 32, 32, 32, 32000),
 }

@@ -6,8 +6,9 @@
 FOLDER gets the models that are missing: a LLaMA of 1.1B parameters' shape with random weights, in F16 (2.1 GB), Q4_0,
 Q4_K_S and AGQ4, and four layers of a 7B shape in Q4_0 and AGQ4. In each row the models take turns; a ratio is the
 median of the ratios within the turns, with the least and the largest. About 12 minutes on two idle cores, without
-making the models. Parts can be run one by one: starts, kernels, prompt, short, generation, sequences, depth, long,
-wide, plugin, avx2. The last one wants a copy of llama-cpp-python's libraries whose libggml-cpu was built for AVX2 only.
+making the models. Parts can be run one by one: starts, kernels, prompt, short, generation, overhead, sequences, depth,
+long, wide, plugin, avx2. The last one wants a copy of llama-cpp-python's libraries whose libggml-cpu was built for AVX2
+only.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ def make_models(folder: Path, threads: int, wide: bool = True) -> dict[str, Path
     for name in STOCK:
         if not paths[name].exists():
             quantize_stock(paths["f16"], paths[name], name, threads=threads)
+    paths |= {f"thin-{name}": folder / f"thin-{name}.gguf" for name in ("f16", "agq4", "q4_0")}
+    for name in ("f16", "agq4"):
+        if not paths[f"thin-{name}"].exists():
+            random_model.write("thin", name, str(paths[f"thin-{name}"]))
+    if not paths["thin-q4_0"].exists():
+        quantize_stock(paths["thin-f16"], paths["thin-q4_0"], "q4_0", threads=threads)
     if not wide:
         return paths
     paths |= {f"wide-{name}": folder / f"7b-4-layers-{name}.gguf" for name in ("q4_0", "agq4")}
@@ -121,6 +128,16 @@ class Table:
         results = self._bench(("q4_0", "q4_k_s", "agq4"), 3, generation=128)
         yield from self._rows("generation of 128", ("1.10x", "1.10x"), results, "generation")
 
+    def overhead(self) -> Iterator[Row]:
+        """A step of generation whose matrices are too small to count: what the calls cost."""
+        results = self._bench(("thin-q4_0", "thin-agq4"), 7, generation=256)
+        stock, own = ([1e6 / speed for speed in result.generation.samples] for result in results)
+        more = sorted(b - a for a, b in zip(stock, own, strict=True))
+        found = (
+            f"{statistics.median(more):+.0f} us [{more[0]:+.0f} - {more[-1]:+.0f}] ({statistics.median(stock):.0f} us)"
+        )
+        yield "step of 22 layers of 128 columns, to Q4_0", "", found
+
     def sequences(self) -> Iterator[Row]:
         """Four sequences side by side."""
         results = self._bench(_PAIR, 5, generation=32, sequences=4)
@@ -185,7 +202,20 @@ class Table:
 
 
 _PAIR = ("q4_0", "agq4")
-PARTS = ("starts", "kernels", "prompt", "short", "generation", "sequences", "depth", "long", "wide", "plugin", "avx2")
+PARTS = (
+    "starts",
+    "kernels",
+    "prompt",
+    "short",
+    "generation",
+    "overhead",
+    "sequences",
+    "depth",
+    "long",
+    "wide",
+    "plugin",
+    "avx2",
+)
 
 
 def main() -> None:

@@ -103,9 +103,16 @@ inline __m512 add_group(__m512 sum, __m512 d, __m512i integers, const float *sca
 
 // a single block of tokens: one panel at a time, at the speed of memory
 
-/// How far ahead of the tile in use the next one is fetched. Panels follow one another in the file, so this runs across
-/// their borders.
-constexpr int prefetch_bytes = 4 * static_cast<int>(sizeof(tile));
+/// Fetches the line that stands 4 tiles behind `p` into the first-level cache, and the one 16 tiles behind into the
+/// second. Panels follow one another in the file, so this runs across their borders.
+///
+/// The first-level cache waits for a dozen lines at once, the second for several dozen: without its part, generation is
+/// a tenth slower on an Emerald Rapids.
+inline void prefetch_stream(const void *p) {
+    const char *line = static_cast<const char *>(p);
+    _mm_prefetch(line + 4 * sizeof(tile), _MM_HINT_T0);
+    _mm_prefetch(line + 16 * sizeof(tile), _MM_HINT_T1);
+}
 
 /// dst[t][0 .. 15] of one panel for a block of n tokens.
 template <int n, bool per_group>
@@ -119,8 +126,7 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
     for (int t = 0; t < n; t++) sum[t] = _mm512_setzero_ps();
 
     for (const tile *w = panel, *end = panel + args.k / tile_columns; w != end; w++) {
-        const char *ahead = reinterpret_cast<const char *>(w) + prefetch_bytes;
-        _mm_prefetch(ahead, _MM_HINT_T0);
+        prefetch_stream(w->scale_hi);
         for (int half = 0; half < 2; half++) {
             // Separate sums of low and high nibbles halve the chain of dependent instructions.
             __m512i low[n], high[n];
@@ -131,7 +137,7 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
             }
             AGQ_UNROLL
             for (int c = 0; c < 8; c++) {
-                _mm_prefetch(ahead + 64 * (1 + 8 * half + c), _MM_HINT_T0);
+                prefetch_stream(w->codes[8 * half + c]);
                 const chunk u = look_up(w->codes[8 * half + c], codebook);
                 AGQ_UNROLL
                 for (int t = 0; t < n; t++) {
