@@ -55,6 +55,8 @@ function(agq_add_kernels target)
             agq_kernel(${target} softmax_weights_avx2.cpp "-mavx2;-mfma;-mf16c" "")
             agq_kernel(${target} softmax_weights_avx512.cpp
                        "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512" "")
+            agq_kernel(${target} attention_few_avx512.cpp
+                       "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512" "")
             agq_kernel(${target} attention_avx512vnni.cpp
                        "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512" "")
         endif()

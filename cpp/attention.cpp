@@ -1,17 +1,19 @@
-// Plans and runs attention jobs. The unit of work is a range of tokens of one key/value head: a thread packs the head's
-// keys and values once, into memory of its own, and then goes through its tokens in blocks.
+// Plans attention jobs, and runs those of many rows. The unit of work is a range of tokens of one key/value head: a
+// thread packs the head's keys and values once, into memory of its own, and then goes through its tokens in blocks.
 #include "attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "attention_few.h"
+#include "tensor_rows.h"
+
 namespace agq {
 
 namespace {
 
-// Below this many rows, packing the keys costs more than it saves, and the host's own code is at the memory's limit
-// anyway.
+// Below this many rows, packing the keys costs more than it saves.
 constexpr int64_t least_rows = 32;
 constexpr int64_t least_tokens = 4;
 
@@ -21,20 +23,11 @@ bool readable(const ggml_tensor *t) {
     return t->type == ggml_type_f32 || t->type == ggml_type_f16 || host.ggml_get_type_traits(t->type)->to_float;
 }
 
-const char *address(const ggml_tensor *t, int64_t i1, int64_t i2, int64_t i3) {
-    return static_cast<const char *>(t->data) + static_cast<size_t>(i1) * t->nb[1] +
-           static_cast<size_t>(i2) * t->nb[2] + static_cast<size_t>(i3) * t->nb[3];
-}
-
-/// Length of a value vector.
-int64_t value_width(const attention_job &job) {
-    return job.v_transposed ? job.v->ne[1] : job.v->ne[0];
-}
-
-/// Conditions that both forms share.
-bool covered(const attention_job &job) {
+/// Conditions that both forms share; chooses how it is done.
+bool covered(attention_job *planned) {
+    const attention_job &job = *planned;
     const ggml_tensor *q = job.q, *k = job.k, *v = job.v, *mask = job.mask;
-    const int64_t head_v = value_width(job), n_keys = k->ne[1];
+    const int64_t head_v = job.value_width(), n_keys = k->ne[1];
     const ggml_type_traits *v_type = host.ggml_get_type_traits(v->type);
     const bool shapes = k->ne[0] == q->ne[0] && q->ne[0] <= attention_head_limit &&
                         (job.v_transposed ? v->ne[0] : v->ne[1]) == n_keys && k->ne[2] > 0 &&
@@ -48,9 +41,10 @@ bool covered(const attention_job &job) {
                   mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 && (mask->ne[3] == 1 || mask->ne[3] == q->ne[3]) &&
                   mask->nb[0] == host.ggml_get_type_traits(mask->type)->type_size);
     const bool sinks = !job.sinks || (job.sinks->type == ggml_type_f32 && job.sinks->ne[0] == q->ne[2]);
-    const bool long_enough =
-        job.any_length || (q->ne[1] >= least_tokens && q->ne[1] * (q->ne[2] / k->ne[2]) >= least_rows);
-    return shapes && types && masked && sinks && (job.max_bias == 0 || mask) && long_enough;
+    if (!shapes || !types || !masked || !sinks || (job.max_bias != 0 && !mask)) return false;
+    planned->few = suits_few(job);
+    return planned->few || job.any_length ||
+           (q->ne[1] >= least_tokens && q->ne[1] * (q->ne[2] / k->ne[2]) >= least_rows);
 }
 
 /// All keys of a head, packed by the kernel.
@@ -60,60 +54,29 @@ void pack_keys(const attention_job &job, int64_t head, int64_t stream, float *ro
     for (int64_t first = 0; first < n_keys; first += attention_keys, packed += block_bytes) {
         const int64_t n = std::min<int64_t>(attention_keys, n_keys - first);
         for (int64_t i = 0; i < n; ++i) {
-            read_row(*job.kern, job.k, address(job.k, job.cell(first + i), head, stream), rows + i * width, width);
+            read_row(*job.kern, job.k, row_address(job.k, job.cell(first + i), head, stream), rows + i * width, width);
         }
         job.kern->pack_keys(rows, static_cast<int>(n), static_cast<int>(width), packed);
-    }
-}
-
-/// One channel of `n` values from key `first` on; `row` is that of the channel, in which keys lie side by side.
-void read_column(const attention_job &job, const char *row, int64_t first, int64_t n, float *column) {
-    const size_t element = host.ggml_get_type_traits(job.v->type)->type_size;
-    const int64_t begin = job.cell(first), span = job.cell(first + n - 1) + 1 - begin;
-    const char *from = row + static_cast<size_t>(begin) * element;
-    if (span == n) {
-        read_row(*job.kern, job.v, from, column, n);
-        return;
-    }
-    // Chosen keys are not far apart as a rule: convert all in between.
-    float between[4 * attention_keys];
-    if (span <= 4 * attention_keys) read_row(*job.kern, job.v, from, between, span);
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t at = job.cell(first + i) - begin;
-        if (span <= 4 * attention_keys) {
-            column[i] = between[at];
-        } else {
-            read_row(*job.kern, job.v, from + static_cast<size_t>(at) * element, column + i, 1);
-        }
     }
 }
 
 /// All values of a head, packed by the kernel.
 void pack_values(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
     const ggml_tensor *v = job.v;
-    const int64_t n_keys = job.n_keys(), width = value_width(job);
+    const int64_t n_keys = job.n_keys(), width = job.value_width();
     const size_t block_bytes = job.kern->value_bytes(static_cast<int>(width));
     float column[attention_keys];
     for (int64_t first = 0; first < n_keys; first += attention_keys, packed += block_bytes) {
         const int64_t n = std::min<int64_t>(attention_keys, n_keys - first);
         for (int64_t d = 0; job.v_transposed && d < width; ++d) {
-            read_column(job, address(v, d, head, stream), first, n, column);
+            read_column(job, row_address(v, d, head, stream), first, n, column);
             for (int64_t i = 0; i < n; ++i) rows[i * width + d] = column[i];
         }
         for (int64_t i = 0; !job.v_transposed && i < n; ++i) {
-            read_row(*job.kern, v, address(v, job.cell(first + i), head, stream), rows + i * width, width);
+            read_row(*job.kern, v, row_address(v, job.cell(first + i), head, stream), rows + i * width, width);
         }
         job.kern->pack_values(rows, static_cast<int>(n), static_cast<int>(width), packed);
     }
-}
-
-/// Query of (token, head) of a stream.
-const float *query(const attention_job &job, int64_t token, int64_t head, int64_t stream) {
-    if (job.saved_q) {
-        const ggml_tensor *q = job.q;
-        return job.saved_q + ((stream * q->ne[2] + head) * q->ne[1] + token) * q->ne[0];
-    }
-    return reinterpret_cast<const float *>(address(job.q, token, head, stream));
 }
 
 /// Where a thread keeps what it needs of a head: bytes, multiples of a cache line.
@@ -121,7 +84,7 @@ struct parts {
     size_t scratch, keys, values, queries, rows;
 
     explicit parts(const attention_job &job) {
-        const int width = static_cast<int>(job.q->ne[0]), head_v = static_cast<int>(value_width(job));
+        const int width = static_cast<int>(job.q->ne[0]), head_v = static_cast<int>(job.value_width());
         const size_t blocks = static_cast<size_t>((job.k->ne[1] + attention_keys - 1) / attention_keys);
         const auto floats = [](int64_t n) { return (static_cast<size_t>(n) * sizeof(float) + 63) / 64 * 64; };
         scratch = job.kern->scratch_bytes(width, head_v);
@@ -161,6 +124,47 @@ void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *fr
     }
 }
 
+void read_column(const attention_job &job, const char *row, int64_t first, int64_t n, float *column) {
+    const size_t element = host.ggml_get_type_traits(job.v->type)->type_size;
+    const int64_t begin = job.cell(first), span = job.cell(first + n - 1) + 1 - begin;
+    const char *from = row + static_cast<size_t>(begin) * element;
+    if (span == n) {
+        read_row(*job.kern, job.v, from, column, n);
+        return;
+    }
+    // Chosen keys are not far apart as a rule: convert all in between.
+    float between[4 * attention_keys];
+    if (span <= 4 * attention_keys) read_row(*job.kern, job.v, from, between, span);
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = job.cell(first + i) - begin;
+        if (span <= 4 * attention_keys) {
+            column[i] = between[at];
+        } else {
+            read_row(*job.kern, job.v, from + static_cast<size_t>(at) * element, column + i, 1);
+        }
+    }
+}
+
+const float *query(const attention_job &job, int64_t token, int64_t head, int64_t stream) {
+    if (job.saved_q) {
+        const ggml_tensor *q = job.q;
+        return job.saved_q + ((stream * q->ne[2] + head) * q->ne[1] + token) * q->ne[0];
+    }
+    return reinterpret_cast<const float *>(row_address(job.q, token, head, stream));
+}
+
+job_mask::job_mask(const attention_job &job, int64_t token, int64_t stream) {
+    if (!job.mask) return;
+    is_f16 = job.mask->type == ggml_type_f16;
+    if (const key_choice *choice = job.choice()) {
+        row = choice->mask + static_cast<size_t>(token) * choice->mask_stride;
+        stride = choice->mask_stride;
+    } else {
+        row = row_address(job.mask, token, 0, job.mask->ne[3] == 1 ? 0 : stream);
+        stride = job.mask->nb[1];
+    }
+}
+
 void read_slopes(const attention_job &job, int64_t first, int64_t group, float *slopes) {
     const int64_t n_head = job.q->ne[2];
     const double power = std::exp2(std::floor(std::log2(static_cast<double>(n_head))));
@@ -183,7 +187,7 @@ bool parse_attention_option(const std::string &text, const attention_kernel **ke
 }
 
 size_t attention_bytes(const attention_job &job) {
-    return parts(job).total();
+    return job.few ? few_bytes(job) : parts(job).total();
 }
 
 int64_t saved_query_floats(const ggml_tensor *q) {
@@ -208,7 +212,7 @@ bool plan_flash_attention(const ggml_tensor *node, attention_job *job) {
     for (int i = 5; i < ggml_max_src; ++i) {
         if (node->src[i]) return false;  // something newer than this plugin
     }
-    return node->type == ggml_type_f32 && covered(*job);
+    return node->type == ggml_type_f32 && covered(job);
 }
 
 bool plan_attention_chain(const ggml_tensor *scores, const ggml_tensor *soft_max, const ggml_tensor *output,
@@ -227,7 +231,7 @@ bool plan_attention_chain(const ggml_tensor *scores, const ggml_tensor *soft_max
     job->out_token_stride = floats(1);
     job->out_head_stride = floats(2);
     job->out_stream_stride = floats(3);
-    return output->type == ggml_type_f32 && covered(*job);
+    return output->type == ggml_type_f32 && covered(job);
 }
 
 void save_queries_node(ggml_tensor *, int ith, int nth, void *userdata) {
@@ -236,7 +240,7 @@ void save_queries_node(ggml_tensor *, int ith, int nth, void *userdata) {
     const int64_t rows = q->ne[1] * q->ne[2] * q->ne[3];
     for (int64_t i = rows * ith / nth; i < rows * (ith + 1) / nth; ++i) {
         const int64_t token = i % q->ne[1], head = i / q->ne[1] % q->ne[2], stream = i / q->ne[1] / q->ne[2];
-        std::memcpy(const_cast<float *>(query(job, token, head, stream)), address(q, token, head, stream),
+        std::memcpy(const_cast<float *>(query(job, token, head, stream)), row_address(q, token, head, stream),
                     static_cast<size_t>(q->ne[0]) * sizeof(float));
     }
 }
@@ -245,7 +249,7 @@ void attention_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
     attention_job &job = *static_cast<attention_job *>(userdata);
     const ggml_tensor *q = job.q, *k = job.k;
     const int64_t group = q->ne[2] / k->ne[2], width = q->ne[0], n_keys = job.n_keys();
-    const int64_t head_v = value_width(job);
+    const int64_t head_v = job.value_width();
     const division cut(job, nth);
     const int64_t block_tokens = std::max<int64_t>(1, attention_row_limit / group);
 
@@ -282,15 +286,10 @@ void attention_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
             args.n_keys = n_keys;
             args.keys = keys;
             args.values = values;
-            if (const key_choice *choice = job.choice()) {
-                args.mask = choice->mask + static_cast<size_t>(t) * choice->mask_stride;
-                args.mask_stride = choice->mask_stride;
-                args.mask_is_f16 = job.mask->type == ggml_type_f16;
-            } else if (job.mask) {
-                args.mask = address(job.mask, t, 0, job.mask->ne[3] == 1 ? 0 : stream);
-                args.mask_stride = job.mask->nb[1];
-                args.mask_is_f16 = job.mask->type == ggml_type_f16;
-            }
+            const job_mask mask(job, t, stream);
+            args.mask = mask.row;
+            args.mask_stride = mask.stride;
+            args.mask_is_f16 = mask.is_f16;
             args.slopes = slopes;
             args.soft_cap = job.soft_cap;
             args.sinks = job.sinks ? static_cast<const float *>(job.sinks->data) + head * group : nullptr;

@@ -1,10 +1,11 @@
-// Attention as a ggml custom node for prompts, in place of the host's: for the flash node, and for the chain of
+// Attention as a ggml custom node in place of the host's: for the flash node, and for the chain of
 // product, soft-max and product that is built without flash attention.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "host.h"
 #include "kernels/attention.h"
@@ -36,18 +37,31 @@ struct attention_job {
     int64_t out_token_stride = 0, out_head_stride = 0, out_stream_stride = 0;
     /// Where the queries wait between the nodes of the chain, in which their own memory may be used again; null: in q.
     const float *saved_q = nullptr;
-    const thread_memory *memory = nullptr;  ///< attention_bytes(job) for each thread
+    const thread_memory *memory = nullptr;   ///< attention_bytes(job) for each thread
+    bool few = false;                        ///< whether attention_few.h does it, which wants the next two
+    float *partial = nullptr;                ///< few_partial_floats(job)
+    std::vector<std::atomic<int>> finished;  ///< chunks that are done, for each stream
     std::atomic<int64_t> next{0};
 
     int64_t tokens() const { return q->ne[1]; }
+    /// Length of a value vector.
+    int64_t value_width() const { return v_transposed ? v->ne[1] : v->ne[0]; }
     const key_choice *choice() const { return mask ? static_cast<const key_choice *>(mask->extra) : nullptr; }
     int64_t n_keys() const { return choice() ? choice()->n : k->ne[1]; }
     int64_t cell(int64_t key) const { return choice() ? choice()->cells[key] : key; }
 };
 
+/// Mask of a job from a token of a stream on; null: nothing is hidden.
+struct job_mask {
+    const char *row = nullptr;
+    size_t stride = 0;
+    bool is_f16 = false;
+
+    job_mask(const attention_job &job, int64_t token, int64_t stream);
+};
+
 /// Reads AGQ_ATTENTION (docs/paper-attention.md): null means attention of the active kernel. On a mistake returns false
-/// and
-/// `*error` says which.
+/// and `*error` says which.
 bool parse_attention_option(const std::string &text, const attention_kernel **kern, std::string *error);
 
 /// Scratch memory that a job needs in each thread.
@@ -56,7 +70,7 @@ size_t attention_bytes(const attention_job &job);
 /// Floats that `saved_q` takes.
 int64_t saved_query_floats(const ggml_tensor *q);
 
-/// Fills the job from a flash node, or returns false if it is not covered (too few tokens, unknown type, odd shape).
+/// Fills the job from a flash node, or returns false if it is not covered (unknown type, odd shape).
 bool plan_flash_attention(const ggml_tensor *node, attention_job *job);
 
 /// Fills the job from the soft-max node and the product behind it, likewise. `scores` is the product of keys and
@@ -66,6 +80,12 @@ bool plan_attention_chain(const ggml_tensor *scores, const ggml_tensor *soft_max
 
 /// One contiguous row of a tensor of any type as floats.
 void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *from, float *to, int64_t n);
+
+/// One channel of `n` values from key `first` on; `row` is that of the channel, in which keys lie side by side.
+void read_column(const attention_job &job, const char *row, int64_t first, int64_t n, float *column);
+
+/// Query of (token, head) of a stream.
+const float *query(const attention_job &job, int64_t token, int64_t head, int64_t stream);
 
 /// The slope of ALiBi for each of `group` query heads from `first` on (Press et al., 2022, section 3, as ggml has it);
 /// 1 without ALiBi.

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 
+#include "attention_few.h"
 #include "profile.h"
 
 namespace agq {
@@ -106,7 +107,11 @@ ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, 
     mixed_.begin_call(n_threads);
     for (activation_set &s : sets_) s.next.store(0, std::memory_order_relaxed);
     for (product &p : products_) p.next.store(0, std::memory_order_relaxed);
-    for (attention_job &a : attentions_) a.next.store(0, std::memory_order_relaxed);
+    for (attention_job &a : attentions_) {
+        a.next.store(0, std::memory_order_relaxed);
+        a.partial = partial_.data();
+        for (std::atomic<int> &n : a.finished) n.store(0, std::memory_order_relaxed);
+    }
     return graph_;
 }
 
@@ -164,7 +169,7 @@ void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
                 attentions_.pop_back();
             }
         } else if (nodes[i]->op == host.op_soft_max) {
-            has_soft_max = has_soft_max || nodes[i]->ne[1] > 1 || any_length_;
+            has_soft_max = true;
         }
     }
     if (fuse_) assign_fusions(nodes, n);
@@ -252,9 +257,14 @@ attention_job &graph_rewriter::new_attention() {
 void graph_rewriter::add_attention(ggml_tensor *node, attention_job *job) {
     job->memory = &scratch_;
     thread_bytes_ = std::max(thread_bytes_, attention_bytes(*job));
+    if (job->few) {
+        const size_t floats = static_cast<size_t>(few_partial_floats(*job));
+        if (partial_.size() < floats) partial_.resize(floats);
+        job->finished = std::vector<std::atomic<int>>(static_cast<size_t>(job->q->ne[3]));
+    }
     ggml_tensor *args[4] = {const_cast<ggml_tensor *>(job->q), const_cast<ggml_tensor *>(job->k),
                             const_cast<ggml_tensor *>(job->v), const_cast<ggml_tensor *>(job->mask)};
-    add_custom(node, args, job->mask ? 4 : 3, attention_node, job);
+    add_custom(node, args, job->mask ? 4 : 3, job->few ? few_attention_node : attention_node, job);
 }
 
 void graph_rewriter::add_clock(const std::string &label) {

@@ -104,8 +104,8 @@ class graph_rewriter {
     std::deque<attention_job> attentions_;
     std::deque<int> clocks_;  ///< kinds of the clock nodes; none unless the graph is profiled
     bool profiled_ = false;
-    std::vector<float> saved_queries_;  ///< of one attention at a time
-    size_t thread_bytes_ = 0;           ///< what the nodes need in each thread
+    std::vector<float> saved_queries_, partial_;  ///< of one attention at a time
+    size_t thread_bytes_ = 0;                     ///< what the nodes need in each thread
     thread_memory scratch_;
     float sink_[4] = {};  ///< what nodes without an output of their own point at
 };

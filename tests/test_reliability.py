@@ -5,6 +5,7 @@ Everything that could kill or bloat a process runs in one of its own.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -254,7 +255,7 @@ for i in range(200):
     first = logits if first is None else first
     assert np.array_equal(logits, first)
     sizes.append(resident())
-print(sizes[49], sizes[199])
+print(*sizes[49::50])
 """
 
 
@@ -262,8 +263,10 @@ print(sizes[49], sizes[199])
 def test_200_loads_do_not_grow(dense: Path) -> None:
     result = run_python(GROWTH, dense)
     assert result.returncode == 0, result.stderr
-    early, late = map(int, result.stdout.split())
-    assert late - early < 1024, f"{late - early} kB in 150 loads"  # a leak of 7 kB a load would show
+    sizes = [int(size) for size in result.stdout.split()]
+    # A leak grows all the time, the heap once in a while.
+    growth = min(later - earlier for earlier, later in itertools.pairwise(sizes))
+    assert growth < 350, f"{sizes} kB"  # a leak of 7 kB a load would show
 
 
 def test_plugin_is_quiet_about_models_it_does_not_serve(llama_q4: Path) -> None:

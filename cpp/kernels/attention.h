@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention_few.h"
 #include "softmax_weights.h"
 
 namespace agq {
@@ -53,6 +54,7 @@ struct attention_kernel {
     void (*attend)(const attention_args &args);
     void (*f16_to_f32)(const uint16_t *from, float *to, int64_t n);
     softmax_weights_fn weights;  ///< of this instruction set, in binary32
+    const few_kernel *few;       ///< for few rows, likewise; null: all lengths are packed
 };
 
 #ifdef __GNUC__

@@ -5,6 +5,7 @@
 
 namespace agq {
 
-const attention_kernel attention_avx2 = AGQ_ATTENTION_TABLE(softmax_weights_avx2);
+const few_kernel few_avx2 = AGQ_FEW_TABLE;
+const attention_kernel attention_avx2 = AGQ_ATTENTION_TABLE(softmax_weights_avx2, &few_avx2);
 
 }  // namespace agq

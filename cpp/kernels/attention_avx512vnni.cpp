@@ -401,7 +401,7 @@ void attend(const attention_args &args) {
 
 }  // namespace
 
-const attention_kernel attention_avx512vnni = {key_bytes,   value_bytes, scratch_bytes, pack_keys,
-                                               pack_values, attend,      f16_to_f32,    softmax_weights_avx512};
+const attention_kernel attention_avx512vnni = {key_bytes, value_bytes, scratch_bytes,          pack_keys,  pack_values,
+                                               attend,    f16_to_f32,  softmax_weights_avx512, &few_avx512};
 
 }  // namespace agq

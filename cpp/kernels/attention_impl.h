@@ -5,36 +5,10 @@
 // FlashAttention, Dao et al., 2022): scores of a block, new maximum of each row, exponentials, then the output so far
 // is scaled down to the new maximum and the block's values are added. Both products are tiles of 6 rows in registers.
 #include "attention.h"
-#include "score_rows.h"
+#include "attention_few_impl.h"
 
 namespace agq {
 namespace {
-
-/// Turns a row of scores into weights relative to the new maximum. Returns by how much the output so far has to be
-/// scaled.
-inline float weigh(float *scores, const float *mask, float slope, float soft_cap, float *maximum, float *sum) {
-    const float top = finish_scores(scores, mask, slope, soft_cap, *maximum);
-    if (top == -INFINITY) {
-        // All keys are hidden, or the scores are no numbers, which the comparisons above pass over.
-        for (int j = 0; j < attention_keys; ++j) {
-            if (scores[j] != scores[j]) *sum = scores[j];
-        }
-        for (int j = 0; j < attention_keys; j += AGQ_VECTOR) store(scores + j, vec{});
-        return 1;
-    }
-    vec total{};
-    for (int j = 0; j < attention_keys; j += AGQ_VECTOR) {
-        const vec p = exponential(load(scores + j) - top);
-        store(scores + j, p);
-        total += p;
-    }
-    const float scale = *maximum == -INFINITY ? 0.0f : std::exp(*maximum - top);
-    float added = 0;
-    for (int i = 0; i < AGQ_VECTOR; ++i) added += total[i];
-    *sum = *sum * scale + added;
-    *maximum = top;
-    return scale;
-}
 
 // Packed keys are [head_qk][64], packed values [64][head_v].
 
@@ -110,5 +84,5 @@ void attend(const attention_args &args) {
 }  // namespace
 }  // namespace agq
 
-#define AGQ_ATTENTION_TABLE(weights) \
-    {key_bytes, value_bytes, scratch_bytes, pack_keys, pack_values, attend, f16_to_f32, weights}
+#define AGQ_ATTENTION_TABLE(weights, few) \
+    {key_bytes, value_bytes, scratch_bytes, pack_keys, pack_values, attend, f16_to_f32, weights, few}

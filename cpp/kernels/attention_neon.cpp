@@ -5,6 +5,7 @@
 
 namespace agq {
 
-const attention_kernel attention_neon = AGQ_ATTENTION_TABLE(softmax_weights_generic);
+const few_kernel few_neon = AGQ_FEW_TABLE;
+const attention_kernel attention_neon = AGQ_ATTENTION_TABLE(softmax_weights_generic, &few_neon);
 
 }  // namespace agq

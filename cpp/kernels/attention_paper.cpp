@@ -210,9 +210,10 @@ void attend(const attention_args &args) {
 
 }  // namespace
 
-const attention_kernel attention_paper = {block_bytes, block_bytes,   scratch_bytes, pack_keys,
-                                          pack_values, attend<false>, f16_to_f32,    softmax_weights_generic};
+const attention_kernel attention_paper = {block_bytes,   block_bytes, scratch_bytes,           pack_keys, pack_values,
+                                          attend<false>, f16_to_f32,  softmax_weights_generic, nullptr};
 const attention_kernel attention_paper_normalized = {block_bytes, block_bytes,  scratch_bytes, pack_keys,
-                                                     pack_values, attend<true>, f16_to_f32,    softmax_weights_generic};
+                                                     pack_values, attend<true>, f16_to_f32,    softmax_weights_generic,
+                                                     nullptr};
 
 }  // namespace agq

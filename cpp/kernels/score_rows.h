@@ -61,9 +61,31 @@ inline float finish_scores(float *scores, const float *mask, float slope, float 
         store(scores + j, s);
         best = s > best ? s : best;
     }
-    float top = maximum;
-    for (int i = 0; i < AGQ_VECTOR; ++i) top = best[i] > top ? best[i] : top;
-    return top;
+    return largest(best);
+}
+
+/// Turns a row of scores into weights relative to the new maximum. Returns by how much the output so far has to be
+/// scaled.
+inline float weigh(float *scores, const float *mask, float slope, float soft_cap, float *maximum, float *sum) {
+    const float top = finish_scores(scores, mask, slope, soft_cap, *maximum);
+    if (top == -INFINITY) {
+        // All keys are hidden, or the scores are no numbers, which the comparisons above pass over.
+        for (int j = 0; j < attention_keys; ++j) {
+            if (scores[j] != scores[j]) *sum = scores[j];
+        }
+        for (int j = 0; j < attention_keys; j += AGQ_VECTOR) store(scores + j, vec{});
+        return 1;
+    }
+    vec weights{};
+    for (int j = 0; j < attention_keys; j += AGQ_VECTOR) {
+        const vec p = exponential(load(scores + j) - top);
+        store(scores + j, p);
+        weights += p;
+    }
+    const float scale = *maximum == -INFINITY ? 0.0f : std::exp(*maximum - top);
+    *sum = *sum * scale + total(weights);
+    *maximum = top;
+    return scale;
 }
 
 }  // namespace

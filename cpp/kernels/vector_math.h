@@ -5,6 +5,11 @@
 #include <cstdint>
 #include <cstring>
 #ifdef __F16C__
+#if defined(__AVX512F__) && !defined(__clang__) && __GNUC__ < 13
+// The headers of GCC 12 start many intrinsics from a variable that is initialized with itself (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -18,6 +23,13 @@ typedef int32_t ivec __attribute__((vector_size(AGQ_VECTOR * 4), aligned(4), may
 
 constexpr int tile_rows = 6;
 
+// Sums are arrays: only when the loops over them are unrolled early do they become registers.
+#if defined(__clang__)
+#define AGQ_UNROLL _Pragma("unroll")
+#else
+#define AGQ_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 inline vec load(const float *p) {
     return *reinterpret_cast<const vec *>(p);
 }
@@ -26,6 +38,52 @@ inline void store(float *p, vec v) {
 }
 inline vec splat(float x) {
     return vec{} + x;
+}
+
+#if AGQ_VECTOR == 4
+#define AGQ_EVEN 0, 2, 4, 6
+#define AGQ_ODD 1, 3, 5, 7
+#elif AGQ_VECTOR == 8
+#define AGQ_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define AGQ_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define AGQ_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define AGQ_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#endif
+
+/// Elements with even numbers of `a`, then of `b`; and those with odd numbers.
+inline vec even(vec a, vec b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, AGQ_EVEN);
+#else
+    return __builtin_shuffle(a, b, ivec{AGQ_EVEN});
+#endif
+}
+inline vec odd(vec a, vec b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, AGQ_ODD);
+#else
+    return __builtin_shuffle(a, b, ivec{AGQ_ODD});
+#endif
+}
+
+/// Sums of neighbours: those of `a` in the first half, those of `b` in the second.
+inline vec fold(vec a, vec b) {
+    return even(a, b) + odd(a, b);
+}
+
+inline float total(vec v) {
+    for (int n = AGQ_VECTOR; n > 1; n /= 2) v = fold(v, v);
+    return v[0];
+}
+
+/// The largest element; all are numbers.
+inline float largest(vec v) {
+    for (int n = AGQ_VECTOR; n > 1; n /= 2) {
+        const vec a = even(v, v), b = odd(v, v);
+        v = b > a ? b : a;
+    }
+    return v[0];
 }
 
 inline float half_to_float(uint16_t h) {
@@ -47,6 +105,11 @@ inline float half_to_float(uint16_t h) {
 
 inline void f16_to_f32(const uint16_t *from, float *to, int64_t n) {
     int64_t i = 0;
+#ifdef __AVX512F__
+    for (; i + 16 <= n; i += 16) {
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + i))));
+    }
+#endif
 #ifdef __F16C__
     for (; i + 8 <= n; i += 8) {
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
@@ -77,22 +140,30 @@ inline vec exponential(vec x) {
     return x < -87.0f ? vec{} : result;
 }
 
-/// c[R][C vectors] = (Add ? c : 0) + a[R][depth] * b[depth][C vectors]
+/// c[R][C vectors] = (Add ? c : 0) + a[R][depth] * b[depth][C vectors]; depth > 0
 template <int R, int C, bool Add>
 inline void tile(const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t depth) {
     vec sum[R][C];
+    AGQ_UNROLL
     for (int r = 0; r < R; ++r) {
+        AGQ_UNROLL
         for (int j = 0; j < C; ++j) sum[r][j] = Add ? load(c + r * ldc + j * AGQ_VECTOR) : vec{};
     }
-    for (int64_t d = 0; d < depth; ++d) {
+    int64_t d = 0;
+    do {  // at least once, or the sums would go through memory on the way around the loop
         vec right[C];
+        AGQ_UNROLL
         for (int j = 0; j < C; ++j) right[j] = load(b + d * ldb + j * AGQ_VECTOR);
+        AGQ_UNROLL
         for (int r = 0; r < R; ++r) {
             const vec left = splat(a[r * lda + d]);
+            AGQ_UNROLL
             for (int j = 0; j < C; ++j) sum[r][j] += left * right[j];
         }
-    }
+    } while (++d < depth);
+    AGQ_UNROLL
     for (int r = 0; r < R; ++r) {
+        AGQ_UNROLL
         for (int j = 0; j < C; ++j) store(c + r * ldc + j * AGQ_VECTOR, sum[r][j]);
     }
 }

@@ -185,4 +185,77 @@ inline std::vector<float> run(const agq::attention_kernel &kern, const problem &
     return kept ? result : std::vector<float>();
 }
 
+/// The same of a kernel for few rows, which gets values by key or, `transposed`, by channel.
+inline std::vector<float> run_few(const agq::few_kernel &kern, const problem &p, bool transposed) {
+    const int64_t step = agq::few_width_step, width = (p.head_qk + step - 1) / step * step, head_v = p.head_v;
+    const int64_t rows = p.tokens * p.group, block_keys = agq::attention_keys;
+    const auto floats = [](int64_t n) { return aligned_bytes(static_cast<size_t>(n) * sizeof(float)); };
+    aligned_bytes q = floats(rows * width), keys = floats(block_keys * width), values = floats(block_keys * head_v);
+    aligned_bytes out = floats(rows * head_v), maximum = floats(rows), sum = floats(rows);
+    aligned_bytes masks = floats(p.tokens * block_keys), scores = floats(rows * block_keys);
+    const auto as_floats = [](aligned_bytes &bytes) { return reinterpret_cast<float *>(bytes.data()); };
+    const auto copy = [](const float *from, int64_t n, int64_t filled, float *to) {
+        std::fill(std::copy_n(from, n, to), to + filled, 0.0f);
+    };
+    for (int64_t r = 0; r < rows; ++r)
+        copy(&p.q[static_cast<size_t>(r * p.head_qk)], p.head_qk, width, as_floats(q) + r * width);
+    std::fill_n(as_floats(out), rows * head_v, 0.0f);
+    for (int64_t r = 0; r < rows; ++r) {
+        const size_t g = static_cast<size_t>(r % p.group);
+        as_floats(maximum)[r] = p.has_sinks ? p.sinks[g] : -INFINITY;
+        as_floats(sum)[r] = p.has_sinks ? 1.0f : 0.0f;
+    }
+    std::vector<uint16_t> half;
+    for (float x : p.mask) half.push_back(half_bits(x));
+
+    agq::few_args args = {};
+    args.n_tokens = p.tokens;
+    args.group = p.group;
+    args.width = static_cast<int>(width);
+    args.head_v = p.head_v;
+    args.q = as_floats(q);
+    args.n_keys = p.n_keys;
+    if (p.has_mask) {
+        args.mask =
+            p.mask_is_f16 ? reinterpret_cast<const char *>(half.data()) : reinterpret_cast<const char *>(p.mask.data());
+        args.mask_stride = static_cast<size_t>(p.n_keys) * (p.mask_is_f16 ? 2 : 4);
+        args.mask_is_f16 = p.mask_is_f16;
+    }
+    args.slopes = p.slopes.data();
+    args.soft_cap = p.soft_cap;
+    args.out = as_floats(out);
+    args.maximum = as_floats(maximum);
+    args.sum = as_floats(sum);
+    args.masks = as_floats(masks);
+    args.scores = as_floats(scores);
+    for (int64_t first = 0; first < p.n_keys; first += block_keys) {
+        agq::few_block block = {};
+        kern.read_masks(args, first, &block);
+        if (block.begin >= block.end) continue;
+        block.n = static_cast<int>(std::min(block_keys, p.n_keys - first));
+        block.keys = as_floats(keys);
+        block.values = as_floats(values);
+        block.transposed = transposed;
+        std::fill_n(as_floats(keys), block_keys * width, 0.0f);
+        std::fill_n(as_floats(values), block_keys * head_v, transposed ? 0.0f : guard);
+        for (int64_t i = 0; i < block.n; ++i) {
+            copy(&p.k[static_cast<size_t>((first + i) * p.head_qk)], p.head_qk, width, as_floats(keys) + i * width);
+            for (int64_t d = 0; d < head_v; ++d) {
+                as_floats(values)[transposed ? d * block_keys + i : i * head_v + d] =
+                    p.v[static_cast<size_t>((first + i) * head_v + d)];
+            }
+        }
+        kern.attend(args, block);
+    }
+    for (aligned_bytes *part : {&q, &keys, &values, &out, &maximum, &sum, &masks, &scores}) {
+        if (!part->guarded()) return {};
+    }
+    std::vector<float> result(as_floats(out), as_floats(out) + rows * head_v);
+    for (size_t i = 0; i < result.size(); ++i) {
+        const float total = as_floats(sum)[static_cast<int64_t>(i) / head_v];
+        result[i] = total == 0 ? 0.0f : result[i] / total;
+    }
+    return result;
+}
+
 }  // namespace
