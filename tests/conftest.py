@@ -60,6 +60,12 @@ def llama_f16(models: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small(models: Path) -> Path:
+    """A model that quantizes in a moment."""
+    return tiny_models.write_llama(models / "small.gguf", n_layer=1, n_ff=128)
+
+
+@pytest.fixture(scope="session")
 def gpt2_f16(models: Path) -> Path:
     return tiny_models.write_gpt2(models / "gpt2-f16.gguf")
 

@@ -1,74 +1,22 @@
+"""The program as a whole, and each command but `quantize`, as a user would run it."""
+
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
-import tiny_models
-import typer
-from typer.testing import CliRunner
+from command_line import COMMAND, environment, heeding_interrupts, process, run
 
 import agq_gguf
-from agq_gguf import cli, cli_output, convert, demo, host
+from agq_gguf import cli, cli_output, demo, host
 from agq_gguf.errors import HostError
-from agq_gguf.quantizer import MatrixOptions
 from agq_gguf.reader import open_gguf
-
-COMMAND = [sys.executable, "-m", "agq_gguf.cli"]
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-runner = CliRunner()
-
-
-def run(*arguments: object, code: int = 0, **options):
-    """Runs a command in this process; its exit code must be `code`, an error must be one line."""
-    result = runner.invoke(cli.app, [str(a) for a in arguments], **options)
-    assert result.exit_code == code, f"{result.exception!r}\n{result.output}"
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    # 2 without such a line is typer's own refusal of an option, with its usage.
-    assert len(errors) == (code != 0) or (code == 2 and "Usage" in result.stderr)
-    assert "Traceback" not in result.output
-    return result
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """The variables of a process that finds this package."""
-    root = str(Path(agq_gguf.__file__).parent.parent)
-    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "PYTHONPATH": search, **variables}
-
-
-def heeding_interrupts() -> None:
-    """For a child process: shells have background jobs ignore SIGINT, and their children after them."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a process of its own."""
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False, env=environment(), **options,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that quantizes in a moment."""
-    path = tmp_path_factory.mktemp("small") / "small.gguf"
-    return tiny_models.write_llama(path, n_layer=1, n_ff=128)
-
-
-@pytest.fixture
-def quick_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = partial(convert.QuantizeOptions, calibration_tokens=512, matrix=MatrixOptions(learn_codebook=False))
-    monkeypatch.setattr(convert, "QuantizeOptions", options)
-
 
 # the program as a whole
 
@@ -195,105 +143,6 @@ def test_interrupted(small: Path) -> None:
         assert child.stderr.read().splitlines()[-1] == "error: interrupted"
 
 
-# quantize
-
-
-@pytest.mark.usefixtures("quick_options")
-def test_quantize(small: Path, words_file: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out.gguf"
-    shown = run("quantize", small, target, "--calibration", words_file, "-t", 1, "--memory", "1G")
-    assert re.search(r"agq4 +7 +[\d.]+ KiB +4\.25", shown.stdout)
-    kept = re.findall(r"f32 +(\d) +one-dimensional(?:; adjusted with the matrices behind it)? ", shown.stdout)
-    assert sum(map(int, kept)) == 3
-    assert re.search(r"q8_0 +1 +output type is q8_0 +output\.weight", shown.stdout)
-    assert "calibrate: 100%" in shown.stderr
-    assert "quantize: 100%" in shown.stderr
-    assert not CONTROL.search(shown.output)
-    with open_gguf(target) as reader:
-        assert reader.tensors["blk.0.ffn_up.weight"].type_name == "agq4"
-    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
-
-
-@pytest.mark.usefixtures("quick_options")
-def test_quantize_without_calibration_warns_and_replaces(small: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out.gguf"
-    target.write_text("an older file")
-    shown = run("quantize", small, target, "-t", 1, "--quiet", "--output-type", "agq4")
-    assert shown.stderr.startswith("warning: quantized without calibration")
-    assert "output type is" not in shown.stdout
-    with open_gguf(target) as reader:
-        assert reader.tensors["output.weight"].type_name == "agq4"
-
-
-def test_dry_run_writes_nothing(small: Path, tmp_path: Path) -> None:
-    shown = run("quantize", small, tmp_path / "out.gguf", "--dry-run", "--output-type", "f16")
-    assert re.search(r"blk\.0\.ffn_up\.weight +128 x 128 +f16 +agq4 +8\.5 KiB", shown.stdout)
-    assert re.search(r"output\.weight +512 x 128 +f16 +f16 +128\.0 KiB +output type is f16", shown.stdout)
-    assert "nothing was written" in shown.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("case", "code", "message"),
-    [
-        ("same file", 2, "is the model that is read"),
-        ("no folder", 5, "cannot write there"),
-        ("output type", 2, "unknown output type 'q3_k'"),
-        ("empty text", 2, "calibration text"),
-        ("missing text", 2, "none.txt"),
-        ("missing imatrix", 2, "none.gguf"),
-        ("quantized source", 2, "already quantized"),
-    ],
-)
-def test_quantize_refuses(
-    case: str, code: int, message: str, small: Path, llama_q8: Path, words_file: Path, tmp_path: Path
-) -> None:
-    target = tmp_path / "out.gguf"
-    target.write_text("an older file")
-    empty = tmp_path / "empty.txt"
-    empty.write_text("")
-    arguments: list[object] = {
-        "same file": [small, small],
-        "no folder": [small, tmp_path / "nowhere" / "out.gguf"],
-        "output type": [small, target, "--output-type", "q3_k"],
-        "empty text": [small, target, "--calibration", empty],
-        "missing text": [small, target, "--calibration", tmp_path / "none.txt"],
-        "missing imatrix": [small, target, "--imatrix", tmp_path / "none.gguf"],
-        "quantized source": [llama_q8, target],
-    }[case]
-    assert message in run("quantize", *arguments, "-t", 1, code=code).stderr
-    assert target.read_text() == "an older file"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "out.gguf"]
-
-
-def test_quantize_without_torch(small: Path, tmp_path: Path) -> None:
-    code = "import sys\nsys.modules['torch'] = None\nfrom agq_gguf import cli\ncli.main()\n"
-    arguments = ["quantize", small, tmp_path / "out.gguf"]
-    shown = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-    )
-    assert (shown.returncode, shown.stdout) == (4, "")
-    assert shown.stderr == "error: quantizing needs torch: pip install 'agq-gguf[convert]'\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "n_bytes"),
-    [("4G", 4 << 30), ("512m", 512 << 20), ("1.5GiB", 3 << 29), ("64KB", 65536), ("1000", 1000), ("2T", 2 << 40)],
-)
-def test_sizes(text: str, n_bytes: int) -> None:
-    assert cli.parse_size(text) == n_bytes
-
-
-@pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4 Q", "1e9", "nan"])
-def test_no_sizes(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is no size"):
-        cli.parse_size(text)
-
-
 # inspect
 
 
@@ -329,14 +178,6 @@ def test_inspect_damaged(llama_agq: Path, tmp_path: Path) -> None:
         died = process(*command, "-t", 1)
         assert died.returncode in (2, 4), died.stderr
         assert died.stderr.splitlines()[-1].startswith("error: ")
-
-
-def test_names_cannot_reach_the_terminal(tmp_path: Path, small: Path) -> None:
-    path = tmp_path / "escape.gguf"
-    path.write_bytes(small.read_bytes().replace(b"tiny random llama", b"tiny\x1b[31m \xff\x07[b]llama"[:17]))
-    shown = run("inspect", path)
-    assert not CONTROL.search(shown.output)
-    assert "tiny\ufffd[31m" in shown.stdout
 
 
 # evaluate, bench
@@ -468,74 +309,3 @@ def test_demo(shown_demo: list[Path], tmp_path: Path) -> None:
     assert shown_demo[1].is_dir()
     (tmp_path / "file").write_text("")
     assert "cannot be used as a folder" in run("demo", "--keep", tmp_path / "file", code=2).stderr
-
-
-# cli_output.py
-
-
-def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli_output.ProgressView() as view:
-        for done in range(101):
-            view.update("work", done, 100, "" if done == 100 else f"item {done}")
-    lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"work: 0%(, [\d.]+ [KMG]?i?B)? \(item 0\)", lines[0])
-    assert [line.split("%")[0] for line in lines] == [f"work: {n}" for n in range(0, 101, 10)]
-    assert re.fullmatch(r"work: 100% in 0 s(, [\d.]+ [KMG]?i?B)?", lines[-1])
-
-
-def test_progress_tells_phase_layer_speed_time_and_memory(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 100.0
-    monkeypatch.setattr(cli_output.time, "monotonic", lambda: now)
-    monkeypatch.setattr(cli_output, "resident", lambda: 3 << 29)
-    with cli_output.ProgressView() as view:
-        view.update("calibrate", 0, 4000, "")
-        now = 110.0
-        view.update("calibrate", 1000, 4000, "pass 1 of 1")
-        view.update("quantize", 0, 10**9, "blk.0.attn_q.weight")
-        now = 130.0
-        view.update("quantize", 5 * 10**8, 10**9, "blk.3.ffn_up.weight")
-    assert capsys.readouterr().err.splitlines() == [
-        "calibrate: 0%, 1.50 GiB",
-        "calibrate: 25%, 100 tokens/s, 30 s left, 1.50 GiB (pass 1 of 1)",
-        "quantize: 0%, 1.50 GiB (layer 0, attn_q.weight)",
-        "quantize: 50%, 25M weights/s, 20 s left, 1.50 GiB (layer 3, ffn_up.weight)",
-    ]
-
-
-def test_quantize_as_json(small: Path, tmp_path: Path) -> None:
-    shown = run("quantize", small, tmp_path / "out.gguf", "-t", 1, "--json")
-    found = json.loads(shown.stdout)
-    assert found["paths"] == [str(tmp_path / "out.gguf")] and found["n_bytes"] == (tmp_path / "out.gguf").stat().st_size
-    assert {tensor["type_name"] for tensor in found["tensors"]} >= {"agq4", "f32"}
-    assert shown.stderr == ""
-
-
-def test_sizes_for_people() -> None:
-    shown = [cli_output.size(n) for n in (0, 1023, 1024, 1536 * 1024, 3 << 30, 5 << 40)]
-    assert shown == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "3.00 GiB", "5120.00 GiB"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_bars_on_a_terminal(small: Path) -> None:
-    import pty
-
-    leader, follower = pty.openpty()
-    arguments = ["bench", small, "-p", "8", "-n", "2", "-r", "2", "-t", "1"]
-    with subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=follower, stderr=follower, env=environment(TERM="xterm", COLUMNS="80")
-    ) as child:
-        os.close(follower)
-        seen = b""
-        try:
-            while part := os.read(leader, 4096):
-                seen += part
-        except OSError:
-            pass  # Linux says so when the other side is closed
-        assert child.wait(60) == 0
-    os.close(leader)
-    assert b"\x1b[?25l" in seen and b"\x1b[?25h" in seen  # the cursor is hidden, and comes back
-    assert b"100%" in seen
-    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode()))
-    assert max(map(len, lines)) <= 80, lines

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+from command_line import process, run
 from low_level import LowModel
-from test_cli import process, run
 
 import agq_gguf
 from agq_gguf import cli_prune

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_cli import environment
+from command_line import environment
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 import fuzz_python

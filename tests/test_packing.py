@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from test_cli import environment
+from command_line import environment
 
 import agq_gguf
 from agq_gguf import blocks

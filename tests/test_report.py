@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Browser, needs_chromium
-from test_cli import run
+from command_line import run
 
 from agq_gguf import plots, report
 from agq_gguf.bench import Result, Speed

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from test_cli import environment
+from command_line import environment
 from test_plugin import ALL_AGQ4
 
 import agq_gguf

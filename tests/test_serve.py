@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from browser import Browser, needs_chromium
-from test_cli import COMMAND, environment, process
+from command_line import COMMAND, environment, process
 
 from agq_gguf.errors import InputError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from test_cli import environment
+from command_line import environment
 from test_plugin import ALL_AGQ4
 
 from agq_gguf.convert import quantize

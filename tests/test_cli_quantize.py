@@ -1,0 +1,128 @@
+"""The command `quantize`: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import typer
+from command_line import CONTROL, environment, run
+
+from agq_gguf import cli, convert
+from agq_gguf.quantizer import MatrixOptions
+from agq_gguf.reader import open_gguf
+
+
+@pytest.fixture
+def quick_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = partial(convert.QuantizeOptions, calibration_tokens=512, matrix=MatrixOptions(learn_codebook=False))
+    monkeypatch.setattr(convert, "QuantizeOptions", options)
+
+
+@pytest.mark.usefixtures("quick_options")
+def test_quantize(small: Path, words_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.gguf"
+    shown = run("quantize", small, target, "--calibration", words_file, "-t", 1, "--memory", "1G")
+    assert re.search(r"agq4 +7 +[\d.]+ KiB +4\.25", shown.stdout)
+    kept = re.findall(r"f32 +(\d) +one-dimensional(?:; adjusted with the matrices behind it)? ", shown.stdout)
+    assert sum(map(int, kept)) == 3
+    assert re.search(r"q8_0 +1 +output type is q8_0 +output\.weight", shown.stdout)
+    assert "calibrate: 100%" in shown.stderr
+    assert "quantize: 100%" in shown.stderr
+    assert not CONTROL.search(shown.output)
+    with open_gguf(target) as reader:
+        assert reader.tensors["blk.0.ffn_up.weight"].type_name == "agq4"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
+@pytest.mark.usefixtures("quick_options")
+def test_quantize_without_calibration_warns_and_replaces(small: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.gguf"
+    target.write_text("an older file")
+    shown = run("quantize", small, target, "-t", 1, "--quiet", "--output-type", "agq4")
+    assert shown.stderr.startswith("warning: quantized without calibration")
+    assert "output type is" not in shown.stdout
+    with open_gguf(target) as reader:
+        assert reader.tensors["output.weight"].type_name == "agq4"
+
+
+def test_dry_run_writes_nothing(small: Path, tmp_path: Path) -> None:
+    shown = run("quantize", small, tmp_path / "out.gguf", "--dry-run", "--output-type", "f16")
+    assert re.search(r"blk\.0\.ffn_up\.weight +128 x 128 +f16 +agq4 +8\.5 KiB", shown.stdout)
+    assert re.search(r"output\.weight +512 x 128 +f16 +f16 +128\.0 KiB +output type is f16", shown.stdout)
+    assert "nothing was written" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "message"),
+    [
+        ("same file", 2, "is the model that is read"),
+        ("no folder", 5, "cannot write there"),
+        ("output type", 2, "unknown output type 'q3_k'"),
+        ("empty text", 2, "calibration text"),
+        ("missing text", 2, "none.txt"),
+        ("missing imatrix", 2, "none.gguf"),
+        ("quantized source", 2, "already quantized"),
+    ],
+)
+def test_quantize_refuses(
+    case: str, code: int, message: str, small: Path, llama_q8: Path, words_file: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.gguf"
+    target.write_text("an older file")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    arguments: list[object] = {
+        "same file": [small, small],
+        "no folder": [small, tmp_path / "nowhere" / "out.gguf"],
+        "output type": [small, target, "--output-type", "q3_k"],
+        "empty text": [small, target, "--calibration", empty],
+        "missing text": [small, target, "--calibration", tmp_path / "none.txt"],
+        "missing imatrix": [small, target, "--imatrix", tmp_path / "none.gguf"],
+        "quantized source": [llama_q8, target],
+    }[case]
+    assert message in run("quantize", *arguments, "-t", 1, code=code).stderr
+    assert target.read_text() == "an older file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "out.gguf"]
+
+
+def test_quantize_without_torch(small: Path, tmp_path: Path) -> None:
+    code = "import sys\nsys.modules['torch'] = None\nfrom agq_gguf import cli\ncli.main()\n"
+    arguments = ["quantize", small, tmp_path / "out.gguf"]
+    shown = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    assert (shown.returncode, shown.stdout) == (4, "")
+    assert shown.stderr == "error: quantizing needs torch: pip install 'agq-gguf[convert]'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("4G", 4 << 30), ("512m", 512 << 20), ("1.5GiB", 3 << 29), ("64KB", 65536), ("1000", 1000), ("2T", 2 << 40)],
+)
+def test_sizes(text: str, n_bytes: int) -> None:
+    assert cli.parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4 Q", "1e9", "nan"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is no size"):
+        cli.parse_size(text)
+
+
+def test_quantize_as_json(small: Path, tmp_path: Path) -> None:
+    shown = run("quantize", small, tmp_path / "out.gguf", "-t", 1, "--json")
+    found = json.loads(shown.stdout)
+    assert found["paths"] == [str(tmp_path / "out.gguf")] and found["n_bytes"] == (tmp_path / "out.gguf").stat().st_size
+    assert {tensor["type_name"] for tensor in found["tensors"]} >= {"agq4", "f32"}
+    assert shown.stderr == ""
