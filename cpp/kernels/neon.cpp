@@ -58,8 +58,8 @@ struct neon {
                     AGQ_UNROLL
                     for (int i = 0; i < 4; i++) {
                         int8x16_t row[4];
-                        look_up(w.codes[8 * half + c], i, codebook, &row[0], &row[1]);
-                        look_up(w.codes[8 * half + c + 1], i, codebook, &row[2], &row[3]);
+                        look_up(vld1q_u8(w.codes[8 * half + c] + 16 * i), codebook, &row[0], &row[1]);
+                        look_up(vld1q_u8(w.codes[8 * half + c + 1] + 16 * i), codebook, &row[2], &row[3]);
                         transpose(row);
                         AGQ_UNROLL
                         for (int r = 0; r < 4; r++) vst1q_s8(u[g][i][c / 4][r][c / 2 % 2], row[r]);
@@ -176,7 +176,7 @@ struct neon {
         AGQ_UNROLL
         for (int c = 0; c < 8; c++) {
             int8x16_t low, high;
-            look_up(w.codes[8 * half + c], i, codebook, &low, &high);
+            look_up(vld1q_u8(w.codes[8 * half + c] + 16 * i), codebook, &low, &high);
             const int32x4_t x = vreinterpretq_s32_s8(vld1q_s8(q + c / 2 * 16));
             const int8x16_t x_low = vreinterpretq_s8_s32(c % 2 == 0 ? vdupq_laneq_s32(x, 0) : vdupq_laneq_s32(x, 2));
             const int8x16_t x_high = vreinterpretq_s8_s32(c % 2 == 0 ? vdupq_laneq_s32(x, 1) : vdupq_laneq_s32(x, 3));

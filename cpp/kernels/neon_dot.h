@@ -22,15 +22,16 @@ inline int32x4_t dot(int32x4_t sum, int8x16_t u, int8x16_t x, int four) {
     }
 }
 
-/// 8 columns of all n tokens: tokens 2 i and 2 i + 1 are x[i]. The part behind an odd last token is zero.
+/// The next 8 columns of all n tokens: tokens 2 i and 2 i + 1 are x[i]. The part behind an odd last token is zero.
 template <int n>
 struct columns8 {
     int8x16_t x[(n + 1) / 2];
 
-    explicit columns8(const int8_t *q) {
-        AGQ_UNROLL
-        for (int i = 0; i < n / 2; i++) x[i] = vld1q_s8(q + 16 * i);
-        if (n % 2 == 1) x[n / 2] = vcombine_s8(vld1_s8(q + 8 * (n - 1)), vdup_n_s8(0));
+    explicit columns8(const int8_t *&q) {
+        load<n / 2>(q, x);
+        if (n % 2 == 0) return;
+        x[n / 2] = vcombine_s8(vld1_s8(q), vdup_n_s8(0));
+        advance(q, 8);
     }
 };
 
@@ -50,9 +51,10 @@ void stream_dot(const tile *w, int groups, int8x16_t codebook, const int8_t *q, 
             AGQ_UNROLL
             for (int i = 0; i < 4; i++) acc[t][i] = vdupq_n_s32(0);
         }
+        const uint8_t *codes = w[g / 2].codes[8 * (g % 2)];
         AGQ_UNROLL
         for (int c = 0; c < 8; c++) {
-            const chunk u = look_up(w[g / 2].codes[8 * (g % 2) + c], codebook);
+            const chunk u = look_up(codes, codebook);
             const columns8<n> x(q);
             AGQ_UNROLL
             for (int t = 0; t < n; t++) {
@@ -62,7 +64,6 @@ void stream_dot(const tile *w, int groups, int8x16_t codebook, const int8_t *q, 
                     acc[t][i] = dot(acc[t][i], u.high[i], x.x[t / 2], t % 2 * 2 + 1);
                 }
             }
-            q += 8 * n;
         }
         const float32x4x4_t d = row_scales(w[g / 2], g % 2);
         AGQ_UNROLL

@@ -11,21 +11,25 @@ struct dotprod {
     static constexpr int nr = 6;
 
     struct ready {
-        /// [group][rows 0..7 or 8..15][chunk]: rows 0..3 and 4..7 of columns 0..3, then of columns 4..7
-        alignas(64) int8_t u[ready_capacity][2][8][4][16];
+        /// [rows 0..7 or 8..15][group][chunk]: rows 0..3 and 4..7 of columns 0..3, then of columns 4..7
+        alignas(64) int8_t u[2][ready_capacity][8][4][16];
         alignas(64) float d[ready_capacity][panel_rows];
 
         void fill(const tile *panel, int first, int groups, int8x16_t codebook) {
+            int8_t *to[2] = {u[0][0][0][0], u[1][0][0][0]};
             for (int g = 0; g < groups; g++) {
                 const tile &w = panel[(first + g) / 2];
                 const int half = (first + g) % 2;
+                const uint8_t *codes = w.codes[8 * half];
                 AGQ_UNROLL
                 for (int c = 0; c < 8; c++) {
-                    const chunk values = look_up(w.codes[8 * half + c], codebook);
+                    const chunk values = look_up(codes, codebook);
                     AGQ_UNROLL
-                    for (int i = 0; i < 4; i++) {
-                        vst1q_s8(u[g][i / 2][c][i % 2], values.low[i]);
-                        vst1q_s8(u[g][i / 2][c][2 + i % 2], values.high[i]);
+                    for (int i = 0; i < 2; i++) {
+                        const int8x16x4_t rows = {
+                            {values.low[2 * i], values.low[2 * i + 1], values.high[2 * i], values.high[2 * i + 1]}};
+                        vst1q_s8_x4(to[i], rows);
+                        advance(to[i], sizeof rows);
                     }
                 }
                 const float32x4x4_t scales = row_scales(w, half);
@@ -45,24 +49,24 @@ struct dotprod {
             AGQ_UNROLL
             for (int i = 0; i < 2; i++) sum[t][i] = vld1q_f32(sums + 16 * t + 4 * i);
         }
+        const int8_t *u = w.u[half][0][0][0];
         for (int g = 0; g < groups; g++) {
             int32x4_t acc[n][2];
             AGQ_UNROLL
             for (int t = 0; t < n; t++) acc[t][0] = acc[t][1] = vdupq_n_s32(0);
             AGQ_UNROLL
             for (int c = 0; c < 8; c++) {
-                const int8_t (*u)[16] = w.u[g][half][c];
+                int8x16_t rows[4];
+                load<4>(u, rows);
                 const columns8<n> x(q);
                 AGQ_UNROLL
                 for (int high = 0; high < 2; high++) {
-                    const int8x16_t u0 = vld1q_s8(u[2 * high]), u1 = vld1q_s8(u[2 * high + 1]);
                     AGQ_UNROLL
                     for (int t = 0; t < n; t++) {
-                        acc[t][0] = dot(acc[t][0], u0, x.x[t / 2], t % 2 * 2 + high);
-                        acc[t][1] = dot(acc[t][1], u1, x.x[t / 2], t % 2 * 2 + high);
+                        acc[t][0] = dot(acc[t][0], rows[2 * high], x.x[t / 2], t % 2 * 2 + high);
+                        acc[t][1] = dot(acc[t][1], rows[2 * high + 1], x.x[t / 2], t % 2 * 2 + high);
                     }
                 }
-                q += 8 * n;
             }
             const float32x4_t d[2] = {vld1q_f32(w.d[g] + 8 * half), vld1q_f32(w.d[g] + 8 * half + 4)};
             AGQ_UNROLL

@@ -18,22 +18,25 @@ struct i8mm {
     struct ready {
         /// [rows 0..7 or 8..15][group][chunk][pair of rows]: 8 columns of the one row, then of the other
         alignas(64) int8_t u[2][ready_capacity][8][4][16];
-        /// [group][pair of rows]: the scales of the two, twice, as they stand in a product's result
-        alignas(64) float d[ready_capacity][8][4];
+        /// [rows 0..7 or 8..15][group][pair of rows]: the scales of the two, twice, as they stand in a product's result
+        alignas(64) float d[2][ready_capacity][4][4];
 
         void fill(const tile *panel, int first, int groups, int8x16_t codebook) {
+            int8_t *to[2] = {u[0][0][0][0], u[1][0][0][0]};
             for (int g = 0; g < groups; g++) {
                 const tile &w = panel[(first + g) / 2];
                 const int half = (first + g) % 2;
+                const uint8_t *codes = w.codes[8 * half];
                 AGQ_UNROLL
                 for (int c = 0; c < 8; c++) {
-                    const chunk values = look_up(w.codes[8 * half + c], codebook);
+                    const chunk values = look_up(codes, codebook);
                     AGQ_UNROLL
                     for (int i = 0; i < 4; i++) {
                         // Stores low and high interleaved: two pairs of rows.
                         const int32x4x2_t rows = {
                             {vreinterpretq_s32_s8(values.low[i]), vreinterpretq_s32_s8(values.high[i])}};
-                        vst2q_s32(reinterpret_cast<int32_t *>(u[i / 2][g][c][i % 2 * 2]), rows);
+                        vst2q_s32(reinterpret_cast<int32_t *>(to[i / 2]), rows);
+                        advance(to[i / 2], sizeof rows);
                     }
                 }
                 const float32x4x4_t scales = row_scales(w, half);
@@ -41,8 +44,8 @@ struct i8mm {
                 for (int i = 0; i < 4; i++) {
                     const float32x2_t first_pair = vget_low_f32(scales.val[i]);
                     const float32x2_t second_pair = vget_high_f32(scales.val[i]);
-                    vst1q_f32(d[g][2 * i], vcombine_f32(first_pair, first_pair));
-                    vst1q_f32(d[g][2 * i + 1], vcombine_f32(second_pair, second_pair));
+                    vst1q_f32(d[i / 2][g][i % 2 * 2], vcombine_f32(first_pair, first_pair));
+                    vst1q_f32(d[i / 2][g][i % 2 * 2 + 1], vcombine_f32(second_pair, second_pair));
                 }
             }
         }
@@ -66,7 +69,8 @@ struct i8mm {
             AGQ_UNROLL
             for (int p = 0; p < pairs; p++) sum[i][p] = vld1q_f32(sums_at(sums, i, p));
         }
-        // A tile has two groups, and all of their loads have constant distances from three addresses.
+        const int8_t *u = w.u[half][0][0][0];
+        const float *d_next = w.d[half][0][0];
         for (int tile = 0; tile < groups; tile += 2) {
             AGQ_UNROLL
             for (int g = tile; g < tile + 2; g++) {
@@ -77,21 +81,15 @@ struct i8mm {
                     for (int p = 0; p < pairs; p++) acc[i][p] = vdupq_n_s32(0);
                 }
                 AGQ_UNROLL
-                for (int c = 0; c < 8; c += 2) {
-                    // The activations of two chunks lie side by side: with three pairs of tokens that is three loads of
-                    // two registers, in place of four.
-                    const columns8<n> x[2] = {columns8<n>(q), columns8<n>(q + 8 * n)};
+                for (int c = 0; c < 8; c++) {
+                    int8x16_t rows[4];
+                    load<4>(u, rows);
+                    const columns8<n> x(q);
                     AGQ_UNROLL
-                    for (int i = 0; i < 8; i += 2) {
-                        const int8_t (*u)[16] = w.u[half][g][c + i / 4];
-                        const int8x16_t u0 = vld1q_s8(u[i % 4]), u1 = vld1q_s8(u[i % 4 + 1]);  // one instruction
+                    for (int i = 0; i < 4; i++) {
                         AGQ_UNROLL
-                        for (int p = 0; p < pairs; p++) {
-                            acc[i % 4][p] = vmmlaq_s32(acc[i % 4][p], x[i / 4].x[p], u0);
-                            acc[i % 4 + 1][p] = vmmlaq_s32(acc[i % 4 + 1][p], x[i / 4].x[p], u1);
-                        }
+                        for (int p = 0; p < pairs; p++) acc[i][p] = vmmlaq_s32(acc[i][p], x.x[p], rows[i]);
                     }
-                    q += 16 * n;
                 }
                 float32x4_t s[pairs];
                 if (per_group) {
@@ -102,16 +100,15 @@ struct i8mm {
                     }
                     scale += n;
                 }
-                float32x4_t d[4];
-                AGQ_UNROLL
-                for (int i = 0; i < 4; i++) d[i] = vld1q_f32(w.d[g][4 * half + i]);  // two instructions
+                const float32x4x4_t d = vld1q_f32_x4(d_next);
+                advance(d_next, 16);
                 AGQ_UNROLL
                 for (int i = 0; i < 4; i++) {
                     AGQ_UNROLL
                     for (int p = 0; p < pairs; p++) {
                         float32x4_t product = vcvtq_f32_s32(acc[i][p]);
                         if (per_group) product = vmulq_f32(product, s[p]);
-                        sum[i][p] = vfmaq_f32(sum[i][p], product, d[i]);
+                        sum[i][p] = vfmaq_f32(sum[i][p], product, d.val[i]);
                     }
                 }
             }

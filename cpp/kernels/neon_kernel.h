@@ -28,6 +28,43 @@
 namespace agq {
 namespace {
 
+// loads
+
+/// Moves an address on. The compiler must not see that it knows by how much: loads of several registers take an address
+/// and nothing on top, but move it for free, while GCC would compute each address from the first one of its loop.
+template <class T>
+inline void advance(T *&address, int count) {
+    address += count;
+#if defined(__GNUC__)
+    asm("" : "+r"(address));
+#endif
+}
+
+/// Loads `count` registers and moves the address behind them; one instruction for every four of them.
+template <int count>
+inline void load(const int8_t *&from, int8x16_t *to) {
+    if (count >= 4) {
+        const int8x16x4_t four = vld1q_s8_x4(from);
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) to[i] = four.val[i];
+        advance(from, 64);
+        load<(count > 4 ? count - 4 : 0)>(from, to + 4);
+    } else if (count == 3) {
+        const int8x16x3_t three = vld1q_s8_x3(from);
+        AGQ_UNROLL
+        for (int i = 0; i < 3; i++) to[i] = three.val[i];
+        advance(from, 48);
+    } else if (count == 2) {
+        const int8x16x2_t two = vld1q_s8_x2(from);
+        to[0] = two.val[0];
+        to[1] = two.val[1];
+        advance(from, 32);
+    } else if (count == 1) {
+        to[0] = vld1q_s8(from);
+        advance(from, 16);
+    }
+}
+
 // tiles
 
 /// The values u - 64 of one chunk: low[i] is rows 4 i .. 4 i + 3 x columns 0..3 of its 8, high[i] the same rows x
@@ -40,17 +77,19 @@ inline int8x16_t load_codebook(const uint8_t *codebook) {
     return vreinterpretq_s8_u8(vsubq_u8(vld1q_u8(codebook), vdupq_n_u8(code_offset)));
 }
 
-/// Rows 4 i .. 4 i + 3 of a chunk.
-inline void look_up(const uint8_t *codes, int i, int8x16_t codebook, int8x16_t *low, int8x16_t *high) {
-    const uint8x16_t pairs = vld1q_u8(codes + 16 * i);
+/// Four rows of a chunk.
+inline void look_up(uint8x16_t pairs, int8x16_t codebook, int8x16_t *low, int8x16_t *high) {
     *low = vqtbl1q_s8(codebook, vandq_u8(pairs, vdupq_n_u8(15)));
     *high = vqtbl1q_s8(codebook, vshrq_n_u8(pairs, 4));
 }
 
-inline chunk look_up(const uint8_t *codes, int8x16_t codebook) {
+/// The next chunk.
+inline chunk look_up(const uint8_t *&codes, int8x16_t codebook) {
+    const uint8x16x4_t pairs = vld1q_u8_x4(codes);
+    advance(codes, sizeof pairs);
     chunk c;
     AGQ_UNROLL
-    for (int i = 0; i < 4; i++) look_up(codes, i, codebook, &c.low[i], &c.high[i]);
+    for (int i = 0; i < 4; i++) look_up(pairs.val[i], codebook, &c.low[i], &c.high[i]);
     return c;
 }
 
