@@ -15,15 +15,13 @@ namespace agq {
 namespace {
 
 /// The four 4-column parts of four rows, turned into four rows of 16 columns.
-inline void transpose(int8x16_t part[4]) {
-    const int32x4_t a = vreinterpretq_s32_s8(part[0]), b = vreinterpretq_s32_s8(part[1]);
-    const int32x4_t c = vreinterpretq_s32_s8(part[2]), d = vreinterpretq_s32_s8(part[3]);
+inline int8x16x4_t transpose(int8x16_t part0, int8x16_t part1, int8x16_t part2, int8x16_t part3) {
+    const int32x4_t a = vreinterpretq_s32_s8(part0), b = vreinterpretq_s32_s8(part1);
+    const int32x4_t c = vreinterpretq_s32_s8(part2), d = vreinterpretq_s32_s8(part3);
     const int64x2_t ab_even = vreinterpretq_s64_s32(vtrn1q_s32(a, b)), ab_odd = vreinterpretq_s64_s32(vtrn2q_s32(a, b));
     const int64x2_t cd_even = vreinterpretq_s64_s32(vtrn1q_s32(c, d)), cd_odd = vreinterpretq_s64_s32(vtrn2q_s32(c, d));
-    part[0] = vreinterpretq_s8_s64(vtrn1q_s64(ab_even, cd_even));
-    part[1] = vreinterpretq_s8_s64(vtrn1q_s64(ab_odd, cd_odd));
-    part[2] = vreinterpretq_s8_s64(vtrn2q_s64(ab_even, cd_even));
-    part[3] = vreinterpretq_s8_s64(vtrn2q_s64(ab_odd, cd_odd));
+    return {{vreinterpretq_s8_s64(vtrn1q_s64(ab_even, cd_even)), vreinterpretq_s8_s64(vtrn1q_s64(ab_odd, cd_odd)),
+             vreinterpretq_s8_s64(vtrn2q_s64(ab_even, cd_even)), vreinterpretq_s8_s64(vtrn2q_s64(ab_odd, cd_odd))}};
 }
 
 /// The 16 products of `u` and `x`, two to a lane.
@@ -46,23 +44,23 @@ struct neon {
     static constexpr int nr = 4;
 
     struct ready {
-        /// [group][four rows][32 columns][row][16 columns]
-        alignas(64) int8_t u[ready_capacity][4][2][4][2][16];
+        /// [four rows][group][16 columns][row][column]
+        alignas(64) int8_t u[4][ready_capacity][4][4][16];
         alignas(64) float d[ready_capacity][panel_rows];
 
         void fill(const tile *panel, int first, int groups, int8x16_t codebook) {
+            int8_t *to[4] = {u[0][0][0][0], u[1][0][0][0], u[2][0][0][0], u[3][0][0][0]};
             for (int g = 0; g < groups; g++) {
                 const tile &w = panel[(first + g) / 2];
                 const int half = (first + g) % 2;
-                for (int c = 0; c < 8; c += 2) {  // 16 columns
+                const uint8_t *codes = w.codes[8 * half];
+                AGQ_UNROLL
+                for (int c = 0; c < 4; c++) {
+                    const chunk left = look_up(codes, codebook), right = look_up(codes, codebook);
                     AGQ_UNROLL
                     for (int i = 0; i < 4; i++) {
-                        int8x16_t row[4];
-                        look_up(vld1q_u8(w.codes[8 * half + c] + 16 * i), codebook, &row[0], &row[1]);
-                        look_up(vld1q_u8(w.codes[8 * half + c + 1] + 16 * i), codebook, &row[2], &row[3]);
-                        transpose(row);
-                        AGQ_UNROLL
-                        for (int r = 0; r < 4; r++) vst1q_s8(u[g][i][c / 4][r][c / 2 % 2], row[r]);
+                        vst1q_s8_x4(to[i], transpose(left.low[i], left.high[i], right.low[i], right.high[i]));
+                        advance(to[i], 64);
                     }
                 }
                 const float32x4x4_t scales = row_scales(w, half);
@@ -72,22 +70,31 @@ struct neon {
         }
     };
 
-    /// Integer sums of four rows and n tokens over one group, for 8-bit activations.
+    /// Integer sums of four rows and n tokens over one group, for 8-bit activations; moves on to the next group.
     template <int n>
-    static void sum_group8(const int8_t (&u)[2][4][2][16], const int8_t *q, int32x4_t result[n]) {
+    static void sum_group8(const int8_t *&u, const int8_t *&q, int32x4_t result[n]) {
         int32x4_t acc[n][4];
         AGQ_UNROLL
         for (int part = 0; part < 2; part++) {
+            int8x16_t x0[n], x1[n];
             AGQ_UNROLL
-            for (int t = 0; t < n; t++) {
-                const int8x16_t x0 = vld1q_s8(q + (part * n + t) * 32), x1 = vld1q_s8(q + (part * n + t) * 32 + 16);
+            for (int t = 0; t < n; t++) x0[t] = vld1q_s8(q + 16 * t), x1[t] = vld1q_s8(q + 16 * (n + t));
+            AGQ_UNROLL
+            for (int r = 0; r < 4; r += 2) {
+                // Single loads, which the compiler pairs. All registers are in use, and loads of four want neighbours.
+                const int8x16_t u0[2] = {vld1q_s8(u + 16 * r), vld1q_s8(u + 16 * r + 16)};
+                const int8x16_t u1[2] = {vld1q_s8(u + 16 * r + 64), vld1q_s8(u + 16 * r + 80)};
                 AGQ_UNROLL
-                for (int r = 0; r < 4; r++) {
-                    int16x8_t four = multiply16(vld1q_s8(u[part][r][0]), x0);
-                    four = multiply16(four, vld1q_s8(u[part][r][1]), x1);
-                    acc[t][r] = part == 0 ? vpaddlq_s16(four) : vpadalq_s16(acc[t][r], four);
+                for (int i = 0; i < 2; i++) {
+                    AGQ_UNROLL
+                    for (int t = 0; t < n; t++) {
+                        const int16x8_t four = multiply16(multiply16(u0[i], x0[t]), u1[i], x1[t]);
+                        acc[t][r + i] = part == 0 ? vpaddlq_s16(four) : vpadalq_s16(acc[t][r + i], four);
+                    }
                 }
             }
+            u += 128;
+            q += 32 * n;
         }
         AGQ_UNROLL
         for (int t = 0; t < n; t++) result[t] = add_lanes(acc[t]);
@@ -95,23 +102,18 @@ struct neon {
 
     /// The same for 4-bit activations.
     template <int n>
-    static void sum_group4(const int8_t (&u)[2][4][2][16], const int8_t *q, int32x4_t result[n]) {
+    static void sum_group4(const int8_t *&u, const int8_t *&q, int32x4_t result[n]) {
         int16x8_t acc[n][4];
         AGQ_UNROLL
-        for (int part = 0; part < 2; part++) {
-            int8x16_t x0[n], x1[n];
-            AGQ_UNROLL
-            for (int t = 0; t < n; t++) {
-                x0[t] = vld1q_s8(q + (part * n + t) * 32);
-                x1[t] = vld1q_s8(q + (part * n + t) * 32 + 16);
-            }
+        for (int part = 0; part < 4; part++) {
+            int8x16_t rows[4], x[n];
+            load<4>(u, rows);
+            load<n>(q, x);
             AGQ_UNROLL
             for (int r = 0; r < 4; r++) {
-                const int8x16_t u0 = vld1q_s8(u[part][r][0]), u1 = vld1q_s8(u[part][r][1]);
                 AGQ_UNROLL
                 for (int t = 0; t < n; t++) {
-                    acc[t][r] = part == 0 ? multiply16(u0, x0[t]) : multiply16(acc[t][r], u0, x0[t]);
-                    acc[t][r] = multiply16(acc[t][r], u1, x1[t]);
+                    acc[t][r] = part == 0 ? multiply16(rows[r], x[t]) : multiply16(acc[t][r], rows[r], x[t]);
                 }
             }
         }
@@ -125,12 +127,13 @@ struct neon {
         float32x4_t sum[n];
         AGQ_UNROLL
         for (int t = 0; t < n; t++) sum[t] = vld1q_f32(sums + 16 * t);
+        const int8_t *u = w.u[i][0][0][0];
         for (int g = 0; g < groups; g++) {
             int32x4_t integers[n];
             if (bits == 4) {
-                sum_group4<n>(w.u[g][i], q, integers);
+                sum_group4<n>(u, q, integers);
             } else {
-                sum_group8<n>(w.u[g][i], q, integers);
+                sum_group8<n>(u, q, integers);
             }
             const float32x4_t d = vld1q_f32(w.d[g] + 4 * i);
             AGQ_UNROLL
@@ -139,7 +142,6 @@ struct neon {
                 if (per_group) product = vmulq_n_f32(product, scale[t]);
                 sum[t] = vfmaq_f32(sum[t], product, d);
             }
-            q += group_columns * n;
             if (per_group) scale += n;
         }
         AGQ_UNROLL
@@ -233,7 +235,7 @@ bool supported() {
 }  // namespace
 
 const kernel kernel_neon = {
-    "neon", supported, neon::nr, 1, quantize_block<quantize_ops<32>, 32>, multiply<neon>, AGQ_ATTENTION(attention_neon),
-    32};
+    "neon", supported, neon::nr, 1, quantize_block<quantize_ops<16>, 16>, multiply<neon>, AGQ_ATTENTION(attention_neon),
+    16};
 
 }  // namespace agq
