@@ -62,7 +62,7 @@ function(agq_add_kernels target)
         endif()
     elseif(processor MATCHES "^(aarch64|arm64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
         # MSVC offers the intrinsics without flags. GCC's scheduler before register allocation moves so many loads ahead
-        # that accumulators are spilled: a tenth to a third more instructions.
+        # that accumulators are spilled: up to a quarter more instructions.
         set(order "")
         if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
             set(order -fno-schedule-insns)

@@ -169,30 +169,40 @@ struct neon {
         table[args.bits == 4][args.per_group][n - 1](w, groups, operands_at<nr>(args, begin, end, first), sums);
     }
 
-    /// One token times rows 4 i .. 4 i + 3 over one group, straight from the file: 4 columns of two rows side by side
+    /// Integer sums of one token and 16 rows over one group, straight from the file: 4 columns of two rows side by side
     /// meet the same 4 activations twice.
     template <int bits>
-    static int32x4_t stream_group(const tile &w, int half, int i, int8x16_t codebook, const int8_t *q) {
-        int16x8_t first = vdupq_n_s16(0), second = first;  // two rows each
-        int32x4_t first32 = vdupq_n_s32(0), second32 = first32;
+    static inline void stream_group(const uint8_t *codes, int8x16_t codebook, const int8_t *q, int32x4_t result[4]) {
+        int16x8_t narrow[4][2];  // two rows each
+        int32x4_t wide[4][2];
         AGQ_UNROLL
         for (int c = 0; c < 8; c++) {
-            int8x16_t low, high;
-            look_up(vld1q_u8(w.codes[8 * half + c] + 16 * i), codebook, &low, &high);
             const int32x4_t x = vreinterpretq_s32_s8(vld1q_s8(q + c / 2 * 16));
-            const int8x16_t x_low = vreinterpretq_s8_s32(c % 2 == 0 ? vdupq_laneq_s32(x, 0) : vdupq_laneq_s32(x, 2));
-            const int8x16_t x_high = vreinterpretq_s8_s32(c % 2 == 0 ? vdupq_laneq_s32(x, 1) : vdupq_laneq_s32(x, 3));
-            first =
-                vmlal_s8(vmlal_s8(first, vget_low_s8(low), vget_low_s8(x_low)), vget_low_s8(high), vget_low_s8(x_high));
-            second = vmlal_high_s8(vmlal_high_s8(second, low, x_low), high, x_high);
-            if (bits == 8 && c % 2 == 1) {  // four products in each lane
-                first32 = vpadalq_s16(first32, first);
-                second32 = vpadalq_s16(second32, second);
-                first = second = vdupq_n_s16(0);
+            const int8x16_t x0 = vreinterpretq_s8_s32(c % 2 == 0 ? vdupq_laneq_s32(x, 0) : vdupq_laneq_s32(x, 2));
+            const int8x16_t x1 = vreinterpretq_s8_s32(c % 2 == 0 ? vdupq_laneq_s32(x, 1) : vdupq_laneq_s32(x, 3));
+            const bool first = bits == 8 ? c % 2 == 0 : c == 0;
+            const chunk u = look_up(codes, codebook);
+            AGQ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                const int8x16_t low = u.low[i], high = u.high[i];
+                int16x8_t *sum = narrow[i];
+                sum[0] = first ? vmull_s8(vget_low_s8(low), vget_low_s8(x0))
+                               : vmlal_s8(sum[0], vget_low_s8(low), vget_low_s8(x0));
+                sum[1] = first ? vmull_high_s8(low, x0) : vmlal_high_s8(sum[1], low, x0);
+                sum[0] = vmlal_s8(sum[0], vget_low_s8(high), vget_low_s8(x1));
+                sum[1] = vmlal_high_s8(sum[1], high, x1);
+                if (bits == 4 || c % 2 == 0) continue;
+                AGQ_UNROLL
+                for (int p = 0; p < 2; p++) {  // four products in each lane
+                    wide[i][p] = c == 1 ? vpaddlq_s16(sum[p]) : vpadalq_s16(wide[i][p], sum[p]);
+                }
             }
         }
-        if (bits == 4) return vpaddlq_s16(vpaddq_s16(first, second));
-        return vpaddq_s32(first32, second32);
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            result[i] =
+                bits == 4 ? vpaddlq_s16(vpaddq_s16(narrow[i][0], narrow[i][1])) : vpaddq_s32(wide[i][0], wide[i][1]);
+        }
     }
 
     template <int bits, bool per_group>
@@ -200,11 +210,12 @@ struct neon {
                             float *sums) {
         float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
         for (int g = 0; g < groups; g++) {
+            int32x4_t integers[4];
+            stream_group<bits>(w[g / 2].codes[8 * (g % 2)], codebook, q + group_columns * g, integers);
             const float32x4x4_t d = row_scales(w[g / 2], g % 2);
             AGQ_UNROLL
             for (int i = 0; i < 4; i++) {
-                float32x4_t product =
-                    vcvtq_f32_s32(stream_group<bits>(w[g / 2], g % 2, i, codebook, q + group_columns * g));
+                float32x4_t product = vcvtq_f32_s32(integers[i]);
                 if (per_group) product = vmulq_n_f32(product, scale[g]);
                 sum[i] = vfmaq_f32(sum[i], product, d.val[i]);
             }
