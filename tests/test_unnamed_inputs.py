@@ -52,7 +52,7 @@ numpy.save(sys.argv[2], logits)
 pruned = agq_gguf.last_pruned()
 everything = ctypes.CDLL(None)
 unnamed = ctypes.c_int.in_dll(everything, "unnamed").value if hasattr(everything, "unnamed") else 0
-print(sum(layer >= 0 for layer in pruned), unnamed > 0)
+print(sum(layer >= 0 for layer in pruned), hasattr(everything, "unnamed"), unnamed > 0)
 """
 
 
@@ -74,6 +74,14 @@ def model(models: Path) -> Path:
     return models / "unnamed-agq4.gguf"
 
 
+def names_inputs() -> bool:
+    """Whether the installed release gives names to the inputs in question."""
+    import llama_cpp
+
+    library = llama_cpp.llama_cpp._lib._name
+    return b"attn_inp_k_idxs" in Path(library).read_bytes()
+
+
 def run(model: Path, out: Path, which: str, text: str, **environment: str) -> tuple[np.ndarray, int]:
     result = subprocess.run(
         [sys.executable, "-c", RUN, str(model), str(out), which, text],
@@ -83,8 +91,9 @@ def run(model: Path, out: Path, which: str, text: str, **environment: str) -> tu
         env={**os.environ, **environment},
     )
     assert result.returncode == 0, result.stderr
-    dropped, preloaded = result.stdout.split()
+    dropped, preloaded, took = result.stdout.split()
     assert preloaded == str("LD_PRELOAD" in environment)
+    assert took == str("LD_PRELOAD" in environment and names_inputs())  # an older release has none to take
     return np.load(out), int(dropped)
 
 
