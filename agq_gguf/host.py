@@ -161,8 +161,8 @@ def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
         vocabulary = [reader.metadata[key].raw for key in sorted(reader.metadata) if key in _VOCABULARY_KEYS]
         return FileFacts(
             sum(tensor.type_name == blocks.TYPE_NAME for tensor in reader.tensors.values()),
-            bool(reader.get(f"{reader.architecture}.attention.causal", True)),
-            int(reader.get(f"{reader.architecture}.context_length", 0)),
+            reader.flag(f"{reader.architecture}.attention.causal", True),
+            int(reader.number(f"{reader.architecture}.context_length", 0)),
             b"".join(vocabulary),
         )
 

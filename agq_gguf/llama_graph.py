@@ -54,15 +54,16 @@ def why_not(reader: Reader) -> str:
         if not re.fullmatch(_BLOCK_TENSORS, name):
             return f"the tensor {name} is not part of the plain graph"
     scaling = reader.get(f"{arch}.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
+    if not isinstance(scaling, str) or scaling not in ("none", "linear"):
         return f"rotary scaling {scaling!r}"
-    if not reader.get(f"{arch}.attention.causal", True) or reader.get(f"{arch}.attention.sliding_window", 0):
+    causal, window = (reader.get(f"{arch}.attention.{key}") for key in ("causal", "sliding_window"))
+    if not (causal is None or causal is True) or type(window) not in (int, type(None)) or window:
         return "its attention is not plainly causal"
     for key in ("attention.scale", "logit_scale", "residual_scale", "embedding_scale", "attention.clamp_kqv"):
         if reader.get(f"{arch}.{key}") is not None:
             return f"it has {arch}.{key}"
     counts = reader.get(f"{arch}.attention.head_count"), reader.get(f"{arch}.attention.head_count_kv", 1)
-    return "" if all(isinstance(n, int) for n in counts) else "head counts differ from layer to layer"
+    return "" if all(type(n) is int and n > 0 for n in counts) else "head counts differ from layer to layer"
 
 
 class LlamaGraph:
@@ -75,7 +76,7 @@ class LlamaGraph:
         arch = reader.architecture
 
         def value(key: str, default: float) -> float:
-            return float(reader.get(f"{arch}.{key}", default))
+            return reader.number(f"{arch}.{key}", default)
 
         n_head = int(value("attention.head_count", 1))
         head = int(value("attention.key_length", reader.tensors["token_embd.weight"].shape[-1] // n_head))
@@ -88,7 +89,7 @@ class LlamaGraph:
             rotated=int(value("rope.dimension_count", head)),
             eps=value("attention.layer_norm_rms_epsilon", 1e-5),
             base=value("rope.freq_base", 10000.0),
-            position_scale=1 / value("rope.scaling.factor", 1.0) if linear else 1.0,
+            position_scale=1 / (value("rope.scaling.factor", 1.0) or 1.0) if linear else 1.0,  # llama.cpp: 0 is none
             halves=_TURNS_HALVES[arch],
         )
         self.output_name = "output.weight" if "output.weight" in reader.tensors else "token_embd.weight"

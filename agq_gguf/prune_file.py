@@ -69,7 +69,7 @@ def pruning_info(reader: Reader) -> PruningInfo | None:
         rows = zip(*(column.tolist() for column in columns), plans, strict=True)
         points = [CurvePoint(saved, kl, nll, plan.spec()) for saved, kl, nll, plan in rows]
         numbers = float(value("saving")), float(value("nll"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return PruningInfo(str(value("calibration")), *numbers, points)
 

@@ -142,6 +142,30 @@ class Reader:
         found = self.metadata.get(key)
         return default if found is None else found.value
 
+    def number(self, key: str, default: float) -> float:
+        """A metadata key that is a single finite number. Raises InputError if it is anything else."""
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self._unlike(key, value, "a number")
+        return float(value) if isinstance(value, float) else int(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A metadata key that is true or false. Raises InputError if it is anything else."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self._unlike(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        """A metadata key that is a text. Raises InputError if it is anything else."""
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise self._unlike(key, value, "a text")
+        return value
+
+    def _unlike(self, key: str, value: Any, wanted: str) -> InputError:
+        return InputError(f"{self.path}: {key} is {str(value)[:60]}, wanted {wanted}; the file is damaged")
+
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor, mapped from the file: for looking at a few of them."""
         tensor = self.tensors[name]
@@ -252,9 +276,9 @@ def open_gguf(path: str | os.PathLike[str]) -> Reader:
 
 def check_source(reader: Reader) -> None:
     """Raises InputError unless the file is a model in one piece whose weights are still floats."""
-    if reader.get("split.count", 0) not in (0, 1):
+    if reader.number("split.count", 0) not in (0, 1):
         raise InputError(f"{reader.path}: one part of a split model, without the others")
-    kind = reader.get("general.type", "model")
+    kind = reader.text("general.type", "model")
     if kind == "mmproj" or reader.architecture == "clip":
         raise InputError(
             f"{reader.path}: the vision or audio part of a model (mmproj); it stays as it is: quantize the language "

@@ -65,20 +65,25 @@ def load_imatrix(path: str | os.PathLike[str]) -> dict[str, WeightStats]:
             name = key.removesuffix(_SUMS)
             if name + _COUNTS not in reader.tensors:
                 raise InputError(f"{path}: {name} has sums and no counts")
-            sums, counts = reader.read(key), reader.read(name + _COUNTS).reshape(-1)
+            sums, counts = reader.read(key).astype(np.float64), reader.read(name + _COUNTS).reshape(-1)
             sums = sums.reshape(-1, sums.shape[-1])
-            if len(sums) != len(counts) or not (np.isfinite(sums).all() and (sums >= 0).all() and (counts >= 0).all()):
+            sane = all(np.isfinite(values).all() and (values >= 0).all() for values in (sums, counts))
+            # A count is one of tokens, so it is no fraction of one; sums within float32 then stay within it.
+            if len(sums) != len(counts) or not sane or ((counts > 0) & (counts < 1)).any():
                 raise InputError(f"{path}: the entry of {name} is damaged")
-            found[name] = _from_sums(sums.astype(np.float64), counts)
+            found[name] = _from_sums(sums, counts.astype(np.float64))
+            if not np.isfinite(found[name].whole.mean_square).all():
+                raise InputError(f"{path}: the entry of {name} is damaged")
     if not found:
         raise InputError(f"{path}: holds no entries")
     return found
 
 
-def _from_sums(sums: NDArray[np.float64], counts: NDArray[np.float32]) -> WeightStats:
+def _from_sums(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> WeightStats:
     """Sums of squares [experts, K] and counts [experts]; an expert that was never used gets the mean of all."""
     total = max(float(counts.sum()), 1.0)
-    whole = InputStats(int(counts.sum()), (sums.sum(axis=0) / total).astype(np.float32))
+    with np.errstate(over="ignore"):  # the caller looks for infinities
+        whole = InputStats(int(counts.sum()), (sums.sum(axis=0) / total).astype(np.float32))
     if len(counts) == 1:
         return WeightStats(whole)
     experts = [

@@ -22,11 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mutate as m
 
 from agq_gguf import blocks
+from agq_gguf.convert import plan_file
 from agq_gguf.errors import AgqError
+from agq_gguf.host import check_model_file
+from agq_gguf.inspection import inspect_file
 from agq_gguf.reader import check_source, open_gguf
-from agq_gguf.shards import open_model
 from agq_gguf.stats import load_imatrix
-from agq_gguf.verification import attribute_problem
+from agq_gguf.verification import attribute_problem, verify
 
 SECONDS = 5.0  # of processor time; longer is a hang
 
@@ -42,8 +44,9 @@ def use_reader(path: Path) -> None:
         with suppress(AgqError):
             check_source(reader)
         kind = reader.get("general.type")
-    with suppress(AgqError):
-        open_model(path).close()
+    for function in (check_model_file, inspect_file, verify, plan_file):
+        with suppress(AgqError):
+            function(path)
     if kind == "imatrix":
         with suppress(AgqError):
             load_imatrix(path)
