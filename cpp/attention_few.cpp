@@ -12,8 +12,8 @@ namespace agq {
 
 namespace {
 
-/// Chunks of a job, about: enough to balance some threads, few enough that the cache is read in long runs.
-constexpr int64_t wanted_chunks = 16;
+/// Chunks of a job, at most: enough to balance some threads, few enough that the cache is read in long runs.
+constexpr int64_t most_chunks = 16;
 
 constexpr uint64_t all_keys = ~uint64_t{0};
 
@@ -33,7 +33,7 @@ struct few_shape {
           width(round_up(job.q->ne[0], few_width_step)),
           head_v(job.value_width()),
           // The pruning pass may choose fewer keys each time, so the number of chunks is that of all keys.
-          chunk_keys(round_up((job.k->ne[1] + wanted_chunks - 1) / wanted_chunks, attention_keys)),
+          chunk_keys(round_up((job.k->ne[1] + most_chunks - 1) / most_chunks, attention_keys)),
           chunks((job.k->ne[1] + chunk_keys - 1) / chunk_keys) {}
 
     /// Of what a chunk gives for a head: sums of values, largest scores, sums of weights.
@@ -183,16 +183,17 @@ void combine(const attention_job &job, const few_shape &s, const float *partial,
         float top = sinks ? sinks[g] : -INFINITY;
         for (int64_t c = 0; c < s.chunks; ++c) top = std::max(top, maximum(c));
         const auto weight = [&](float score) { return score == top ? 1.0f : std::exp(score - top); };
-        float total = sinks ? weight(sinks[g]) : 0.0f;
+        float total = sinks ? weight(sinks[g]) : 0.0f, weights[most_chunks];
         for (int64_t c = 0; c < s.chunks; ++c) {
-            total += weight(maximum(c)) * partial[c * step + s.rows * (s.head_v + 1) + r];
+            weights[c] = weight(maximum(c));
+            total += weights[c] * partial[c * step + s.rows * (s.head_v + 1) + r];
         }
         float *out = dst + token * job.out_token_stride + (head * s.group + g) * job.out_head_stride +
                      stream * job.out_stream_stride;
         std::fill_n(out, s.head_v, 0.0f);
         if (total == 0) continue;
         for (int64_t c = 0; c < s.chunks; ++c) {
-            const float factor = weight(maximum(c)) / total, *from = partial + c * step + r * s.head_v;
+            const float factor = weights[c] / total, *from = partial + c * step + r * s.head_v;
             for (int64_t d = 0; d < s.head_v; ++d) out[d] += factor * from[d];
         }
     }
