@@ -22,6 +22,10 @@ _TEMPLATE = Path(__file__).parent / "data" / "report.html.j2"
 _CHANNEL_BINS = 384  # columns of a picture; wider inputs are binned, each bin showing its largest channel
 
 
+_POWERS = {"exponentformat": "power"}  # 10 to the -4, not 100 with a Greek letter
+_ERROR_BARS = {"color": "#999"}  # seen on light and dark
+
+
 @dataclass(frozen=True)
 class Figure:
     """A picture with a heading, what it shows, and its data as plotly's JSON."""
@@ -37,6 +41,7 @@ def render(data: ReportData) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["size"] = _size
+    environment.filters["file_name"] = lambda path: Path(path).name  # folders are nobody else's business
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         data=data,
@@ -201,7 +206,7 @@ def _first_attention(prompt: SamplePrompt) -> Figure:
         "the layers behind which this model drops tokens: the importance of the Agile-Quant paper. Gaps are tokens "
         "that always stay."
     )
-    axes = {"xaxis": {"title": "token"}, "yaxis": {"title": "attention"}}
+    axes = {"xaxis": {"title": "token"}, "yaxis": {"title": "attention", "type": "log", **_POWERS}}
     return _figure("Attention paid to the first token", text, traces, **axes)
 
 
@@ -219,7 +224,7 @@ def _errors(errors: dict[str, float]) -> Figure:
         for kind, points in kinds.items()
     ]  # fmt: skip
     text = "Squared error of the output over the squared output, on the calibration data, as quantize measured it."
-    axis = {"title": "relative error", "type": "log"}
+    axis = {"title": "relative error", "type": "log", **_POWERS}
     return _figure("Error of each tensor", text, traces, xaxis={"title": "layer"}, yaxis=axis)
 
 
@@ -235,7 +240,7 @@ def _speed(entries: list[dict[str, Any]]) -> Figure:
         up = [h - m if m is not None else None for h, m in zip(high, median, strict=True)]
         down = [m - v if m is not None else None for v, m in zip(low, median, strict=True)]
         tokens = next(speed["tokens"] for speed in speeds if speed)
-        bars = {"type": "data", "array": up, "arrayminus": down, "symmetric": False}
+        bars = {"type": "data", "array": up, "arrayminus": down, "symmetric": False, **_ERROR_BARS}
         traces.append(go.Bar(x=names, y=median, name=f"{part} of {tokens} tokens", error_y=bars))
     text = "Medians; the lines end at the quartiles. All models took turns in one run."
     return _figure("Speed", text, traces, yaxis={"title": "tokens/s"}, barmode="group")
@@ -245,8 +250,9 @@ def _quality(entries: list[dict[str, Any]]) -> Figure:
     names = [Path(entry["model"]).name for entry in entries]
     bars = go.Bar(
         x=names, y=[entry["mean_kl"] for entry in entries],
-        error_y={"type": "data", "array": [entry.get("mean_kl_error", 0) for entry in entries]},
+        error_y={"type": "data", "array": [entry.get("mean_kl_error", 0) for entry in entries], **_ERROR_BARS},
         text=[f"perplexity {entry['perplexity']:.4f}" for entry in entries],
+        textposition="inside", insidetextanchor="start",  # away from the line of the error
     )  # fmt: skip
     text = "Mean KL divergence from the reference, in nats per token; the lines are standard errors. Less is better."
-    return _figure("Quality", text, [bars], yaxis={"title": "KL divergence"})
+    return _figure("Quality", text, [bars], yaxis={"title": "KL divergence", **_POWERS})
