@@ -257,6 +257,9 @@ class Writer:
             for file in self._files:
                 if file.path.is_dir():
                     raise OutputError(f"{file.path}: is a folder, wanted a file name")
+                if file.path.exists() and not file.path.is_file():
+                    # A device or a pipe cannot be written in any order, and would be replaced by a file.
+                    raise OutputError(f"{file.path}: is there already and no file")
             for file in self._files:
                 file.open()
             self._check_room()

@@ -142,6 +142,14 @@ def test_impossible_targets(tmp_path: Path) -> None:
         Writer(tmp_path, {}, {}, [])
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="pipe: is there already and no file"):
+        Writer(tmp_path / "pipe", {}, {}, [])
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_permissions_are_the_usual_ones(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     with Writer(tmp_path / "o", {}, {}, []):
