@@ -1,6 +1,6 @@
 """A model over two processes with llama.cpp's own RPC, the plugin in each: the same logits as in one process.
 
-llama-cpp-python ships no RPC. `AGQ_LLAMA_SOURCE` names the sources of the llama.cpp inside the installed release
+llama-cpp-python ships no RPC. `AGQ_GGML_SOURCES` names the sources of the llama.cpp inside the installed release
 (vendor/llama.cpp of its source archive): its server and its loadable backend are compiled from there, unchanged.
 """
 
@@ -24,12 +24,13 @@ from test_plugin import ALL_AGQ4
 
 import agq_gguf
 from agq_gguf.convert import quantize
+from agq_gguf.host import ggml_version
 
 HERE = Path(__file__).parent
-SOURCE = Path(os.environ.get("AGQ_LLAMA_SOURCE", ""))
+SOURCE = Path(os.environ.get("AGQ_GGML_SOURCES", ""))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("AGQ_LLAMA_SOURCE" not in os.environ, reason="needs AGQ_LLAMA_SOURCE, see docs/distributed.md"),
+    pytest.mark.skipif("AGQ_GGML_SOURCES" not in os.environ, reason="needs AGQ_GGML_SOURCES, see docs/distributed.md"),
     pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux"),
 ]
 
@@ -39,6 +40,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with ggml-rpc-server and, where it looks for it, libggml-rpc.so."""
     import llama_cpp
 
+    numbers = re.findall(r"GGML_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", (SOURCE / "ggml/CMakeLists.txt").read_text())
+    if ".".join(numbers) != ggml_version():
+        pytest.skip(f"the sources are ggml {'.'.join(numbers)}, installed is {ggml_version()}")
     folder = tmp_path_factory.mktemp("rpc")
     libraries = Path(llama_cpp.__file__).parent / "lib"
     command = ["g++", "-O1", "-std=c++17", f"-I{SOURCE / 'ggml/include'}", f"-I{SOURCE / 'ggml/src'}"]
