@@ -102,3 +102,8 @@ def test_public_names_are_lazy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment()
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_type_checkers_believe_the_annotations() -> None:
+    """Without this file they take everything from here for Any."""
+    assert (Path(agq_gguf.__file__).parent / "py.typed").is_file()
