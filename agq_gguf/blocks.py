@@ -28,18 +28,43 @@ BLOCK_BYTES = TILE_BYTES // PANEL_ROWS  # of ggml's view: one row of a tile
 MAX_EXPONENT = 15
 MAX_SCALE = 65024.0  # the largest binary16 whose lowest four bits are zero
 MAX_KEEP, MAX_REACH = 255, 15  # of a pruning record
-SCORES = ("first", "received", "recent")  # how the importance of a token is measured; the index is what is stored
+SCORES = (
+    "first",
+    "received",
+    "recent",
+    "learned",
+)  # how the importance of a token is measured; the index is what is stored
 
 _MAGIC = 0xA4
 _FLAG_CHANNEL_ORDER = 1
 _FLAG_PRUNING = 2
 _HEADER = struct.Struct("<BBBBfII")
 _PRUNING = struct.Struct("<BBBBf")
+_DIRECTION = struct.Struct("<fHH")  # factor, number of channels, 0; behind it a signed byte for each
 _SCALES = slice(0, 32)
 _SCALE_LOW = slice(32, 48)
 _ATTRIBUTES = slice(48, 64)
 _CODES = slice(64, TILE_BYTES)
 _TINY = np.float32(2.0**-100)  # below this maximum a token counts as zero
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What a learned score multiplies the state of a token with: factor * codes."""
+
+    factor: float  # finite, >= 0; rounded to binary32
+    codes: tuple[int, ...]  # one for each channel of the state, -128..127
+
+    @classmethod
+    def of(cls, values: NDArray[np.floating]) -> Direction:
+        """The nearest one that can be stored."""
+        factor = float(np.float32(np.abs(values).max(initial=0) / 127))
+        codes = np.rint(values / factor) if factor else np.zeros(len(values))
+        return cls(factor, tuple(codes.clip(-127, 127).astype(int).tolist()))
+
+    def values(self) -> NDArray[np.float32]:
+        """The numbers that stand for it."""
+        return np.float32(self.factor) * np.array(self.codes, np.float32)
 
 
 def _no_channels() -> NDArray[np.uint16]:
@@ -55,6 +80,12 @@ class Pruning:
     keep: int = 0  # the last so many tokens of a call always stay; 0..255
     reach: int = 0  # a token counts as much as the best one at most so many places away; 0..15
     reuse: bool = False  # later layers still get keys and values of dropped tokens, from the state in which they left
+    direction: Direction | None = None  # of the score `learned`, and of no other
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the attribute stream."""
+        return _PRUNING.size + (_DIRECTION.size + len(self.direction.codes) if self.direction else 0)
 
 
 @dataclass(frozen=True)
@@ -87,10 +118,15 @@ def round_scale(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip(np.rint(exact / step) * step, -MAX_SCALE, MAX_SCALE).astype(np.float32)
 
 
-def parameters_bytes(columns: int, n_listed: int, pruning: bool = False) -> int:
-    """Bytes of the attribute stream that a matrix with K = `columns` needs."""
+def pruning_bytes(channels: int = 0) -> int:
+    """Bytes of a pruning record: with a direction over so many channels, or without one."""
+    return _PRUNING.size + (_DIRECTION.size + channels if channels else 0)
+
+
+def parameters_bytes(columns: int, n_listed: int, pruning: int = 0) -> int:
+    """Bytes of the attribute stream that a matrix with K = `columns` needs; `pruning` are those of its record."""
     order = 2 + 2 * n_listed if n_listed else 0
-    return _HEADER.size + 16 + columns // GROUP_COLUMNS + order + (_PRUNING.size if pruning else 0)
+    return _HEADER.size + 16 + columns // GROUP_COLUMNS + order + pruning
 
 
 def stream_bytes(rows: int, columns: int) -> int:
@@ -100,7 +136,7 @@ def stream_bytes(rows: int, columns: int) -> int:
 
 def listable(rows: int, columns: int) -> int:
     """How many channels a matrix of this shape can list in its channel order and still take a pruning record."""
-    return max(0, (stream_bytes(rows, columns) - parameters_bytes(columns, 0, pruning=True) - 2) // 2)
+    return max(0, (stream_bytes(rows, columns) - parameters_bytes(columns, 0, pruning_bytes()) - 2) // 2)
 
 
 def shape_problem(rows: int, columns: int) -> str | None:
@@ -154,6 +190,21 @@ def _check_pruning(pruning: Pruning) -> None:
         raise FormatError(f"pruning is to keep the last {pruning.keep} tokens, the most are {MAX_KEEP}")
     if not 0 <= pruning.reach <= MAX_REACH:
         raise FormatError(f"the reach of importance for pruning is {pruning.reach}, the largest is {MAX_REACH}")
+    if (pruning.direction is not None) != (pruning.score == "learned"):
+        raise FormatError("a direction is what the score 'learned' for pruning needs, and no other score has one")
+    if pruning.direction is not None:
+        _check_direction(pruning.direction)
+
+
+def _check_direction(direction: Direction) -> None:
+    with np.errstate(over="ignore"):
+        factor = np.float32(direction.factor)
+    if not (np.isfinite(factor) and factor >= 0):
+        raise FormatError(f"the factor of the direction for pruning is {factor}, it must be finite and >= 0")
+    if not 1 <= len(direction.codes) < 1 << 16:
+        raise FormatError(f"the direction for pruning has {len(direction.codes)} channels, it can have 1 to 65535")
+    if not all(-128 <= code <= 127 for code in direction.codes):
+        raise FormatError("a number of the direction for pruning does not fit into a signed byte")
 
 
 def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint8]:
@@ -167,6 +218,9 @@ def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint
         flags |= _FLAG_PRUNING
         p = parameters.pruning
         body += _PRUNING.pack(SCORES.index(p.score), p.keep, p.reach, p.reuse, p.threshold)
+        if p.direction is not None:
+            body += _DIRECTION.pack(p.direction.factor, len(p.direction.codes), 0)
+            body += np.array(p.direction.codes, np.int8).tobytes()
     activation = parameters.activation_bits | int(parameters.per_group) << 4
     header = _HEADER.pack(
         _MAGIC, VERSION, activation, flags, np.float32(parameters.tensor_scale), zlib.crc32(body), len(body)
@@ -191,15 +245,17 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
     if zlib.crc32(body) != crc:
         raise FormatError("the checksum of the parameters does not fit: the file is damaged")
     n_groups = columns // GROUP_COLUMNS
-    listed, rest, record = _no_channels(), body[16 + n_groups :], b""
-    if flags & _FLAG_PRUNING and len(rest) >= _PRUNING.size:
-        rest, record = rest[: -_PRUNING.size], rest[-_PRUNING.size :]
-    if flags & _FLAG_CHANNEL_ORDER and len(rest) >= 2:
-        listed, rest = np.frombuffer(rest[2:], "<u2", len(rest[2:]) // 2).astype(np.uint16), rest[:2]
-        if rest != struct.pack("<H", listed.size) or listed.size == 0:
-            raise FormatError(f"the channel order announces {struct.unpack('<H', rest)[0]} channels, has {listed.size}")
-    present = (_FLAG_CHANNEL_ORDER if listed.size else 0) | (_FLAG_PRUNING if record else 0)
-    if flags != present or length != parameters_bytes(columns, listed.size, bool(record)) - _HEADER.size:
+    listed, record = _no_channels(), body[16 + n_groups :]
+    if flags & _FLAG_CHANNEL_ORDER and len(record) >= 2:
+        announced = struct.unpack_from("<H", record)[0]
+        listed = np.frombuffer(record[2 : 2 + 2 * announced], "<u2", len(record[2 : 2 + 2 * announced]) // 2)
+        if listed.size != announced or announced == 0:
+            raise FormatError(f"the channel order announces {announced} channels, has {listed.size}")
+        listed, record = listed.astype(np.uint16), record[2 + 2 * announced :]
+    pruning = _decode_pruning(record) if flags & _FLAG_PRUNING else None
+    present = (_FLAG_CHANNEL_ORDER if listed.size else 0) | (_FLAG_PRUNING if pruning else 0)
+    needed = parameters_bytes(columns, listed.size, pruning.n_bytes if pruning else 0) - _HEADER.size
+    if flags != present or length != needed:
         raise FormatError(f"{length} bytes of parameters are not what {columns} columns and flags 0x{flags:02X} need")
     if any(raw[_HEADER.size + length :]):
         raise FormatError("the attributes after the parameters are not zero")
@@ -210,17 +266,31 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
         tensor_scale=tensor_scale,
         activation_bits=activation & 15,
         per_group=bool(activation >> 4),
-        pruning=_decode_pruning(record) if record else None,
+        pruning=pruning,
     )
     _check_parameters(parameters, columns)
     return parameters
 
 
 def _decode_pruning(record: bytes) -> Pruning:
-    score, keep, reach, flags, threshold = _PRUNING.unpack(record)
+    """The record that the rest of the parameters begins with; the caller compares the lengths."""
+    if len(record) < _PRUNING.size:
+        raise FormatError(f"the pruning record has {len(record)} bytes, it needs {_PRUNING.size}")
+    score, keep, reach, flags, threshold = _PRUNING.unpack_from(record)
     if score >= len(SCORES) or flags > 1:
         raise FormatError(f"unknown pruning record (score {score}, flags {flags})")
-    return Pruning(SCORES[score], threshold, keep, reach, bool(flags))
+    direction = _decode_direction(record[_PRUNING.size :]) if SCORES[score] == "learned" else None
+    return Pruning(SCORES[score], threshold, keep, reach, bool(flags), direction)
+
+
+def _decode_direction(data: bytes) -> Direction:
+    if len(data) < _DIRECTION.size:
+        raise FormatError("the pruning record ends before its direction")
+    factor, n, zero = _DIRECTION.unpack_from(data)
+    codes = np.frombuffer(data[_DIRECTION.size : _DIRECTION.size + n], np.int8)
+    if zero or len(codes) != n:
+        raise FormatError(f"the direction for pruning announces {n} channels, has {len(codes)}")
+    return Direction(factor, tuple(codes.tolist()))
 
 
 def pack(matrix: Matrix) -> NDArray[np.uint8]:

@@ -9,10 +9,11 @@ docs/pruning.md, "Calibration".
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,14 @@ from agq_gguf.prune import (
 )
 from agq_gguf.prune_control import last_importance
 from agq_gguf.prune_file import carriers, write_plan
+from agq_gguf.prune_learn import learn_directions
 from agq_gguf.shards import open_model
 
 _CALL = 512  # tokens of a prompt and what follows; llama.cpp's ubatch, within which tokens are judged
 _LOGITS_BYTES = 512 << 20  # of the unpruned model's logits that may be kept
 _BETTER = 0.97  # of the divergence: what another pruning layer must bring to be worth it
 _ENOUGH = 0.95  # of the wanted saving
+_SUITS = {"learned": (32, 0)}  # keep and reach, where they are not (64, 2)
 _CUE = 16  # tokens of a repeated part that end a prompt; by then a model that can copy does so
 
 
@@ -51,9 +54,9 @@ class PruneOptions:
     """What a user can choose."""
 
     share: float = 0.3  # of the prompt's work that is to be saved; 0: remove the records
-    score: str = "recent"
-    keep: int = 64
-    reach: int = 2
+    score: str | None = None  # None: `recent` or `learned`, as the calibration finds
+    keep: int | None = None  # None: what suits the score
+    reach: int | None = None  # the same
     reuse: bool | None = None  # None: the calibration chooses
     layers: tuple[int, ...] | None = None  # None: the calibration chooses
     max_layers: int = 3
@@ -67,14 +70,32 @@ class PruneOptions:
         """Raises InputError for what makes no sense."""
         if not 0 <= self.share <= 0.9:
             raise InputError(f"a share of {self.share} cannot be saved; wanted is 0 to 0.9")
-        if self.score not in blocks.SCORES:
+        if self.score is not None and self.score not in blocks.SCORES:
             raise InputError(f"unknown score {self.score!r}; known are {', '.join(blocks.SCORES)}")
-        if not 0 <= self.keep <= blocks.MAX_KEEP or not 0 <= self.reach <= blocks.MAX_REACH:
+        if not 0 <= (self.keep or 0) <= blocks.MAX_KEEP or not 0 <= (self.reach or 0) <= blocks.MAX_REACH:
             raise InputError(f"keep can be 0 to {blocks.MAX_KEEP} tokens, reach 0 to {blocks.MAX_REACH}")
 
     def plan(self, *thresholds: tuple[int, float]) -> Plan:
         """With these thresholds by layer."""
-        return Plan(thresholds, self.score, self.keep, self.reach, bool(self.reuse))
+        score = self.score or "recent"
+        keep, reach = _SUITS.get(score, (64, 2))
+        return Plan(
+            thresholds,
+            score,
+            keep if self.keep is None else self.keep,
+            reach if self.reach is None else self.reach,
+            bool(self.reuse),
+        )
+
+    def ways(self) -> list[PruneOptions]:
+        """What is left open, decided in each way that is worth a try."""
+        scores = (self.score,) if self.score else ("recent", "learned")
+        reuse = (False, True) if self.reuse is None else (self.reuse,)
+        # What states are still good for is what a learned score tells.
+        tried = [
+            (score, again) for score in scores for again in reuse if score != "learned" or again or len(reuse) == 1
+        ]
+        return [replace(self, score=score, reuse=again) for score, again in tried]
 
 
 @dataclass(frozen=True)
@@ -230,7 +251,7 @@ class _Runtime:
     """The model, run by the plugin on all examples. The first run must be of a plan that drops nothing."""
 
     def __init__(self, model: Model, examples: list[Example], threads: int, progress: Callable[[], None]):
-        self._model, self._examples, self._threads, self._progress = model, examples, threads, progress
+        self.model, self._examples, self._threads, self._progress = model, examples, threads, progress
         self._reuse = False
         self._full: list[NDArray[np.float32]] = []  # logits of the unpruned model by example
 
@@ -242,7 +263,7 @@ class _Runtime:
         rows: dict[bool, list[NDArray[np.float64]]] = {False: [], True: []}
         with ExitStack() as stack:
             with options(prune=plan.spec(probed)):
-                context = stack.enter_context(self._model.context(size, n_ubatch=size, threads=self._threads))
+                context = stack.enter_context(self.model.context(size, n_ubatch=size, threads=self._threads))
             for i, example in enumerate(self._examples):
                 logits = self._logits(context, example, left, importance)
                 if len(self._full) <= i:
@@ -252,7 +273,7 @@ class _Runtime:
         _, nll, kl, _ = np.concatenate(rows[False]).T
         echo_kl = np.concatenate(rows[True])[:, 2]
         if not (np.isfinite(nll).all() and np.isfinite(kl).all() and np.isfinite(echo_kl).all()):
-            raise InputError(f"{self._model.path}: its logits hold values that are not finite; the weights are damaged")
+            raise InputError(f"{self.model.path}: its logits hold values that are not finite; the weights are damaged")
         return Run(left, importance, float(kl.mean()), float(nll.mean()), float(echo_kl.mean()))
 
     def _logits(
@@ -274,7 +295,7 @@ class _Runtime:
         if any(len(values) != n for values in found):
             without = "; it may be possible with --no-reuse" if self._reuse else ""
             raise HostError(
-                f"{self._model.path}: the plugin cannot prune this model; its log says why (--debug){without}"
+                f"{self.model.path}: the plugin cannot prune this model; its log says why (--debug){without}"
             )
         first = context.logits(prompt)[-1:].copy()
         batch = Batch(example.following[:-1], first_position=n, first_logits=0)
@@ -311,27 +332,87 @@ def calibrate_pruning(
     allowed = sorted(layer for layer in held_by if layer < work.n_layer - 1)
     if choice.layers and (missing := sorted(set(choice.layers) - set(allowed))):
         raise InputError(f"{src}: layer {missing[0]} cannot be a pruning layer; possible are {allowed}")
-    with Model(src) as model:
+    text = read_text(calibration)
+    found: list[tuple[tuple[Point, list[Point], float], _Holders]] = []
+    refused: list[AgqError] = []
+    with Model(src) as model, ExitStack() as stack:
         model.require_logits()
-        examples = _examples(model, read_text(calibration), choice)
-        run = _counted(model, examples, work, allowed, choice, progress)
-        ways = [replace(choice, reuse=reuse) for reuse in ((False, True) if choice.reuse is None else (choice.reuse,))]
-        found: list[tuple[Point, list[Point], float]] = []
-        refused: list[AgqError] = []
+        examples = _examples(model, text, choice)
+        ways = choice.ways()
+        run = _counted(model, examples, work, allowed, choice, len(ways), progress)
         for way in ways:
             try:
-                found.append(choose(run, work_of(sizes, bool(way.reuse)), allowed, way))
-            except (InputError, HostError) as e:  # out of reach, or not for this architecture; the other way may do
+                holders = _Holders(held_by, {})
+                if way.score == "learned":
+                    holders = _learned(src, model, model.tokenize(text), allowed, way, progress)
+                    run.model = stack.enter_context(_taught(src, dst, holders, way))
+                layers = sorted(set(allowed) & set(holders.tensors))
+                found.append((choose(run, work_of(sizes, bool(way.reuse)), layers, way), holders))
+            except (InputError, HostError) as e:  # out of reach, or not for this architecture; another way may do
                 refused.append(e)
         if not found:
             raise refused[0]
-        chosen, curve, nll = min(found, key=lambda result: result[0].kl + result[0].echo_kl)
+        (chosen, curve, nll), holders = min(found, key=lambda tried: tried[0][0].kl + tried[0][0].echo_kl)
     origin = f"{Path(calibration).name}, {len(examples)} prompts of {len(examples[0].prompt)} tokens"
-    report = PruneReport(chosen, curve, nll, origin, {layer: held_by[layer] for layer in chosen.plan.layers})
-    records = {held_by[layer]: record for layer, record in chosen.plan.records().items()}
+    report = PruneReport(chosen, curve, nll, origin, {layer: holders.tensors[layer] for layer in chosen.plan.layers})
     with open_model(src) as reader:
-        write_plan(reader, dst, records, metadata_of(report), progress)
+        write_plan(reader, dst, holders.records(chosen.plan), metadata_of(report), progress)
     return report
+
+
+@dataclass(frozen=True)
+class _Holders:
+    """By layer the tensor that holds its record, and the direction of a learned score."""
+
+    tensors: dict[int, str]
+    directions: dict[int, blocks.Direction]
+
+    def records(self, plan: Plan) -> dict[str, blocks.Pruning]:
+        """The plan's, by tensor."""
+        return {
+            self.tensors[layer]: replace(record, direction=self.directions.get(layer))
+            for layer, record in plan.records().items()
+        }
+
+
+def _learned(
+    src: str | os.PathLike[str],
+    model: Model,
+    tokens: NDArray[np.int32],
+    allowed: Sequence[int],
+    way: PruneOptions,
+    progress: Progress,
+) -> _Holders:
+    """Directions of all layers that have room for them. Raises InputError if none has."""
+    length = min(_CALL, model.n_ctx_train) - way.following
+    found = learn_directions(
+        model,
+        tokens,
+        allowed,
+        following=way.following,
+        length=length,
+        threads=way.threads,
+        progress=lambda done, total: progress("learn", done, total, "what tokens are worth"),
+    )
+    with open_model(src) as reader:
+        tensors = carriers(reader, max(map(len, found.values())))
+    if not set(tensors) & set(found):
+        raise InputError(f"{src}: no AGQ4 matrix has room for a learned score; take another one")
+    return _Holders(tensors, {layer: blocks.Direction.of(found[layer]) for layer in tensors if layer in found})
+
+
+@contextmanager
+def _taught(
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], holders: _Holders, way: PruneOptions
+) -> Iterator[Model]:
+    """A copy of the model with all directions, because the plugin takes them from the file only."""
+    with TemporaryDirectory(prefix=".agq-learned-", dir=Path(dst).absolute().parent) as folder:
+        copy = Path(folder) / "model.gguf"
+        with open_model(src) as reader:
+            everywhere = way.plan(*((layer, 0.0) for layer in holders.directions))
+            write_plan(reader, copy, holders.records(everywhere), {}, _silent)
+        with Model(copy) as model:
+            yield model
 
 
 def _examples(model: Model, text: str, choice: PruneOptions) -> list[Example]:
@@ -351,15 +432,16 @@ def _counted(
     work: Work,
     allowed: Sequence[int],
     choice: PruneOptions,
+    n_ways: int,
     progress: Progress,
-) -> Runner:
+) -> _Runtime:
     """The runtime, with progress in prompts of all that may have to be run."""
     per_size = [
         size * (choice.candidates if size == 1 else 2 * choice.candidates) for size in range(1, choice.max_layers + 1)
     ]
     n_layers = len(choice.layers) if choice.layers else choice.max_layers
     curve = (len(choice.curve) + 1) * n_layers
-    total = len(examples) * (1 + curve + (0 if choice.layers else sum(per_size))) * (2 if choice.reuse is None else 1)
+    total = len(examples) * (1 + curve + (0 if choice.layers else sum(per_size))) * n_ways
     done = 0
 
     def count() -> None:

@@ -40,9 +40,32 @@ def calibrate_pruning(
     calibration: Annotated[
         Path | None, typer.Option(help="Text file, ideally like what the model will read.", show_default=False)
     ] = None,
-    score: Annotated[str, typer.Option(help="What makes a token important: recent, received or first.")] = "recent",
-    keep: Annotated[int, typer.Option(min=0, max=255, help="So many tokens at the end always stay.")] = 64,
-    reach: Annotated[int, typer.Option(min=0, max=15, help="Neighbours so far from an important token stay.")] = 2,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="What makes a token important: recent, received, first or learned; none: the better of recent and "
+            "learned.",
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=255,
+            help="So many tokens at the end always stay; none: 64, or 32 if learned.",
+            show_default=False,
+        ),
+    ] = None,
+    reach: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=15,
+            help="Neighbours so far from an important token stay; none: 2, or 0 if learned.",
+            show_default=False,
+        ),
+    ] = None,
     reuse: Annotated[
         bool | None,
         typer.Option(

@@ -80,12 +80,15 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def carriers(reader: Reader) -> dict[int, str]:
-    """For each layer the tensor that would hold its record: an AGQ4 matrix with room. Raises FormatError for damage."""
+def carriers(reader: Reader, channels: int = 0) -> dict[int, str]:
+    """For each layer the tensor that would hold its record: an AGQ4 matrix with room. Raises FormatError for damage.
+
+    With `channels` there must be room for a direction of so many numbers, too.
+    """
     found: dict[int, str] = {}
     for name, tensor in reader.tensors.items():
         layer = layer_of(name)
-        if layer is None or not _can_carry(reader, tensor):
+        if layer is None or not _can_carry(reader, tensor, channels):
             continue
         if layer not in found or name.endswith(_PREFERRED):
             found[layer] = name
@@ -108,11 +111,12 @@ def _parameters(reader: Reader, tensor: Tensor) -> blocks.Parameters:
         raise FormatError(f"{reader.path}: {tensor.name}: {e}") from e
 
 
-def _can_carry(reader: Reader, tensor: Tensor) -> bool:
+def _can_carry(reader: Reader, tensor: Tensor, channels: int) -> bool:
     if not _is_matrix(tensor):
         return False
     listed = _parameters(reader, tensor).listed.size
-    return blocks.parameters_bytes(tensor.shape[1], listed, pruning=True) <= blocks.stream_bytes(*tensor.shape)
+    needed = blocks.parameters_bytes(tensor.shape[1], listed, blocks.pruning_bytes(channels))
+    return needed <= blocks.stream_bytes(*tensor.shape)
 
 
 def write_plan(

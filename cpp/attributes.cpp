@@ -60,6 +60,30 @@ bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *r
     return true;
 }
 
+/// Bytes of the pruning record of which `bytes` is the beginning, of `left` bytes up to the end of the parameters; more
+/// than there are if it does not fit.
+size_t pruning_bytes(const uint8_t *bytes, size_t left) {
+    if (left < pruning_record_bytes || bytes[0] != prune_score_learned) return pruning_record_bytes;
+    const size_t fixed = pruning_record_bytes + prune_direction_bytes;
+    return left < fixed ? fixed : fixed + read_u16(bytes + pruning_record_bytes + 4);
+}
+
+/// Checks the direction of a learned score and stores it: factor, count, zero, and one signed byte for each channel.
+bool parse_direction(const uint8_t *bytes, matrix_attributes *result, std::string *error) {
+    float factor;
+    std::memcpy(&factor, bytes, sizeof(factor));
+    const size_t n = read_u16(bytes + 4);
+    if (n == 0 || read_u16(bytes + 6) != 0 || !std::isfinite(factor) || factor < 0) {
+        *error = "the direction of the pruning record is not valid (" + std::to_string(n) + " channels, factor " +
+                 std::to_string(factor) + ")";
+        return false;
+    }
+    for (size_t i = 0; i < n; ++i) {
+        result->prune_direction.push_back(factor * static_cast<int8_t>(bytes[prune_direction_bytes + i]));
+    }
+    return true;
+}
+
 /// Checks the pruning record and stores it.
 bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string *error) {
     float threshold;
@@ -76,7 +100,7 @@ bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string 
     result->prune_keep = bytes[1];
     result->prune_reach = bytes[2];
     result->prune_reuse = bytes[3] == 1;
-    return true;
+    return bytes[0] != prune_score_learned || parse_direction(bytes + pruning_record_bytes, result, error);
 }
 
 bool check_header(const attribute_header &h, size_t stream_bytes, std::string *error) {
@@ -142,7 +166,8 @@ std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int
     size_t expected = fixed;
     if (ordered && bytes.size() >= fixed + 2) expected = fixed + 2 + 2u * read_u16(&bytes[fixed]);
     const bool order_fits = !ordered || expected >= fixed + 4;
-    if (prunes) expected += pruning_record_bytes;
+    const size_t record = expected;
+    if (prunes) expected += record < bytes.size() ? pruning_bytes(&bytes[record], bytes.size() - record) : 1;
     if (bytes.size() != expected || !order_fits) {
         *error = "the parameters have " + std::to_string(bytes.size()) + " bytes, which does not fit their content";
         return nullptr;
@@ -162,7 +187,7 @@ std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int
         return nullptr;
     }
     if (ordered && !parse_order(&bytes[fixed + 2], read_u16(&bytes[fixed]), k, result.get(), error)) return nullptr;
-    if (prunes && !parse_pruning(&bytes[expected - pruning_record_bytes], result.get(), error)) return nullptr;
+    if (prunes && !parse_pruning(&bytes[record], result.get(), error)) return nullptr;
 
     activation_format &f = result->format;
     f.k = static_cast<int>(k);

@@ -18,11 +18,12 @@ struct matrix_attributes {
     std::vector<uint16_t> listed;         ///< channels that come first, in their order
     std::vector<uint16_t> listed_sorted;  ///< the same, ascending
     bool prunes = false;                  ///< whether there is a pruning record
-    uint8_t prune_score = 0;              ///< 0 first, 1 received, 2 recent
+    uint8_t prune_score = 0;              ///< 0 first, 1 received, 2 recent, 3 learned
     float prune_threshold = 0;
     uint8_t prune_keep = 0;    ///< the last so many tokens of an ubatch stay
     uint8_t prune_reach = 0;   ///< a token counts as much as the most important one at most so many places away
     bool prune_reuse = false;  ///< later layers still get keys and values of dropped tokens
+    std::vector<float> prune_direction;  ///< of a learned score: what the state of a token is multiplied with
     activation_format format;
 
     matrix_attributes() = default;

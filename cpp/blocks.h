@@ -38,7 +38,8 @@ constexpr uint8_t attribute_version = 1;
 constexpr uint8_t flag_channel_order = 1;
 constexpr uint8_t flag_pruning = 2;
 constexpr int pruning_record_bytes = 8;
-constexpr uint8_t max_prune_score = 2;
+constexpr int prune_direction_bytes = 8;  ///< in front of the numbers of a direction
+constexpr uint8_t max_prune_score = 3, prune_score_learned = 3;
 constexpr uint8_t max_prune_reach = 15;
 constexpr int max_exponent = 15;
 

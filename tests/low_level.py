@@ -50,6 +50,7 @@ class LowModel:
     _previous = (api.llama_log_callback(), ctypes.c_void_p())  # who got the log before the first one
 
     def __init__(self, path: Path | str):
+        self.path = Path(path)
         agq_gguf.register()
         if LowModel._open == 0:
             callback, data = LowModel._previous

@@ -26,6 +26,7 @@ class Rule:
     keep: int = 0  # the last so many tokens of a call stay
     reach: int = 0  # a token counts as much as the best one at most so many places away
     reuse: bool = False  # later layers get keys and values of dropped tokens from the state in which they left
+    direction: Array | None = None  # of the score `learned`
 
 
 @dataclass
@@ -59,9 +60,15 @@ def importance(weights: Array, query_positions: NDArray[np.int64], positions: ND
     raise ValueError(score)
 
 
+def learned(states: Array, direction: Array) -> Array:
+    """Importance [T] by the score `learned` of states [T, E] behind an attention."""
+    result: Array = np.exp(states @ direction / np.sqrt(np.square(states).mean(-1)))
+    return result
+
+
 def always_kept(score: str) -> int:
     """How many of the last tokens of a call a score protects by itself."""
-    return {"first": 0, "received": 1, "recent": RECENT_QUERIES}[score]
+    return {"first": 0, "learned": 0, "received": 1, "recent": RECENT_QUERIES}[score]
 
 
 def choose(values: Array, rule: Rule, protected: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -105,7 +112,11 @@ class PrunedReference:
             x = x + mixed
             if i in self.rules and len(tokens) >= self.shortest:
                 cells = np.concatenate(self.caches[i].positions)
-                values = importance(weights, positions[here], cells, self.score)
+                values = (
+                    learned(x, self.rules[i].direction)
+                    if self.rules[i].direction is not None
+                    else importance(weights, positions[here], cells, self.score)
+                )
                 kept = len(tokens) - max(self.rules[i].keep, always_kept(self.score))
                 dropped = choose(values, self.rules[i], protected[here] | (here >= kept))
                 self.left_behind[here[dropped]] = i

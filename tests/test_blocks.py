@@ -36,15 +36,18 @@ def matrices(draw: st.DrawFn) -> Matrix:
             tensor_scale=float(np.float32(draw(st.floats(1e-20, 1e20)))),
             activation_bits=draw(st.sampled_from([4, 8])),
             per_group=draw(st.booleans()),
-            pruning=draw(st.none() | prunings()),
+            pruning=draw(st.none() | prunings(blocks.SCORES[:3])),
         ),
     )
 
 
-def prunings() -> st.SearchStrategy[Pruning]:
-    return st.builds(
-        Pruning, st.sampled_from(blocks.SCORES), st.floats(0, 1e10, width=32), st.integers(0, 255), st.integers(0, 15)
-    )
+@st.composite
+def prunings(draw: st.DrawFn, scores: tuple[str, ...]) -> Pruning:
+    score = draw(st.sampled_from(scores))
+    numbers = draw(st.floats(0, 1e10, width=32)), draw(st.integers(0, 255)), draw(st.integers(0, 15))
+    codes = st.lists(st.integers(-128, 127), min_size=1, max_size=200).map(tuple)
+    directions = st.builds(blocks.Direction, st.floats(0, 1e5, width=32), codes)
+    return Pruning(score, *numbers, draw(st.booleans()), draw(directions) if score == "learned" else None)
 
 
 def assert_equal(a: Matrix, b: Matrix) -> None:
@@ -119,7 +122,7 @@ def test_pruning_record_is_where_the_format_says() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(matrices(), st.none() | prunings())
+@given(matrices(), st.none() | prunings(blocks.SCORES[:3]))
 def test_setting_a_record_changes_nothing_else(matrix: Matrix, pruning: Pruning | None) -> None:
     data = blocks.pack(matrix)
     before = data.copy()
@@ -130,6 +133,57 @@ def test_setting_a_record_changes_nothing_else(matrix: Matrix, pruning: Pruning 
     outside[48:64] = False
     np.testing.assert_array_equal(changed.reshape(-1, 1088)[:, outside], data.reshape(-1, 1088)[:, outside])
     np.testing.assert_array_equal(blocks.with_pruning(changed, matrix.parameters.pruning), data)
+
+
+@settings(max_examples=50, deadline=None)
+@given(prunings(blocks.SCORES))
+def test_records_with_a_direction(pruning: Pruning) -> None:
+    """A matrix with a channel order and room for both."""
+    rows = 320
+    few = make_agq4.matrix()
+    matrix = replace(few, codes=np.resize(few.codes, (rows, 256)), scales=np.resize(few.scales, (rows, 4)))
+    packed = blocks.with_pruning(blocks.pack(matrix), pruning)
+    assert blocks.unpack(packed).parameters.pruning == pruning
+    stream = attribute_stream(packed)
+    assert struct.unpack_from("<I", stream, 12)[0] == 28 + pruning.n_bytes
+    if pruning.direction:
+        codes = np.array(pruning.direction.codes, np.int8)
+        assert stream[52:60] == struct.pack("<fHH", pruning.direction.factor, len(codes), 0)
+        assert stream[60 : 60 + len(codes)] == codes.tobytes() and not any(stream[60 + len(codes) :])
+    np.testing.assert_array_equal(blocks.with_pruning(packed, None), blocks.pack(matrix))
+
+
+def test_nearest_direction() -> None:
+    wanted = np.array([0.5, -1.27, 0.004, 0.0])
+    direction = blocks.Direction.of(wanted)
+    assert direction.codes == (50, -127, 0, 0)
+    np.testing.assert_allclose(direction.values(), [0.5, -1.27, 0, 0], rtol=1e-6)
+    assert blocks.Direction.of(np.zeros(3)).codes == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("at", "byte", "message"),
+    [
+        (44, 2, "are not what 256 columns"),
+        (58, 1, "announces 3 channels, has 3"),
+        (56, 4, "announces 4 channels, has 3"),
+        (56, 2, "are not what 256 columns"),
+        (56, 0, "are not what 256 columns"),
+        (55, 0x7F, "factor of the direction for pruning is inf"),
+    ],
+)
+def test_damaged_directions_are_refused(at: int, byte: int, message: str) -> None:
+    record = Pruning("learned", 0.5, direction=blocks.Direction(1.0, (1, -2, 3)))
+    matrix = make_agq4.matrix()
+    wide = replace(matrix, codes=np.resize(matrix.codes, (64, 256)), scales=np.resize(matrix.scales, (64, 4)))
+    tiles = blocks.with_pruning(blocks.pack(wide), record).reshape(-1, 1088)
+    stream = bytearray(attribute_stream(tiles))
+    stream[at] = byte
+    stream[54] = 0x80 if byte == 0x7F else stream[54]
+    stream[8:12] = struct.pack("<I", zlib.crc32(stream[16 : 16 + struct.unpack_from("<I", stream, 12)[0]]))
+    tiles[:, 48:64] = np.frombuffer(stream, np.uint8).reshape(-1, 16)
+    with pytest.raises(FormatError, match=message):
+        blocks.read_parameters(tiles.reshape(64, -1))
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -148,6 +202,11 @@ def test_record_says_whether_states_are_used_again(reuse: bool) -> None:
         (Pruning("first", 1e39), "threshold for pruning is inf"),
         (Pruning("first", 1, keep=256), "keep the last 256 tokens"),
         (Pruning("first", 1, reach=16), "reach of importance for pruning is 16"),
+        (Pruning("learned", 1), "a direction is what the score 'learned'"),
+        (Pruning("recent", 1, direction=blocks.Direction(1, (1,))), "a direction is what the score 'learned'"),
+        (Pruning("learned", 1, direction=blocks.Direction(-1, (1,))), "factor of the direction for pruning is -1"),
+        (Pruning("learned", 1, direction=blocks.Direction(1, ())), "has 0 channels"),
+        (Pruning("learned", 1, direction=blocks.Direction(1, (128,))), "does not fit into a signed byte"),
     ],
 )
 def test_bad_records_are_not_written(pruning: Pruning, message: str) -> None:
@@ -171,16 +230,17 @@ def test_no_room_for_a_record_and_damaged_matrices() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({44: b"\x03"}, "unknown pruning record (score 3"),
+        ({44: b"\x03"}, "ends before its direction"),
+        ({44: b"\x04"}, "unknown pruning record (score 4"),
         ({46: b"\x10"}, "reach of importance for pruning is 16"),
         ({47: b"\x02"}, "flags 2"),
         ({48: struct.pack("<f", -1.0)}, "threshold for pruning is -1"),
         ({48: struct.pack("<f", float("nan"))}, "threshold for pruning is nan"),
         ({48: struct.pack("<f", float("inf"))}, "threshold for pruning is inf"),
-        ({3: b"\x01"}, "channel order announces 3 channels, has 7"),
-        ({3: b"\x02"}, "36 bytes of parameters"),
-        ({12: struct.pack("<I", 28)}, "28 bytes of parameters"),
-        ({12: struct.pack("<I", 20), 3: b"\x02"}, "20 bytes of parameters"),
+        ({3: b"\x01"}, "36 bytes of parameters"),
+        ({3: b"\x02"}, "direction for pruning"),
+        ({12: struct.pack("<I", 28)}, "pruning record has 0 bytes"),
+        ({12: struct.pack("<I", 20), 3: b"\x02"}, "pruning record has 0 bytes"),
         ({52: b"\x01"}, "not zero"),
     ],
 )

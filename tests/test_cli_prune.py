@@ -86,7 +86,8 @@ def test_calibration_gives_the_same_file_again(pruned: Path, words_file: Path, t
 def test_command_in_place_and_removal(unpruned: Path, words_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(unpruned.read_bytes())
-    shown = run("calibrate-pruning", path, "--share", "0.2", "--layers", "1", *QUICK[:1], words_file, *QUICK[1:])
+    how = ("--share", "0.2", "--layers", "1", "--score", "recent", *QUICK[:1], words_file, *QUICK[1:])
+    shown = run("calibrate-pruning", path, *how)
     # With a reach, neighbours share their importance, so that the wanted number of tokens is met but for a few.
     assert re.search(r"\* +(19\.[5-9]|20\.[0-5])%", shown.stdout) and "1:t" in shown.stdout
     told = json.loads(run("inspect", path, "--json").stdout)

@@ -12,8 +12,10 @@ import tiny_models
 from low_level import QUICK, LowContext, LowModel
 
 import agq_gguf
+from agq_gguf.blocks import Direction, Pruning
 from agq_gguf.convert import quantize
 from agq_gguf.errors import InputError
+from agq_gguf.prune_file import carriers, write_plan
 from agq_gguf.reader import open_gguf
 
 LAYERS = 4
@@ -70,6 +72,58 @@ def test_pruned_equals_masked(model: GetModel, arch: str, spec: str, flash: bool
     assert np.array_equal(pruned, masked)
     whole, _ = run(m, "off", flash=flash, n_ubatch=100)
     assert not np.allclose(pruned, whole, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def learned(model: GetModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
+    """Models whose file has directions for the layers 0 to 2, which are not those of a trained model."""
+    folder = tmp_path_factory.mktemp("learned")
+    loaded: dict[str, LowModel] = {}
+
+    def get(arch: str) -> LowModel:
+        if arch not in loaded:
+            with open_gguf(model(arch).path) as reader:
+                width = reader.tensors["token_embd.weight"].shape[1]
+                rng, held_by = np.random.default_rng(5), carriers(reader, width)
+                records = {
+                    held_by[layer]: Pruning("learned", 1.0, direction=Direction.of(rng.normal(0, 0.2, width)))
+                    for layer in range(LAYERS - 1)
+                }
+                write_plan(reader, folder / f"{arch}.gguf", records, {}, lambda *_: None)
+            loaded[arch] = LowModel(folder / f"{arch}.gguf")
+        return loaded[arch]
+
+    yield get
+    for m in loaded.values():
+        m.close()
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("spec", ["1:0.5", "0:0.3,2:0.5", "1:t0.9"])
+@pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2", "qwen2"])
+def test_learned_score(learned: GetModel, arch: str, spec: str, flash: bool) -> None:
+    m, how = learned(arch), {"flash": flash, "n_ubatch": 100}
+    pruned, fate = run(m, f"{spec};score=learned", **how)
+    masked, masked_fate = run(m, f"mask,{spec};score=learned", **how)
+    _, other_fate = run(m, f"{spec};score=random", **how)
+    again, fate_again = run(m, f"{spec};score=learned;reuse=1", **how)
+    assert fate == masked_fate and fate != other_fate and np.array_equal(pruned, masked)
+    assert 15 <= sum(layer >= 0 for layer in fate) <= 150
+    if "," not in spec:  # what is left behind a first layer is not the same
+        assert fate == fate_again
+    assert not np.allclose(again, pruned, atol=1e-3)
+
+
+def test_learned_score_needs_a_direction(model: GetModel, learned: GetModel) -> None:
+    for m, spec, reason in (
+        (model("llama"), "1:0.5;score=learned", "the file has no learned score for layer 1"),
+        (learned("falcon"), "1:0.5;score=learned", "a learned score needs layers whose attention and feed-forward"),
+    ):
+        low_level.log.clear()
+        whole, _ = run(m, "off")
+        kept, fate = run(m, spec)
+        assert np.array_equal(whole, kept) and set(fate) == {-1}
+        assert sum(reason in line for line in low_level.log) == 1
 
 
 def test_options_are_checked_and_nest(model: GetModel) -> None:

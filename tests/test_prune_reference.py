@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,16 +208,22 @@ def test_plugin_agrees_over_several_calls(float32: Path, running: LowModel) -> N
 
 
 @pytest.mark.parametrize("reuse", [False, True])
-def test_thresholds_in_the_file(float32: Path, models: Path, reuse: bool) -> None:
+@pytest.mark.parametrize("score", ["received", "learned"])
+def test_thresholds_in_the_file(float32: Path, models: Path, score: str, reuse: bool) -> None:
     """The record in a tensor says what to drop, and `options` what to do instead."""
     quantize(float32, models / "prune-agq4.gguf", options=QuantizeOptions(threads=1, embedding_type="agq4"))
-    path, record = models / "prune-record.gguf", blocks.Pruning("received", 1.0, keep=20, reach=1, reuse=reuse)
+    path, record = models / "prune-record.gguf", blocks.Pruning(score, 1.0, keep=20, reach=1, reuse=reuse)
+    direction = None
+    if score == "learned":
+        record = replace(
+            record, threshold=4.0, direction=blocks.Direction.of(np.random.default_rng(2).normal(0, 0.2, 128))
+        )
+        direction = record.direction.values().astype(np.float64)
     with open_gguf(models / "prune-agq4.gguf") as reader:
-        write_plan(reader, path, {"blk.0.attn_output.weight": record}, {}, lambda *_: None)
+        write_plan(reader, path, {"blk.0.ffn_up.weight": record}, {}, lambda *_: None)
     tokens = prompt(100)
-    reference = PrunedReference(
-        ReferenceModel(path), {0: Rule(threshold=1.0, keep=20, reach=1, reuse=reuse)}, "received"
-    )
+    rule = Rule(threshold=record.threshold, keep=20, reach=1, reuse=reuse, direction=direction)
+    reference = PrunedReference(ReferenceModel(path), {0: rule}, score)
     wanted, plain = reference.run(tokens)[0], ReferenceModel(path).logits(tokens)[-1]
     assert 10 < (reference.left_behind >= 0).sum() < 80
     # A last bit of a sum may become 1/127 of a token's largest activation: docs/design.md, "What int8 rounding does".

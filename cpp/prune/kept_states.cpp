@@ -53,26 +53,38 @@ std::vector<int> stores_between(const graph_facts &facts, int begin, int end) {
 
 }  // namespace
 
-std::string plan_states(const graph_facts &facts, const std::vector<token_dim> &dims, int site, int at,
-                        kept_states *plan) {
-    const std::string odd = "states can not be used again: the layers of this model are built in another way";
-    *plan = {};
-    std::set<int> gathered;
-    for (int i = at + 1; i < facts.n_nodes && plan->state < 0; ++i) {
+const char *const odd_layers = "states can not be used again: the layers of this model are built in another way";
+
+int find_state(const graph_facts &facts, const std::vector<token_dim> &dims, int at) {
+    for (int i = at + 1; i < facts.n_nodes; ++i) {
         walk to_sum(facts, dims, at);
         if (!to_sum.is_sum(i)) continue;
         // One side is the residual stream as it was in front of the attention; with a parallel feed-forward it is not.
         const ggml_tensor *sum = facts.tensors[static_cast<size_t>(i)];
         const auto is_before = [&](const ggml_tensor *t) { return facts.number(t) <= at; };
-        if (is_before(sum->src[0]) == is_before(sum->src[1])) return odd;
+        if (is_before(sum->src[0]) == is_before(sum->src[1])) return -1;
         to_sum.sources_of(i);
-        if (!to_sum.sums.empty()) return odd;
-        plan->state = i;
-        plan->leaving.assign(to_sum.nodes.begin(), to_sum.nodes.end());
-        plan->leaving.push_back(i);
-        gathered.insert(to_sum.boundary.begin(), to_sum.boundary.end());
+        return to_sum.sums.empty() ? i : -1;
     }
-    if (plan->state < 0) return odd;
+    return -1;
+}
+
+std::string plan_states(const graph_facts &facts, const std::vector<token_dim> &dims, int site, int at, int state,
+                        kept_states *plan) {
+    const std::string odd = odd_layers;
+    *plan = {};
+    if (state < 0) return odd;
+    std::set<int> gathered;
+    plan->state = state;
+    if (state > at) {
+        walk to_sum(facts, dims, at);
+        to_sum.sources_of(state);
+        plan->leaving.assign(to_sum.nodes.begin(), to_sum.nodes.end());
+        plan->leaving.push_back(state);
+        gathered.insert(to_sum.boundary.begin(), to_sum.boundary.end());
+    } else {
+        gathered.insert(state);
+    }
     for (size_t s = static_cast<size_t>(site) + 1; s < facts.sites.size(); ++s) {
         const std::vector<int> stores = stores_between(facts, facts.sites[s - 1].last + 1, facts.sites[s].first);
         walk to_stores(facts, dims, at);

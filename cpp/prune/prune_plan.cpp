@@ -37,6 +37,20 @@ bool is_wanted_whole(const graph_facts &facts, const std::vector<token_dim> &dim
     return false;
 }
 
+/// Why a learned score cannot be computed, empty if it can.
+std::string learned_obstacle(const graph_facts &facts, const prune_stage &stage, int state) {
+    const std::string layer = "layer " + std::to_string(stage.layer);
+    if (!stage.direction) return "the file has no learned score for " + layer;
+    if (state < 0)
+        return "a learned score needs layers whose attention and feed-forward part stand one behind the other";
+    const ggml_tensor *t = facts.tensors[static_cast<size_t>(state)];
+    if (t->type != ggml_type_f32 || t->ne[0] != static_cast<int64_t>(stage.direction->size()) || !is_contiguous(t)) {
+        return "the learned score of " + layer + " is for states of " + std::to_string(stage.direction->size()) +
+               " channels, the model has " + std::to_string(t->ne[0]);
+    }
+    return "";
+}
+
 bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prune_stage &stage, prune_plan *plan) {
     const auto site = std::find_if(facts.sites.begin(), facts.sites.end(),
                                    [&](const attention_site &s) { return s.layer == stage.layer; });
@@ -54,6 +68,14 @@ bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prun
     cut.stage = stage;
     cut.site = static_cast<int>(site - facts.sites.begin());
     cut.at = site->last;
+    int state = -1;
+    const bool is_learned = stage.score == prune_score::learned;
+    if (stage.reuse || is_learned) state = find_state(facts, plan->dims, cut.at);
+    if (is_learned) {
+        plan->obstacle = learned_obstacle(facts, stage, state);
+        if (!plan->obstacle.empty()) return false;
+        cut.at = cut.state = state;
+    }
     for (size_t i = 0; i < facts.tensors.size(); ++i) {
         const bool before = static_cast<int>(i) <= cut.at || static_cast<int>(i) >= facts.n_nodes;
         if (!before || !plan->dims[i] || facts.last_use[i] <= cut.at || facts.tensors[i] == facts.mask) continue;
@@ -64,7 +86,7 @@ bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prun
         cut.crossing.push_back(static_cast<int>(i));
     }
     if (stage.reuse) {
-        plan->obstacle = plan_states(facts, plan->dims, cut.site, cut.at, &cut.states);
+        plan->obstacle = plan_states(facts, plan->dims, cut.site, cut.at, state, &cut.states);
         if (!plan->obstacle.empty()) return false;
     }
     plan->cuts.push_back(std::move(cut));

@@ -17,6 +17,7 @@ struct prune_cut {
     prune_stage stage;
     int site = 0;               ///< index of the attention
     int at = 0;                 ///< the last node before the cut
+    int state = -1;             ///< of a learned score: the node of which it is a function, the last before the cut
     std::vector<int> crossing;  ///< numbers of token-indexed tensors that are read behind it, but for the mask
     kept_states states;         ///< if the stage wants them
 };

@@ -125,6 +125,15 @@ void pruned_run::plan_importance_node(const call &c, const prune_cut &cut) {
     nodes_.push_back(arena_.custom(importance_node, &importance_, c.buffer()));
 }
 
+void pruned_run::plan_learned_node(const call &c, const prune_cut &cut) {
+    learned_.state = copy_.current(cut.state);
+    learned_.direction = cut.stage.direction;
+    learned_.importance.resize(alive_.size());
+    learned_.rows.resize(alive_.size());
+    for (size_t i = 0; i < alive_.size(); ++i) learned_.rows[i] = c.mask_only ? alive_[i] : static_cast<int32_t>(i);
+    nodes_.push_back(arena_.custom(learned_node, &learned_, c.buffer()));
+}
+
 ggml_status pruned_run::run_segment(const call &c, size_t segment) {
     const auto &cuts = c.plan.cuts;
     const bool is_last = segment == cuts.size();
@@ -139,7 +148,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
     while (site < c.facts.sites.size() && c.facts.sites[site].masked < begin) ++site;
     for (int i = begin; i < end; ++i) {
         if (!is_last && c.facts.sites[static_cast<size_t>(cuts[segment].site)].first == i &&
-            cuts[segment].stage.score != prune_score::random) {
+            cuts[segment].stage.score != prune_score::random && cuts[segment].stage.score != prune_score::learned) {
             plan_importance_node(c, cuts[segment]);
         }
         ggml_tensor *mask = nullptr;
@@ -152,6 +161,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
         }
         nodes_.push_back(copy_.node(i, rows_, mask, slot));
     }
+    if (!is_last && cuts[segment].stage.score == prune_score::learned) plan_learned_node(c, cuts[segment]);
     // With mask_only the keys of dropped tokens are computed, and cleared when nothing needs the graph any more.
     ggml_tensor *copies = job_.empty() ? nullptr : arena_.custom(cut_node, &job_, c.buffer());
     cut_job clears;
@@ -173,6 +183,8 @@ void pruned_run::choose(const call &c, const prune_cut &cut) {
     std::vector<float> importance;
     if (cut.stage.score == prune_score::random) {
         for (int32_t t : alive_) importance.push_back(random_importance(c.ubatch.position + t, cut.stage.layer));
+    } else if (cut.stage.score == prune_score::learned) {
+        importance = learned_.importance;
     } else {
         importance = importance_.result();
     }

@@ -42,6 +42,7 @@ class pruned_run {
     ggml_tensor *make_mask(const call &c, int level);
     ggml_status run_segment(const call &c, size_t segment);
     void plan_importance_node(const call &c, const prune_cut &cut);
+    void plan_learned_node(const call &c, const prune_cut &cut);
     void choose(const call &c, const prune_cut &cut);
     void apply_cut(const call &c, const prune_cut &cut);
     void add_clears(const call &c, const prune_cut &cut);
@@ -52,6 +53,7 @@ class pruned_run {
     graph_copy states_;                       ///< for tokens that have left, of the segment to come
     std::vector<ggml_tensor *> first_nodes_;  ///< that a segment begins with, behind the copies
     importance_job importance_;
+    learned_job learned_;
     cut_job job_;                             ///< of the segment to come
     std::deque<std::vector<int32_t>> lists_;  ///< that job_ and choices_ point at
     std::deque<key_choice> choices_;          ///< that masks point at

@@ -30,15 +30,34 @@ bool read_record(const ggml_tensor *weights, prune_stage *stage) {
     stage->keep = attributes->prune_keep;
     stage->reach = attributes->prune_reach;
     stage->reuse = attributes->prune_reuse;
+    if (!attributes->prune_direction.empty()) {
+        stage->direction = std::make_shared<const std::vector<float>>(attributes->prune_direction);
+    }
     return true;
 }
 
 }  // namespace
 
 std::vector<prune_stage> pruner::stages() const {
-    if (settings_.source == prune_settings::source_kind::list) return settings_.stages;
+    if (settings_.source == prune_settings::source_kind::off) return {};
+    const bool is_list = settings_.source == prune_settings::source_kind::list;
+    const bool is_learned = std::any_of(settings_.stages.begin(), settings_.stages.end(),
+                                        [](const prune_stage &stage) { return stage.score == prune_score::learned; });
+    if (is_list && !is_learned) return settings_.stages;
+    std::vector<prune_stage> found = recorded();
+    if (!is_list) return found;
+    std::vector<prune_stage> wanted = settings_.stages;
+    for (prune_stage &stage : wanted) {
+        for (const prune_stage &record : found) {
+            if (record.layer == stage.layer) stage.direction = record.direction;
+        }
+    }
+    return wanted;
+}
+
+/// What the file's records say.
+std::vector<prune_stage> pruner::recorded() const {
     std::vector<prune_stage> found;
-    if (settings_.source == prune_settings::source_kind::off) return found;
     for (const ggml_tensor *t : facts_.tensors) {
         prune_stage stage;
         if (t->op != host.op_none || !read_record(t, &stage)) continue;

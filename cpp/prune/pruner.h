@@ -33,6 +33,7 @@ class pruner {
   private:
     void read_graph(ggml_tensor **nodes, int n);
     std::vector<prune_stage> stages() const;
+    std::vector<prune_stage> recorded() const;
     bool may_prune();
     void warn_once(const std::string &obstacle);
 

@@ -55,6 +55,7 @@ bool parse_score(const std::string &text, prune_score *score) {
     } known[] = {{"first", prune_score::first},
                  {"received", prune_score::received},
                  {"recent", prune_score::recent},
+                 {"learned", prune_score::learned},
                  {"random", prune_score::random}};
     for (const auto &entry : known) {
         if (text == entry.name) {
@@ -126,7 +127,8 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
         *error = "pruning is set to '" + text +
                  "', which is not understood; known are 'file', 'off', 'mask', a list as '3:0.5' (share) or '3:t0.1' " +
                  "(threshold), each layer once, 'mask,' and a list, and behind it ';score=first|received|recent|" +
-                 "random', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1' (all four with a list) "
+                 "learned|random', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1' (all four with "
+                 "a list) "
                  "and ';min=TOKENS'";
     }
     return good;

@@ -5,11 +5,13 @@
 #include <string>
 #include <vector>
 
+#include "learned.h"
+
 namespace agq {
 
-/// How the importance of a token is measured (docs/pruning.md, "Scores"). The first three numbers are those of the file
+/// How the importance of a token is measured (docs/pruning.md, "Scores"). The first four numbers are those of the file
 /// format.
-enum class prune_score : uint8_t { first = 0, received = 1, recent = 2, random = 3 };
+enum class prune_score : uint8_t { first = 0, received = 1, recent = 2, learned = 3, random = 4 };
 
 constexpr int max_keep = 255, max_reach = 15;  ///< as the file format has room for
 
@@ -24,6 +26,7 @@ struct prune_stage {
     int reach = 0;  ///< a token counts as much as the most important one at most so many places away
     bool reuse =
         false;  ///< later layers still get keys and values of dropped tokens, from the state in which they left
+    state_direction direction;  ///< of a learned score: from the file
 };
 
 struct prune_settings {
