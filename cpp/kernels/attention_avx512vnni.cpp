@@ -9,15 +9,10 @@
 // steps of a block, so that scores stay in registers and weights in L1.
 #include "attention_avx512vnni_pack.h"
 #include "softmax_weights.h"
+#include "unroll.h"
 
 namespace agq {
 namespace {
-
-#if defined(__clang__)
-#define AGQ_UNROLL _Pragma("unroll")
-#else
-#define AGQ_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 constexpr int tile_rows = 6;
 constexpr float weight_limit = 32767.0f, weight_sum_limit = 131000.0f;

@@ -16,21 +16,12 @@
 #include <cstring>
 
 #include "kernel.h"
+#include "unroll.h"
 #include "vector_kernel.h"
 #include "x86_cpu.h"
 
 namespace agq {
 namespace {
-
-// Accumulators are arrays indexed by the token: only when the loops over tokens are unrolled early do they become
-// registers.
-#if defined(__clang__)
-#define AGQ_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define AGQ_UNROLL _Pragma("GCC unroll 16")
-#else
-#define AGQ_UNROLL
-#endif
 
 constexpr int nr = 12;
 

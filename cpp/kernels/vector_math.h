@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "unroll.h"
 #ifdef __F16C__
 #if defined(__AVX512F__) && !defined(__clang__) && __GNUC__ < 13
 // The headers of GCC 12 start many intrinsics from a variable that is initialized with itself (GCC bug 105593).
@@ -22,13 +24,6 @@ typedef float vec __attribute__((vector_size(AGQ_VECTOR * 4), aligned(4), may_al
 typedef int32_t ivec __attribute__((vector_size(AGQ_VECTOR * 4), aligned(4), may_alias));
 
 constexpr int tile_rows = 6;
-
-// Sums are arrays: only when the loops over them are unrolled early do they become registers.
-#if defined(__clang__)
-#define AGQ_UNROLL _Pragma("unroll")
-#else
-#define AGQ_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 inline vec load(const float *p) {
     return *reinterpret_cast<const vec *>(p);
@@ -51,20 +46,19 @@ inline vec splat(float x) {
 #define AGQ_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #endif
 
+// GCC has the portable name from version 12 on.
+#if defined(__clang__) || __GNUC__ >= 12
+#define AGQ_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define AGQ_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
+
 /// Elements with even numbers of `a`, then of `b`; and those with odd numbers.
 inline vec even(vec a, vec b) {
-#if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(a, b, AGQ_EVEN);
-#else
-    return __builtin_shuffle(a, b, ivec{AGQ_EVEN});
-#endif
+    return AGQ_SHUFFLE(a, b, AGQ_EVEN);
 }
 inline vec odd(vec a, vec b) {
-#if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(a, b, AGQ_ODD);
-#else
-    return __builtin_shuffle(a, b, ivec{AGQ_ODD});
-#endif
+    return AGQ_SHUFFLE(a, b, AGQ_ODD);
 }
 
 /// Sums of neighbours: those of `a` in the first half, those of `b` in the second.

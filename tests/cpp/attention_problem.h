@@ -130,6 +130,19 @@ inline std::vector<double> expected(const problem &p, int t, int g) {
     return out;
 }
 
+/// What all kernels are told of mask, slopes and soft cap; `half` is the mask in binary16.
+template <typename Args>
+void set_bias(const problem &p, const std::vector<uint16_t> &half, Args *args) {
+    if (p.has_mask) {
+        args->mask =
+            p.mask_is_f16 ? reinterpret_cast<const char *>(half.data()) : reinterpret_cast<const char *>(p.mask.data());
+        args->mask_stride = static_cast<size_t>(p.n_keys) * (p.mask_is_f16 ? 2 : 4);
+        args->mask_is_f16 = p.mask_is_f16;
+    }
+    args->slopes = p.slopes.data();
+    args->soft_cap = p.soft_cap;
+}
+
 /// Output [token][head of the group][head_v] of a kernel; empty if it wrote where it must not.
 inline std::vector<float> run(const agq::attention_kernel &kern, const problem &p) {
     const size_t width = static_cast<size_t>(p.head_qk), head_v = static_cast<size_t>(p.head_v);
@@ -157,14 +170,7 @@ inline std::vector<float> run(const agq::attention_kernel &kern, const problem &
     args.n_keys = p.n_keys;
     args.keys = keys.data();
     args.values = values.data();
-    if (p.has_mask) {
-        args.mask =
-            p.mask_is_f16 ? reinterpret_cast<const char *>(half.data()) : reinterpret_cast<const char *>(p.mask.data());
-        args.mask_stride = static_cast<size_t>(p.n_keys) * (p.mask_is_f16 ? 2 : 4);
-        args.mask_is_f16 = p.mask_is_f16;
-    }
-    args.slopes = p.slopes.data();
-    args.soft_cap = p.soft_cap;
+    set_bias(p, half, &args);
     args.sinks = p.has_sinks ? p.sinks.data() : nullptr;
     args.out = out.data();
     args.out_token_stride = static_cast<int64_t>(token_stride);
@@ -215,14 +221,7 @@ inline std::vector<float> run_few(const agq::few_kernel &kern, const problem &p,
     args.head_v = p.head_v;
     args.q = as_floats(q);
     args.n_keys = p.n_keys;
-    if (p.has_mask) {
-        args.mask =
-            p.mask_is_f16 ? reinterpret_cast<const char *>(half.data()) : reinterpret_cast<const char *>(p.mask.data());
-        args.mask_stride = static_cast<size_t>(p.n_keys) * (p.mask_is_f16 ? 2 : 4);
-        args.mask_is_f16 = p.mask_is_f16;
-    }
-    args.slopes = p.slopes.data();
-    args.soft_cap = p.soft_cap;
+    set_bias(p, half, &args);
     args.out = as_floats(out);
     args.maximum = as_floats(maximum);
     args.sum = as_floats(sum);
