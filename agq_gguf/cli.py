@@ -181,6 +181,9 @@ def quantize(
     keep_norms: Annotated[
         bool, typer.Option("--keep-norms", help="Do not equalize norms: for LoRA adapters made for the source.")
     ] = False,
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=64, help="Tokens of the calibration text to use, at most.")
+    ] = 32768,
     threads: Threads = 0,
     memory: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for calibration, such as 4G.")
@@ -222,6 +225,7 @@ def quantize(
         target_bpw=target_bpw,
         threads=threads,
         memory=memory,
+        calibration_tokens=calibration_tokens,
         split_size=split_size or 0,
     )
     if act_bits != 8:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from agq_gguf import refine
@@ -22,6 +23,7 @@ from agq_gguf.stats import InputStats, WeightStats
 
 _SILENT = 1e-2  # a channel counts with at least this share of the median contribution (rms times rms of its column)
 _WORTH = 1e-4  # of the products' energy; 4-bit weights cost about 1e-3
+_MOST_LEVEL = 4.0  # exponent of the most that a column is divided by: keys and values may be kept in F16
 _MOST = 2.0**12  # between the largest and the geometric mean
 
 
@@ -71,6 +73,16 @@ def factors(mean_square: NDArray[np.float32], weights: Iterable[NDArray[np.float
     found[used] = np.sqrt(np.maximum(size[used], least / column[used]) / column[used])
     found[used] /= np.exp(np.log(found[used]).mean())
     return np.clip(found, 1 / _MOST, _MOST).astype(np.float32)
+
+
+def level(square: torch.Tensor) -> torch.Tensor:
+    """Divisors [K] that make columns with mean squares `square` [K] alike; geometric mean 1, 1 for columns of zeros."""
+    found = torch.ones_like(square)
+    used = square > 0
+    if used.any():
+        size = square[used].sqrt().log()
+        found[used] = (size - size.mean()).clamp(-_MOST_LEVEL, _MOST_LEVEL).exp()
+    return found
 
 
 def scaled(stats: WeightStats, s: NDArray[np.float32]) -> WeightStats:

@@ -44,7 +44,7 @@ class MatrixOptions:
     learn_codebook: bool = True
     error_feedback: bool = True
     damping: float = 0.01  # of the Hessian, as a share of its mean diagonal
-    sweeps: int = 3  # of coordinate descent after error feedback
+    sweeps: int = 6  # of coordinate descent after error feedback
     equalize: bool = True  # move factors from norms into the matrices behind (the caller does it: `equalize`)
 
 

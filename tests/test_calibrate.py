@@ -66,9 +66,28 @@ def test_statistics_equal_a_forward_by_hand(llama: Path, gathered) -> None:
     assert stats.tokens == len(x) and stats.sample is not None and stats.hessian is not None
     np.testing.assert_allclose(stats.mean_square, (x * x).mean(axis=0), rtol=1e-4)
     np.testing.assert_allclose(stats.abs_max, np.abs(x).max(axis=0), rtol=1e-4)
-    np.testing.assert_allclose(stats.hessian, x.T @ x / len(x), atol=1e-4 * np.abs(x).max() ** 2)
+    # Keys and values are made of it, and all tokens of a text read those of the first.
+    begins = np.cumsum([0, *map(len, chunks[:-1])])
+    expected = (x.T @ x + 99 * x[begins].T @ x[begins]) / len(x)
+    np.testing.assert_allclose(stats.hessian, expected, rtol=1e-3, atol=1e-4 * np.abs(x).max() ** 2)
     for row in stats.sample[:20]:
         assert np.abs(x - row).max(axis=1).min() < 1e-3
+
+
+def test_only_keys_and_values_count_the_first_token_more(gathered) -> None:
+    found, _, _ = gathered
+    for name in ("attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        stats = found[f"blk.1.{name}.weight"].whole
+        assert stats.hessian is not None
+        np.testing.assert_allclose(np.diag(stats.hessian), stats.mean_square, rtol=1e-3)
+
+
+def test_an_encoder_counts_all_tokens_alike(tmp_path: Path) -> None:
+    path = tiny_models.write_bert(tmp_path / "bert.gguf")
+    found, _, _ = gather(path)
+    stats = found["blk.0.attn_k.weight"].whole
+    assert stats.hessian is not None
+    np.testing.assert_allclose(np.diag(stats.hessian), stats.mean_square, rtol=1e-3)
 
 
 def test_shared_inputs(gathered) -> None:
