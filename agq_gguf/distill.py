@@ -2,7 +2,8 @@
 
 The quantized model, activations rounded, is the student, the float model the teacher; the loss is the divergence that
 `evaluate` measures, the data the calibration text. Codes, codebooks and all else stay. Part of the text is kept aside,
-and the result is thrown away unless it is better there.
+and the result is thrown away unless it is better there. What learns are factors around 1: weights of norms differ by
+three powers of ten inside one model, and a step that is right for one of them ruins another.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from agq_gguf.llama_graph import LlamaGraph
 from agq_gguf.quantizer import QuantizedMatrix
 from agq_gguf.simulate import Rounder, restored
 
-_NORM_RATE = 1e-3
-_SCALE_RATE = 1e-3  # as a share of the matrix's mean scale
+_RATE = 5e-4  # of the factors
 _WARM_UP = 0.1  # share of the steps
 _HELD_OUT = 8  # one batch in so many is kept aside
 
@@ -47,23 +47,37 @@ class _Student:
     ):
         self.graph, self.matrices, self.output = graph, matrices, output
         self.embedding = graph.tensor("token_embd.weight") if embedding is None else embedding
-        self.norms = {name: norms.get(name, graph.tensor(name)).clone().requires_grad_() for name in graph.norms}
-        self.scales = {name: torch.from_numpy(m.matrix.scales).clone() for name, m in matrices.items()}
-        for scales in self.scales.values():
-            scales.requires_grad_()
+        self._norms = {name: norms.get(name, graph.tensor(name)) for name in graph.norms}
+        self._scales = {name: torch.from_numpy(m.matrix.scales) for name, m in matrices.items()}
+        self._norm_factors = {name: torch.ones_like(norm) for name, norm in self._norms.items()}
+        self._scale_factors = {name: torch.ones_like(scales) for name, scales in self._scales.items()}
         self._rounders = {name: Rounder(m.matrix.parameters, m.matrix.codes.shape[1]) for name, m in matrices.items()}
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """What learns."""
+        found = [*self._norm_factors.values(), *self._scale_factors.values()]
+        return [factor.requires_grad_() for factor in found]
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Weights of norms as they are now."""
+        return {name: norm * self._norm_factors[name] for name, norm in self._norms.items()}
+
+    def scales(self, name: str) -> torch.Tensor:
+        """Scales [M, K / 64] of a matrix as the file will have them; gradients pass as if they were not rounded."""
+        exact = self._scales[name] * self._scale_factors[name]
+        return exact + (storable(exact.detach()) - exact.detach())
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         key = f"{name}.weight"
         if key not in self.matrices:
             return self.graph.linear(name, x)
-        scales, rounder = self.scales[key], self._rounders[key]
-        stored = scales + (storable(scales.detach()) - scales.detach())  # as the file has them; gradients pass
-        return functional.linear(rounder(x), restored(self.matrices[key].matrix, rounder, stored))
+        rounder = self._rounders[key]
+        return functional.linear(rounder(x), restored(self.matrices[key].matrix, rounder, self.scales(key)))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits with the norms of the student."""
-        self.graph.replaced = self.norms
+        self.graph.replaced = self.norms()
         try:
             x = self.embedding[tokens]
             for layer in range(self.graph.shape.n_layer):
@@ -101,17 +115,13 @@ def tune(
         return Tuned({}, {}, 0.0, 0.0)
     with torch.no_grad():
         before = _divergence(graph, student, aside)
-    groups = [{"params": list(student.norms.values()), "lr": _NORM_RATE, "peak": _NORM_RATE}]
-    for scales in student.scales.values():
-        peak = _SCALE_RATE * float(scales.detach().abs().mean())
-        groups.append({"params": [scales], "lr": peak, "peak": peak})
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(student.parameters, lr=_RATE, betas=(0.9, 0.95))
     steps, step = epochs * len(seen), 0
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
         for i in torch.randperm(len(seen), generator=generator).tolist():
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 - step / steps)
+                group["lr"] = _RATE * min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 - step / steps)
             optimizer.zero_grad()
             _loss(graph, student, seen[i]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -121,11 +131,12 @@ def tune(
         after = _divergence(graph, student, aside)
     if not after < before:
         return Tuned({}, {}, before, after)
-    tuned = {
-        name: replace(m, matrix=replace(m.matrix, scales=storable(student.scales[name].detach()).numpy()))
-        for name, m in matrices.items()
-    }
-    return Tuned({name: norm.detach() for name, norm in student.norms.items()}, tuned, before, after)
+    with torch.no_grad():
+        tuned = {
+            name: replace(m, matrix=replace(m.matrix, scales=storable(student.scales(name)).numpy()))
+            for name, m in matrices.items()
+        }
+        return Tuned(student.norms(), tuned, before, after)
 
 
 def _loss(graph: LlamaGraph, student: _Student, tokens: torch.Tensor) -> torch.Tensor:

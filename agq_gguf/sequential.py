@@ -25,6 +25,7 @@ from agq_gguf.simulate import Rounder, restored
 from agq_gguf.stats import InputStats
 
 _SAMPLE_ROWS = 256
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it are spread evenly
 _NORMS = ("attn_norm", "", "ffn_norm", "")  # what makes the input of a stage
 _FEED_FORWARD = 2  # the stage whose weights lose 2% less with half of the factors, even where activations gain nothing
 _RIDGE = 0.03  # of the Hessian in T, as a share of its mean diagonal
@@ -135,9 +136,7 @@ class Sequential:
         columns, options = inputs[0].shape[-1], self._options
         tokens = sum(x.shape[0] * x.shape[1] for x in inputs)
         square = torch.stack([x.flatten(0, 1).square().sum(0) for x in inputs]).sum(0) / tokens
-        step = max(1, tokens // _SAMPLE_ROWS)
-        sample = torch.cat([x.flatten(0, 1)[::step] for x in inputs])[:_SAMPLE_ROWS]
-        stats = InputStats(tokens, square.numpy(), None, sample.numpy())
+        stats = InputStats(tokens, square.numpy(), None, _sample(inputs).numpy())
         capacity = min(listable(len(weight), columns) for weight in weights)
         found = equalize.choose(stats, weights, capacity, options.activation_bits, options.per_group, options.refine)
         if found is None and stage == _FEED_FORWARD:
@@ -152,15 +151,13 @@ class Sequential:
         hessian, cross = torch.zeros(columns, columns), torch.zeros(columns, columns)
         largest = torch.zeros(columns)
         tokens = sum(x.shape[0] * x.shape[1] for x in rounded_in)
-        step = max(1, tokens // _SAMPLE_ROWS)
-        sample, begin = [], 0
+        begin = 0
         for x, rounded in zip(float_in, rounded_in, strict=True):
             flat = rounded.flatten(0, 1)
             weighted = flat if weights is None else flat * weights[begin : begin + len(flat), None]
             hessian.addmm_(weighted.T, flat)
             cross.addmm_((x.flatten(0, 1) - flat).T, weighted)
             largest = torch.maximum(largest, flat.abs().amax(0))
-            sample.append(flat[-begin % step :: step])
             begin += len(flat)
         hessian /= tokens
         damped = hessian.clone()
@@ -170,10 +167,25 @@ class Sequential:
             tokens,
             hessian.diagonal().numpy().copy(),
             largest.numpy(),
-            torch.cat(sample)[:_SAMPLE_ROWS].numpy(),
+            _sample(rounded_in).numpy(),
             hessian.numpy(),
         )
         return stats, correction
+
+
+def _sample(inputs: list[torch.Tensor]) -> torch.Tensor:
+    """Some tokens [n, K] of inputs [batch, tokens, K], at all places of a text alike.
+
+    Even steps would fit the length of the chunks, and see the first token of each, which is often unlike all others.
+    """
+    tokens = sum(x.shape[0] * x.shape[1] for x in inputs)
+    places = torch.arange(min(_SAMPLE_ROWS, tokens)) * int(_GOLDEN * tokens) % tokens
+    found, begin = [], 0
+    for x in inputs:
+        flat = x.flatten(0, 1)
+        found.append(flat[places[(places >= begin) & (places < begin + len(flat))] - begin])
+        begin += len(flat)
+    return torch.cat(found)
 
 
 class _Applied:
