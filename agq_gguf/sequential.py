@@ -27,7 +27,6 @@ from agq_gguf.stats import InputStats
 _SAMPLE_ROWS = 256
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it are spread evenly
 _NORMS = ("attn_norm", "", "ffn_norm", "")  # what makes the input of a stage
-_FEED_FORWARD = 2  # the stage whose weights lose 2% less with half of the factors, even where activations gain nothing
 _RIDGE = 0.03  # of the Hessian in T, as a share of its mean diagonal
 # T is learned from the calibration text. Half of it measured as good as all of it, and errs less on other text.
 _TAKEN_BACK = 0.5
@@ -100,7 +99,7 @@ class Sequential:
         wanted = [name for name in names if f"{name}.weight" in self._wanted]
         norm = f"blk.{layer}.{_NORMS[stage]}.weight"
         if self._options.equalize and len(wanted) == len(names) and norm in graph.norms:
-            factors = self._factors(stage, rounded_in, [weight.numpy() for weight in weights.values()])
+            factors = self._factors(rounded_in, [weight.numpy() for weight in weights.values()])
             if factors is not None:
                 self.norms[norm] = graph.tensor(norm) / factors
                 weights = {name: weight * factors for name, weight in weights.items()}
@@ -131,7 +130,7 @@ class Sequential:
         ]
         yield from ((f"{name}.weight", done[name]) for name in wanted)
 
-    def _factors(self, stage: int, inputs: list[torch.Tensor], weights: list[np.ndarray]) -> torch.Tensor | None:
+    def _factors(self, inputs: list[torch.Tensor], weights: list[np.ndarray]) -> torch.Tensor | None:
         """What equalization moves from the norm into the matrices, if anything."""
         columns, options = inputs[0].shape[-1], self._options
         tokens = sum(x.shape[0] * x.shape[1] for x in inputs)
@@ -139,8 +138,6 @@ class Sequential:
         stats = InputStats(tokens, square.numpy(), None, _sample(inputs).numpy())
         capacity = min(listable(len(weight), columns) for weight in weights)
         found = equalize.choose(stats, weights, capacity, options.activation_bits, options.per_group, options.refine)
-        if found is None and stage == _FEED_FORWARD:
-            found = np.sqrt(equalize.factors(stats.mean_square, weights))
         return None if found is None else torch.from_numpy(found)
 
     def _gather(
