@@ -184,6 +184,10 @@ def quantize(
     calibration_tokens: Annotated[
         int, typer.Option("--calibration-tokens", min=64, help="Tokens of the calibration text to use, at most.")
     ] = 32768,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune/--no-tune", help="Whether best ends with training norms and scales, its longest part."),
+    ] = True,
     threads: Threads = 0,
     memory: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for calibration, such as 4G.")
@@ -226,6 +230,7 @@ def quantize(
         threads=threads,
         memory=memory,
         calibration_tokens=calibration_tokens,
+        tune=tune,
         split_size=split_size or 0,
     )
     if act_bits != 8:

@@ -49,6 +49,7 @@ class QuantizeOptions:
     threads: int = 0  # 0: all that this process may use
     memory: int = 4 << 30  # bytes that calibration may use for the statistics it holds at a time
     calibration_tokens: int = 32768  # at most
+    tune: bool = True  # norms and scales, in the end (`best`)
     context: int = 512  # tokens of a calibration chunk
     split_size: int = 0  # bytes of a file, at most; 0: one file
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
@@ -254,7 +255,7 @@ def _from_text(
         journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
     warnings, refined = [], None
     if options.quality == "best":
-        found = refine(reader, calibrator, plans, options.matrix, options.memory, journal, progress)
+        found = refine(reader, calibrator, plans, options.matrix, options.memory, options.tune, journal, progress)
         if isinstance(found, Refined):
             refined = found
             wanted = [name for name in wanted if name not in refined.names]

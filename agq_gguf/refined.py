@@ -51,6 +51,7 @@ def refine(
     plans: list[TensorPlan],
     options: MatrixOptions,
     memory: int,
+    tune: bool,
     journal: Journal,
     progress: Progress,
 ) -> Refined | str:
@@ -69,7 +70,7 @@ def refine(
     if graph.output_name != EMBEDDING and any((p.source.name, p.type_name) == (EMBEDDING, TYPE_NAME) for p in plans):
         names.add(EMBEDDING)
     refined = Refined(names, iter(()))
-    refined.results = _run(graph, calibrator.chunks, plans, options, memory, journal, progress, refined)
+    refined.results = _run(graph, calibrator.chunks, plans, options, memory, tune, journal, progress, refined)
     return refined
 
 
@@ -93,6 +94,7 @@ def _run(
     plans: list[TensorPlan],
     options: MatrixOptions,
     memory: int,
+    tune: bool,
     journal: Journal,
     progress: Progress,
     refined: Refined,
@@ -113,10 +115,11 @@ def _run(
         progress("quantize", done, stages, name)
 
     needed = distill.bytes_needed(sum(plan.source.n_elements for plan in plans))
-    if needed > memory:
-        refined.notes.append(
-            f"norms and scales were not tuned: that takes {needed >> 20} MiB, --memory allows {memory >> 20}"
-        )
+    if not tune or needed > memory:
+        if tune:
+            refined.notes.append(
+                f"norms and scales were not tuned: that takes {needed >> 20} MiB, --memory allows {memory >> 20}"
+            )
         yield from run.run(journal, report)
         refined.norms.update({name: norm.numpy() for name, norm in run.norms.items()})
         return

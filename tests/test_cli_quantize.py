@@ -51,6 +51,14 @@ def test_quantize_without_calibration_warns_and_replaces(small: Path, tmp_path: 
         assert reader.tensors["output.weight"].type_name == "agq4"
 
 
+def test_calibration_tokens_bound_the_text(small: Path, words_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.gguf"
+    run("quantize", small, target, "--calibration", words_file, "-t", 1, "--quiet", "--calibration-tokens", 600)
+    with open_gguf(target) as reader:
+        tokens = int(re.findall(r"(\d+) tokens", reader.get("agq.calibration"))[0])
+    assert 0 < tokens <= 600
+
+
 def test_dry_run_writes_nothing(small: Path, tmp_path: Path) -> None:
     shown = run("quantize", small, tmp_path / "out.gguf", "--dry-run", "--output-type", "f16")
     assert re.search(r"blk\.0\.ffn_up\.weight +128 x 128 +f16 +agq4 +8\.5 KiB", shown.stdout)
