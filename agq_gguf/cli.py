@@ -186,7 +186,7 @@ def quantize(
     ] = 32768,
     tune: Annotated[
         bool,
-        typer.Option("--tune/--no-tune", help="Whether best ends with training norms and scales, its longest part."),
+        typer.Option("--tune/--no-tune", help="Let best train norms and scales in the end, which takes longest."),
     ] = True,
     threads: Threads = 0,
     memory: Annotated[
