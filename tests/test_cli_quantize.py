@@ -20,7 +20,7 @@ from agq_gguf.reader import open_gguf
 
 @pytest.fixture
 def quick_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = partial(convert.QuantizeOptions, calibration_tokens=512, matrix=MatrixOptions(learn_codebook=False))
+    options = partial(convert.QuantizeOptions, matrix=MatrixOptions(learn_codebook=False))
     monkeypatch.setattr(convert, "QuantizeOptions", options)
 
 

@@ -82,10 +82,9 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Story]:
         command("import-hf", checkpoint, exact)
         with pytest.MonkeyPatch.context() as patch:  # less calibration than a user's, to save time
             plain = MatrixOptions(learn_codebook=False)
-            patch.setattr(
-                convert, "QuantizeOptions", partial(convert.QuantizeOptions, calibration_tokens=4096, matrix=plain)
-            )
-            command("quantize", exact, quantized, "--calibration", TEXTS[family] / "calibration.txt", "-t", 1)
+            patch.setattr(convert, "QuantizeOptions", partial(convert.QuantizeOptions, matrix=plain))
+            text_of = ("--calibration", TEXTS[family] / "calibration.txt", "--calibration-tokens", 4096)
+            command("quantize", exact, quantized, *text_of, "-t", 1)
         with Model(exact, vocab_only=True) as host:
             tokens = host.tokenize(text)[:250]
         made[family] = Story(family, checkpoint, exact, quantized, tokens, text)
@@ -135,6 +134,9 @@ def test_quantized(story: Story) -> None:
     scored = compare(exact, quantized, story.tokens[1:])
     assert 1e-6 < scored[:, 2].mean() < 0.05
     assert scored[:, 1].mean() < scored[:, 0].mean() + 0.05  # nats per token
+    second, first = np.partition(exact, -2, axis=-1)[:, -2:].T
+    sure = first - second > 1
+    assert sure.sum() > 50 and np.array_equal(exact[sure].argmax(-1), quantized[sure].argmax(-1))
 
 
 def test_pruned(story: Story) -> None:
@@ -147,12 +149,12 @@ def test_pruned(story: Story) -> None:
 
 
 def test_it_tells_a_story(story: Story) -> None:
-    """Greedy text of the quantized model begins as that of the float one does, and with tokens dropped it goes on."""
-    # LLaMA answers a question; how its stories go on is a free choice, which quantization may change.
+    """The quantized model answers as the float one does, and all speak in words they know, with tokens dropped, too."""
+    # LLaMA answers a question; how stories go on is a free choice, which quantization may change.
     end = story.text.index("Bot:", 400) + 4 if story.family == "llama" else 400
     options = ("-p", story.text[:end], "-n", 24, "--temp", 0, "-t", 1)
     exact, told = (command("generate", path, *options) for path in (story.exact, story.quantized))
-    assert told.split()[:2] == exact.split()[:2]
+    assert told.split()[:2] == exact.split()[:2] or story.family != "llama"
     pruned = command("generate", story.quantized, *options, "--prune", "1:0.3", "--show-pruned")
     assert "{1:" in pruned
     known = set((TEXTS[story.family] / "calibration.txt").read_text(encoding="utf-8").split())
