@@ -132,8 +132,7 @@ def tune(
         after = _divergence(graph, student, aside)
     # A few positions hold a third of the divergence; where they fall is luck, and no reason to take or leave a result.
     usual = (before + after).argsort()[: int(_USUAL * len(before)) or 1]
-    better = bool(after[usual].mean() < before[usual].mean())
-    if not better:
+    if not after[usual].mean() < before[usual].mean():
         return Tuned({}, {}, float(before.mean()), float(after.mean()))
     with torch.no_grad():
         tuned = {
