@@ -13,11 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from agq_gguf import rounding
 from agq_gguf.blocks import GROUP_COLUMNS
-from agq_gguf.codebook import Codebook, reciprocal, search_scales, storable
-
-# Scales of a group that are tried by rounding it, as shares of what the search found; 1.3% less error than without.
-_AROUND = (0.88, 0.94, 1.0, 1.06, 1.12)
+from agq_gguf.codebook import Codebook
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,10 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
 def quantize(
     weights: torch.Tensor, known: Correlations, codebook: Codebook, sweeps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [M, K] int64 and scales [M, K / 64] for weights [M, K] in stored order, which are left as they are."""
+    """Codes [M, K] uint8 and scales [M, K / 64] for weights [M, K] in stored order, which are left as they are."""
     codes, scales = _feed_back(weights, known, codebook)
-    return _descend(weights, known.hessian, codebook, codes, scales, sweeps)
+    _descend(weights, known.hessian, codebook, codes, scales, sweeps)
+    return codes.T.contiguous(), scales.T.contiguous()
 
 
 # Below, matrices are transposed, [K, M]: one column of the weights is one contiguous row.
@@ -84,37 +83,18 @@ def _feed_back(weights: torch.Tensor, known: Correlations, codebook: Codebook) -
     """Codes [K, M] and scales [K / 64, M]; a group's scale is chosen on weights that carry the earlier errors.
 
     The search minds one column at a time; which of the scales around its result is best once columns make up for each
-    other, only rounding the group with each of them tells.
+    other, only rounding the group with each of them tells. That brings 1.3% less error.
     """
     rest, upper = weights.T[known.order], known.upper
-    rows = torch.arange(rest.shape[1])
-    codes = torch.empty(rest.shape, dtype=torch.int64)
+    codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales = torch.empty(len(rest) // GROUP_COLUMNS, rest.shape[1])
     for begin in range(0, len(rest), GROUP_COLUMNS):
         here, later = slice(begin, begin + GROUP_COLUMNS), slice(begin + GROUP_COLUMNS, None)
-        inside, columns = upper[here, here], known.order[here]
-        importance = inside.diagonal().square().reciprocal()[None]
-        found = search_scales(rest[here].T.contiguous(), importance, codebook)
-        tried = torch.cat([storable(found * factor) for factor in _AROUND])
-        tried_codes, errors = _round_group(rest[here].repeat(1, len(_AROUND)), inside, tried, codebook)
-        cost = errors.square().sum(0).view(len(_AROUND), -1)
-        best = cost.argmin(0) * len(rows) + rows
-        codes[columns], scales[columns[0] // GROUP_COLUMNS] = tried_codes[:, best], tried[best]
-        rest[later].addmm_(upper[here, later].T, errors[:, best], alpha=-1)
+        columns = known.order[here]
+        found, scale, errors = rounding.feed_back(codebook.values, upper[here, here].contiguous(), rest[here])
+        codes[columns], scales[columns[0] // GROUP_COLUMNS] = found, scale
+        rest[later].addmm_(upper[here, later].T, errors, alpha=-1)
     return codes, scales
-
-
-def _round_group(
-    group: torch.Tensor, inside: torch.Tensor, scale: torch.Tensor, codebook: Codebook
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and (W - Q) / U_kk [64, n] of a group with scales [n]; `group` holds what is left of it afterwards."""
-    inverse, errors = reciprocal(scale), torch.empty_like(group)
-    codes = torch.empty(group.shape, dtype=torch.int64)
-    for j in range(GROUP_COLUMNS):
-        codes[j], value = codebook.round(group[j] * inverse)
-        errors[j] = (group[j] - value * scale) / inside[j, j]
-        group[j + 1 :].addr_(inside[j, j + 1 :], errors[j], alpha=-1)
-    return codes, errors
 
 
 def _descend(
@@ -124,37 +104,17 @@ def _descend(
     codes: torch.Tensor,
     scales: torch.Tensor,
     sweeps: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinate descent from codes [K, M] and scales [K / 64, M]; returns them as [M, K] and [M, K / 64].
+) -> None:
+    """Coordinate descent from codes [K, M] and scales [K / 64, M], in place.
 
     With the slope S = H (W - Q), column k alone is best at Q_k + S_k / H_kk, and the scale of a group with values c at
     D + c S / c H c. Every step lowers the loss or leaves it.
     """
-    restored = codebook.values[codes] * scales.repeat_interleave(GROUP_COLUMNS, 0)
+    restored = codebook.values[codes.int()] * scales.repeat_interleave(GROUP_COLUMNS, 0)
     slope = hessian @ (weights.T - restored)
+    groups = [slice(begin, begin + GROUP_COLUMNS) for begin in range(0, len(codes), GROUP_COLUMNS)]
+    insides = [hessian[here, here].contiguous() for here in groups]
     for _ in range(sweeps):
-        for g in range(len(scales)):
-            here = slice(g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS)
-            inside, group, before = hessian[here, here], slope[here].clone(), restored[here].clone()
-            scales[g] = _refit_scale(codebook.values[codes[here]], scales[g], inside, group)
-            restored[here] = codebook.values[codes[here]] * scales[g]
-            group -= inside @ (restored[here] - before)
-            inverse = reciprocal(scales[g])
-            for j in range(GROUP_COLUMNS):
-                k = here.start + j
-                normal = (restored[k] + group[j] / inside[j, j]) * inverse
-                codes[k], value = codebook.round(normal)
-                value *= scales[g]
-                group[j + 1 :].addr_(inside[j, j + 1 :], value - restored[k], alpha=-1)  # columns still to come
-                restored[k] = value
-            slope.addmm_(hessian[:, here], restored[here] - before, alpha=-1)
-    return codes.T.contiguous(), scales.T.contiguous()
-
-
-def _refit_scale(values: torch.Tensor, scale: torch.Tensor, inside: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """Storable scale [M] for fixed values [64, M]; the old one where rounding to a storable one would lose."""
-    linear = (values * slope).sum(0)
-    square = (values * (inside @ values)).sum(0)
-    change = storable(scale + linear * reciprocal(square)) - scale
-    gain = change * (2 * linear - change * square)
-    return torch.where(gain > 0, scale + change, scale)
+        for here, inside, scale in zip(groups, insides, scales, strict=True):
+            change = rounding.descend(codebook.values, inside, slope[here], codes[here], scale)
+            slope.addmm_(hessian[:, here], change, alpha=-1)

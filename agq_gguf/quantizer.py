@@ -28,10 +28,8 @@ _FLOOR = 1e-4  # importance of a channel that was silent in the calibration text
 _LARGEST = 4096.0
 _SMALLEST_ALPHA = 2.0**-126  # smaller binary32 numbers lose precision, or count as 0 on some machines
 _ERROR_ROWS = 256  # rows on which the reported error is measured
-_ROWS_AT_A_TIME = 4096  # bounds memory
-# Fewer are not worth a thread: between operations on short rows threads wait for each other (Python's global lock), and
-# two were slower than one up to 3072 rows of 768 columns.
-_ROWS_OF_A_THREAD = 2560
+_ROWS_AT_A_TIME = 1024  # their weights and slopes fit into the cache
+_ROWS_OF_A_THREAD = 96  # fewer are not worth a thread
 
 _Rounded = tuple[torch.Tensor, torch.Tensor]  # codes [M, K] uint8 and scales [M, K / 64]
 
@@ -131,7 +129,7 @@ def quantize_matrix(
 
 def _rows_at_a_time(rows: int) -> int:
     """Rows are rounded apart from one another: equal shares for all threads, of a bounded size."""
-    threads = min(torch.get_num_threads(), max(1, rows // _ROWS_OF_A_THREAD))
+    threads = max(1, min(torch.get_num_threads(), rows // _ROWS_OF_A_THREAD))
     shares = threads * -(-rows // (threads * _ROWS_AT_A_TIME))
     return -(-rows // shares)
 
@@ -151,15 +149,11 @@ def _in_parallel(work: Callable[[torch.Tensor], _Rounded], parts: Sequence[torch
 
 def _round(stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook, options: MatrixOptions) -> _Rounded:
     """Some rows; each is on its own."""
-    rows, columns = stored.shape
     if prepared.correlations is not None:
-        codes, scales = feedback.quantize(stored, prepared.correlations, codebook, options.sweeps)
-        return codes.to(torch.uint8), scales
-    groups = stored.reshape(-1, GROUP_COLUMNS)
-    h = prepared.importance.reshape(-1, GROUP_COLUMNS).repeat(rows, 1)
-    scales = cb.search_scales(groups, h, codebook)
-    codes = codebook.encode(groups * cb.reciprocal(scales)[:, None])
-    return codes.to(torch.uint8).reshape(rows, columns), scales.reshape(rows, -1)
+        return feedback.quantize(stored, prepared.correlations, codebook, options.sweeps)
+    scales = cb.search_scales(stored, prepared.importance, codebook)
+    codes = codebook.encode(stored * cb.reciprocal(scales).repeat_interleave(GROUP_COLUMNS, 1))
+    return codes.to(torch.uint8), scales
 
 
 def _stored_weights(weight: NDArray[np.float32], refinement: Refinement) -> tuple[torch.Tensor, float]:

@@ -35,6 +35,9 @@ function(agq_add_kernels target)
     # a result.
     set(rows "-fno-math-errno;-fno-trapping-math")
     agq_kernel(${target} rows_generic.cpp "${rows}" "/fp:precise")
+    # Without fused multiply-adds, which not all have, the converter rounds alike on all processors.
+    set(rounding "${rows};-ffp-contract=off")
+    agq_kernel(${target} rounding_generic.cpp "${rounding}" "/fp:precise")
     if(vector_types)
         agq_kernel(${target} attention_generic.cpp "" "")
         agq_kernel(${target} attention_paper.cpp "-fno-math-errno" "")
@@ -47,8 +50,12 @@ function(agq_add_kernels target)
                    "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512"
                    "/arch:AVX512")
         agq_kernel(${target} rows_avx2.cpp "-mavx2;-mfma;${rows}" "/arch:AVX2;/fp:precise")
+        agq_kernel(${target} rounding_avx2.cpp "-mavx2;${rounding}" "/arch:AVX2;/fp:precise")
         agq_kernel(${target} rows_avx512.cpp
                    "-mavx2;-mfma;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512;${rows}"
+                   "/arch:AVX512;/fp:precise")
+        agq_kernel(${target} rounding_avx512.cpp
+                   "-mavx2;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512;${rounding}"
                    "/arch:AVX512;/fp:precise")
         if(vector_types)
             agq_kernel(${target} attention_avx2.cpp "-mavx2;-mfma;-mf16c" "")

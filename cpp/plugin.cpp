@@ -1,10 +1,11 @@
-// The exported entry points of the plugin library, nothing else.
+// The entry points that a host and a running model need, nothing else; converter.cpp has the converter's.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
 
 #include "backend.h"
+#include "export.h"
 #include "host.h"
 #include "kernels/select.h"
 #include "mixed_bits.h"
@@ -13,12 +14,6 @@
 #include "prune/history.h"
 #include "thread_value.h"
 #include "type_registry.h"
-
-#ifdef _WIN32
-#define AGQ_EXPORT extern "C" __declspec(dllexport)
-#else
-#define AGQ_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace {
 

@@ -49,7 +49,15 @@ def emulate(cpu: str, *command: str | Path, isa: str = "") -> subprocess.Complet
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of our programs and the plugin for aarch64; warnings are errors."""
-    targets = ["kernels_test", "attention_test", "paper_attention_test", "mixed_test", "product_graph", "ggml-agq"]
+    targets = [
+        "kernels_test",
+        "attention_test",
+        "paper_attention_test",
+        "rounding_test",
+        "mixed_test",
+        "product_graph",
+        "ggml-agq",
+    ]
     folder = tmp_path_factory.mktemp("arm")
     return build(ROOT, folder, targets, "-DAGQ_BUILD_TESTS=ON", "-DAGQ_WERROR=ON")
 
@@ -87,6 +95,12 @@ def test_attention(programs: Path) -> None:
 def test_attention_of_the_paper(programs: Path) -> None:
     result = emulate("max", programs / "paper_attention_test")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_rounding_is_that_of_other_processors(programs: Path) -> None:
+    result = emulate("max", programs / "rounding_test")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "checksum" in result.stdout
 
 
 def test_rows_of_mixed_bits(programs: Path) -> None:

@@ -31,7 +31,9 @@ def run(program: Path, *arguments: str, **env: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("name", ["kernels_test", "attention_test", "paper_attention_test", "rows_test", "mixed_test"])
+@pytest.mark.parametrize(
+    "name", ["kernels_test", "attention_test", "paper_attention_test", "rows_test", "rounding_test", "mixed_test"]
+)
 def test_cpp_program(name: str, build: Path) -> None:
     result = run(build / name)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -51,6 +53,9 @@ def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
     assert names == {
         "ggml_backend_init",
         "llama_backend_init",
+        "agq_descend",
+        "agq_feed_back",
+        "agq_search_scales",
         "agq_last_error",
         "agq_last_bits",
         "agq_last_importance",

@@ -173,7 +173,7 @@ def test_descent_never_loses() -> None:
 
     def loss(sweeps: int) -> float:
         codes, scales = feedback.quantize(w, known, book, sweeps)
-        error = w - book.values[codes] * scales.repeat_interleave(64, 1)
+        error = w - book.values[codes.int()] * scales.repeat_interleave(64, 1)
         return float(((error @ known.hessian) * error).sum())
 
     losses = [loss(n) for n in range(4)]

@@ -86,6 +86,7 @@ const kernel kernel_avx2 = {"avx2",
                             AGQ_ATTENTION(attention_avx2),
                             4,
                             activation_offset,
-                            &rows_avx2};
+                            &rows_avx2,
+                            &rounding_avx2};
 
 }  // namespace agq

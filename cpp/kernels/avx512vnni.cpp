@@ -439,7 +439,7 @@ bool supported() {
 }  // namespace
 
 const kernel kernel_avx512vnni = {
-    "avx512vnni", supported, nr, 2, quantize_block<quantize_ops>, gemm, AGQ_ATTENTION(attention_avx512vnni), 4, 0,
-    &rows_avx512};
+    "avx512vnni", supported,       nr, 2, quantize_block<quantize_ops>, gemm, AGQ_ATTENTION(attention_avx512vnni), 4, 0,
+    &rows_avx512, &rounding_avx512};
 
 }  // namespace agq

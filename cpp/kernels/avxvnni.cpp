@@ -44,8 +44,16 @@ bool supported() {
 
 }  // namespace
 
-const kernel kernel_avxvnni = {
-    "avxvnni", supported, nr,        1, quantize_block<quantize_ops<0>>, multiply<dot4>, AGQ_ATTENTION(attention_avx2),
-    4,         0,         &rows_avx2};
+const kernel kernel_avxvnni = {"avxvnni",
+                               supported,
+                               nr,
+                               1,
+                               quantize_block<quantize_ops<0>>,
+                               multiply<dot4>,
+                               AGQ_ATTENTION(attention_avx2),
+                               4,
+                               0,
+                               &rows_avx2,
+                               &rounding_avx2};
 
 }  // namespace agq

@@ -8,6 +8,7 @@
 
 #include "../blocks.h"
 #include "attention.h"
+#include "rounding.h"
 #include "rows.h"
 
 namespace agq {
@@ -78,6 +79,7 @@ struct kernel {
     int kr = 4;                         ///< columns of a token that lie together in a packed block: 4, 8, 16 or 32
     int offset4 = 0;                    ///< what q holds on top of the value when it was quantized to 4 bits: 0 or 8
     const row_kernel *rows = &rows_generic;
+    const rounding_kernel *rounding = &rounding_generic;
 };
 
 extern const kernel kernel_scalar;

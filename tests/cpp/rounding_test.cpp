@@ -1,0 +1,167 @@
+// Every rounding kernel this CPU can run against the generic one (which tests/test_rounding.py compares with numpy),
+// bit for bit, over random numbers of rows, codebooks and sizes; and the generic one against what it gave on another
+// architecture. Prints its seed; `--seed N` repeats a run.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/select.h"
+
+namespace {
+
+constexpr size_t columns = 64;
+constexpr unsigned char guard = 0xA5;  // stands where a kernel must not write
+
+template <class element>
+using memory = std::vector<element>;
+
+/// Room for n elements with a guard behind it.
+template <class element>
+memory<element> guarded(size_t n) {
+    memory<element> m(n + 64);
+    std::memset(m.data(), guard, m.size() * sizeof(element));
+    return m;
+}
+
+template <class element>
+bool equal(const memory<element> &a, const memory<element> &b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(element)) == 0;
+}
+
+template <class element>
+bool intact(const memory<element> &m) {
+    const unsigned char *end = reinterpret_cast<const unsigned char *>(m.data() + m.size());
+    return std::all_of(end - 64 * sizeof(element), end, [](unsigned char byte) { return byte == guard; });
+}
+
+int failures = 0;
+
+void expect(bool good, const char *kernel, const char *what, size_t n) {
+    if (good) return;
+    std::printf("%s: %s of %zu rows differs\n", kernel, what, n);
+    ++failures;
+}
+
+/// What one kernel makes of everything.
+struct results {
+    memory<float> searched, searched_each, scales, errors, descended_scales, change;
+    memory<uint8_t> codes, descended_codes;
+};
+
+struct problem {
+    size_t n;
+    memory<float> values, weights, h, hs, upper, inside;
+
+    problem(std::mt19937 &rng, size_t rows, float size) : n(rows) {
+        // Sums of integers: the same on every machine, which the standard library's distributions are not.
+        const auto normal = [&rng] {
+            int32_t sum = 0;
+            for (int i = 0; i < 4; ++i) sum += static_cast<int32_t>(rng() & 0xFFFF) - 0x8000;
+            return static_cast<float>(sum) * (1.0f / 0x8000);
+        };
+        const auto fill = [&](memory<float> &m, size_t count, float factor) {
+            m.resize(count);
+            for (float &v : m) v = normal() * factor;
+        };
+        fill(values, 16, 30.0f);
+        std::sort(values.begin(), values.end());
+        fill(weights, columns * n, size);
+        for (size_t t = 0; t < n; t += 7) {
+            for (size_t j = 0; j < columns; ++j) weights[j * n + t] = 0.0f;  // a row of zeros has the scale 0
+        }
+        fill(h, columns, 1.0f);
+        fill(hs, columns * n, 1.0f);
+        for (float &v : h) v *= v;
+        for (float &v : hs) v *= v;
+        fill(upper, columns * columns, 0.1f);
+        memory<float> mixed;
+        fill(mixed, columns * columns, 1.0f);
+        inside.resize(columns * columns);
+        for (size_t i = 0; i < columns; ++i) {
+            upper[i * columns + i] = 1.0f + std::fabs(upper[i * columns + i]);
+            for (size_t j = 0; j < columns; ++j) {
+                double sum = 0;  // exact
+                for (size_t k = 0; k < columns; ++k) {
+                    sum += static_cast<double>(mixed[k * columns + i]) * mixed[k * columns + j];
+                }
+                inside[i * columns + j] = static_cast<float>(sum);
+            }
+        }
+    }
+
+    results run(const agq::rounding_kernel &kern) const {
+        results r;
+        const auto rows = static_cast<int64_t>(n);
+        r.searched = r.searched_each = r.scales = guarded<float>(n);
+        r.errors = r.change = guarded<float>(columns * n);
+        r.codes = guarded<uint8_t>(columns * n);
+        kern.search_scales(values.data(), weights.data(), h.data(), false, rows, r.searched.data());
+        kern.search_scales(values.data(), weights.data(), hs.data(), true, rows, r.searched_each.data());
+        kern.feed_back(values.data(), upper.data(), weights.data(), rows, r.codes.data(), r.scales.data(),
+                       r.errors.data());
+        r.descended_codes = r.codes;
+        r.descended_scales = r.scales;
+        kern.descend(values.data(), inside.data(), weights.data(), rows, r.descended_codes.data(),
+                     r.descended_scales.data(), r.change.data());
+        return r;
+    }
+};
+
+void compare(const char *name, const results &a, const results &b, size_t n) {
+    expect(equal(a.searched, b.searched) && intact(b.searched), name, "search_scales", n);
+    expect(equal(a.searched_each, b.searched_each) && intact(b.searched_each), name, "search_scales with own costs", n);
+    expect(equal(a.codes, b.codes) && equal(a.scales, b.scales) && equal(a.errors, b.errors) && intact(b.codes) &&
+               intact(b.scales) && intact(b.errors),
+           name, "feed_back", n);
+    expect(equal(a.descended_codes, b.descended_codes) && equal(a.descended_scales, b.descended_scales) &&
+               equal(a.change, b.change) && intact(b.descended_codes) && intact(b.descended_scales) && intact(b.change),
+           name, "descend", n);
+}
+
+/// FNV-1a of what the generic kernel makes of a fixed problem.
+uint32_t checksum() {
+    std::mt19937 rng(1);
+    const results r = problem(rng, 100, 1.0f).run(agq::rounding_generic);
+    uint32_t hash = 2166136261u;
+    const auto add = [&hash](const void *data, size_t bytes) {
+        const unsigned char *at = static_cast<const unsigned char *>(data);
+        for (size_t i = 0; i < bytes; ++i) hash = (hash ^ at[i]) * 16777619u;
+    };
+    for (const memory<float> *m :
+         {&r.searched, &r.searched_each, &r.scales, &r.errors, &r.descended_scales, &r.change}) {
+        add(m->data(), m->size() * sizeof(float));
+    }
+    for (const memory<uint8_t> *m : {&r.codes, &r.descended_codes}) add(m->data(), m->size());
+    return hash;
+}
+
+constexpr uint32_t known_checksum = 0x208ccd2d;
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    unsigned seed = std::random_device{}();
+    if (argc == 3 && std::string(argv[1]) == "--seed") seed = static_cast<unsigned>(std::strtoul(argv[2], nullptr, 10));
+    std::printf("seed %u\n", seed);
+    for (const agq::kernel *row : agq::compiled_kernels()) {
+        if (!row->supported()) continue;
+        std::mt19937 rng(seed);
+        for (int round = 0; round < 40; ++round) {
+            const size_t n =
+                round < 4 ? std::vector<size_t>{1, 31, 32, 33}[static_cast<size_t>(round)] : 1 + rng() % 150;
+            const float sizes[] = {1.0f, 300.0f, 1e-3f, 1e12f, 1e-30f, std::numeric_limits<float>::max() / 8};
+            const problem given(rng, n, sizes[round % 6]);
+            compare(row->name, given.run(agq::rounding_generic), given.run(*row->rounding), n);
+        }
+        std::printf("%s: tested\n", row->name);
+    }
+    std::printf("checksum %08x\n", checksum());
+    expect(checksum() == known_checksum, "generic", "the checksum", 100);
+    return failures == 0 ? 0 : 1;
+}

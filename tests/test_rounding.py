@@ -1,0 +1,94 @@
+"""The compiled inner loops of rounding against tests/reference_rounding.py, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference_rounding as reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agq_gguf import codebook, rounding
+from agq_gguf.blocks import round_scale
+
+seeds = st.integers(0, 2**32 - 1)
+rows = st.integers(1, 70)
+sizes = st.sampled_from([1e-30, 1e-3, 1.0, 300.0, 1e12])
+
+
+def some_codebook(rng: np.random.Generator) -> np.ndarray:
+    kind = rng.integers(3)
+    if kind == 0:
+        return codebook.fixed().values.numpy()
+    values = rng.integers(-64, 64, 16) if kind == 1 else rng.normal(size=16) * 40
+    return np.sort(values).astype(np.float32)
+
+
+def some_weights(rng: np.random.Generator, n: int, size: float) -> np.ndarray:
+    weights = (rng.standard_t(4, (64, n)) * size).astype(np.float32)
+    weights[:, rng.random(n) < 0.1] = 0
+    return weights
+
+
+def some_hessian(rng: np.random.Generator) -> np.ndarray:
+    x = (rng.normal(size=(200, 64)) @ rng.normal(size=(64, 64)) * np.exp(rng.normal(size=64))).astype(np.float32)
+    return x.T @ x / np.float32(200)
+
+
+def same(found: torch.Tensor, wanted: np.ndarray) -> bool:
+    """Equal bits, but for the sign of zeros."""
+    return np.array_equal(found.numpy(), wanted, equal_nan=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, rows, sizes, st.booleans())
+def test_search(seed: int, n: int, size: float, each: bool) -> None:
+    rng = np.random.default_rng(seed)
+    values, weights = some_codebook(rng), some_weights(rng, n, size)
+    h = np.exp(rng.normal(size=(64, n) if each else 64)).astype(np.float32)
+    found = rounding.search_scales(*map(torch.from_numpy, (values, weights, h)))
+    assert same(found, reference.search_scales(values, weights, h))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, rows, sizes)
+def test_feed_back(seed: int, n: int, size: float) -> None:
+    rng = np.random.default_rng(seed)
+    values, weights = some_codebook(rng), some_weights(rng, n, size)
+    upper = np.linalg.cholesky(np.linalg.inv(some_hessian(rng).astype(np.float64) + 0.1 * np.eye(64))).T
+    upper = np.ascontiguousarray(upper, np.float32)
+    kept = weights.copy()
+    found = rounding.feed_back(*map(torch.from_numpy, (values, upper, weights)))
+    assert np.array_equal(weights, kept)
+    for ours, wanted in zip(found, reference.feed_back(values, upper, weights), strict=True):
+        assert same(ours, wanted)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, rows, st.sampled_from([1e-3, 1.0, 300.0]))
+def test_descend(seed: int, n: int, size: float) -> None:
+    rng = np.random.default_rng(seed)
+    values, weights, inside = some_codebook(rng), some_weights(rng, n, size), some_hessian(rng)
+    scales = round_scale((rng.normal(size=n) * size / 20).astype(np.float32))
+    codes = reference.nearest(values, weights * reference.inverse(scales))
+    slope = inside @ (weights - values[codes] * scales)
+    wanted = reference.descend(values, inside, slope, codes, scales)
+    before = np.einsum("jn,jn->n", weights - values[codes] * scales, slope, dtype=np.float64)
+    new_codes, new_scales = torch.from_numpy(codes.copy()), torch.from_numpy(scales.copy())
+    change = rounding.descend(*map(torch.from_numpy, (values, inside, slope)), new_codes, new_scales)
+    for ours, theirs in zip((new_codes, new_scales, change), wanted, strict=True):
+        assert same(ours, theirs)
+    error = weights.astype(np.float64) - values[new_codes.numpy()].astype(np.float64) * new_scales.numpy()
+    after = (error * (inside.astype(np.float64) @ error)).sum(0)
+    assert (after <= before * (1 + 1e-4) + 1e-12 * size**2).all()
+
+
+def test_refused_operands() -> None:
+    """What would be read wrongly is an error in Python, not a crash."""
+    values, weights, h = codebook.fixed().values, torch.ones(64, 5), torch.ones(64)
+    for bad in (weights.double(), torch.ones(5, 64).T, torch.ones(63, 5)):
+        with pytest.raises(ValueError, match=r"wanted torch\.float32"):
+            rounding.search_scales(values, bad, h)
+    with pytest.raises(ValueError, match="wanted"):
+        rounding.descend(values, torch.eye(64), weights, torch.zeros(64, 5), torch.ones(5))
