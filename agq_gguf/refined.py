@@ -103,7 +103,7 @@ def _run(
     chunks = _affordable(graph, chunks, memory, refined.notes)
     batches = batches_of(chunks, _BATCH_TOKENS)
     n_tokens = sum(map(len, chunks))
-    weights = token_weights(graph, batches, lambda done: progress("sensitivity", done, n_tokens, "gradients"))
+    weights = token_weights(graph, batches, journal, lambda done: progress("sensitivity", done, n_tokens, "gradients"))
 
     embedding, looked_up = _embedding(graph, types, options)
     if looked_up is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from agq_gguf.journal import Journal
 from agq_gguf.llama_graph import STAGES, LlamaGraph, State
 
 # |g|^2 is heavy-tailed. Keys and values need it as it is: for them the first token of a text, on which attention rests,
@@ -26,29 +27,45 @@ Weights = dict[tuple[int, int], torch.Tensor]  # (layer, stage) -> [tokens] floa
 
 
 def token_weights(
-    graph: LlamaGraph, batches: list[torch.Tensor], progress: Callable[[int], None], seed: int = 0
+    graph: LlamaGraph, batches: list[torch.Tensor], journal: Journal, progress: Callable[[int], None], seed: int = 0
 ) -> Weights:
     """Weights for the inputs of all stages; `batches` hold tokens [batch, tokens] int64.
 
-    One backward pass: about three times the work of running the text.
+    One backward pass: about three times the work of running the text. `journal` has the batches that an earlier run has
+    finished, and gets the others.
     """
-    generator = torch.Generator().manual_seed(seed)
     found: dict[tuple[int, int], list[torch.Tensor]] = {}
+    stages = [(layer, stage) for layer in range(graph.shape.n_layer) for stage in range(len(STAGES))]
     done = 0
-    for tokens in batches:
-        inputs = [graph.embed(tokens)]
-        with torch.no_grad():
-            for layer in range(graph.shape.n_layer):
-                inputs.append(graph.block(layer, inputs[-1], graph.linear))
-        gradient, _ = logits_gradient(graph, inputs.pop(), generator)
-        for layer in reversed(range(graph.shape.n_layer)):
-            gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
-            for stage in range(len(STAGES)):  # matrices and channels of a stage count together
-                squares = [p.gradient.square().sum(-1) for p in products if p.stage == stage]
-                found.setdefault((layer, stage), []).append(torch.stack(squares).sum(0))
+    for i, tokens in enumerate(batches):
+        kept = journal.get(f"gradients {i}")
+        if kept is None:
+            squares = _squares(graph, tokens, torch.Generator().manual_seed(seed + i))
+            kept = {f"{layer}.{stage}": squares[layer, stage].numpy() for layer, stage in stages}
+            journal.put(f"gradients {i}", kept)
+        for layer, stage in stages:
+            found.setdefault((layer, stage), []).append(torch.from_numpy(kept[f"{layer}.{stage}"]))
         done += tokens.numel()
         progress(done)
     return {key: _tempered(torch.cat(parts), key[1]) for key, parts in found.items()}
+
+
+def _squares(
+    graph: LlamaGraph, tokens: torch.Tensor, generator: torch.Generator
+) -> dict[tuple[int, int], torch.Tensor]:
+    """|g|^2 [tokens] of all products of a stage together, by layer and stage."""
+    found = {}
+    inputs = [graph.embed(tokens)]
+    with torch.no_grad():
+        for layer in range(graph.shape.n_layer):
+            inputs.append(graph.block(layer, inputs[-1], graph.linear))
+    gradient, _ = logits_gradient(graph, inputs.pop(), generator)
+    for layer in reversed(range(graph.shape.n_layer)):
+        gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
+        for stage in range(len(STAGES)):
+            squares = [p.gradient.square().sum(-1) for p in products if p.stage == stage]
+            found[layer, stage] = torch.stack(squares).sum(0)
+    return found
 
 
 def _tempered(squares: torch.Tensor, stage: int) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Widens a LLaMA so that block types of 128 and 256 columns fit it; what the model computes stays the same.
 
     python benchmarks/widen_llama.py SmolLM2-135M.gguf widened-f16.gguf --columns 768
+    python benchmarks/widen_llama.py story-f16.gguf widened-f16.gguf --columns 256 --inner 512
 
-New channels of the residual stream are zero everywhere; new heads have zero weights. RMS norms count the new zeros, so
-their weights and epsilon are scaled by what the mean of squares loses. Quantized tensors are dequantized to F16, so a
-model that exists only in a quantized type can serve as the float model of a comparison (say so: that type's grid is
-then exact for it, others' are not). Used for the real checkpoint of docs/quality.md and docs/pruning.md.
+New channels of the residual stream and of the feed-forward network are zero everywhere; new heads have zero weights.
+RMS norms count the new zeros, so their weights and epsilon are scaled by what the mean of squares loses. Quantized
+tensors are dequantized to F16, so a model that exists only in a quantized type can serve as the float model of a
+comparison (say so: that type's grid is then exact for it, others' are not). Used for the real checkpoint of
+docs/quality.md and docs/pruning.md.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--columns", type=int, required=True, help="new width; a multiple of the heads' size")
+    parser.add_argument("--inner", type=int, help="new width of the feed-forward network; as it is, if left out")
     args = parser.parse_args()
 
     reader = GGUFReader(args.source)
@@ -45,8 +48,13 @@ def main() -> None:
         parser.error(f"--columns must be a multiple of {size * (n_head // n_kv)} and at least {old}")
     new_kv = new_head // (n_head // n_kv)
     share = old / args.columns
+    old_inner = int(keys["llama.feed_forward_length"])
+    inner = args.inner or old_inner
+    if inner < old_inner:
+        parser.error(f"--inner must be at least {old_inner}")
     changed = {
         "llama.embedding_length": args.columns,
+        "llama.feed_forward_length": inner,
         "llama.attention.head_count": new_head,
         "llama.attention.head_count_kv": new_kv,
         "llama.attention.layer_norm_rms_epsilon": keys["llama.attention.layer_norm_rms_epsilon"] * share,
@@ -61,7 +69,7 @@ def main() -> None:
         sub_type = field.types[-1] if kind is GGUFValueType.ARRAY else None
         writer.add_key_value(name, changed.get(name, keys[name]), kind, sub_type=sub_type)
     rows = {"attn_q": args.columns, "attn_k": new_kv * size, "attn_v": new_kv * size}
-    rows |= {"attn_output": args.columns, "ffn_down": args.columns}
+    rows |= {"attn_output": args.columns, "ffn_down": args.columns, "ffn_gate": inner, "ffn_up": inner}
     for tensor in reader.tensors:
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         kind = tensor.name.split(".")[-2]
@@ -70,7 +78,7 @@ def main() -> None:
                 weight = np.pad(weight * np.sqrt(share), (0, args.columns - len(weight)))
             writer.add_tensor(tensor.name, weight.astype(np.float32))
         else:
-            columns = weight.shape[1] if kind == "ffn_down" else args.columns
+            columns = inner if kind == "ffn_down" else args.columns
             writer.add_tensor(tensor.name, widen(weight, rows.get(kind, weight.shape[0]), columns).astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
