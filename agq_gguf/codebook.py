@@ -13,6 +13,7 @@ import torch
 
 from agq_gguf import rounding
 from agq_gguf.blocks import GROUP_COLUMNS, round_scale
+from agq_gguf.sampling import spread
 
 # Values of the codes where none are learned: the fixed point of `learn` on Gaussian weights, rounded. The ends differ
 # in size because the sign of a scale is free: the largest weight of a group goes to the far end, whatever its sign.
@@ -69,8 +70,7 @@ def learn(matrix: torch.Tensor, importance: torch.Tensor) -> Codebook:
     groups. Returns the fixed codebook where the learned one is not better.
     """
     groups, columns = matrix.reshape(-1, GROUP_COLUMNS), importance.reshape(-1, GROUP_COLUMNS)
-    # Steps of a large prime: no two alike, spread over all rows and all groups of a row.
-    chosen = torch.arange(min(len(groups), _SAMPLE)) * 2147483647 % len(groups)
+    chosen = torch.from_numpy(spread(_SAMPLE, len(groups)))
     weights, h = groups[chosen].T.contiguous(), columns[chosen % len(columns)].T.contiguous()
     codebook = fixed()
     for _ in range(_ROUNDS):

@@ -235,7 +235,7 @@ def _from_text(
     progress: Progress,
 ) -> _Guide:
     from agq_gguf.calibrate import Calibrator, read_text
-    from agq_gguf.refined import Refined, refine
+    from agq_gguf.refined import Refined, Setting, refine
 
     progress("calibrate", 0, 1, "loading the model")
     wanted = [p.source.name for p in plans if p.type_name == blocks.TYPE_NAME]
@@ -255,7 +255,8 @@ def _from_text(
         journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
     warnings, refined = [], None
     if options.quality == "best":
-        found = refine(reader, calibrator, plans, options.matrix, options.memory, options.tune, journal, progress)
+        setting = Setting(options.matrix, options.memory, options.tune, journal, progress)
+        found = refine(reader, calibrator, plans, setting)
         if isinstance(found, Refined):
             refined = found
             wanted = [name for name in wanted if name not in refined.names]

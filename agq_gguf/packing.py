@@ -10,8 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 from agq_gguf import blocks
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.quantizer import MatrixOptions, prepare_input, quantize_matrix
+from agq_gguf.sampling import spread
 from agq_gguf.stats import InputStats, WeightStats
 
+_SAMPLE_ROWS = 256
 Stats = WeightStats | InputStats | NDArray[Any]
 
 
@@ -25,8 +27,8 @@ def stats_of_activations(x: ArrayLike) -> InputStats:
     if values.ndim != 2 or 0 in values.shape or not np.isfinite(values).all():
         raise InputError(f"activations must be finite and [tokens, K], found shape {values.shape}")
     hessian = (values.T @ values) / np.float32(len(values))
-    step = -(-len(values) // 256)
-    return InputStats(len(values), hessian.diagonal().copy(), np.abs(values).max(0), values[::step], hessian)
+    sample = values[spread(_SAMPLE_ROWS, len(values))]
+    return InputStats(len(values), hessian.diagonal().copy(), np.abs(values).max(0), sample, hessian)
 
 
 def pack_agq4(

@@ -35,6 +35,17 @@ _CHECK_TOKENS = 64
 _SAME = 1e-3  # nats per token between llama.cpp and our graph; F16 arithmetic alone makes 1e-6 to 1e-5
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How, and with what, a model is refined."""
+
+    options: MatrixOptions
+    memory: int  # bytes
+    tune: bool
+    journal: Journal  # has matrices and gradients that an earlier run has finished, and gets the others
+    progress: Progress
+
+
 @dataclass
 class Refined:
     """What `refine` makes. `norms` and `notes` are complete when `results` is exhausted."""
@@ -45,32 +56,22 @@ class Refined:
     notes: list[str] = field(default_factory=list)
 
 
-def refine(
-    reader: Reader,
-    calibrator: Calibrator,
-    plans: list[TensorPlan],
-    options: MatrixOptions,
-    memory: int,
-    tune: bool,
-    journal: Journal,
-    progress: Progress,
-) -> Refined | str:
+def refine(reader: Reader, calibrator: Calibrator, plans: list[TensorPlan], setting: Setting) -> Refined | str:
     """Quantizes all AGQ4 matrices of the blocks (and an embedding that is only looked up).
 
-    `journal` has matrices that an earlier run has finished, and gets the others. Returns the reason instead where the
-    model is not one that this can be done with.
+    Returns the reason instead where the model is not one that this can be done with.
     """
     reason = why_not(reader)
     if reason:
         return reason
-    graph = LlamaGraph(reader, memory // 4)
+    graph = LlamaGraph(reader, setting.memory // 4)
     if _differs(graph, calibrator):
         return "our graph of this architecture does not give the logits of llama.cpp"
     names = {plan.source.name for plan in plans if plan.type_name == TYPE_NAME and plan.source.name.startswith("blk.")}
     if graph.output_name != EMBEDDING and any((p.source.name, p.type_name) == (EMBEDDING, TYPE_NAME) for p in plans):
         names.add(EMBEDDING)
     refined = Refined(names, iter(()))
-    refined.results = _run(graph, calibrator.chunks, plans, options, memory, tune, journal, progress, refined)
+    refined.results = _run(graph, calibrator.chunks, plans, setting, refined)
     return refined
 
 
@@ -89,16 +90,9 @@ def _differs(graph: LlamaGraph, calibrator: Calibrator) -> bool:
 
 
 def _run(
-    graph: LlamaGraph,
-    chunks: list[NDArray[np.int32]],
-    plans: list[TensorPlan],
-    options: MatrixOptions,
-    memory: int,
-    tune: bool,
-    journal: Journal,
-    progress: Progress,
-    refined: Refined,
+    graph: LlamaGraph, chunks: list[NDArray[np.int32]], plans: list[TensorPlan], setting: Setting, refined: Refined
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
+    options, memory, journal, progress = setting.options, setting.memory, setting.journal, setting.progress
     types = {plan.source.name: plan.type_name for plan in plans}
     chunks = _affordable(graph, chunks, memory, refined.notes)
     batches = batches_of(chunks, _BATCH_TOKENS)
@@ -115,8 +109,8 @@ def _run(
         progress("quantize", done, stages, name)
 
     needed = distill.bytes_needed(sum(plan.source.n_elements for plan in plans))
-    if not tune or needed > memory:
-        if tune:
+    if not setting.tune or needed > memory:
+        if setting.tune:
             refined.notes.append(
                 f"norms and scales were not tuned: that takes {needed >> 20} MiB, --memory allows {memory >> 20}"
             )

@@ -20,12 +20,12 @@ from agq_gguf.blocks import Matrix, listable
 from agq_gguf.journal import Journal
 from agq_gguf.llama_graph import STAGES, LlamaGraph, State
 from agq_gguf.quantizer import MatrixOptions, QuantizedMatrix, prepare_input, quantize_matrix
+from agq_gguf.sampling import spread
 from agq_gguf.sensitivity import Weights
 from agq_gguf.simulate import Rounder, restored
 from agq_gguf.stats import InputStats
 
 _SAMPLE_ROWS = 256
-_GOLDEN = (5**0.5 - 1) / 2  # multiples of it are spread evenly
 _NORMS = ("attn_norm", "", "ffn_norm", "")  # what makes the input of a stage
 _RIDGE = 0.03  # of the Hessian in T, as a share of its mean diagonal
 # T is learned from the calibration text. Half of it measured as good as all of it, and errs less on other text.
@@ -171,12 +171,8 @@ class Sequential:
 
 
 def _sample(inputs: list[torch.Tensor]) -> torch.Tensor:
-    """Some tokens [n, K] of inputs [batch, tokens, K], at all places of a text alike.
-
-    Even steps would fit the length of the chunks, and see the first token of each, which is often unlike all others.
-    """
-    tokens = sum(x.shape[0] * x.shape[1] for x in inputs)
-    places = torch.arange(min(_SAMPLE_ROWS, tokens)) * int(_GOLDEN * tokens) % tokens
+    """Some tokens [n, K] of inputs [batch, tokens, K], at all places of a text alike."""
+    places = torch.from_numpy(spread(_SAMPLE_ROWS, sum(x.shape[0] * x.shape[1] for x in inputs)))
     found, begin = [], 0
     for x in inputs:
         flat = x.flatten(0, 1)
