@@ -46,11 +46,11 @@ def correlations(hessian: torch.Tensor, damping: float) -> Correlations | None:
     groups = energy.sum(1).argsort(dim=0, descending=True, stable=True)
     inside = energy.argsort(dim=1, descending=True, stable=True)
     order = (groups[:, None] * GROUP_COLUMNS + inside[groups]).reshape(-1)
-    upper = _inverse_factor(damped[order][:, order])
+    upper = inverse_factor(damped[order][:, order])
     return None if upper is None else Correlations(damped, order, upper)
 
 
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
     """U of H^-1 = U^T U.
 
     With J reversing the order, J H J = L L^T gives H = R R^T with R = J L J upper triangular, so that U is R^-1: one

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf import codebook as cb
-from agq_gguf import feedback, refine
+from agq_gguf import feedback, refine, row_feedback
 from agq_gguf.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
 from agq_gguf.errors import InputError
 from agq_gguf.feedback import Correlations
@@ -99,20 +99,28 @@ def prepare_input(stats: InputStats | None, columns: int, capacity: int, options
 
 
 def quantize_matrix(
-    weight: NDArray[np.float32], prepared: PreparedInput, options: MatrixOptions, name: str = "the matrix"
+    weight: NDArray[np.float32],
+    prepared: PreparedInput,
+    options: MatrixOptions,
+    name: str = "the matrix",
+    gram: torch.Tensor | None = None,
 ) -> QuantizedMatrix:
     """Quantizes one matrix [M, K] f32 (columns in input-channel order).
 
-    Raises InputError when the weights hold a NaN or an infinity.
+    `gram` is E[g g^T] [M, M] of the gradient g by what comes out, if that is known. Raises InputError when the weights
+    hold a NaN or an infinity.
     """
     if not np.isfinite(weight).all():
         raise InputError(f"tensor {name} holds a NaN or an infinity; the model is damaged")
     stored, tensor_scale = _stored_weights(weight, prepared.refinement)
     codebook = cb.learn(stored, prepared.importance) if options.learn_codebook else cb.fixed()
-    parts = _in_parallel(
-        lambda part: _round(part, prepared, codebook, options), stored.split(_rows_at_a_time(len(stored)))
-    )
-    codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
+    if gram is not None and prepared.correlations is not None:
+        codes, scales = row_feedback.quantize(stored, prepared.correlations, gram, codebook, options.sweeps)
+    else:
+        parts = _in_parallel(
+            lambda part: _round(part, prepared, codebook, options), stored.split(_rows_at_a_time(len(stored)))
+        )
+        codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     parameters = Parameters(
         codebook=(codebook.values + 64).numpy().astype(np.uint8),
         exponents=prepared.refinement.exponents,

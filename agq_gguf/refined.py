@@ -24,7 +24,7 @@ from agq_gguf.llama_graph import LlamaGraph, why_not
 from agq_gguf.quantizer import MatrixOptions, QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.reader import Reader
 from agq_gguf.recipe import EMBEDDING, TensorPlan
-from agq_gguf.sensitivity import token_weights
+from agq_gguf.sensitivity import affordable, measure
 from agq_gguf.sequential import Sequential, batches_of
 from agq_gguf.simulate import Rounder, restored
 
@@ -97,12 +97,21 @@ def _run(
     chunks = _affordable(graph, chunks, memory, refined.notes)
     batches = batches_of(chunks, _BATCH_TOKENS)
     n_tokens = sum(map(len, chunks))
-    weights = token_weights(graph, batches, journal, lambda done: progress("sensitivity", done, n_tokens, "gradients"))
+    names = sorted(name.removesuffix(".weight") for name in refined.names if name != EMBEDDING)
+    grams = affordable(graph, names, memory // 4)
+    if len(grams) < len(names):
+        refined.notes.append(
+            f"rows of {len(names) - len(grams)} of {len(names)} matrices do not make up for each other's errors; "
+            "more memory would let all"
+        )
+    sensitivity = measure(
+        graph, batches, grams, journal, lambda done: progress("sensitivity", done, n_tokens, "gradients")
+    )
 
     embedding, looked_up = _embedding(graph, types, options)
     if looked_up is not None:
         yield EMBEDDING, looked_up
-    run = Sequential(graph, batches, refined.names, weights, options, embedding)
+    run = Sequential(graph, batches, refined.names, sensitivity, options, embedding)
     stages = 4 * graph.shape.n_layer
 
     def report(done: int, name: str) -> None:

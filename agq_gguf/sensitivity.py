@@ -1,18 +1,22 @@
-"""How much each token of the calibration text matters: the Fisher information of what it computes.
+"""What an error costs behind the place where it is made: the Fisher information of what the model computes.
 
 A model's divergence from itself under small changes is a quadratic form, E[(g . dy)^2] / 2, where dy is the change of
 a matrix's product and g the gradient of -log p(token), the token drawn from the model's own prediction. Where the next
 word is certain g is next to nothing, and an error there costs nothing; so |g|^2 says how much a token's input should
-weigh in the Hessian of that matrix. (That the Hessian should see the loss behind the layer: arXiv 2505.07004; here in
-its simplest form, one weight per token and input.)
+weigh in the Hessian of that matrix (that the Hessian should see the loss behind the layer: arXiv 2505.07004; here in
+its simplest form, one weight per token and input). And E[g g^T] says which errors of its outputs cancel
+(`row_feedback`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from agq_gguf.journal import Journal
@@ -23,38 +27,76 @@ from agq_gguf.llama_graph import STAGES, LlamaGraph, State
 # counting keeps the Hessian from resting on a few hundred tokens. Elsewhere |g| is better on text not seen, by 2%.
 _SHARE = 0.8
 _ATTENTION_INPUT = 0  # stage
-Weights = dict[tuple[int, int], torch.Tensor]  # (layer, stage) -> [tokens] float32 of mean 1, over all batches in order
+_KEPT_BATCHES = 8  # so many at most are run again if a run is interrupted
 
 
-def token_weights(
-    graph: LlamaGraph, batches: list[torch.Tensor], journal: Journal, progress: Callable[[int], None], seed: int = 0
-) -> Weights:
-    """Weights for the inputs of all stages; `batches` hold tokens [batch, tokens] int64.
+@dataclass
+class Sensitivity:
+    """Sums over `batches` of the text."""
 
-    One backward pass: about three times the work of running the text. `journal` has the batches that an earlier run has
-    finished, and gets the others.
+    batches: int = 0
+    tokens: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)  # |g|^2 of each, by layer and stage
+    grams: dict[str, torch.Tensor] = field(default_factory=dict)  # sum of g g^T [M, M], by matrix without ".weight"
+
+    def weights(self, layer: int, stage: int) -> torch.Tensor | None:
+        """How much each token counts in the inputs of a stage: [tokens] float32 of mean 1. None: all alike."""
+        parts = self.tokens.get((layer, stage))
+        return None if parts is None else _tempered(torch.cat(parts), stage)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """For a journal."""
+        tokens = {f"tokens {layer} {stage}": torch.cat(parts).numpy() for (layer, stage), parts in self.tokens.items()}
+        return {"batches": np.array(self.batches), **tokens, **{f"gram {n}": g.numpy() for n, g in self.grams.items()}}
+
+    @classmethod
+    def of(cls, arrays: dict[str, NDArray[Any]]) -> Sensitivity:
+        """From `arrays`."""
+        found = cls(int(arrays["batches"]))
+        for key, value in arrays.items():
+            kind, _, rest = key.partition(" ")
+            if kind == "tokens":
+                layer, stage = map(int, rest.split())
+                found.tokens[layer, stage] = [torch.from_numpy(value)]
+            elif kind == "gram":
+                found.grams[rest] = torch.from_numpy(value)
+        return found
+
+
+def measure(
+    graph: LlamaGraph,
+    batches: list[torch.Tensor],
+    names: set[str],
+    journal: Journal,
+    progress: Callable[[int], None],
+    seed: int = 0,
+) -> Sensitivity:
+    """Runs `batches`, tokens [batch, tokens] int64, forward and back: about three times the work of running the text.
+
+    `names` are those of the matrices whose G is wanted. `journal` has what an earlier run has found, and gets more.
     """
-    found: dict[tuple[int, int], list[torch.Tensor]] = {}
-    stages = [(layer, stage) for layer in range(graph.shape.n_layer) for stage in range(len(STAGES))]
-    done = 0
-    for i, tokens in enumerate(batches):
-        kept = journal.get(f"gradients {i}")
-        if kept is None:
-            squares = _squares(graph, tokens, torch.Generator().manual_seed(seed + i))
-            kept = {f"{layer}.{stage}": squares[layer, stage].numpy() for layer, stage in stages}
-            journal.put(f"gradients {i}", kept)
-        for layer, stage in stages:
-            found.setdefault((layer, stage), []).append(torch.from_numpy(kept[f"{layer}.{stage}"]))
-        done += tokens.numel()
+    kept = journal.get("sensitivity")
+    found = Sensitivity() if kept is None else Sensitivity.of(kept)
+    done = sum(tokens.numel() for tokens in batches[: found.batches])
+    for i in range(found.batches, len(batches)):
         progress(done)
-    return {key: _tempered(torch.cat(parts), key[1]) for key, parts in found.items()}
+        _add(graph, batches[i], names, found, torch.Generator().manual_seed(seed + i))
+        done += batches[i].numel()
+        if found.batches % _KEPT_BATCHES == 0 or found.batches == len(batches):
+            journal.put("sensitivity", found.arrays())
+    progress(done)
+    return found
 
 
-def _squares(
-    graph: LlamaGraph, tokens: torch.Tensor, generator: torch.Generator
-) -> dict[tuple[int, int], torch.Tensor]:
-    """|g|^2 [tokens] of all products of a stage together, by layer and stage."""
-    found = {}
+def affordable(graph: LlamaGraph, names: Iterable[str], memory: int) -> set[str]:
+    """Those of the matrices (names without ".weight") whose G all find room together, small ones first."""
+    sizes = sorted((4 * graph.tensor(f"{name}.weight").shape[0] ** 2, name) for name in names)
+    ends = np.cumsum([size for size, _ in sizes])
+    return {name for (_, name), end in zip(sizes, ends, strict=True) if end <= memory}
+
+
+def _add(
+    graph: LlamaGraph, tokens: torch.Tensor, names: set[str], found: Sensitivity, generator: torch.Generator
+) -> None:
     inputs = [graph.embed(tokens)]
     with torch.no_grad():
         for layer in range(graph.shape.n_layer):
@@ -62,10 +104,14 @@ def _squares(
     gradient, _ = logits_gradient(graph, inputs.pop(), generator)
     for layer in reversed(range(graph.shape.n_layer)):
         gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
-        for stage in range(len(STAGES)):
+        for stage in range(len(STAGES)):  # matrices and channels of a stage count together
             squares = [p.gradient.square().sum(-1) for p in products if p.stage == stage]
-            found[layer, stage] = torch.stack(squares).sum(0)
-    return found
+            found.tokens.setdefault((layer, stage), []).append(torch.stack(squares).sum(0))
+        for p in products:
+            if p.name in names:
+                gram = found.grams.setdefault(p.name, torch.zeros(p.gradient.shape[1], p.gradient.shape[1]))
+                gram.addmm_(p.gradient.T, p.gradient)
+    found.batches += 1
 
 
 def _tempered(squares: torch.Tensor, stage: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from agq_gguf.journal import Journal
 from agq_gguf.llama_graph import STAGES, LlamaGraph, State
 from agq_gguf.quantizer import MatrixOptions, QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.sampling import spread
-from agq_gguf.sensitivity import Weights
+from agq_gguf.sensitivity import Sensitivity
 from agq_gguf.simulate import Rounder, restored
 from agq_gguf.stats import InputStats
 
@@ -44,11 +44,12 @@ class Sequential:
         graph: LlamaGraph,
         batches: list[torch.Tensor],
         wanted: set[str],
-        weights: Weights,
+        sensitivity: Sensitivity,
         options: MatrixOptions,
         embedding: torch.Tensor | None = None,
     ):
-        self._graph, self._wanted, self._weights, self._options = graph, wanted, weights, options
+        self._graph, self._wanted, self._sensitivity, self._options = graph, wanted, sensitivity, options
+        self._row_factors: dict[str, torch.Tensor] = {}  # that rows of matrices of this layer were multiplied by
         self.norms: dict[str, torch.Tensor] = {}  # equalized; complete when `run` is
         table = graph.tensor("token_embd.weight") if embedding is None else embedding
         self._float: list[State] = [(graph.embed(tokens), None) for tokens in batches]
@@ -69,6 +70,11 @@ class Sequential:
                 yield from self._stage(layer, stage, journal)
             self._graph.replaced = {}
 
+    def _gram(self, name: str) -> torch.Tensor | None:
+        """G of a matrix, whose rows may have been levelled."""
+        gram, factors = self._sensitivity.grams.get(name), self._row_factors.get(name)
+        return gram if gram is None or factors is None else gram / factors / factors[:, None]
+
     def _levelled(self, layer: int) -> dict[str, torch.Tensor]:
         """The matrices of a block, columns of two made alike by rows of those in front of them: the same function.
 
@@ -88,6 +94,7 @@ class Sequential:
             square = torch.zeros(len(rows)).index_add_(0, source, columns.square().mean(0))
             factors = equalize.level(square)
             found |= {names[0]: rows * factors[:, None], names[1]: columns / factors[source]}
+            self._row_factors[f"blk.{layer}.{front}"] = factors
         return found
 
     def _stage(self, layer: int, stage: int, journal: Journal) -> Iterator[tuple[str, QuantizedMatrix]]:
@@ -106,13 +113,15 @@ class Sequential:
                 float_in, rounded_in = ([x / factors for x in inputs] for inputs in (float_in, rounded_in))
         done = {name: result for name in wanted if (result := journal.get_matrix(f"refined {name}")) is not None}
         if len(done) < len(wanted):
-            stats, correction = self._gather(float_in, rounded_in, self._weights.get((layer, stage)))
+            stats, correction = self._gather(float_in, rounded_in, self._sensitivity.weights(layer, stage))
             capacity = min(listable(*weights[name].shape) for name in wanted)
             prepared = prepare_input(stats, stats.columns, capacity, self._options)
             for name in wanted:
                 if name not in done:
                     target = weights[name] + weights[name] @ correction
-                    done[name] = quantize_matrix(target.numpy(), prepared, self._options, f"{name}.weight")
+                    done[name] = quantize_matrix(
+                        target.numpy(), prepared, self._options, f"{name}.weight", self._gram(name)
+                    )
                     journal.put_matrix(f"refined {name}", done[name])
         self._float = [
             graph.stage_output(layer, stage, state, [functional.linear(x, weights[name]) for name in names])

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from agq_gguf import blocks, codebook, feedback, refine
+from agq_gguf import blocks, codebook, feedback, refine, row_feedback
 from agq_gguf.errors import InputError
 from agq_gguf.quantizer import MatrixOptions, prepare_input, quantize_matrix
 from agq_gguf.stats import InputStats
@@ -178,6 +179,61 @@ def test_descent_never_loses() -> None:
 
     losses = [loss(n) for n in range(4)]
     assert losses == sorted(losses, reverse=True) and losses[3] < 0.97 * losses[0]
+
+
+def gram_of(rows: int, rank: int) -> torch.Tensor:
+    """G of outputs that are mixed behind: of low rank, but for some noise."""
+    rng = torch.Generator().manual_seed(3)
+    g = torch.randn(400, rank, generator=rng) @ torch.randn(rank, rows, generator=rng)
+    return g.T @ g / 400 + 0.01 * torch.eye(rows)
+
+
+def test_rows_make_up_for_each_other() -> None:
+    h = torch.from_numpy(stats_of(correlated_input()).hessian)
+    known = feedback.correlations(h, 0.01)
+    assert known is not None
+    w, book, gram = torch.from_numpy(weights() * 20), codebook.fixed(), gram_of(ROWS, 6)
+
+    def error(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return w - book.values[codes.int()] * scales.repeat_interleave(64, 1)
+
+    def loss(e: torch.Tensor) -> float:
+        return float(((row_feedback.damped(gram) @ e) * (e @ known.hessian)).sum())
+
+    alone = error(*feedback.quantize(w, known, book, 3))
+    together = error(*row_feedback.quantize(w, known, gram, book, 3))
+    assert loss(together) < 0.6 * loss(alone)
+    assert float((together @ known.hessian * together).sum()) > float((alone @ known.hessian * alone).sum())
+    nothing = row_feedback.quantize(w, known, torch.zeros(ROWS, ROWS), book, 3)
+    for found, expected in zip(nothing, feedback.quantize(w, known, book, 3), strict=True):
+        assert torch.equal(found, expected)
+    diagonal = row_feedback.quantize(w, known, torch.diag(torch.arange(1.0, ROWS + 1)), book, 3)
+    assert loss(error(*diagonal)) == pytest.approx(loss(alone), rel=1e-3)
+
+
+def test_what_later_rows_make_up_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the errors of the first rows fixed, the others are asked for what minimizes tr(G E H E^T)."""
+    h = torch.from_numpy(stats_of(correlated_input()).hessian)
+    known = feedback.correlations(h, 0.01)
+    assert known is not None
+    w, gram = torch.from_numpy(weights() * 20), gram_of(ROWS, 6)
+    asked: list[torch.Tensor] = []
+    real = feedback.quantize
+
+    def listen(rows: torch.Tensor, *rest: Any) -> Any:
+        asked.append(rows.clone())
+        return real(rows, *rest)
+
+    monkeypatch.setattr(feedback, "quantize", listen)
+    book = codebook.fixed()
+    codes, scales = row_feedback.quantize(w, known, gram, book, 1)
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    error = (w - book.values[codes.int()] * scales.repeat_interleave(64, 1))[order].double()
+    g = row_feedback.damped(gram)[order][:, order].double()
+    n = len(asked[0])
+    assert len(asked) == ROWS // n and torch.equal(asked[0], w[order[:n]])
+    best = w[order[n:]].double() + torch.linalg.solve(g[n:, n:], g[n:, :n] @ error[:n])
+    torch.testing.assert_close(asked[1].double(), best[:n], rtol=1e-3, atol=1e-3 * float(w.abs().max()))
 
 
 def test_nearest_codes_are_nearest() -> None:

@@ -13,7 +13,7 @@ import tiny_models
 import torch
 from torch.nn import functional
 
-from agq_gguf import blocks, convert, distill, journal, refined, sequential
+from agq_gguf import blocks, convert, distill, journal, refined, sensitivity, sequential
 from agq_gguf.calibrate import Calibrator
 from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.errors import InputError, OutputError
@@ -21,7 +21,7 @@ from agq_gguf.evaluate import compare
 from agq_gguf.llama_graph import STAGES, LlamaGraph, why_not
 from agq_gguf.quantizer import MatrixOptions, prepare_input, quantize_matrix
 from agq_gguf.reader import open_gguf
-from agq_gguf.sensitivity import token_weights
+from agq_gguf.sensitivity import Sensitivity, affordable, measure
 from agq_gguf.simulate import Rounder, restored
 
 BEST = QuantizeOptions(quality="best", threads=1, context=64, calibration_tokens=1024)
@@ -89,30 +89,40 @@ def test_a_small_cache_changes_nothing(graph_of: Opener, llama_f16: Path) -> Non
 # token weights
 
 
-def test_token_weights_are_kept(graph_of: Opener, llama_f16: Path, tmp_path: Path) -> None:
-    """Batches that an earlier run has finished are not run again."""
-    graph, batches = graph_of(llama_f16), [some_tokens(1, 20), some_tokens(2, 12)]
-    folder = tmp_path / "kept"
+def test_sensitivity_is_kept(
+    graph_of: Opener, llama_f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted run goes on behind the last batches it kept, with the same sums."""
+    batches, names = [some_tokens(1, 12, seed) for seed in range(5)], {"blk.0.attn_q", "blk.1.ffn_down"}
+    monkeypatch.setattr(sensitivity, "_KEPT_BATCHES", 2)
+    whole = measure(graph_of(llama_f16), batches, names, journal.Journal(None), lambda done: None)
+    steps: list[int] = []
 
     def stop(done: int) -> None:
-        raise Stop
+        steps.append(done)
+        if done == 36:
+            raise Stop
 
     with pytest.raises(Stop):
-        token_weights(graph, batches, journal.Journal(folder), stop)
-    assert len(list(folder.glob("*.npz"))) == 1
-    kept = token_weights(graph, batches, journal.Journal(folder), lambda done: None)
-    graph.embed = None  # type: ignore[method-assign, assignment]  # whoever runs the text fails
-    again = token_weights(graph, batches, journal.Journal(folder), lambda done: None)
-    whole = token_weights(graph_of(llama_f16), batches, journal.Journal(None), lambda done: None)
-    for key, weights in whole.items():
-        assert len(weights) == 44
-        assert torch.equal(kept[key], weights) and torch.equal(again[key], weights)
+        measure(graph_of(llama_f16), batches, names, journal.Journal(tmp_path / "kept"), stop)
+    again = measure(graph_of(llama_f16), batches, names, journal.Journal(tmp_path / "kept"), steps.append)
+    assert steps == [0, 12, 24, 36, 24, 36, 48, 60]
+    steps.clear()
+    finished = measure(graph_of(llama_f16), batches, names, journal.Journal(tmp_path / "kept"), steps.append)
+    assert steps == [60]
+    for found in (again, finished):
+        assert set(found.grams) == names and set(found.tokens) == set(whole.tokens)
+        assert all(torch.equal(found.grams[name], whole.grams[name]) for name in names)
+        for layer, stage in whole.tokens:
+            weights, expected = found.weights(layer, stage), whole.weights(layer, stage)
+            assert weights is not None and expected is not None and torch.equal(weights, expected)
 
 
-def test_token_weights_are_gradients(graph_of: Opener, llama_f16: Path) -> None:
+def test_sensitivity_is_of_gradients(graph_of: Opener, llama_f16: Path) -> None:
     """Against autograd through the whole graph at once."""
     graph, tokens = graph_of(llama_f16), some_tokens(2, 24)
-    found = token_weights(graph, [tokens], journal.Journal(None), lambda done: None, seed=5)
+    names = [f"blk.{layer}.{name}" for layer in range(2) for stage in STAGES for name in stage]
+    found = measure(graph, [tokens], set(names[:-1]), journal.Journal(None), lambda done: None, seed=5)
     made: dict[str, torch.Tensor] = {}
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -126,14 +136,46 @@ def test_token_weights_are_gradients(graph_of: Opener, llama_f16: Path) -> None:
     scores = functional.log_softmax(graph.logits(x), -1).flatten(0, 1)
     drawn = torch.multinomial(scores.detach().exp(), 1, generator=torch.Generator().manual_seed(5))
     (-scores.gather(1, drawn).sum()).backward()
-    assert set(found) == {(layer, stage) for layer in range(2) for stage in range(4)}
-    for (layer, stage), weights in found.items():
-        gradients = [made[f"blk.{layer}.{name}"].grad for name in STAGES[stage]]
-        square = sum(g.square().sum(-1).flatten() for g in gradients if g is not None)
+    gradients = {name: product.grad.flatten(0, 1) for name, product in made.items() if product.grad is not None}
+    assert set(found.tokens) == {(layer, stage) for layer in range(2) for stage in range(4)}
+    for layer, stage in found.tokens:
+        square = sum(gradients[f"blk.{layer}.{name}"].square().sum(-1) for name in STAGES[stage])
         assert isinstance(square, torch.Tensor)
         root = square.sqrt()
         expected = 0.8 * square / square.mean() + 0.2 if stage == 0 else root / root.mean()
+        weights = found.weights(layer, stage)
+        assert weights is not None
         torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
+    assert set(found.grams) == set(names[:-1])
+    for name, gram in found.grams.items():
+        expected = gradients[name].T @ gradients[name]
+        torch.testing.assert_close(gram, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_grams_within_memory(graph_of: Opener, llama_f16: Path) -> None:
+    graph = graph_of(llama_f16)
+    rows = {name: len(graph.tensor(f"blk.0.{name}.weight")) for name in ("attn_q", "attn_k", "ffn_up")}
+    names = [f"blk.0.{name}" for name in rows]
+    total = 4 * sum(n * n for n in rows.values())
+    assert affordable(graph, names, total) == set(names)
+    assert affordable(graph, names, total - 1) == {"blk.0.attn_q", "blk.0.attn_k"}
+    assert affordable(graph, names, 0) == set()
+
+
+def test_grams_of_levelled_rows(graph_of: Opener, llama_f16: Path) -> None:
+    """Rows that are multiplied by something have gradients that are divided by it."""
+    graph = graph_of(llama_f16)
+    names = {name for name in graph._reader.tensors if name.startswith("blk.") and "norm" not in name}
+    rows = len(graph.tensor("blk.0.ffn_up.weight"))
+    gradients = torch.randn(40, rows, generator=torch.Generator().manual_seed(1))
+    known = Sensitivity(grams={"blk.0.ffn_up": gradients.T @ gradients, "blk.0.ffn_gate": torch.eye(rows)})
+    run = sequential.Sequential(graph, [some_tokens(1, 8)], names, known, MatrixOptions())
+    factors = (run._levelled(0)["blk.0.ffn_up.weight"] / graph.tensor("blk.0.ffn_up.weight")).nanmedian(1).values
+    assert factors.std() > 0.01
+    found = run._gram("blk.0.ffn_up")
+    assert found is not None
+    torch.testing.assert_close(found, (gradients / factors).T @ (gradients / factors), rtol=1e-4, atol=1e-3)
+    assert torch.equal(run._gram("blk.0.ffn_gate"), torch.eye(rows)) and run._gram("blk.0.attn_q") is None
 
 
 # what the runtime does, simulated
@@ -188,7 +230,7 @@ def test_levelled_matrices_are_the_same_function(graph_of: Opener, tmp_path: Pat
     tokens = some_tokens(2, 24)
     expected = run_graph(graph, tokens)
     names = {name for name in graph._reader.tensors if name.startswith("blk.") and "norm" not in name}
-    run = sequential.Sequential(graph, [tokens], names, {}, MatrixOptions())
+    run = sequential.Sequential(graph, [tokens], names, Sensitivity(), MatrixOptions())
     graph.replaced = run._levelled(0)
     assert set(graph.replaced) == {f"blk.0.{name}.weight" for name in ("attn_v", "attn_output", "ffn_up", "ffn_down")}
     torch.testing.assert_close(run_graph(graph, tokens), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -201,7 +243,7 @@ def test_levelled_matrices_are_the_same_function(graph_of: Opener, tmp_path: Pat
 def test_a_bias_of_v_keeps_its_matrices(graph_of: Opener, tmp_path: Path) -> None:
     graph = graph_of(tiny_models.write_llama(tmp_path / "m.gguf", arch="qwen2", n_layer=1))
     names = {name for name in graph._reader.tensors if name.startswith("blk.")}
-    run = sequential.Sequential(graph, [some_tokens(1, 8)], names, {}, MatrixOptions())
+    run = sequential.Sequential(graph, [some_tokens(1, 8)], names, Sensitivity(), MatrixOptions())
     assert set(run._levelled(0)) == {"blk.0.ffn_up.weight", "blk.0.ffn_down.weight"}
 
 
@@ -212,7 +254,7 @@ def test_taking_errors_back_helps(graph_of: Opener, tmp_path: Path, monkeypatch:
     errors = []
     for share in (0.0, 0.5):
         monkeypatch.setattr(sequential, "_TAKEN_BACK", share)
-        run = sequential.Sequential(graph, batches, names, {}, MatrixOptions())
+        run = sequential.Sequential(graph, batches, names, Sensitivity(), MatrixOptions())
         with torch.no_grad():
             errors.append(
                 final_error(graph, unseen, dict(run.run(journal.Journal(None), lambda done, name: None)), run)
@@ -233,7 +275,7 @@ def test_tuning_keeps_only_what_is_better(graph_of: Opener, tmp_path: Path, monk
     graph = graph_of(tiny_models.write_llama(tmp_path / "m.gguf", n_layer=1))
     names = {name for name in graph._reader.tensors if name.startswith("blk.") and "norm" not in name}
     batches = [some_tokens(4, 64, seed) for seed in range(16)]
-    run = sequential.Sequential(graph, batches, names, {}, MatrixOptions(error_feedback=False))
+    run = sequential.Sequential(graph, batches, names, Sensitivity(), MatrixOptions(error_feedback=False))
     matrices = dict(run.run(journal.Journal(None), lambda done, name: None))
     steps: list[tuple[int, int]] = []
 
@@ -364,11 +406,11 @@ def test_resume_gives_the_same_file(
     module = sequential if quality == "best" else convert
     real, calls = module.quantize_matrix, []
 
-    def counted(weight, prepared, options, name="the matrix"):  # type: ignore[no-untyped-def]
+    def counted(weight, prepared, options, name="the matrix", gram=None):  # type: ignore[no-untyped-def]
         calls.append(name)
         if len(calls) == stop_at:
             raise Stop
-        return real(weight, prepared, options, name)
+        return real(weight, prepared, options, name, gram)
 
     monkeypatch.setattr(module, "quantize_matrix", counted)
     stop_at = 0
