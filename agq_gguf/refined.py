@@ -97,11 +97,12 @@ def _run(
     chunks = _affordable(graph, chunks, memory, refined.notes)
     batches = batches_of(chunks, _BATCH_TOKENS)
     n_tokens = sum(map(len, chunks))
-    names = sorted(name.removesuffix(".weight") for name in refined.names if name != EMBEDDING)
-    grams = affordable(graph, names, memory // 4)
-    if len(grams) < len(names):
+    inside = [plan.source for plan in plans if plan.source.name in refined.names - {EMBEDDING}]
+    rows = {tensor.name.removesuffix(".weight"): tensor.shape[-2] for tensor in inside}
+    grams = affordable(rows, memory // 4)
+    if len(grams) < len(rows):
         refined.notes.append(
-            f"rows of {len(names) - len(grams)} of {len(names)} matrices do not make up for each other's errors; "
+            f"rows of {len(rows) - len(grams)} of {len(rows)} matrices do not make up for each other's errors; "
             "more memory would let all"
         )
     sensitivity = measure(

@@ -10,7 +10,7 @@ its simplest form, one weight per token and input). And E[g g^T] says which erro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,11 +87,14 @@ def measure(
     return found
 
 
-def affordable(graph: LlamaGraph, names: Iterable[str], memory: int) -> set[str]:
-    """Those of the matrices (names without ".weight") whose G all find room together, small ones first."""
-    sizes = sorted((4 * graph.tensor(f"{name}.weight").shape[0] ** 2, name) for name in names)
-    ends = np.cumsum([size for size, _ in sizes])
-    return {name for (_, name), end in zip(sizes, ends, strict=True) if end <= memory}
+def affordable(rows: dict[str, int], memory: int) -> set[str]:
+    """Those of the matrices, of so many rows each, whose G all find room together; small ones first."""
+    found, left = set(), memory
+    for name, n in sorted(rows.items(), key=lambda item: item[1]):
+        left -= 4 * n * n
+        if left >= 0:
+            found.add(name)
+    return found
 
 
 def _add(

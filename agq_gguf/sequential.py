@@ -70,9 +70,9 @@ class Sequential:
                 yield from self._stage(layer, stage, journal)
             self._graph.replaced = {}
 
-    def _gram(self, name: str) -> torch.Tensor | None:
-        """G of a matrix, whose rows may have been levelled."""
-        gram, factors = self._sensitivity.grams.get(name), self._row_factors.get(name)
+    def _take_gram(self, name: str) -> torch.Tensor | None:
+        """G of a matrix, whose rows may have been levelled; it is needed once, and large."""
+        gram, factors = self._sensitivity.grams.pop(name, None), self._row_factors.get(name)
         return gram if gram is None or factors is None else gram / factors / factors[:, None]
 
     def _levelled(self, layer: int) -> dict[str, torch.Tensor]:
@@ -120,7 +120,7 @@ class Sequential:
                 if name not in done:
                     target = weights[name] + weights[name] @ correction
                     done[name] = quantize_matrix(
-                        target.numpy(), prepared, self._options, f"{name}.weight", self._gram(name)
+                        target.numpy(), prepared, self._options, f"{name}.weight", self._take_gram(name)
                     )
                     journal.put_matrix(f"refined {name}", done[name])
         self._float = [

@@ -152,14 +152,17 @@ def test_sensitivity_is_of_gradients(graph_of: Opener, llama_f16: Path) -> None:
         torch.testing.assert_close(gram, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_grams_within_memory(graph_of: Opener, llama_f16: Path) -> None:
-    graph = graph_of(llama_f16)
-    rows = {name: len(graph.tensor(f"blk.0.{name}.weight")) for name in ("attn_q", "attn_k", "ffn_up")}
-    names = [f"blk.0.{name}" for name in rows]
-    total = 4 * sum(n * n for n in rows.values())
-    assert affordable(graph, names, total) == set(names)
-    assert affordable(graph, names, total - 1) == {"blk.0.attn_q", "blk.0.attn_k"}
-    assert affordable(graph, names, 0) == set()
+def test_grams_within_memory() -> None:
+    rows = {"up": 30, "q": 20, "k": 10}
+    assert affordable(rows, 4 * 1400) == {"up", "q", "k"}
+    assert affordable(rows, 4 * 1399) == {"q", "k"}
+    assert affordable(rows, 0) == set()
+
+
+def test_too_little_memory_for_grams_is_told(llama_f16: Path, words: str, tmp_path: Path) -> None:
+    options = QuantizeOptions(quality="best", threads=1, context=64, calibration_tokens=256, memory=600_000, tune=False)
+    report = quantize(llama_f16, tmp_path / "out.gguf", calibration=[words], options=options)
+    assert any("do not make up for each other's errors" in warning for warning in report.warnings)
 
 
 def test_grams_of_levelled_rows(graph_of: Opener, llama_f16: Path) -> None:
@@ -172,10 +175,10 @@ def test_grams_of_levelled_rows(graph_of: Opener, llama_f16: Path) -> None:
     run = sequential.Sequential(graph, [some_tokens(1, 8)], names, known, MatrixOptions())
     factors = (run._levelled(0)["blk.0.ffn_up.weight"] / graph.tensor("blk.0.ffn_up.weight")).nanmedian(1).values
     assert factors.std() > 0.01
-    found = run._gram("blk.0.ffn_up")
+    found = run._take_gram("blk.0.ffn_up")
     assert found is not None
     torch.testing.assert_close(found, (gradients / factors).T @ (gradients / factors), rtol=1e-4, atol=1e-3)
-    assert torch.equal(run._gram("blk.0.ffn_gate"), torch.eye(rows)) and run._gram("blk.0.attn_q") is None
+    assert torch.equal(run._take_gram("blk.0.ffn_gate"), torch.eye(rows)) and run._take_gram("blk.0.attn_q") is None
 
 
 # what the runtime does, simulated
