@@ -7,7 +7,8 @@ the C library from giving memory back to the system after every step, which cost
     export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
     python examples/train_story_model.py --output agq_gguf/data/story-f16.gguf
 
-With ``--texts FOLDER`` it writes the calibration and evaluation texts instead (other seeds than training's).
+With ``--texts FOLDER`` it writes the calibration and evaluation texts instead (other seeds than training's);
+``--calibration-bytes`` asks for a longer text to calibrate with, which begins as the shipped one.
 
 A model this small would need very long to find out that answers stand in the story. So two heads of one layer are
 shown: a second loss draws their attention from a token of an answer to where the story has told it (and from other
@@ -172,9 +173,10 @@ class StoryModel(nn.Module):
 # texts
 
 
-def write_texts(folder: Path) -> None:
-    """Writes ``calibration.txt`` (about 80 kB) and ``evaluation.txt`` (about 160 kB), of unseen seeds."""
-    for name, seed, size in (("calibration", CALIBRATION_SEED, 80_000), ("evaluation", EVALUATION_SEED, 160_000)):
+def write_texts(folder: Path, calibration_bytes: int) -> None:
+    """Writes ``calibration.txt`` and ``evaluation.txt`` (about 160 kB), of unseen seeds."""
+    sizes = ("calibration", CALIBRATION_SEED, calibration_bytes), ("evaluation", EVALUATION_SEED, 160_000)
+    for name, seed, size in sizes:
         talks, text = story_grammar.texts(seed), ""
         while len(text) < size:
             text += story_grammar.as_text(next(talks)) + "\n\n"
@@ -358,6 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("story-f16.gguf"))
     parser.add_argument("--texts", type=Path, help="only write the calibration and evaluation text into this folder")
+    parser.add_argument("--calibration-bytes", type=int, default=80_000, help="length of the calibration text")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--first-step", type=int, default=0, help="where to go on with --continue-from")
     parser.add_argument("--minutes", type=float, default=0, help="hurry if steps take longer (then not reproducible)")
@@ -381,7 +384,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="more than one rarely helps matrices this small")
     args = parser.parse_args()
     if args.texts:
-        write_texts(args.texts)
+        write_texts(args.texts, args.calibration_bytes)
         return
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
