@@ -175,9 +175,10 @@ def quantize(
         float,
         typer.Option(min=0, help="Bits per weight of the whole model, at most; sensitive tensors get more than 4."),
     ] = 0.0,
-    act_bits: Annotated[
-        int, typer.Option("--act-bits", help="Bits of activations: 8, or 4 (far less exact, with a scale per group).")
-    ] = 8,
+    act_bits: Annotated[int, typer.Option("--act-bits", help="Bits of activations: 8, or 4 (far less exact).")] = 8,
+    act_scale: Annotated[
+        str, typer.Option(help="Activations have a scale per token or per group of 64; none: token, group for 4 bits.")
+    ] = "",
     keep_norms: Annotated[
         bool, typer.Option("--keep-norms", help="Do not equalize norms: for LoRA adapters made for the source.")
     ] = False,
@@ -232,11 +233,8 @@ def quantize(
         calibration_tokens=calibration_tokens,
         tune=tune,
         split_size=split_size or 0,
+        matrix=replace(convert.activation_options(act_bits, act_scale), equalize=not keep_norms),
     )
-    if act_bits != 8:
-        options = replace(options, matrix=convert.activation_options(act_bits))
-    if keep_norms:
-        options = replace(options, matrix=replace(options.matrix, equalize=False))
     if prune and (calibration is None or split_size):
         raise InputError("--prune needs a text, with --calibration, and one file, without --split-max-size")
     if dry_run:

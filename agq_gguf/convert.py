@@ -63,14 +63,16 @@ class QuantizeOptions:
             object.__setattr__(self, "matrix", replace(self.matrix, error_feedback=False))
 
 
-def activation_options(bits: int) -> MatrixOptions:
-    """How matrices are quantized for activations of 8 or 4 bits.
+def activation_options(bits: int, scale: str = "") -> MatrixOptions:
+    """How matrices are quantized for activations of 8 or 4 bits, with a scale per "token" or per "group" of 64 as well.
 
-    Four bits need a scale per group of 64 channels: with one per token they are no use (docs/quality.md).
+    If nothing is said, 8 bits have one per token. Four bits need one per group, or they are no use (docs/quality.md).
     """
     if bits not in (4, 8):
         raise InputError(f"activations of {bits} bits are not to be had, only 8 and 4")
-    return MatrixOptions(activation_bits=bits, per_group=bits == 4)
+    if scale not in ("", "token", "group"):
+        raise InputError(f"activations with a scale per {scale!r} are not to be had, only per 'token' and per 'group'")
+    return MatrixOptions(activation_bits=bits, per_group=scale == "group" or (bits == 4 and not scale))
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ def choose(sample: NDArray[np.float32], capacity: int, bits: int, per_group: boo
         relative = maxima / np.sqrt(energy)[:, None]
         exponents, cost = plain.exponents, _cost(relative, plain.exponents)
         # With a scale per group exponents gain nothing: each group has a scale of its own already.
-        if enabled and not per_group:
+        if per_group:
+            cost = float((relative**2).mean(axis=0).sum() * GROUP_COLUMNS)
+        elif enabled:
             found = _descend(relative)
             if cost - _cost(relative, found) > _WORTH_EXPONENTS / step:
                 exponents, cost = found, _cost(relative, found)

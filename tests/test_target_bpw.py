@@ -192,12 +192,12 @@ def test_types_that_the_user_wants_stay(llama_f16: Path, words: str) -> None:
 # activations
 
 
-def test_activation_bits(llama_f16: Path, words: str, tmp_path: Path) -> None:
+def test_activations(llama_f16: Path, words: str, tmp_path: Path) -> None:
     kl = {}
-    for bits in (4, 8):
-        out = tmp_path / f"{bits}.gguf"
+    for bits, scale in ((4, ""), (8, ""), (8, "group")):
+        out = tmp_path / f"{bits}{scale}.gguf"
         options = QuantizeOptions(
-            threads=1, context=64, calibration_tokens=512, matrix=convert.activation_options(bits)
+            threads=1, context=64, calibration_tokens=512, matrix=convert.activation_options(bits, scale)
         )
         quantize(llama_f16, out, calibration=[words], options=options)
         with open_gguf(out) as reader:
@@ -205,8 +205,10 @@ def test_activation_bits(llama_f16: Path, words: str, tmp_path: Path) -> None:
             name = "blk.0.ffn_up.weight"
             raw = np.array(np.frombuffer(reader.raw(name), np.uint8))  # a copy: the mapping ends before
             found = blocks.read_parameters(raw.reshape(reader.tensors[name].shape[0], -1))
-            assert (found.activation_bits, found.per_group) == (bits, bits == 4)
-        kl[bits] = evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl
-    assert kl[8] < kl[4] < 1
+            assert (found.activation_bits, found.per_group) == (bits, bits == 4 or scale == "group")
+        kl[bits, scale] = evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl
+    assert max(kl[8, ""], kl[8, "group"]) < kl[4, ""] < 1
     with pytest.raises(InputError, match="activations of 5 bits are not to be had, only 8 and 4"):
         convert.activation_options(5)
+    with pytest.raises(InputError, match="a scale per 'row' are not to be had"):
+        convert.activation_options(8, "row")
