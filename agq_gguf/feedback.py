@@ -10,6 +10,7 @@ that all others are known.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -26,12 +27,27 @@ class Correlations:
     order: torch.Tensor  # [K] int64, the stored columns in the order of their rounding, groups in one piece
     upper: torch.Tensor  # [K, K] float32, U of the damped Hessian in that order
 
+    @cached_property
+    def hessian_groups(self) -> list[torch.Tensor]:
+        """What of the Hessian is inside of each group of columns, [64, 64], by their places."""
+        return _diagonal_blocks(self.hessian)
+
+    @cached_property
+    def upper_groups(self) -> list[torch.Tensor]:
+        """The same of `upper`, in the order of rounding."""
+        return _diagonal_blocks(self.upper)
+
     @property
     def importance(self) -> torch.Tensor:
         """What a squared error of each column costs [K], once the columns after it have made up for what they can."""
         found = torch.empty(len(self.order))
         found[self.order] = self.upper.diagonal().square().reciprocal()
         return found
+
+
+def _diagonal_blocks(matrix: torch.Tensor) -> list[torch.Tensor]:
+    begins = range(0, len(matrix), GROUP_COLUMNS)
+    return [matrix[i : i + GROUP_COLUMNS, i : i + GROUP_COLUMNS].contiguous() for i in begins]
 
 
 def correlations(hessian: torch.Tensor, damping: float) -> Correlations | None:
@@ -72,7 +88,7 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [M, K] uint8 and scales [M, K / 64] for weights [M, K] in stored order, which are left as they are."""
     codes, scales = _feed_back(weights, known, codebook)
-    _descend(weights, known.hessian, codebook, codes, scales, sweeps)
+    _descend(weights, known, codebook, codes, scales, sweeps)
     return codes.T.contiguous(), scales.T.contiguous()
 
 
@@ -88,10 +104,10 @@ def _feed_back(weights: torch.Tensor, known: Correlations, codebook: Codebook) -
     rest, upper = weights.T[known.order], known.upper
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales = torch.empty(len(rest) // GROUP_COLUMNS, rest.shape[1])
-    for begin in range(0, len(rest), GROUP_COLUMNS):
-        here, later = slice(begin, begin + GROUP_COLUMNS), slice(begin + GROUP_COLUMNS, None)
+    for g, inside in enumerate(known.upper_groups):
+        here, later = slice(g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS), slice((g + 1) * GROUP_COLUMNS, None)
         columns = known.order[here]
-        found, scale, errors = rounding.feed_back(codebook.values, upper[here, here].contiguous(), rest[here])
+        found, scale, errors = rounding.feed_back(codebook.values, inside, rest[here])
         codes[columns], scales[columns[0] // GROUP_COLUMNS] = found, scale
         rest[later].addmm_(upper[here, later].T, errors, alpha=-1)
     return codes, scales
@@ -99,7 +115,7 @@ def _feed_back(weights: torch.Tensor, known: Correlations, codebook: Codebook) -
 
 def _descend(
     weights: torch.Tensor,
-    hessian: torch.Tensor,
+    known: Correlations,
     codebook: Codebook,
     codes: torch.Tensor,
     scales: torch.Tensor,
@@ -111,10 +127,9 @@ def _descend(
     D + c S / c H c. Every step lowers the loss or leaves it.
     """
     restored = codebook.values[codes.int()] * scales.repeat_interleave(GROUP_COLUMNS, 0)
-    slope = hessian @ (weights.T - restored)
-    groups = [slice(begin, begin + GROUP_COLUMNS) for begin in range(0, len(codes), GROUP_COLUMNS)]
-    insides = [hessian[here, here].contiguous() for here in groups]
+    slope = known.hessian @ (weights.T - restored)
     for _ in range(sweeps):
-        for here, inside, scale in zip(groups, insides, scales, strict=True):
-            change = rounding.descend(codebook.values, inside, slope[here], codes[here], scale)
-            slope.addmm_(hessian[:, here], change, alpha=-1)
+        for g, inside in enumerate(known.hessian_groups):
+            here = slice(g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS)
+            change = rounding.descend(codebook.values, inside, slope[here], codes[here], scales[g])
+            slope.addmm_(known.hessian[:, here], change, alpha=-1)

@@ -37,8 +37,8 @@ def quantize(
     Rows whose errors cost most come first, since the last ones find nobody to make up for theirs.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    upper = feedback.inverse_factor(damped(gram)[order][:, order]) if bool(gram.any()) else None
-    if upper is None:
+    upper = feedback.inverse_factor(damped(gram)[order][:, order])
+    if upper is None:  # nothing behind sees this matrix
         return feedback.quantize(weights, known, codebook, sweeps)
     rest = weights[order]
     codes = torch.empty(weights.shape, dtype=torch.uint8)

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/select.h"
+#include "each_kernel.h"
 
 namespace {
 
@@ -146,21 +146,15 @@ constexpr uint32_t known_checksum = 0x208ccd2d;
 }  // namespace
 
 int main(int argc, char **argv) {
-    unsigned seed = std::random_device{}();
-    if (argc == 3 && std::string(argv[1]) == "--seed") seed = static_cast<unsigned>(std::strtoul(argv[2], nullptr, 10));
-    std::printf("seed %u\n", seed);
-    for (const agq::kernel *row : agq::compiled_kernels()) {
-        if (!row->supported()) continue;
-        std::mt19937 rng(seed);
+    for_each_kernel(argc, argv, [](const agq::kernel &kern, std::mt19937 &rng) {
         for (int round = 0; round < 40; ++round) {
             const size_t n =
                 round < 4 ? std::vector<size_t>{1, 31, 32, 33}[static_cast<size_t>(round)] : 1 + rng() % 150;
             const float sizes[] = {1.0f, 300.0f, 1e-3f, 1e12f, 1e-30f, std::numeric_limits<float>::max() / 8};
             const problem given(rng, n, sizes[round % 6]);
-            compare(row->name, given.run(agq::rounding_generic), given.run(*row->rounding), n);
+            compare(kern.name, given.run(agq::rounding_generic), given.run(*kern.rounding), n);
         }
-        std::printf("%s: tested\n", row->name);
-    }
+    });
     std::printf("checksum %08x\n", checksum());
     expect(checksum() == known_checksum, "generic", "the checksum", 100);
     return failures == 0 ? 0 : 1;

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/select.h"
+#include "each_kernel.h"
 
 namespace {
 
@@ -128,14 +128,7 @@ void test_kernel(const char *name, const agq::row_kernel &kern, std::mt19937 &rn
 }  // namespace
 
 int main(int argc, char **argv) {
-    unsigned seed = std::random_device{}();
-    if (argc == 3 && std::string(argv[1]) == "--seed") seed = static_cast<unsigned>(std::strtoul(argv[2], nullptr, 10));
-    std::printf("seed %u\n", seed);
-    for (const agq::kernel *row : agq::compiled_kernels()) {
-        if (!row->supported()) continue;
-        std::mt19937 rng(seed);
-        test_kernel(row->name, *row->rows, rng);
-        std::printf("%s: tested\n", row->name);
-    }
+    for_each_kernel(argc, argv,
+                    [](const agq::kernel &kern, std::mt19937 &rng) { test_kernel(kern.name, *kern.rows, rng); });
     return failures == 0 ? 0 : 1;
 }
