@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,11 @@ SCORES = (
     "recent",
     "learned",
 )  # how the importance of a token is measured; the index is what is stored
+
+_Float = TypeVar("_Float", bound=np.floating)
+
+# What shares a scale for the activations; the index is what is stored. "rotated": a group of a token, after `rotate`.
+ACTIVATION_SCALES = ("token", "group", "rotated")
 
 _MAGIC = 0xA4
 _FLAG_CHANNEL_ORDER = 1
@@ -97,8 +103,18 @@ class Parameters:
     listed: NDArray[np.uint16] = field(default_factory=_no_channels)  # channels that come first; empty: no reordering
     tensor_scale: float = 1.0  # rounded to binary32
     activation_bits: int = 8  # 8 or 4
-    per_group: bool = False  # activation scale per (token, group of 64) instead of per token
+    activation_scale: str = "token"  # one of ACTIVATION_SCALES
     pruning: Pruning | None = None
+
+    @property
+    def per_group(self) -> bool:
+        """Whether every group of a token has a scale of its own."""
+        return self.activation_scale != "token"
+
+    @property
+    def rotated(self) -> bool:
+        """Whether groups are stored rotated."""
+        return self.activation_scale == "rotated"
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,8 @@ def _check_parameters(parameters: Parameters, columns: int) -> None:
         raise FormatError(f"the tensor scale is {scale}, it must be finite and > 0")
     if parameters.activation_bits not in (4, 8):
         raise FormatError(f"{parameters.activation_bits} activation bits, wanted 8 or 4")
+    if parameters.activation_scale not in ACTIVATION_SCALES:
+        raise FormatError(f"an activation scale per {parameters.activation_scale!r}, wanted {ACTIVATION_SCALES}")
     if codebook.shape != (16,) or codebook.max() > 127 or np.any(np.diff(codebook.astype(np.int16)) < 0):
         raise FormatError(f"the codebook must be 16 ascending values 0..127, found {codebook.tolist()}")
     if exponents.shape != (columns // GROUP_COLUMNS,):
@@ -221,7 +239,7 @@ def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint
         if p.direction is not None:
             body += _DIRECTION.pack(p.direction.factor, len(p.direction.codes), 0)
             body += np.array(p.direction.codes, np.int8).tobytes()
-    activation = parameters.activation_bits | int(parameters.per_group) << 4
+    activation = parameters.activation_bits | ACTIVATION_SCALES.index(parameters.activation_scale) << 4
     header = _HEADER.pack(
         _MAGIC, VERSION, activation, flags, np.float32(parameters.tensor_scale), zlib.crc32(body), len(body)
     )
@@ -237,8 +255,8 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
         raise FormatError(f"the attributes begin with 0x{magic:02X}, wanted 0x{_MAGIC:02X}: damaged, or not AGQ4")
     if version != VERSION:
         raise FormatError(f"AGQ4 version {version}; this release reads version {VERSION}, update agq-gguf")
-    if flags & ~(_FLAG_CHANNEL_ORDER | _FLAG_PRUNING) or activation >> 4 > 1:
-        raise FormatError(f"unknown attributes (activation 0x{activation:02X}, flags 0x{flags:02X})")
+    if flags & ~(_FLAG_CHANNEL_ORDER | _FLAG_PRUNING) or activation >> 4 >= len(ACTIVATION_SCALES):
+        raise FormatError(f"unknown attributes (activation 0x{activation:02X}, flags 0x{flags:02X}); update agq-gguf")
     if length > len(raw) - _HEADER.size:
         raise FormatError(f"{length} bytes of parameters are announced, the matrix holds {len(raw) - _HEADER.size}")
     body = raw[_HEADER.size : _HEADER.size + length]
@@ -265,7 +283,7 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
         listed=listed,
         tensor_scale=tensor_scale,
         activation_bits=activation & 15,
-        per_group=bool(activation >> 4),
+        activation_scale=ACTIVATION_SCALES[activation >> 4],
         pruning=pruning,
     )
     _check_parameters(parameters, columns)
@@ -377,16 +395,36 @@ def channel_order(listed: Sequence[int] | NDArray[np.uint16], columns: int) -> N
     return np.concatenate([first, np.flatnonzero(others)])
 
 
+def rotate(x: NDArray[_Float]) -> NDArray[_Float]:
+    """Groups of 64 columns [..., K] times the Hadamard matrix of that size over 8; its own inverse.
+
+    A channel's outlier becomes a part of all 64, and the largest of them is then nearer to the others: rounding with
+    one scale loses less (QuaRot, arXiv 2404.00456). Sums and differences are rounded one by one, neighbours first: the
+    same bits on every machine.
+    """
+    columns = x.shape[-1]
+    found = x * x.dtype.type(0.125)  # first, so that what is finite seldom overflows
+    for half in (1, 2, 4, 8, 16, 32):
+        pairs = found.reshape(*x.shape[:-1], columns // (2 * half), 2, half)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        found = np.stack([first + second, first - second], axis=-2)
+    return cast("NDArray[_Float]", found.reshape(x.shape))
+
+
 def dequantize(matrix: Matrix) -> NDArray[np.float32]:
     """Weights [M, K] f32 with columns in input-channel order.
 
-    D * 2^-e * code is exact in binary32, so each weight is rounded once, by the product with the tensor scale.
+    D * 2^-e * code is exact in binary32, so each weight that is not rotated is rounded once, by the product with the
+    tensor scale.
     """
     parameters = matrix.parameters
     rows, columns = matrix.codes.shape
     values = (parameters.codebook.astype(np.float32) - 64)[matrix.codes]
     grouped = values.reshape(rows, -1, GROUP_COLUMNS)
     grouped *= np.ldexp(matrix.scales, -parameters.exponents.astype(np.int32))[..., None]
+    if parameters.rotated:
+        grouped = rotate(grouped)
+        values = grouped.reshape(rows, columns)
     with np.errstate(over="ignore"):  # a damaged tensor scale may be huge; infinite is what it says then
         grouped *= np.float32(parameters.tensor_scale)
     if not parameters.listed.size:
@@ -402,13 +440,18 @@ def quantize_activations(
     """Activations [T, K] f32 as the runtime quantizes them.
 
     Returns xq int8 [T, K] in stored order and s f32 [T, 1] or, with `per_group`, [T, K / 64]. A token that holds a NaN
-    or an infinity gets scales of NaN and zeros.
+    or an infinity, before or after rotation, gets scales of NaN and zeros.
     """
     tokens, columns = x.shape
     limit = np.float32(127 if parameters.activation_bits == 8 else 7)
     bad = np.logical_not(np.isfinite(x).all(axis=1, keepdims=True))[:, 0]
     stored = np.where(bad[:, None], np.float32(0), x)[:, channel_order(parameters.listed, columns)]
     refined = np.ldexp(stored.reshape(tokens, -1, GROUP_COLUMNS), -parameters.exponents.astype(np.int32)[:, None])
+    if parameters.rotated:
+        with np.errstate(over="ignore", invalid="ignore"):
+            refined = rotate(refined)
+        bad |= ~np.isfinite(refined).all(axis=(1, 2))
+        refined[bad] = 0
     amax = np.abs(refined).max(axis=2)  # [T, K / 64]
     if not parameters.per_group:
         amax = amax.max(axis=1, keepdims=True)

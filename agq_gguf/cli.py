@@ -177,8 +177,11 @@ def quantize(
     ] = 0.0,
     act_bits: Annotated[int, typer.Option("--act-bits", help="Bits of activations: 8, or 4 (far less exact).")] = 8,
     act_scale: Annotated[
-        str, typer.Option(help="Activations have a scale per token or per group of 64; none: token, group for 4 bits.")
-    ] = "",
+        str,
+        typer.Option(
+            help="Activations have one scale per token, per group of 64 channels, or per group after it was rotated."
+        ),
+    ] = "rotated",
     keep_norms: Annotated[
         bool, typer.Option("--keep-norms", help="Do not equalize norms: for LoRA adapters made for the source.")
     ] = False,

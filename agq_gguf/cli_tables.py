@@ -115,11 +115,14 @@ def _attributes(tensor: TensorInfo) -> str:
         return ""
     experts = f"{found.matrices} experts, " if found.matrices > 1 else ""
     pruning = f", drops tokens with {found.pruning.score} < {found.pruning.threshold:.4g}" if found.pruning else ""
-    return (
-        f"{experts}{found.activation_bits}-bit activations per {found.activation_scale}, exponents "
-        f"{found.exponent_min}..{found.exponent_max} ({found.exponents_nonzero:.0%} refined), "
-        f"order of {found.listed_channels}{pruning}"
-    )
+    activations = f"{experts}{found.activation_bits}-bit activations, scale: {found.activation_scale}"
+    refined = ""
+    if found.exponent_max or found.listed_channels:
+        refined = (
+            f", exponents {found.exponent_min}..{found.exponent_max} ({found.exponents_nonzero:.0%} refined), "
+            f"order of {found.listed_channels}"
+        )
+    return activations + refined + pruning
 
 
 def show_evaluation(found: Evaluation) -> None:

@@ -63,16 +63,15 @@ class QuantizeOptions:
             object.__setattr__(self, "matrix", replace(self.matrix, error_feedback=False))
 
 
-def activation_options(bits: int, scale: str = "") -> MatrixOptions:
-    """How matrices are quantized for activations of 8 or 4 bits, with a scale per "token" or per "group" of 64 as well.
-
-    If nothing is said, 8 bits have one per token. Four bits need one per group, or they are no use (docs/quality.md).
-    """
+def activation_options(bits: int, scale: str = "rotated") -> MatrixOptions:
+    """How matrices are quantized for activations of 8 or 4 bits, with a scale per "token", per token and "group" of 64
+    channels, or per group after it was "rotated" (docs/format.md)."""
     if bits not in (4, 8):
         raise InputError(f"activations of {bits} bits are not to be had, only 8 and 4")
-    if scale not in ("", "token", "group"):
-        raise InputError(f"activations with a scale per {scale!r} are not to be had, only per 'token' and per 'group'")
-    return MatrixOptions(activation_bits=bits, per_group=scale == "group" or (bits == 4 and not scale))
+    if scale not in blocks.ACTIVATION_SCALES:
+        known = ", ".join(map(repr, blocks.ACTIVATION_SCALES))
+        raise InputError(f"activations with a scale per {scale!r} are not to be had, only {known}")
+    return MatrixOptions(activation_bits=bits, activation_scale=scale)
 
 
 @dataclass(frozen=True)
@@ -425,7 +424,7 @@ def _quantize_group(reader: Reader, group: _Group, options: MatrixOptions) -> _M
     if stats is not None and group.norms and options.equalize:
         every = [reader.read(name).reshape(-1, shapes[0][-1]) for name in names]
         columns = equalize.choose(
-            stats.whole, every, capacity, options.activation_bits, options.per_group, options.refine
+            stats.whole, every, capacity, options.activation_bits, options.activation_scale, options.refine
         )
     if stats is not None and columns is not None:
         stats = equalize.scaled(stats, columns)
@@ -469,7 +468,7 @@ def _metadata(plans: list[TensorPlan], guidance: str, options: QuantizeOptions) 
         "agq.calibration": guidance,
         "agq.quality": options.quality,
         "agq.activation_bits": options.matrix.activation_bits,
-        "agq.activation_scale": "group" if options.matrix.per_group else "token",
+        "agq.activation_scale": options.matrix.activation_scale,
         **{f"agq.tensors.{type_name}": n for type_name, n in sorted(counts.items())},
         **errors,
     }

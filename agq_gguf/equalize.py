@@ -32,7 +32,7 @@ def choose(
     weights: list[NDArray[np.float32]],
     capacity: int,
     bits: int,
-    per_group: bool,
+    scale: str,
     refined: bool,
 ) -> NDArray[np.float32] | None:
     """`factors` if they lower what int8 (or int4) rounding of the input adds to the products, else None.
@@ -48,10 +48,10 @@ def choose(
     energy = float((stats.mean_square * column).sum())
 
     def noise(divisor: NDArray[np.float32]) -> float:
-        found = refine.choose(sample / divisor, capacity, bits, per_group, refined)
-        growth = np.exp2(2.0 * found.exponents).repeat(GROUP_COLUMNS)
+        found = refine.choose(sample / divisor, capacity, bits, scale, refined)
+        growth = (found.noise * np.exp2(2.0 * found.exponents)).repeat(GROUP_COLUMNS)
         order = channel_order(found.listed, stats.columns)
-        return found.noise * float((growth * (column * divisor.astype(np.float64) ** 2)[order]).sum())
+        return float((growth * (column * divisor.astype(np.float64) ** 2)[order]).sum())
 
     gain = noise(np.ones_like(s)) - noise(s)
     return s if gain > _WORTH * energy > 0 else None

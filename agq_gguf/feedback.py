@@ -21,11 +21,20 @@ from agq_gguf.codebook import Codebook
 
 @dataclass(frozen=True)
 class Correlations:
-    """What error feedback needs to know of an input of K channels, in stored order unless said otherwise."""
+    """What error feedback needs to know of an input of K channels, in stored order unless said otherwise.
 
-    hessian: torch.Tensor  # [K, K] float32, damped
+    Where nothing is known between groups of columns, matrices are [K / 64, 64, 64], one for each group, in place of
+    [K, K].
+    """
+
+    hessian: torch.Tensor  # float32, damped
     order: torch.Tensor  # [K] int64, the stored columns in the order of their rounding, groups in one piece
-    upper: torch.Tensor  # [K, K] float32, U of the damped Hessian in that order
+    upper: torch.Tensor  # float32, U of the damped Hessian in that order
+
+    @property
+    def coupled(self) -> bool:
+        """Whether columns of different groups are correlated."""
+        return self.hessian.dim() == 2
 
     @cached_property
     def hessian_groups(self) -> list[torch.Tensor]:
@@ -41,45 +50,66 @@ class Correlations:
     def importance(self) -> torch.Tensor:
         """What a squared error of each column costs [K], once the columns after it have made up for what they can."""
         found = torch.empty(len(self.order))
-        found[self.order] = self.upper.diagonal().square().reciprocal()
+        found[self.order] = self.upper.diagonal(dim1=-2, dim2=-1).flatten().square().reciprocal()
         return found
 
 
 def _diagonal_blocks(matrix: torch.Tensor) -> list[torch.Tensor]:
+    if matrix.dim() == 3:
+        return [part.contiguous() for part in matrix]
     begins = range(0, len(matrix), GROUP_COLUMNS)
     return [matrix[i : i + GROUP_COLUMNS, i : i + GROUP_COLUMNS].contiguous() for i in begins]
 
 
-def correlations(hessian: torch.Tensor, damping: float) -> Correlations | None:
-    """Prepares H [K, K] with `damping` times its mean diagonal added; None if it is not positive definite then.
+def times(hessian: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """H x [K, M] for x [K, M] and a Hessian [K, K] or [K / 64, 64, 64]."""
+    if hessian.dim() == 2:
+        return hessian @ x
+    return (hessian @ x.unflatten(0, (-1, GROUP_COLUMNS))).flatten(0, 1)
+
+
+def correlations(hessian: torch.Tensor, damping: float, noise: torch.Tensor | None = None) -> Correlations | None:
+    """Prepares H, [K, K] or [K / 64, 64, 64], with `damping` times its mean diagonal added.
+
+    Returns None if it is not positive definite then.
+
+    `noise` [K] is what rounding adds to E[x^2] of each channel.
 
     Channels of much energy come first, since the last ones find nobody to make up for their errors; whole groups, and
     columns inside a group, because a group gets its scale when its turn comes.
     """
     damped = hessian.clone()
-    damped.diagonal().add_(damping * float(hessian.diagonal().mean()))
-    energy = damped.diagonal().reshape(-1, GROUP_COLUMNS)
-    groups = energy.sum(1).argsort(dim=0, descending=True, stable=True)
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(damping * float(diagonal.mean()))
+    if noise is not None:
+        diagonal.add_(noise.view_as(diagonal))
+    energy = diagonal.reshape(-1, GROUP_COLUMNS)
     inside = energy.argsort(dim=1, descending=True, stable=True)
-    order = (groups[:, None] * GROUP_COLUMNS + inside[groups]).reshape(-1)
-    upper = inverse_factor(damped[order][:, order])
+    if hessian.dim() == 3:
+        order = (torch.arange(len(energy))[:, None] * GROUP_COLUMNS + inside).reshape(-1)
+        each = torch.arange(len(energy))[:, None, None]
+        upper = inverse_factor(damped[each, inside[:, :, None], inside[:, None, :]])
+    else:
+        groups = energy.sum(1).argsort(dim=0, descending=True, stable=True)
+        order = (groups[:, None] * GROUP_COLUMNS + inside[groups]).reshape(-1)
+        upper = inverse_factor(damped[order][:, order])
     return None if upper is None else Correlations(damped, order, upper)
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
-    """U of H^-1 = U^T U.
+    """U of H^-1 = U^T U, for one H [n, n] or several [groups, n, n].
 
     With J reversing the order, J H J = L L^T gives H = R R^T with R = J L J upper triangular, so that U is R^-1: one
     Cholesky and one triangular inverse, where inverting H first would take twice the work.
     """
-    reversed_ = hessian.flip(0, 1)
+    reversed_ = hessian.flip(-2, -1)
     lower, info = torch.linalg.cholesky_ex(reversed_)
-    if int(info):
+    if bool(info.any()):
         lower, info = torch.linalg.cholesky_ex(reversed_.double())
-    if int(info):
+    if bool(info.any()):
         return None
-    identity = torch.eye(len(lower), dtype=lower.dtype)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-2, -1).float()
     return upper if bool(torch.isfinite(upper).all()) else None
 
 
@@ -109,7 +139,8 @@ def _feed_back(weights: torch.Tensor, known: Correlations, codebook: Codebook) -
         columns = known.order[here]
         found, scale, errors = rounding.feed_back(codebook.values, inside, rest[here])
         codes[columns], scales[columns[0] // GROUP_COLUMNS] = found, scale
-        rest[later].addmm_(upper[here, later].T, errors, alpha=-1)
+        if known.coupled:
+            rest[later].addmm_(upper[here, later].T, errors, alpha=-1)
     return codes, scales
 
 
@@ -127,9 +158,12 @@ def _descend(
     D + c S / c H c. Every step lowers the loss or leaves it.
     """
     restored = codebook.values[codes.int()] * scales.repeat_interleave(GROUP_COLUMNS, 0)
-    slope = known.hessian @ (weights.T - restored)
+    slope = times(known.hessian, weights.T - restored)
     for _ in range(sweeps):
         for g, inside in enumerate(known.hessian_groups):
             here = slice(g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS)
             change = rounding.descend(codebook.values, inside, slope[here], codes[here], scales[g])
-            slope.addmm_(known.hessian[:, here], change, alpha=-1)
+            if known.coupled:
+                slope.addmm_(known.hessian[:, here], change, alpha=-1)
+            else:
+                slope[here].addmm_(inside, change, alpha=-1)

@@ -26,7 +26,7 @@ class AgqAttributes:
     version: int  # of the format
     matrices: int  # more than one: experts
     activation_bits: int
-    activation_scale: str  # "token" or "group"
+    activation_scale: str  # one of blocks.ACTIVATION_SCALES
     codebook: list[int]  # of the first matrix, as the integers that codes stand for
     exponent_min: int
     exponent_max: int
@@ -159,7 +159,7 @@ def _attributes(reader: Reader, tensor: Tensor) -> AgqAttributes:
         version=blocks.VERSION,
         matrices=len(found),
         activation_bits=first.activation_bits,
-        activation_scale="group" if first.per_group else "token",
+        activation_scale=first.activation_scale,
         codebook=[int(u) - 64 for u in first.codebook],
         exponent_min=int(exponents.min()),
         exponent_max=int(exponents.max()),

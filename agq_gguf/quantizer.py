@@ -20,6 +20,7 @@ from agq_gguf.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
 from agq_gguf.errors import InputError
 from agq_gguf.feedback import Correlations
 from agq_gguf.refine import Refinement
+from agq_gguf.simulate import rotated
 from agq_gguf.stats import InputStats
 
 _FLOOR = 1e-4  # importance of a channel that was silent in the calibration text: it still must be stored sensibly
@@ -39,7 +40,7 @@ class MatrixOptions:
     """How one matrix is quantized; the defaults are what measured best."""
 
     activation_bits: int = 8
-    per_group: bool = False
+    activation_scale: str = "rotated"  # one of blocks.ACTIVATION_SCALES
     refine: bool = True  # exponents and channel order
     learn_codebook: bool = True
     error_feedback: bool = True
@@ -54,7 +55,7 @@ class PreparedInput:
 
     refinement: Refinement
     importance: torch.Tensor  # [K] float32, what a squared error in each column costs
-    hessian: torch.Tensor | None = None  # [K, K] float32, E[x' x'^T] of the refined input x' = x * 2^-e
+    hessian: torch.Tensor | None = None  # float32, E[x' x'^T] of what is stored for x: [K, K], or [K / 64, 64, 64]
     correlations: Correlations | None = None  # for error feedback
     note: str = ""  # what was done with less than wanted, and why
 
@@ -73,11 +74,13 @@ def prepare_input(stats: InputStats | None, columns: int, capacity: int, options
 
     `capacity` is how many channels the smallest of these weights can list. Without statistics all channels count alike.
     """
-    if stats is None:
-        return PreparedInput(refine.none(columns), torch.ones(columns))
     refinement = refine.none(columns)
+    if stats is None:
+        return PreparedInput(refinement, torch.ones(columns))
     if stats.sample is not None:
-        refinement = refine.choose(stats.sample, capacity, options.activation_bits, options.per_group, options.refine)
+        refinement = refine.choose(
+            stats.sample, capacity, options.activation_bits, options.activation_scale, options.refine
+        )
     order = channel_order(refinement.listed, columns)
     shrink = np.ldexp(np.float32(1), -refinement.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
     square = stats.mean_square[order] * shrink**2
@@ -85,13 +88,20 @@ def prepare_input(stats: InputStats | None, columns: int, capacity: int, options
     if not mean > 0:
         return PreparedInput(refinement, torch.ones(columns), note="its input is always zero in the calibration text")
     importance = torch.from_numpy(square / np.float32(mean)).clamp_min(_FLOOR)
-    if stats.hessian is None or not options.error_feedback:
+    if stats.hessian is not None and options.error_feedback:
+        hessian = torch.from_numpy(stats.hessian[np.ix_(order, order)])
+        hessian *= torch.from_numpy(shrink) / mean
+        hessian *= torch.from_numpy(shrink)[:, None]
+        if options.activation_scale == "rotated":
+            hessian = rotated(rotated(hessian).T).contiguous()
+    elif options.activation_scale == "rotated":
+        # Channels of unlike energy, not correlated, become channels of like energy that are, inside of their group.
+        hessian = rotated(rotated(importance.reshape(-1, GROUP_COLUMNS).diag_embed()).mT).contiguous()
+    else:
         return PreparedInput(refinement, importance)
-    hessian = torch.from_numpy(stats.hessian[np.ix_(order, order)])
-    hessian *= torch.from_numpy(shrink) / mean
-    hessian *= torch.from_numpy(shrink)[:, None]
     # Rounding the activations adds noise of its own to the diagonal: the Hessian of what the runtime multiplies with.
-    known = feedback.correlations(hessian, options.damping + refinement.noise / mean)
+    noise = torch.from_numpy(refinement.noise / mean).float().repeat_interleave(GROUP_COLUMNS)
+    known = feedback.correlations(hessian, options.damping, noise)
     if known is None:
         note = "error feedback failed (the Hessian has no Cholesky factor): scales were searched instead"
         return PreparedInput(refinement, importance, hessian, note=note)
@@ -112,7 +122,7 @@ def quantize_matrix(
     """
     if not np.isfinite(weight).all():
         raise InputError(f"tensor {name} holds a NaN or an infinity; the model is damaged")
-    stored, tensor_scale = _stored_weights(weight, prepared.refinement)
+    stored, tensor_scale = _stored_weights(weight, prepared.refinement, options.activation_scale == "rotated")
     codebook = cb.learn(stored, prepared.importance) if options.learn_codebook else cb.fixed()
     if gram is not None and prepared.correlations is not None:
         codes, scales = row_feedback.quantize(stored, prepared.correlations, gram, codebook, options.sweeps)
@@ -127,7 +137,7 @@ def quantize_matrix(
         listed=prepared.refinement.listed,
         tensor_scale=tensor_scale,
         activation_bits=options.activation_bits,
-        per_group=options.per_group,
+        activation_scale=options.activation_scale,
     )
     step = -(-len(stored) // _ERROR_ROWS)
     restored = codebook.values[codes[::step].int()] * scales[::step].repeat_interleave(GROUP_COLUMNS, 1)
@@ -164,12 +174,14 @@ def _round(stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook,
     return codes.to(torch.uint8), scales
 
 
-def _stored_weights(weight: NDArray[np.float32], refinement: Refinement) -> tuple[torch.Tensor, float]:
+def _stored_weights(weight: NDArray[np.float32], refinement: Refinement, rotate: bool) -> tuple[torch.Tensor, float]:
     """W * 2^e / alpha in stored order, which is D * code, and alpha, which makes the largest D about `_LARGEST`."""
     columns = weight.shape[1]
     growth = np.ldexp(np.float32(1), refinement.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
     ordered = np.ascontiguousarray(weight[:, channel_order(refinement.listed, columns)])
     stored = torch.from_numpy(ordered * growth)
+    if rotate:
+        stored = rotated(stored)
     alpha = max(float(np.float32(float(stored.abs().max()) / (64 * _LARGEST))), _SMALLEST_ALPHA)
     return stored / alpha, alpha
 
@@ -178,7 +190,7 @@ def _relative_error(stored: torch.Tensor, restored: torch.Tensor, prepared: Prep
     """tr(E H E^T) / tr(W H W^T); H is diagonal where no Hessian is known."""
 
     def energy(w: torch.Tensor) -> float:
-        product = w @ prepared.hessian if prepared.hessian is not None else w * prepared.importance
+        product = w * prepared.importance if prepared.hessian is None else feedback.times(prepared.hessian, w.T).T
         return float((product * w).sum(dtype=torch.float64))
 
     total = energy(stored)

@@ -1,19 +1,19 @@
 """Two-refine: which channels share a group and which power of two a group is divided by, so that int8 loses least.
 
-The runtime has one scale per token, set by its largest refined activation max |x| 2^-e. A channel of exponent e is then
-quantized with a noise of 4^e s^2 / 12. Raising e where the outliers are makes s smaller for all other channels: the
-idea of two-refine activations in Agile-Quant (arXiv 2312.05693). Choices depend on the input alone, so all weights that
-multiply the same input make the same ones, and the runtime quantizes it once.
+Where the runtime has one scale per token, that is set by its largest refined activation max |x| 2^-e. A channel of
+exponent e is then quantized with a noise of 4^e s^2 / 12. Raising e where the outliers are makes s smaller for all
+other channels: the idea of two-refine activations in Agile-Quant (arXiv 2312.05693). Choices depend on the input alone,
+so all weights that multiply the same input make the same ones, and the runtime quantizes it once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf.blocks import GROUP_COLUMNS, MAX_EXPONENT, channel_order
+from agq_gguf.blocks import GROUP_COLUMNS, MAX_EXPONENT, channel_order, rotate
 
 # How much less noise, as a share of a token's energy, exponents must bring; 4-bit weights cost about 5e-3.
 # An order of outliers costs the weights some precision: alone in its group, the weight of an outlier channel can have
@@ -34,45 +34,51 @@ class Refinement:
 
     listed: NDArray[np.uint16]  # channels that come first in the stored order; empty: no reordering
     exponents: NDArray[np.uint8]  # [K / 64]
-    noise: float  # mean square of what int8 (or int4) rounding adds to a refined channel, E[s^2] / 12
+    noise: NDArray[np.float64]  # [K / 64], what int8 (or int4) rounding adds to a refined channel's square, E[s^2] / 12
 
 
 def none(columns: int) -> Refinement:
     """No order, no exponents."""
-    return Refinement(np.empty(0, np.uint16), np.zeros(columns // GROUP_COLUMNS, np.uint8), 0.0)
+    groups = columns // GROUP_COLUMNS
+    return Refinement(np.empty(0, np.uint16), np.zeros(groups, np.uint8), np.zeros(groups))
 
 
-def choose(sample: NDArray[np.float32], capacity: int, bits: int, per_group: bool, enabled: bool = True) -> Refinement:
+def choose(sample: NDArray[np.float32], capacity: int, bits: int, scale: str, enabled: bool = True) -> Refinement:
     """Best refinement for an input of which `sample` [n, K] holds some rows; at most `capacity` channels are listed.
 
-    Where nearly all channels can be listed they are, by descending energy: channels of like energy then share a group,
-    and with it the scale of their weights, which lowers the error of weights (docs/format-study.md), and outliers are
-    together. A shorter list mixes the others badly, so it holds outliers only, and only if activations gain by it.
+    `scale` is one of `blocks.ACTIVATION_SCALES`. Where nearly all channels can be listed they are, by descending
+    energy: channels of like energy then share a group, and with it the scale of their weights, which lowers the error
+    of weights (docs/format-study.md), and outliers are together. A shorter list mixes the others badly, so it holds
+    outliers only, and only if activations gain by it. Rotation makes the channels of a group alike: exponents bring
+    nothing then, and order takes away (docs/quality.md), so there are none.
     """
-    size, columns = np.abs(sample.astype(np.float64)), sample.shape[1]
+    x, columns = sample.astype(np.float64), sample.shape[1]
     plain = none(columns)
-    energy = (size * size).sum(axis=1)
+    energy = (x * x).sum(axis=1)
     if not energy.any():
         return plain
-    size, energy = size[energy > 0], energy[energy > 0]
+    x, energy = x[energy > 0], energy[energy > 0]
     limit = 127 if bits == 8 else 7
     step = 1 / (12 * limit * limit)
+    if scale == "rotated":
+        return replace(plain, noise=(_group_maxima(rotate(x), plain.listed) ** 2).mean(axis=0) * step)
     # The noise of a token counts relative to its energy, because a norm or a sum that sees it so comes next.
     best, best_cost = plain, np.inf
-    for listed in _orders(size, capacity) if enabled else [plain.listed]:
-        maxima = _group_maxima(size, listed)
+    for listed in _orders(np.abs(x), capacity) if enabled else [plain.listed]:
+        maxima = _group_maxima(x, listed)
         relative = maxima / np.sqrt(energy)[:, None]
         exponents, cost = plain.exponents, _cost(relative, plain.exponents)
         # With a scale per group exponents gain nothing: each group has a scale of its own already.
-        if per_group:
+        if scale != "token":
             cost = float((relative**2).mean(axis=0).sum() * GROUP_COLUMNS)
         elif enabled:
             found = _descend(relative)
             if cost - _cost(relative, found) > _WORTH_EXPONENTS / step:
                 exponents, cost = found, _cost(relative, found)
         if best_cost - cost > (_WORTH_ORDER / step if np.isfinite(best_cost) else 0):
-            peak = maxima if per_group else (maxima * np.exp2(-exponents.astype(np.float64))).max(axis=1)
-            best, best_cost = Refinement(listed, exponents, float((peak**2).mean()) * step), cost
+            refined = maxima * np.exp2(-exponents.astype(np.float64))
+            peaks = refined if scale != "token" else np.broadcast_to(refined.max(axis=1)[:, None], refined.shape)
+            best, best_cost = Refinement(listed, exponents, (peaks**2).mean(axis=0) * step), cost
     return best
 
 
@@ -96,10 +102,10 @@ def _spread(energy: NDArray[np.float64]) -> float:
     return float(logs.reshape(-1, GROUP_COLUMNS).var(axis=1).mean())
 
 
-def _group_maxima(size: NDArray[np.float64], listed: NDArray[np.uint16]) -> NDArray[np.float64]:
+def _group_maxima(x: NDArray[np.float64], listed: NDArray[np.uint16]) -> NDArray[np.float64]:
     """Largest |x| of each token in each group of the stored order, [n, K / 64]."""
-    ordered = size[:, channel_order(listed, size.shape[1])]
-    found: NDArray[np.float64] = ordered.reshape(len(size), -1, GROUP_COLUMNS).max(axis=2)
+    ordered = np.abs(x)[:, channel_order(listed, x.shape[1])]
+    found: NDArray[np.float64] = ordered.reshape(len(x), -1, GROUP_COLUMNS).max(axis=2)
     return found
 
 

@@ -42,13 +42,6 @@ class InputRange:
     exponents: NDArray[np.uint8]  # [K / 64], refinement of each group of stored columns
     order: NDArray[np.int64]  # [K], channel of each stored column
 
-    @property
-    def outlier_channels(self) -> NDArray[np.int64]:
-        """Channels in refined groups, the largest first."""
-        refined = self.order[np.repeat(self.exponents, blocks.GROUP_COLUMNS) > 0]
-        found: NDArray[np.int64] = refined[np.argsort(-self.abs_max[refined], kind="stable")]
-        return found
-
 
 @dataclass(frozen=True)
 class Measured:

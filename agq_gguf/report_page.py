@@ -64,7 +64,9 @@ def _figures(data: ReportData) -> list[Figure]:
     figures = [_bytes(data)]
     layered = [one for one in data.ranges if one.layer >= 0]
     if layered:
-        figures += [_ranges(layered), _channels(layered, data.text), _exponents(layered)]
+        figures += [_ranges(layered), _channels(layered, data.text)]
+        if any(one.exponents.any() for one in layered):
+            figures.append(_exponents(layered))
     if data.prompt is not None and data.prompt.first_attention:
         figures.append(_first_attention(data.prompt))
     if data.errors:
@@ -125,8 +127,8 @@ def _ranges(ranges: list[InputRange]) -> Figure:
 
 
 def _calmness(group: list[InputRange]) -> float:
-    """Less for inputs with more refinement: menus begin with what there is to see."""
-    return -sum(float(one.exponents.sum()) / len(one.exponents) for one in group)
+    """Less for inputs with larger outliers: menus begin with what there is to see."""
+    return -sum(float(one.abs_max.max() / max(np.median(one.abs_max), 1e-30)) for one in group) / len(group)
 
 
 def _binned(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -146,7 +146,9 @@ class Sequential:
         square = torch.stack([x.flatten(0, 1).square().sum(0) for x in inputs]).sum(0) / tokens
         stats = InputStats(tokens, square.numpy(), None, _sample(inputs).numpy())
         capacity = min(listable(len(weight), columns) for weight in weights)
-        found = equalize.choose(stats, weights, capacity, options.activation_bits, options.per_group, options.refine)
+        found = equalize.choose(
+            stats, weights, capacity, options.activation_bits, options.activation_scale, options.refine
+        )
         return None if found is None else torch.from_numpy(found)
 
     def _gather(

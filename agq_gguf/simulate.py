@@ -9,9 +9,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from agq_gguf.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
+from agq_gguf.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order, rotate
 
 _TINY = 2.0**-100  # below this maximum a token counts as zero, as in the format
+_ROTATION = torch.from_numpy(rotate(np.eye(GROUP_COLUMNS, dtype=np.float32)))
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """`blocks.rotate` of x [..., K] by a matrix product, which has a gradient; rounding differs."""
+    return (x.unflatten(-1, (-1, GROUP_COLUMNS)) @ _ROTATION).flatten(-2)
 
 
 class Rounder:
@@ -24,15 +30,18 @@ class Rounder:
         self.growth = torch.from_numpy(exponents)  # 2^e of each stored column
         self._limit = 127.0 if parameters.activation_bits == 8 else 7.0
         self._group = GROUP_COLUMNS if parameters.per_group else columns
+        self.rotates = parameters.rotated
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] float32 in input-channel order, rounded; the gradient passes as if it were not."""
         with torch.no_grad():
-            refined = (x[..., self.order] / self.growth).unflatten(-1, (-1, self._group))
+            refined = x[..., self.order] / self.growth
+            refined = (rotated(refined) if self.rotates else refined).unflatten(-1, (-1, self._group))
             largest = refined.abs().amax(-1, keepdim=True)
             factor = torch.where(largest < _TINY, 0.0, self._limit / largest)
-            rounded = (refined * factor).round() * (largest / self._limit)
-            difference = (rounded.flatten(-2) * self.growth)[..., self.back] - x
+            rounded = ((refined * factor).round() * (largest / self._limit)).flatten(-2)
+            rounded = rotated(rounded) if self.rotates else rounded
+            difference = (rounded * self.growth)[..., self.back] - x
         return x + difference
 
 
@@ -41,4 +50,5 @@ def restored(matrix: Matrix, rounder: Rounder, scales: torch.Tensor | None = Non
     values = torch.from_numpy(matrix.parameters.codebook.astype(np.float32) - 64)[torch.from_numpy(matrix.codes).int()]
     used = torch.from_numpy(matrix.scales) if scales is None else scales
     spread = used.repeat_interleave(GROUP_COLUMNS, 1) * (matrix.parameters.tensor_scale / rounder.growth)
-    return (values * spread)[:, rounder.back]
+    weights = rotated(values * spread) if rounder.rotates else values * spread
+    return weights[:, rounder.back]

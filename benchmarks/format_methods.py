@@ -31,6 +31,7 @@ class Scheme:
     damp: float = 0.01
     inverse: bool = False  # weight a group's scale search by what remains of an error after feedback, 1 / U_kk^2
     order: str = "none"  # most active column first: "groups": whole groups, "static": groups and scales stay, "stored"
+    rotated: bool = False  # each group of 64 columns is multiplied by a Hadamard matrix before
 
 
 @dataclass
@@ -181,6 +182,8 @@ def column_order(activity: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 def quantize(w: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Rounds a weight (rows, K), with error feedback if the scheme says so; returns what the file would mean."""
+    if scheme.rotated:
+        return rotated(quantize(rotated(w), rotated(rotated(hessian).T), replace(scheme, rotated=False)))
     h = hessian.diagonal().clamp_min(1e-12) if scheme.weighted else torch.ones(w.shape[1])
     book = make_codebook(w, h, scheme)
     size, count = scheme.group, w.shape[1]
@@ -225,6 +228,14 @@ def q8_0(w: torch.Tensor) -> torch.Tensor:
     x = w.unflatten(1, (-1, 32))
     d = (x.abs().amax(-1, keepdim=True) / 127).half().float().clamp_min(1e-12)
     return (d * (x / d).round()).flatten(1)
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """Groups of 64 columns (..., K) times the Hadamard matrix over 8; its own inverse."""
+    matrix = torch.ones(1, 1)
+    for _ in range(6):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (x.unflatten(-1, (-1, 64)) @ (matrix / 8)).flatten(-2)
 
 
 # activations

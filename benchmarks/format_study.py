@@ -30,6 +30,7 @@ from format_methods import (
     quantize,
     quantize_activations,
     refine,
+    rotated,
     sorted_refine,
     threshold_refine,
 )
@@ -324,10 +325,14 @@ def study_activations(subject: Subject) -> None:
                 x, b, 64, Refinement(stats[name].amax.argsort(descending=True), torch.zeros(x.shape[-1] // 64))
             ),
         )
+        measure(
+            f"int{bits} per (token, 64), rotated",
+            lambda name, x, b=bits: rotated(quantize_activations(rotated(x), b, 64)),
+        )
 
 
 def study_order(subject: Subject) -> None:
-    """Columns stored by energy or as they are, with f32 activations and with int8 in the same order."""
+    """Columns stored by energy, as they are, or rotated, with f32 activations and with int8 in several ways."""
     inputs = {id(s): s for s in subject.stats.values()}
     listed = {key: refine(s, (2,), (0, 16, 32, 64), 8) for key, s in inputs.items()}
     by_energy = {key: sorted_refine(s) for key, s in inputs.items()}
@@ -339,8 +344,19 @@ def study_order(subject: Subject) -> None:
         "stored most active first, 1 / U^2": Scheme(order="stored", inverse=True),
         "the same, fixed codebook": Scheme(order="stored", inverse=True, codebook="fixed7"),
         "the same, damping 0.003": Scheme(order="stored", inverse=True, damp=0.003),
+        "rotated, E[x^2]": Scheme(rotated=True, order="groups"),
+        "rotated, 1 / U^2": Scheme(rotated=True, order="groups", inverse=True),
     }
-    row("columns", "output error %", "f32 activations", "int8, r = 2, listed", "int8, all sorted by energy")
+    row(
+        "columns",
+        "output error %",
+        "f32 activations",
+        "int8, r = 2, listed",
+        "int8, all sorted by energy",
+        "int8 per (token, 64)",
+        "int8 per (token, 64), rotated",
+    )
+    ways = (lambda x: quantize_activations(x, 8, 64), lambda x: rotated(quantize_activations(rotated(x), 8, 64)))
     for name, scheme in variants.items():
         new = subject.quantized(scheme)
         cells = [subject.output_error(new)]
@@ -350,6 +366,9 @@ def study_order(subject: Subject) -> None:
                 with subject.activations(
                     lambda name, x, known=known: quantize_activations(x, 8, 0, known[id(subject.stats[name])])
                 ):
+                    cells.append(subject.distance())
+            for way in ways:
+                with subject.activations(lambda _, x, way=way: way(x)):
                     cells.append(subject.distance())
         row(name, *cells)
 

@@ -195,9 +195,9 @@ void bench_gemv(const options &o, const kernel &row, int k, int tokens) {
     print("gemv", detail, best, "GB/s", best_read, "GB/s read");
 }
 
-void bench_quantizer(const options &o, const kernel &row, int k, bool per_group, int n_listed) {
+void bench_quantizer(const options &o, const kernel &row, int k, const char *scale, int n_listed) {
     char detail[80];
-    std::snprintf(detail, sizeof detail, "K %d%s, %d listed", k, per_group ? ", group scales" : "", n_listed);
+    std::snprintf(detail, sizeof detail, "K %d, scale: %s, %d listed", k, scale, n_listed);
     if ((std::string("quantize ") + detail).find(o.filter) == std::string::npos) return;
     const int tokens = 512;
     std::vector<float> x(static_cast<size_t>(k) * tokens);
@@ -206,7 +206,9 @@ void bench_quantizer(const options &o, const kernel &row, int k, bool per_group,
     std::vector<uint16_t> listed;
     for (int i = 0; i < n_listed; i++) listed.push_back(static_cast<uint16_t>(i * (k / n_listed)));
     const std::vector<uint8_t> exponents(k / 64, 1);
-    const activation_format format = {k, 8, per_group, exponents.data(), listed.data(), listed.data(), n_listed};
+    const bool per_group = std::string(scale) != "token";
+    const activation_format format = {
+        k, 8, per_group, exponents.data(), listed.data(), listed.data(), n_listed, std::string(scale) == "rotated"};
     operands data(k, 1, tokens, 1);
     double best = 0;
     for (int i = 0; i < 3 * o.repeat; i++) {
@@ -313,8 +315,7 @@ int main(int argc, char **argv) {
         bench_attention(o, *row, shape.first, shape.second, 512);
         bench_attention(o, *row, shape.first, shape.second, 4096);
     }
-    bench_quantizer(o, *row, 2048, false, 0);
-    bench_quantizer(o, *row, 2048, true, 0);
-    bench_quantizer(o, *row, 2048, false, 64);
+    for (const char *scale : {"token", "group", "rotated"}) bench_quantizer(o, *row, 2048, scale, 0);
+    bench_quantizer(o, *row, 2048, "token", 64);
     return 0;
 }

@@ -23,11 +23,13 @@ from agq_gguf.writer import Writer, layout
 
 BEHIND = {"attn_norm": ("attn_q", "attn_k", "attn_v"), "ffn_norm": ("ffn_gate", "ffn_up")}
 VARIANTS = {
-    "one scale per token, nothing else": MatrixOptions(refine=False, equalize=False),
-    "two-refine: exponents 0 and r": MatrixOptions(equalize=False),
-    "general exponents and channel order": MatrixOptions(equalize=False),
-    "a scale per (token, 64)": MatrixOptions(refine=False, per_group=True, equalize=False),
-    "equalization, general exponents (default)": MatrixOptions(),
+    "one scale per token, nothing else": MatrixOptions(activation_scale="token", refine=False, equalize=False),
+    "two-refine: exponents 0 and r": MatrixOptions(activation_scale="token", equalize=False),
+    "general exponents and channel order": MatrixOptions(activation_scale="token", equalize=False),
+    "equalization, general exponents": MatrixOptions(activation_scale="token"),
+    "a scale per (token, 64)": MatrixOptions(activation_scale="group", refine=False, equalize=False),
+    "a scale per (token, 64), rotated": MatrixOptions(refine=False, equalize=False),
+    "equalization, a scale per (token, 64), rotated (default)": MatrixOptions(),
 }
 
 

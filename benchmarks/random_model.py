@@ -49,7 +49,9 @@ def tensors(shape: str, layers: int = 0) -> Iterator[tuple[str, int, int]]:
 def random_agq4(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """A packed matrix of random codes with a plausible spread of values."""
     values = np.array([0, 12, 22, 31, 39, 46, 53, 59, 65, 71, 77, 84, 91, 100, 112, 127], np.uint8)
-    parameters = blocks.Parameters(values, np.zeros(columns // 64, np.uint8), tensor_scale=columns**-0.5 / 32)
+    parameters = blocks.Parameters(
+        values, np.zeros(columns // 64, np.uint8), tensor_scale=columns**-0.5 / 32, activation_scale="rotated"
+    )
     codes = rng.integers(0, 16, (rows, columns), np.uint8)
     return blocks.pack(blocks.Matrix(codes, np.ones((rows, columns // 64), np.float32), parameters))
 

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/rotation.h"
+
 namespace agq {
 
 namespace {
@@ -110,8 +112,8 @@ bool check_header(const attribute_header &h, size_t stream_bytes, std::string *e
     } else if (h.version != attribute_version) {
         *error = "AGQ4 version " + std::to_string(h.version) + " is not known to this plugin, which reads version " +
                  std::to_string(attribute_version) + "; update agq-gguf";
-    } else if ((bits != 8 && bits != 4) || granularity > 1) {
-        *error = "activation mode " + std::to_string(h.activation) + " is unknown";
+    } else if ((bits != 8 && bits != 4) || granularity > max_activation_scale) {
+        *error = "activation mode " + std::to_string(h.activation) + " is unknown; update agq-gguf";
     } else if (h.flags & ~(flag_channel_order | flag_pruning)) {
         *error = "flags " + std::to_string(h.flags) + " are unknown";
     } else if (!(h.tensor_scale > 0) || !std::isfinite(h.tensor_scale)) {
@@ -138,6 +140,20 @@ float decode_scale(const tile &t, int half, int row) {
         value = std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
     }
     return bits & 0x8000 ? -value : value;
+}
+
+/// Weights of row r of a panel in one group of columns, before the tensor scale. What is not rotated is exact, so that
+/// a weight is rounded once, as in the reference.
+void unscaled_group(const matrix_attributes &attributes, const tile &t, int64_t g, int r, float *group) {
+    const int half = static_cast<int>(g % 2);
+    const float scale = std::ldexp(decode_scale(t, half, r), -attributes.exponents[static_cast<size_t>(g)]);
+    for (int i = 0; i < group_columns; ++i) {
+        const int in_tile = half * group_columns + i;
+        const uint8_t byte = t.codes[in_tile / 8][4 * r + in_tile % 4];
+        const int code = in_tile % 8 < 4 ? byte & 15 : byte >> 4;
+        group[i] = scale * static_cast<float>(attributes.codebook[code] - code_offset);
+    }
+    if (attributes.format.rotated) rotate_group(group);
 }
 
 }  // namespace
@@ -192,7 +208,8 @@ std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int
     activation_format &f = result->format;
     f.k = static_cast<int>(k);
     f.bits = result->header.activation & 15;
-    f.per_group = (result->header.activation >> 4) == 1;
+    f.per_group = (result->header.activation >> 4) != activation_scale_token;
+    f.rotated = (result->header.activation >> 4) == activation_scale_rotated;
     f.exponents = result->exponents.data();
     f.n_listed = static_cast<int>(result->listed.size());
     f.listed = f.n_listed ? result->listed.data() : nullptr;
@@ -206,15 +223,12 @@ void dequantize_row(const matrix_attributes &attributes, const tile *tiles, int6
     const int r = static_cast<int>(row % panel_rows);
     const int64_t n_listed = attributes.format.n_listed;
     int64_t next_listed = 0, channel = 0;  // walk over the channels that are not listed, ascending
+    float group[group_columns];
     for (int64_t column = 0; column < k; ++column) {
-        const tile &t = panel[column / tile_columns];
-        const int in_tile = static_cast<int>(column % tile_columns), half = in_tile / group_columns;
-        const uint8_t byte = t.codes[in_tile / 8][4 * r + in_tile % 4];
-        const int code = in_tile % 8 < 4 ? byte & 15 : byte >> 4;
-        // This product is exact, so the weight is rounded once, as in the reference.
-        const float unscaled =
-            std::ldexp(decode_scale(t, half, r), -attributes.exponents[static_cast<size_t>(column / group_columns)]) *
-            static_cast<float>(attributes.codebook[code] - code_offset);
+        const int in_group = static_cast<int>(column % group_columns);
+        if (in_group == 0) {
+            unscaled_group(attributes, panel[column / tile_columns], column / group_columns, r, group);
+        }
         int64_t target;
         if (column < n_listed) {
             target = attributes.listed[static_cast<size_t>(column)];
@@ -225,7 +239,7 @@ void dequantize_row(const matrix_attributes &attributes, const tile *tiles, int6
             }
             target = channel++;
         }
-        out[target] = unscaled * attributes.header.tensor_scale;
+        out[target] = group[in_group] * attributes.header.tensor_scale;
     }
 }
 

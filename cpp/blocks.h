@@ -25,7 +25,7 @@ static_assert(sizeof(tile) == 1088, "a tile is 17 cache lines");
 struct attribute_header {
     uint8_t magic;
     uint8_t version;
-    uint8_t activation;  ///< low nibble: bits, high nibble: 0 = scale per token, 1 = per token and group
+    uint8_t activation;  ///< low nibble: bits; high nibble: 0 = scale per token, 1 = per group of it, 2 = and rotated
     uint8_t flags;
     float tensor_scale;
     uint32_t crc32;
@@ -42,6 +42,8 @@ constexpr int prune_direction_bytes = 8;  ///< in front of the numbers of a dire
 constexpr uint8_t max_prune_score = 3, prune_score_learned = 3;
 constexpr uint8_t max_prune_reach = 15;
 constexpr int max_exponent = 15;
+/// What shares a scale of the activations: a token; a group of a token; that after the group was rotated.
+constexpr int activation_scale_token = 0, activation_scale_rotated = 2, max_activation_scale = 2;
 
 constexpr int ggml_type_id = 38;
 constexpr int ggml_block_size = tile_columns;

@@ -35,7 +35,7 @@ def matrices(draw: st.DrawFn) -> Matrix:
             listed=rng.permutation(columns)[:n_listed].astype(np.uint16),
             tensor_scale=float(np.float32(draw(st.floats(1e-20, 1e20)))),
             activation_bits=draw(st.sampled_from([4, 8])),
-            per_group=draw(st.booleans()),
+            activation_scale=draw(st.sampled_from(blocks.ACTIVATION_SCALES)),
             pruning=draw(st.none() | prunings(blocks.SCORES[:3])),
         ),
     )
@@ -69,14 +69,15 @@ def test_unpack_inverts_pack(matrix: Matrix) -> None:
     np.testing.assert_array_equal(parameters.listed, matrix.parameters.listed)
 
 
-def test_golden_bytes() -> None:
-    matrix = make_agq4.matrix()
-    stored = np.fromfile(GOLDEN / "agq4_32x256.bin", np.uint8)
+@pytest.mark.parametrize("name", ["agq4_32x256", "agq4_32x256_rotated"])
+def test_golden_bytes(name: str) -> None:
+    matrix = make_agq4.rotated() if "rotated" in name else make_agq4.matrix()
+    stored = np.fromfile(GOLDEN / f"{name}.bin", np.uint8)
     np.testing.assert_array_equal(blocks.pack(matrix).ravel(), stored)
     assert_equal(blocks.unpack(stored.reshape(32, -1)), matrix)
-    weights = np.fromfile(GOLDEN / "agq4_32x256_weights.f32", "<f4").reshape(4, 256)
+    weights = np.fromfile(GOLDEN / f"{name}_weights.f32", "<f4").reshape(4, 256)
     np.testing.assert_array_equal(blocks.dequantize(matrix)[:4], weights)
-    raw = (GOLDEN / "agq4_32x256_xq.i8").read_bytes()
+    raw = (GOLDEN / f"{name}_xq.i8").read_bytes()
     xq, s = blocks.quantize_activations(make_agq4.activations(), matrix.parameters)
     assert xq.tobytes() + s.tobytes() == raw
 
@@ -271,7 +272,7 @@ def corrupt(change: dict[int, bytes], seal: bool = True, data: np.ndarray | None
         ({0: b"\xa5"}, True, "0xA5, wanted 0xA4"),
         ({1: b"\x02"}, True, "version 2"),
         ({2: b"\x15"}, True, "5 activation bits"),
-        ({2: b"\x28"}, True, "unknown attributes"),
+        ({2: b"\x38"}, True, "unknown attributes"),
         ({3: b"\x05"}, True, "unknown attributes"),
         ({3: b"\x00"}, True, "flags 0x00"),
         ({4: struct.pack("<f", 0.0)}, True, "tensor scale is 0"),
@@ -352,6 +353,40 @@ def test_round_scale_is_the_nearest_storable(value: float) -> None:
     assert abs(abs(value) - abs(found)) == np.abs(storable - abs(value)).min()
 
 
+def rotated_by_definition(x: np.ndarray) -> np.ndarray:
+    """One group [64] of binary32 numbers, by halves: those of both, then their sums and differences."""
+    if len(x) == 1:
+        return x * np.float32(0.125)
+    first, second = (rotated_by_definition(half) for half in np.split(x, 2))
+    return np.concatenate([first + second, first - second])
+
+
+def test_rotation_is_the_hadamard_matrix() -> None:
+    x = np.random.default_rng(1).standard_normal((3, 5, 128)).astype(np.float32)
+    found = blocks.rotate(x)
+    assert found.dtype == np.float32
+    for group in np.ndindex(3, 5, 2):
+        here = (*group[:2], slice(64 * group[2], 64 * group[2] + 64))
+        np.testing.assert_array_equal(found[here], rotated_by_definition(x[here]))
+    hadamard = np.ones((1, 1))
+    for _ in range(6):
+        hadamard = np.kron(np.array([[1, 1], [1, -1]]), hadamard)
+    np.testing.assert_allclose(found[2, 1, 64:], hadamard @ x[2, 1, 64:] / 8, atol=1e-5)
+    np.testing.assert_allclose(blocks.rotate(found), x, atol=1e-5)
+
+
+def test_rotated_weights() -> None:
+    plain, matrix = make_agq4.matrix(), make_agq4.rotated()
+    one = [replace(m, parameters=replace(m.parameters, tensor_scale=1.0)) for m in (plain, matrix)]
+    order = blocks.channel_order(plain.parameters.listed, 256)
+    stored, found = (blocks.dequantize(m)[:, order] for m in one)
+    for row, group in ((0, 0), (17, 3), (31, 2)):
+        here = slice(64 * group, 64 * group + 64)
+        np.testing.assert_array_equal(found[row, here], rotated_by_definition(stored[row, here]))
+    scaled = blocks.dequantize(matrix)[:, order]
+    np.testing.assert_array_equal(scaled, found * np.float32(matrix.parameters.tensor_scale))
+
+
 def test_dequantize_follows_the_formula() -> None:
     matrix = make_agq4.matrix()
     p = matrix.parameters
@@ -375,6 +410,10 @@ def test_activations_and_product_follow_the_formulas(matrix: Matrix, seed: int) 
     order = blocks.channel_order(p.listed, columns)
     b = np.float32(127 if p.activation_bits == 8 else 7)
     refined = x[:, order] * np.exp2(-p.exponents.astype(np.float32)).repeat(64)
+    if p.rotated:
+        refined = np.stack(
+            [np.concatenate([rotated_by_definition(g) for g in np.split(row, columns // 64)]) for row in refined]
+        )
     for t in range(2):
         for g in range(columns // 64):
             here = slice(64 * g, 64 * g + 64)
@@ -386,8 +425,10 @@ def test_activations_and_product_follow_the_formulas(matrix: Matrix, seed: int) 
     restored = np.empty_like(x)
     growth = np.exp2(p.exponents.astype(np.float32)).repeat(64)
     restored[:, order] = xq * np.repeat(s, columns // s.shape[1], axis=1) * growth
-    exact = restored.astype(np.float64) @ blocks.dequantize(matrix).astype(np.float64).T
-    scale = np.abs(restored.astype(np.float64)) @ np.abs(blocks.dequantize(matrix)).astype(np.float64).T
+    # Rotated or not, a product is that of what is stored.
+    stored = blocks.dequantize(replace(matrix, parameters=replace(p, activation_scale="token")))
+    exact = restored.astype(np.float64) @ stored.astype(np.float64).T
+    scale = np.abs(restored.astype(np.float64)) @ np.abs(stored).astype(np.float64).T
     assert (np.abs(y - exact) <= 1e-5 * scale + 1e-37).all()
 
 
@@ -397,8 +438,15 @@ def test_a_huge_tensor_scale_overflows_quietly() -> None:
     assert np.isinf(blocks.matmul_reference(make_agq4.activations(), huge)).any()
 
 
+def test_rotation_that_overflows_is_not_a_number() -> None:
+    x = np.full((2, 256), 3e38, np.float32)
+    x[1] = 1
+    xq, s = blocks.quantize_activations(x, make_agq4.rotated().parameters)
+    assert np.isnan(s[0]).all() and not xq[0].any() and np.isfinite(s[1]).all()
+
+
 def test_bad_and_tiny_activations() -> None:
-    p = replace(make_agq4.matrix().parameters, per_group=False)
+    p = replace(make_agq4.matrix().parameters, activation_scale="token")
     x = np.ones((4, 256), np.float32)
     x[0, 7], x[1, 9], x[2] = np.nan, np.inf, 2.0**-101
     xq, s = blocks.quantize_activations(x, p)

@@ -151,7 +151,7 @@ def test_inspect(llama_agq: Path) -> None:
     assert "tiny random llama, architecture llama" in shown
     assert re.search(r"agq4 +14 +153\.0 KiB +4\.25", shown)
     assert re.search(
-        r"blk\.0\.ffn_up\.weight +agq4 +256 x 128 +17\.0 KiB +0\.\d{3}% +8-bit activations per token, exp", shown
+        r"blk\.0\.ffn_up\.weight +agq4 +256 x 128 +17\.0 KiB +0\.\d{3}% +8-bit activations, scale: rotated", shown
     )
     assert re.search(r"agq\.activation_bits +8", shown)
     found = json.loads(run("inspect", llama_agq, "--json").stdout)

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from agq_gguf import equalize
+from agq_gguf import blocks, equalize
 from agq_gguf.calibrate import Calibrator
 from agq_gguf.cli import app
 from agq_gguf.convert import QuantizeOptions, quantize
@@ -61,7 +61,8 @@ def test_factors_of_silent_and_unused_channels() -> None:
     assert np.array_equal(equalize.factors(square * 0, [weights]), np.ones(128, np.float32))
 
 
-def test_only_outliers_are_equalized() -> None:
+@pytest.mark.parametrize("scale", blocks.ACTIVATION_SCALES)
+def test_only_outliers_are_equalized(scale: str) -> None:
     rng = np.random.default_rng(2)
     sample = rng.normal(size=(256, 256)).astype(np.float32)
     weights = [rng.normal(size=(64, 256)).astype(np.float32)]
@@ -70,7 +71,7 @@ def test_only_outliers_are_equalized() -> None:
         d = np.ones(256, np.float32)
         d[::64] = factor
         stats = InputStats(256, np.square(sample * d).mean(0), None, sample * d)
-        return equalize.choose(stats, [weights[0] / d], 0, 8, False, True)
+        return equalize.choose(stats, [weights[0] / d], 0, 8, scale, True)
 
     assert chosen(1) is None and chosen(1.5) is None
     s = chosen(30)

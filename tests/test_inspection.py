@@ -56,7 +56,7 @@ def test_our_model(llama_agq: Path) -> None:
     assert tensor.agq.exponent_max == found.exponents.max()
     assert tensor.agq.exponents_nonzero == (found.exponents > 0).mean()
     assert tensor.agq.listed_channels == len(found.listed)
-    assert (tensor.agq.matrices, tensor.agq.activation_bits, tensor.agq.activation_scale) == (1, 8, "token")
+    assert (tensor.agq.matrices, tensor.agq.activation_bits, tensor.agq.activation_scale) == (1, 8, "rotated")
 
 
 def test_pruning_record(llama_agq: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def _rows(raw: bytes, rows: int):
 
 def test_experts(tmp_path: Path) -> None:
     source = tiny_models.write_llama(tmp_path / "moe.gguf", n_layer=1, n_expert=3)
-    options = QuantizeOptions(threads=1, matrix=MatrixOptions(per_group=True, learn_codebook=False))
+    options = QuantizeOptions(threads=1, matrix=MatrixOptions(activation_scale="group", learn_codebook=False))
     quantize(source, tmp_path / "out.gguf", options=options)
     tensor = next(t for t in inspect_file(tmp_path / "out.gguf").tensors if t.name == "blk.0.ffn_up_exps.weight")
     assert tensor.agq is not None

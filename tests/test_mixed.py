@@ -73,7 +73,7 @@ def test_logits_follow_the_reference(model: LowModel, path: Path, monkeypatch: p
     plain = reference.last_logits(PROMPT, 0.0, 0, "first")
     # Rounding amplifies last bits to about 1.5% here, with 8 bits too (docs/design.md); single rows are tested
     # bit by bit in tests/cpp/mixed_test.cpp.
-    assert distance(got, want) < 0.5 * distance(got, plain)
+    assert distance(got, want) < 0.6 * distance(got, plain)
 
 
 def test_a_share_of_zero_and_short_prompts_are_as_without(model: LowModel, monkeypatch: pytest.MonkeyPatch) -> None:

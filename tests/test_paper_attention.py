@@ -54,7 +54,7 @@ def test_logits_follow_the_reference(
         # With flash attention llama.cpp rounds keys and values to binary16 on the way.
         assert distance(got, want) < (0.4 * distance(plain, want) if flash else 1e-5)
         # The first token attends to itself alone, with a weight of exactly 1.
-        assert np.allclose(got[0], want[0], atol=1e-4 * np.abs(want[0]).max())
+        assert distance(got[:1], want[:1]) < (5e-3 if flash else 1e-5)
 
 
 def test_the_grids() -> None:

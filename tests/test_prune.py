@@ -107,7 +107,8 @@ def test_learned_score(learned: GetModel, arch: str, spec: str, flash: bool) -> 
     masked, masked_fate = run(m, f"mask,{spec};score=learned", **how)
     _, other_fate = run(m, f"{spec};score=random", **how)
     again, fate_again = run(m, f"{spec};score=learned;reuse=1", **how)
-    assert fate == masked_fate and fate != other_fate and np.array_equal(pruned, masked)
+    assert fate == masked_fate and fate != other_fate and np.array_equal(pruned[0], masked[0])
+    np.testing.assert_allclose(pruned, masked, atol=1e-4)  # of a few rows, attention adds chunks of the cells there are
     assert 15 <= sum(layer >= 0 for layer in fate) <= 150
     if "," not in spec:  # what is left behind a first layer is not the same
         assert fate == fate_again

@@ -184,18 +184,18 @@ def test_grams_of_levelled_rows(graph_of: Opener, llama_f16: Path) -> None:
 # what the runtime does, simulated
 
 
-@pytest.mark.parametrize(("bits", "per_group"), [(8, False), (8, True), (4, False)])
-def test_simulation_is_the_reference(bits: int, per_group: bool) -> None:
+@pytest.mark.parametrize(("bits", "scale"), [(8, "token"), (8, "group"), (8, "rotated"), (4, "token"), (4, "rotated")])
+def test_simulation_is_the_reference(bits: int, scale: str) -> None:
     rng = np.random.default_rng(3)
     x = rng.normal(size=(9, 256)).astype(np.float32) * np.exp(rng.normal(size=256)).astype(np.float32)
     x[4] = 0
-    options = MatrixOptions(activation_bits=bits, per_group=per_group)
+    options = MatrixOptions(activation_bits=bits, activation_scale=scale)
     from agq_gguf.stats import InputStats
 
     stats = InputStats(9, np.square(x).mean(0), np.abs(x).max(0), x)
     prepared = prepare_input(stats, 256, 100, options)
     matrix = quantize_matrix(rng.normal(size=(64, 256)).astype(np.float32), prepared, options).matrix
-    assert per_group or matrix.parameters.listed.size  # else the order would not be tried
+    assert scale != "token" or matrix.parameters.listed.size  # else the order would not be tried
     rounder = Rounder(matrix.parameters, 256)
     found = functional.linear(rounder(torch.from_numpy(x)), restored(matrix, rounder)).numpy()
     wanted = blocks.matmul_reference(x, matrix)

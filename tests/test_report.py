@@ -13,10 +13,11 @@ import pytest
 from browser import Browser, needs_chromium
 from command_line import run
 
-from agq_gguf import plots, report
+from agq_gguf import convert, plots, report
 from agq_gguf.bench import Result, Speed
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.evaluate import Evaluation
+from agq_gguf.quantizer import MatrixOptions
 from agq_gguf.reader import open_gguf
 from agq_gguf.report_page import render
 from agq_gguf.writer import Writer, layout
@@ -103,10 +104,23 @@ def test_ranges_are_those_of_the_activations(llama_agq: Path, words_file: Path) 
         np.testing.assert_allclose(one.abs_max, np.abs(x).max(0), rtol=0.15)
         np.testing.assert_allclose(one.rms, np.sqrt((x**2).mean(0)), rtol=0.03)
         assert len(one.exponents) * 64 == len(one.abs_max) == len(one.order)
+
+
+def test_refined_groups_are_shown(llama_f16: Path, words_file: Path, tmp_path: Path) -> None:
+    """Those of files with a scale per token; others have none."""
+    out = tmp_path / "token.gguf"
+    options = convert.QuantizeOptions(
+        threads=1, context=64, matrix=MatrixOptions(activation_scale="token", equalize=False)
+    )
+    convert.quantize(llama_f16, out, calibration=words_file, options=options)
+    data = report.gather(out, text=words_file, tokens=256, threads=1)
     refined = [one for one in data.ranges if one.exponents.any()]
     assert refined  # the tiny models have outlier channels
     for one in refined:
-        assert one.abs_max[one.outlier_channels[0]] == one.abs_max.max()
+        channels = one.order[np.repeat(one.exponents, 64) > 0]
+        assert one.abs_max[channels].max() == one.abs_max.max()
+    run("report", out, "-o", tmp_path / "page.html", "--text", words_file, "--tokens", 256, "-t", 1)
+    assert "<h2>Outlier groups and their exponents</h2>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_page_has_everything_and_asks_for_nothing(page: Path, with_errors: Path) -> None:
@@ -116,11 +130,11 @@ def test_page_has_everything_and_asks_for_nothing(page: Path, with_errors: Path)
     assert not [a for _, a in tags.found if "src" in a or "href" in a]
     titles = re.findall(r"<h2>(.*?)</h2>", html)
     assert titles == [
-        "Bytes by tensor type", "Activation range by layer", "Channels", "Outlier groups and their exponents",
+        "Bytes by tensor type", "Activation range by layer", "Channels",
         "Error of each tensor", "Speed", "Quality", "Figures", "Tensors", "Metadata",
     ]  # fmt: skip
     figures = [json.loads(found) for found in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html)]
-    assert len(figures) == 7
+    assert len(figures) == 6
     with open_gguf(with_errors) as reader:
         assert all(f"<td>{name}</td>" in html for name in reader.tensors)
     assert "somebody" not in html  # the page may be given away

@@ -194,7 +194,7 @@ def test_types_that_the_user_wants_stay(llama_f16: Path, words: str) -> None:
 
 def test_activations(llama_f16: Path, words: str, tmp_path: Path) -> None:
     kl = {}
-    for bits, scale in ((4, ""), (8, ""), (8, "group")):
+    for bits, scale in ((4, "rotated"), (8, "rotated"), (8, "token"), (8, "group")):
         out = tmp_path / f"{bits}{scale}.gguf"
         options = QuantizeOptions(
             threads=1, context=64, calibration_tokens=512, matrix=convert.activation_options(bits, scale)
@@ -205,9 +205,10 @@ def test_activations(llama_f16: Path, words: str, tmp_path: Path) -> None:
             name = "blk.0.ffn_up.weight"
             raw = np.array(np.frombuffer(reader.raw(name), np.uint8))  # a copy: the mapping ends before
             found = blocks.read_parameters(raw.reshape(reader.tensors[name].shape[0], -1))
-            assert (found.activation_bits, found.per_group) == (bits, bits == 4 or scale == "group")
+            assert (found.activation_bits, found.activation_scale) == (bits, scale)
+            assert reader.get("agq.activation_scale") == scale
         kl[bits, scale] = evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl
-    assert max(kl[8, ""], kl[8, "group"]) < kl[4, ""] < 1
+    assert max(kl[8, scale] for scale in blocks.ACTIVATION_SCALES) < kl[4, "rotated"] < 1
     with pytest.raises(InputError, match="activations of 5 bits are not to be had, only 8 and 4"):
         convert.activation_options(5)
     with pytest.raises(InputError, match="a scale per 'row' are not to be had"):

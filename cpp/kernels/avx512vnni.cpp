@@ -414,6 +414,32 @@ struct quantize_ops {
         __m512i found_ = _mm512_setzero_si512();
     };
 
+    /// Sums and differences of lanes and their `partners`, those of the lanes in `second` being the second of their
+    /// pair.
+    static __m512 combine(__m512 v, __m512 partners, __mmask16 second) {
+        const __m512 signs = _mm512_mask_blend_ps(second, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+        return _mm512_fmadd_ps(v, signs, partners);  // the product is exact
+    }
+
+    static void rotate(const float *x, float refine, float *y) {
+        __m512 v[4];
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(refine));
+            v[i] = _mm512_mul_ps(v[i], _mm512_set1_ps(0.125f));
+            v[i] = combine(v[i], _mm512_permute_ps(v[i], 0xB1), 0xAAAA);
+            v[i] = combine(v[i], _mm512_permute_ps(v[i], 0x4E), 0xCCCC);
+            v[i] = combine(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0xB1), 0xF0F0);
+            v[i] = combine(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0x4E), 0xFF00);
+        }
+        const __m512 a = _mm512_add_ps(v[0], v[1]), b = _mm512_sub_ps(v[0], v[1]);
+        const __m512 c = _mm512_add_ps(v[2], v[3]), d = _mm512_sub_ps(v[2], v[3]);
+        _mm512_store_ps(y, _mm512_add_ps(a, c));
+        _mm512_store_ps(y + 16, _mm512_add_ps(b, d));
+        _mm512_store_ps(y + 32, _mm512_sub_ps(a, c));
+        _mm512_store_ps(y + 48, _mm512_sub_ps(b, d));
+    }
+
     static int quantize(const float *x, float refine, float factor, int limit, int n, int8_t *q) {
         const __m512i high = _mm512_set1_epi32(limit);
         const __m512i low = _mm512_set1_epi32(-limit);

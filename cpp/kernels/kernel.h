@@ -22,6 +22,7 @@ struct activation_format {
     const uint16_t *listed;    ///< channels that come first in the stored order, in this order; null if n_listed == 0
     const uint16_t *listed_sorted;  ///< the same channels ascending
     int n_listed;
+    bool rotated = false;  ///< groups are rotated (rotation.h) after their refinement; only with per_group
 };
 
 /// Packed activations of up to `nr` tokens, nr being the kernel's.
@@ -40,8 +41,8 @@ struct activation_block {
 };
 
 /// Quantizes and packs one block. `rows[t]`, t < block.n, points at `format.k` floats. Formulas: docs/format.md,
-/// "Meaning"; the integers are exact and equal on all kernels. A token that holds a NaN or an infinity gets scale NaN
-/// (for every group) and q = 0.
+/// "Meaning"; the integers are exact and equal on all kernels. A token that holds a NaN or an infinity, before or after
+/// rotation, gets scale NaN (for every group) and q = 0.
 using quantize_fn = void (*)(const activation_format &format, const float *const *rows, const activation_block &block);
 
 /// Work of one call: `panels` consecutive panels of a weight matrix times `n_blocks` consecutive activation blocks.

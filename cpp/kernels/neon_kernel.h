@@ -188,6 +188,36 @@ struct quantize_ops {
         int32x4_t found_ = vdupq_n_s32(0);
     };
 
+    /// Sums and differences of lanes and their `partners`; `signs` are 1, and -1 for the second of a pair.
+    static float32x4_t combine(float32x4_t v, float32x4_t partners, float32x4_t signs) {
+        return vfmaq_f32(partners, v, signs);  // the product is exact
+    }
+
+    static void rotate(const float *x, float refine, float *y) {
+        const float alternating[] = {1, -1, 1, -1};
+        const float32x4_t odd = vld1q_f32(alternating);
+        const float32x4_t upper = vcombine_f32(vdup_n_f32(1), vdup_n_f32(-1));
+        float32x4_t v[16];
+        AGQ_UNROLL
+        for (int i = 0; i < 16; i++) {
+            v[i] = vmulq_n_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), refine), 0.125f);
+            v[i] = combine(v[i], vrev64q_f32(v[i]), odd);
+            v[i] = combine(v[i], vextq_f32(v[i], v[i], 2), upper);
+        }
+        AGQ_UNROLL
+        for (int half = 1; half < 16; half *= 2) {
+            AGQ_UNROLL
+            for (int i = 0; i < 16; i++) {
+                if (i & half) continue;
+                const float32x4_t first = v[i], second = v[i + half];
+                v[i] = vaddq_f32(first, second);
+                v[i + half] = vsubq_f32(first, second);
+            }
+        }
+        AGQ_UNROLL
+        for (int i = 0; i < 16; i++) vst1q_f32(y + 4 * i, v[i]);
+    }
+
     static int quantize(const float *x, float refine, float factor, int limit, int n, int8_t *q) {
         const int32x4_t high = vdupq_n_s32(limit), low = vdupq_n_s32(-limit);
         int32x4_t sum = vdupq_n_s32(0);

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "kernel.h"
+#include "rotation.h"
 
 namespace agq {
 namespace {
@@ -32,9 +33,12 @@ float power_of_two(int exponent) {
     return std::ldexp(1.0f, exponent);
 }
 
-/// Value of stored column k before scaling: the channel's activation, refined.
-float refined(const activation_format &format, const float *row, int channel, int k) {
-    return row[channel] * power_of_two(-format.exponents[k / group_columns]);
+/// Values of the next group of stored columns before scaling: activations, refined, perhaps rotated.
+void load_group(const activation_format &format, const float *row, column_order &order, int g, float *group) {
+    for (int i = 0; i < group_columns; i++) {
+        group[i] = row[order.channel(g * group_columns + i)] * power_of_two(-format.exponents[g]);
+    }
+    if (format.rotated) rotate_group(group);
 }
 
 void quantize_token(const activation_format &format, const float *row, const activation_block &block, int t) {
@@ -44,21 +48,26 @@ void quantize_token(const activation_format &format, const float *row, const act
     bool finite = true;
 
     column_order order_amax{format}, order_quantize{format};
+    float group[group_columns];
     for (int begin = 0; begin < format.k; begin += span) {
         float amax = 0.0f;
-        for (int k = begin; k < begin + span; k++) {
-            const float value = std::fabs(refined(format, row, order_amax.channel(k), k));
-            finite = finite && std::isfinite(value);
-            if (value > amax) amax = value;
+        for (int g = begin / group_columns; g < (begin + span) / group_columns; g++) {
+            load_group(format, row, order_amax, g, group);
+            for (const float value : group) {
+                finite = finite && std::isfinite(value);
+                if (std::fabs(value) > amax) amax = std::fabs(value);
+            }
         }
         const bool zero = amax < power_of_two(-100);
         const float factor = zero ? 0.0f : limit / amax;
         block.scale[begin / span * block.n + t] = zero ? 0.0f : amax / limit;
 
         for (int g = begin / group_columns; g < (begin + span) / group_columns; g++) {
+            load_group(format, row, order_quantize, g, group);
             int sum = 0;
-            for (int k = g * group_columns; k < (g + 1) * group_columns; k++) {
-                const float scaled = refined(format, row, order_quantize.channel(k), k) * factor;
+            for (int i = 0; i < group_columns; i++) {
+                const int k = g * group_columns + i;
+                const float scaled = group[i] * factor;
                 float rounded = std::isfinite(scaled) ? std::nearbyint(scaled) : 0.0f;
                 if (rounded > limit) rounded = limit;
                 if (rounded < -limit) rounded = -limit;

@@ -106,6 +106,7 @@ inline float refinement(int e) {
 ///                                            infinity
 ///       void add(const float *x, float refine)
 ///       int bits() const
+///   void rotate(x, refine, y)                what rotate_group makes of x * refine, to the bit
 ///   int quantize(x, refine, factor, limit, n, q)   writes column j to q[j / kr * kr * n + j % kr] and returns their
 ///   sum
 /// `offset4` is what is added to the values if they have 4 bits; quantize() has to do it too.
@@ -116,6 +117,7 @@ inline void quantize_token(const activation_format &format, const float *row, co
     const size_t groups = format.k / group_columns;
     const size_t n = block.n;
     const int limit = format.bits == 4 ? 7 : 127;
+    alignas(64) float rotated[group_columns];
     float factor = 0.0f;
     int worst = 0;  // largest maximum of the token
 
@@ -136,7 +138,12 @@ inline void quantize_token(const activation_format &format, const float *row, co
     column_reader columns(format, row);
     for (size_t g = 0; g < groups; g++) {
         const float *x = columns.next_group();
-        const float refine = refinement(format.exponents[g]);
+        float refine = refinement(format.exponents[g]);
+        if (format.rotated) {
+            ops::rotate(x, refine, rotated);
+            x = rotated;
+            refine = 1.0f;
+        }
         if (format.per_group) {
             typename ops::maximum maximum;
             maximum.add(x, refine);

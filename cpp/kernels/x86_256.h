@@ -17,6 +17,7 @@
 #include <cstring>
 
 #include "kernel.h"
+#include "unroll.h"
 #include "vector_kernel.h"
 
 namespace agq {
@@ -257,6 +258,38 @@ struct quantize_ops {
       private:
         __m256i found_ = _mm256_setzero_si256();
     };
+
+    /// Sums and differences of lanes and their `partners`; `signs` are 1, and -1 for the second of a pair.
+    static __m256 combine(__m256 v, __m256 partners, __m256 signs) {
+        return _mm256_fmadd_ps(v, signs, partners);  // the product is exact
+    }
+
+    static void rotate(const float *x, float refine, float *y) {
+        const __m256 odd = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
+        const __m256 upper_pairs = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+        const __m256 upper_half = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
+        __m256 v[8];
+        AGQ_UNROLL
+        for (int i = 0; i < 8; i++) {
+            v[i] = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(refine));
+            v[i] = _mm256_mul_ps(v[i], _mm256_set1_ps(0.125f));
+            v[i] = combine(v[i], _mm256_permute_ps(v[i], 0xB1), odd);
+            v[i] = combine(v[i], _mm256_permute_ps(v[i], 0x4E), upper_pairs);
+            v[i] = combine(v[i], _mm256_permute2f128_ps(v[i], v[i], 1), upper_half);
+        }
+        AGQ_UNROLL
+        for (int half = 1; half < 8; half *= 2) {
+            AGQ_UNROLL
+            for (int i = 0; i < 8; i++) {
+                if (i & half) continue;
+                const __m256 first = v[i], second = v[i + half];
+                v[i] = _mm256_add_ps(first, second);
+                v[i + half] = _mm256_sub_ps(first, second);
+            }
+        }
+        AGQ_UNROLL
+        for (int i = 0; i < 8; i++) _mm256_store_ps(y + 8 * i, v[i]);
+    }
 
     static int quantize(const float *x, float refine, float factor, int limit, int n, int8_t *q) {
         const __m256i high = _mm256_set1_epi32(limit);

@@ -54,6 +54,35 @@ quantized run_quantizer(const kernel &row, const activation_format &format, cons
     return result;
 }
 
+/// The rotation, by halves: those of both halves, then their sum and their difference.
+std::vector<float> rotate_by_definition(const std::vector<float> &x) {
+    if (x.size() == 1) return {x[0] * 0.125f};
+    const auto middle = x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2);
+    const auto first = rotate_by_definition({x.begin(), middle}), second = rotate_by_definition({middle, x.end()});
+    std::vector<float> sums, differences;
+    for (size_t i = 0; i < first.size(); i++) {
+        sums.push_back(first[i] + second[i]);
+        differences.push_back(first[i] - second[i]);
+    }
+    sums.insert(sums.end(), differences.begin(), differences.end());
+    return sums;
+}
+
+/// Refined and perhaps rotated values of a row in stored order [k].
+std::vector<float> values_by_definition(const activation_format &format, const std::vector<int> &order,
+                                        const float *row) {
+    std::vector<float> found;
+    for (int g = 0; g < format.k / 64; g++) {
+        std::vector<float> values;
+        for (int k = 64 * g; k < 64 * (g + 1); k++) {
+            values.push_back(row[order[k]] * std::exp2(-static_cast<float>(format.exponents[g])));
+        }
+        if (format.rotated) values = rotate_by_definition(values);
+        found.insert(found.end(), values.begin(), values.end());
+    }
+    return found;
+}
+
 /// The formulas of docs/format.md once more, in a form that shares nothing with scalar.cpp.
 quantized quantize_by_definition(const activation_format &format, const std::vector<const float *> &rows) {
     const int tokens = static_cast<int>(rows.size());
@@ -70,18 +99,18 @@ quantized quantize_by_definition(const activation_format &format, const std::vec
     result.bias.assign(static_cast<size_t>(groups) * tokens, 0);
     result.scale.assign(static_cast<size_t>(scales) * tokens, std::numeric_limits<float>::quiet_NaN());
     for (int t = 0; t < tokens; t++) {
-        if (!std::all_of(rows[t], rows[t] + format.k, [](float x) { return std::isfinite(x); })) continue;
+        const std::vector<float> values = values_by_definition(format, order, rows[t]);
+        if (!std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(x); })) continue;
         for (int i = 0; i < scales; i++) {
             volatile float amax = 0;
             for (int k = i * span; k < (i + 1) * span; k++) {
-                volatile float v = rows[t][order[k]] * std::exp2(-static_cast<float>(format.exponents[k / 64]));
-                if (std::fabs(v) > amax) amax = std::fabs(v);
+                if (std::fabs(values[k]) > amax) amax = std::fabs(values[k]);
             }
             volatile float s = amax / b, f = b / amax;
             if (amax < std::exp2(-100.0f)) s = f = 0;
             result.scale[static_cast<size_t>(i) * tokens + t] = s;
             for (int k = i * span; k < (i + 1) * span; k++) {
-                volatile float v = rows[t][order[k]] * std::exp2(-static_cast<float>(format.exponents[k / 64]));
+                volatile float v = values[k];
                 v = v * f;
                 const double exact = v;
                 double nearest = std::floor(exact);
@@ -153,20 +182,22 @@ void test_quantizers(const std::vector<const kernel *> &kernels) {
         fill_row(storage.back()->data(), k);
         rows.push_back(storage.back()->data());
     }
+    const bool per_group = chance(2);
     const activation_format format = {k,
                                       chance(2) ? 8 : 4,
-                                      chance(2),
+                                      per_group,
                                       exponents.data(),
                                       n_listed > 0 ? listed.data() : nullptr,
                                       n_listed > 0 ? listed_sorted.data() : nullptr,
-                                      n_listed};
+                                      n_listed,
+                                      per_group && chance(2)};
     const quantized want = quantize_by_definition(format, rows);
     for (const kernel *row : kernels) {
         const quantized got = run_quantizer(*row, format, rows);
         const auto where = [&] {
             static char text[100];
-            std::snprintf(text, sizeof text, "%s, k %d, %d tokens, %d bits, per_group %d, %d listed", row->name, k,
-                          tokens, format.bits, format.per_group, n_listed);
+            std::snprintf(text, sizeof text, "%s, k %d, %d tokens, %d bits, per_group %d, rotated %d, %d listed",
+                          row->name, k, tokens, format.bits, format.per_group, format.rotated, n_listed);
             return text;
         };
         CHECK(got.q == want.q, "%s", where());

@@ -5,6 +5,7 @@ Run it only when the format version changes: bytes that change without that are 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,15 @@ def matrix() -> blocks.Matrix:
             listed=np.array([200, 3, 77], np.uint16),
             tensor_scale=float(np.float32(0.0123)),
             activation_bits=8,
-            per_group=True,
+            activation_scale="group",
         ),
     )
+
+
+def rotated() -> blocks.Matrix:
+    """The same with groups that are rotated."""
+    plain = matrix()
+    return replace(plain, parameters=replace(plain.parameters, activation_scale="rotated"))
 
 
 PRUNING = blocks.Pruning("recent", 0.375, keep=200, reach=3)
@@ -46,10 +53,10 @@ def activations() -> np.ndarray:
 
 
 if __name__ == "__main__":
-    m = matrix()
-    xq, s = blocks.quantize_activations(activations(), m.parameters)
-    (HERE / "agq4_32x256.bin").write_bytes(blocks.pack(m).tobytes())
-    pruned = blocks.with_pruning(blocks.pack(m), PRUNING)
+    for name, m in (("agq4_32x256", matrix()), ("agq4_32x256_rotated", rotated())):
+        xq, s = blocks.quantize_activations(activations(), m.parameters)
+        (HERE / f"{name}.bin").write_bytes(blocks.pack(m).tobytes())
+        (HERE / f"{name}_weights.f32").write_bytes(blocks.dequantize(m).astype("<f4").tobytes()[: 4 * 256 * 4])
+        (HERE / f"{name}_xq.i8").write_bytes(xq.tobytes() + s.astype("<f4").tobytes())
+    pruned = blocks.with_pruning(blocks.pack(matrix()), PRUNING)
     (HERE / "agq4_32x256_pruned.bin").write_bytes(pruned.tobytes())
-    (HERE / "agq4_32x256_weights.f32").write_bytes(blocks.dequantize(m).astype("<f4").tobytes()[: 4 * 256 * 4])
-    (HERE / "agq4_32x256_xq.i8").write_bytes(xq.tobytes() + s.astype("<f4").tobytes())
