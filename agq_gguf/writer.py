@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agq_gguf.blocks import TYPE_NAME
 from agq_gguf.errors import OutputError
 from agq_gguf.reader import ALIGNMENT_KEY, TYPE_IDS, TYPES, Field, Tensor, encode_text
 from agq_gguf.shards import MAX_PARTS, part_path
@@ -29,7 +30,8 @@ try:
 except ImportError:  # Windows, where an open file cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
-ALIGNMENT = 64  # a cache line: tiles of a mapped file then begin on one
+ALIGNMENT = 64  # of files with AGQ4, a cache line: tiles of a mapped file then begin on one
+_STOCK_ALIGNMENT = 32  # of all others: llama.cpp writes damaged files from sources with another one
 HASHES, METADATA_HASH = "agq.hash.sha256", "agq.hash.metadata"
 _NO_HASH = "0" * 64
 
@@ -61,15 +63,28 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
-    """Places (name, type name, shape) one behind the other; offsets count from the beginning of the data section."""
+def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], alignment: int = 0) -> list[Tensor]:
+    """Places (name, type name, shape) one behind the other; offsets count from the beginning of the data section.
+
+    `alignment` 0 is what these tensors want.
+    """
+    found = list(tensors)
+    alignment = alignment or _wanted_alignment(type_name for _, type_name, _ in found)
     placed, offset = [], 0
-    for name, type_name, shape in tensors:
+    for name, type_name, shape in found:
         _, block, block_bytes = TYPES[TYPE_IDS[type_name]]
         n_bytes = int(np.prod(shape, dtype=np.int64)) // block * block_bytes
         placed.append(Tensor(name, type_name, shape, offset, n_bytes))
-        offset += -(-n_bytes // ALIGNMENT) * ALIGNMENT
+        offset += _padded(n_bytes, alignment)
     return placed
+
+
+def _wanted_alignment(type_names: Iterable[str]) -> int:
+    return ALIGNMENT if TYPE_NAME in type_names else _STOCK_ALIGNMENT
+
+
+def _padded(n_bytes: int, alignment: int) -> int:
+    return -(-n_bytes // alignment) * alignment
 
 
 def metadata_digest(metadata: Mapping[str, bytes], tensors: Iterable[Tensor]) -> str:
@@ -104,12 +119,12 @@ def _size(metadata: Mapping[str, bytes]) -> int:
 class _File:
     """One file in the making: a temporary one that is locked as long as this process lives."""
 
-    def __init__(self, path: Path, values: dict[str, bytes], tensors: list[Tensor]):
-        self.path, self.values = path, values
-        self.tensors = layout((tensor.name, tensor.type_name, tensor.shape) for tensor in tensors)
+    def __init__(self, path: Path, values: dict[str, bytes], tensors: list[Tensor], alignment: int):
+        self.path, self.values, self._alignment = path, values, alignment
+        self.tensors = layout(((tensor.name, tensor.type_name, tensor.shape) for tensor in tensors), alignment)
         self.data_begin = len(self._header())
         last = max((t.offset + t.n_bytes for t in self.tensors), default=0)
-        self.n_bytes = self.data_begin + -(-last // ALIGNMENT) * ALIGNMENT
+        self.n_bytes = self.data_begin + _padded(last, alignment)
         self._temporary = path.with_name(f".{_short(path.name)}.{secrets.token_hex(4)}.part")
         self._file: IO[bytes] | None = None
         self._renamed = False
@@ -119,7 +134,7 @@ class _File:
         for key, raw in self.values.items():
             parts += [_text(key), raw]
         header = b"".join([*parts, *map(_entry, self.tensors)])
-        return header + bytes(-len(header) % ALIGNMENT)
+        return header + bytes(-len(header) % self._alignment)
 
     def open(self) -> None:
         """Creates the file in its full size."""
@@ -198,7 +213,7 @@ def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _cut(tensors: list[Tensor], split: int, metadata: tuple[int, int]) -> list[list[Tensor]]:
+def _cut(tensors: list[Tensor], split: int, metadata: tuple[int, int], alignment: int) -> list[list[Tensor]]:
     """Tensors of each file: as many as fit into one of `split` bytes, at least one; 0: all in one file.
 
     `metadata` is the size of the header without tensors, of the first file and of each other.
@@ -208,9 +223,9 @@ def _cut(tensors: list[Tensor], split: int, metadata: tuple[int, int]) -> list[l
     parts: list[list[Tensor]] = []
     room = -1
     for tensor in tensors:
-        size = len(_entry(tensor)) + -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
+        size = len(_entry(tensor)) + _padded(tensor.n_bytes, alignment)
         if size > room:
-            room = split - metadata[bool(parts)] - (ALIGNMENT - 1)  # the header is padded, too
+            room = split - metadata[bool(parts)] - (alignment - 1)  # the header is padded, too
             parts.append([])
         parts[-1].append(tensor)
         room -= size
@@ -244,13 +259,17 @@ class Writer:
         self._digests = {tensor.name: _NO_HASH for tensor in tensors}
         values = {key: found.raw for key, found in metadata.items() if not key.startswith("split.")}
         values |= {key: encode_value(value) for key, value in added.items()}
-        values |= {HASHES: b"", METADATA_HASH: encode_value(_NO_HASH), ALIGNMENT_KEY: encode_value(ALIGNMENT)}
+        alignment = _wanted_alignment(tensor.type_name for tensor in tensors)
+        if alignment == _STOCK_ALIGNMENT:
+            values.pop(ALIGNMENT_KEY, None)
+        self._alignment_key = {} if alignment == _STOCK_ALIGNMENT else {ALIGNMENT_KEY: encode_value(alignment)}
+        values |= {HASHES: b"", METADATA_HASH: encode_value(_NO_HASH), **self._alignment_key}
         values[HASHES] = self._hashes()
         later = self._metadata_of_part(values, 1, 2)
-        parts = _cut(tensors, split, (_size(values | later), _size(later)))
+        parts = _cut(tensors, split, (_size(values | later), _size(later)), alignment)
         if len(parts) > MAX_PARTS:
             raise OutputError(f"{self.path}: would be {len(parts)} files; choose a larger size to split at")
-        self._files = [_File(*part) for part in self._split(values, parts)]
+        self._files = [_File(*part, alignment) for part in self._split(values, parts)]
         self._place = {tensor.name: (file, tensor) for file in self._files for tensor in file.tensors}
         self.n_bytes = sum(file.n_bytes for file in self._files)
         try:
@@ -291,7 +310,7 @@ class Writer:
             "split.count": encode_value(np.uint16(n)),
             "split.tensors.count": encode_value(np.int32(len(self._tensors))),
         }
-        return values | keys if i == 0 else {**keys, ALIGNMENT_KEY: encode_value(ALIGNMENT)}
+        return values | keys if i == 0 else {**keys, **self._alignment_key}
 
     def _check_room(self) -> None:
         """A disk that is too full is better found out now than after hours."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import ExitStack
 from pathlib import Path
 
 import gguf
@@ -14,11 +15,12 @@ from agq_gguf.errors import OutputError
 from agq_gguf.reader import Reader, open_gguf
 from agq_gguf.writer import ALIGNMENT, Writer, _File, layout
 
-TENSORS = [("a", "f32", (3, 5)), ("b", "q8_0", (2, 32)), ("c", "f16", (7,))]
+TENSORS = [("a", "f32", (3, 5)), ("b", "q8_0", (2, 32)), ("c", "f16", (7,)), ("d", "agq4", (16, 512))]
 DATA = {
     "a": np.arange(15, dtype=np.float32).reshape(3, 5),
     "b": np.arange(68, dtype=np.uint8).reshape(2, 34),
     "c": np.arange(7, dtype=np.float16),
+    "d": np.arange(4352, dtype=np.uint16).astype(np.uint8).reshape(16, 272),
 }
 
 
@@ -35,12 +37,12 @@ def files(folder: Path) -> list[str]:
 def test_round_trip_in_any_order(tmp_path: Path, source: Reader) -> None:
     path = tmp_path / "out.gguf"
     with Writer(path, source.metadata, {"agq.version": 1, "general.file_type": 138}, layout(TENSORS)) as writer:
-        for name in ("c", "a", "b"):
+        for name in ("c", "a", "d", "b"):
             writer.write(name, [DATA[name]])
         assert not path.exists()
     assert path.stat().st_size == writer.n_bytes
     with open_gguf(path) as out:
-        assert list(out.tensors) == ["a", "b", "c"]
+        assert list(out.tensors) == ["a", "b", "c", "d"]
         for name, data in DATA.items():
             assert bytes(out.raw(name)) == data.tobytes()
             assert out.tensors[name].offset % ALIGNMENT == 0
@@ -51,8 +53,23 @@ def test_round_trip_in_any_order(tmp_path: Path, source: Reader) -> None:
         assert {key: out.get(key) for key in changed} == changed
         assert list(out.metadata)[: len(source.metadata)] == list(source.metadata)
     theirs = gguf.GGUFReader(path)
-    assert [t.name for t in theirs.tensors] == ["a", "b", "c"]
+    assert [t.name for t in theirs.tensors] == ["a", "b", "c", "d"]
     np.testing.assert_array_equal(theirs.tensors[0].data, DATA["a"])
+
+
+def test_files_without_agq4_are_as_stock_tools_want_them(tmp_path: Path, source: Reader) -> None:
+    """llama-quantize pads tensors to 32 bytes whatever the metadata say."""
+    first, second = tmp_path / "aligned.gguf", tmp_path / "plain.gguf"
+    for before, path, tensors in ((None, first, TENSORS), (first, second, TENSORS[:3])):
+        with ExitStack() as stack:
+            given = source if before is None else stack.enter_context(open_gguf(before))
+            with Writer(path, given.metadata, {}, layout(tensors)) as writer:
+                for name, *_ in tensors:
+                    writer.write(name, [DATA[name]])
+    with open_gguf(first) as aligned, open_gguf(second) as plain:
+        assert aligned.get("general.alignment") == 64 and plain.get("general.alignment") is None
+        for reader, places in ((plain, [0, 64, 160]), (aligned, [0, 64, 192, 256])):
+            assert [t.offset - reader.tensors["a"].offset for t in reader.tensors.values()] == places
 
 
 def test_odd_metadata_is_kept(tmp_path: Path) -> None:
@@ -89,7 +106,7 @@ def test_target_survives_until_the_end(tmp_path: Path) -> None:
 
 def test_missing_tensor_is_noticed(tmp_path: Path) -> None:
     with (
-        pytest.raises(ValueError, match=r"without data: \['b', 'c'\]"),
+        pytest.raises(ValueError, match=r"without data: \['b', 'c', 'd'\]"),
         Writer(tmp_path / "o", {}, {}, layout(TENSORS)) as w,
     ):
         w.write("a", [DATA["a"]])
