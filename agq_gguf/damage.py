@@ -1,6 +1,6 @@
 """What it costs the model, in nats per token, to store one tensor in a coarser type: for choices under a budget.
 
-Where the graph is known (`llama_graph`) the cost is the divergence to second order, E[(g . dy)^2] / 2: dy is what the
+Where the graph is known (`graphs`) the cost is the divergence to second order, E[(g . dy)^2] / 2: dy is what the
 rounded tensor changes in its product, g the gradient of -log p of a token drawn from the model's own prediction.
 Tensors are rounded one at a time and on their own, without error feedback, which helps all alike.
 
@@ -49,6 +49,7 @@ def by_gradients(
 ) -> Damage:
     """Divergence that each of `types` (by tensor) makes on `tokens` [batch, n] int64, the other tensors left alone."""
     found: Damage = {}
+    shared: dict[str, InputStats] = {}
     inputs = [graph.embed(tokens)]
     with torch.no_grad():
         for layer in range(graph.shape.n_layer):
@@ -60,7 +61,9 @@ def by_gradients(
             return
         progress(len(found), len(types), name)
         weight = graph.tensor(name)
-        stats = None if given is None else _stats(given)
+        stats = shared.get(name) if given is None else _stats(given)
+        if name == graph.output_name and stats is not None:
+            shared[name] = stats  # an embedding that is the output matrix, too, is looked up as it is rounded for that
         with torch.no_grad():
             for type_name in types[name]:
                 change = torch.from_numpy(rounded(weight.numpy(), type_name, stats, options)) - weight
@@ -76,7 +79,9 @@ def by_gradients(
         gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
         for product in products:
             add(f"{product.name}.weight", product.given, product.gradient)
-    add("token_embd.weight", None, gradient.flatten(0, 1))
+    rows = graph.tensor("token_embd.weight")[tokens].requires_grad_()
+    (by_rows,) = torch.autograd.grad(graph.enter(rows), rows, gradient)
+    add("token_embd.weight", None, by_rows.flatten(0, 1))
     progress(len(types), len(types), "")
     return found
 

@@ -47,7 +47,8 @@ class _Student:
         output: torch.Tensor | None,
     ):
         self.graph, self.matrices, self.output = graph, matrices, output
-        self.embedding = graph.tensor("token_embd.weight") if embedding is None else embedding
+        self.embedding = embedding
+        self._biases = {name: bias for name, bias in norms.items() if name not in graph.norms}
         self._norms = {name: norms.get(name, graph.tensor(name)) for name in graph.norms}
         self._scales = {name: torch.from_numpy(m.matrix.scales) for name, m in matrices.items()}
         self._norm_factors = {name: torch.ones_like(norm) for name, norm in self._norms.items()}
@@ -61,8 +62,8 @@ class _Student:
         return [factor.requires_grad_() for factor in found]
 
     def norms(self) -> dict[str, torch.Tensor]:
-        """Weights of norms as they are now."""
-        return {name: norm * self._norm_factors[name] for name, norm in self._norms.items()}
+        """Weights of norms as they are now, and biases that are not the file's."""
+        return self._biases | {name: norm * self._norm_factors[name] for name, norm in self._norms.items()}
 
     def scales(self, name: str) -> torch.Tensor:
         """Scales [M, K / 64] of a matrix as the file will have them; gradients pass as if they were not rounded."""
@@ -80,7 +81,7 @@ class _Student:
         """Logits with the norms of the student."""
         self.graph.replaced = self.norms()
         try:
-            x = self.embedding[tokens]
+            x = self.graph.embed(tokens, self.embedding)
             for layer in range(self.graph.shape.n_layer):
                 x = self.graph.block(layer, x, self._linear)
             return self.graph.logits(x, self.output)

@@ -24,6 +24,7 @@ Linear = Callable[[str, torch.Tensor], torch.Tensor]  # weight's name without ".
 
 # Whether rotary embedding turns neighbours (i, i + 1) or halves (i, i + n / 2): llama.cpp's choice per architecture.
 _TURNS_HALVES = {"llama": False, "qwen2": True, "qwen3": True}
+ARCHITECTURES = tuple(_TURNS_HALVES)
 _BLOCK_TENSORS = (
     r"blk\.\d+\.(attn_norm|ffn_norm|attn_q_norm|attn_k_norm|attn_[qkv]|attn_output|ffn_gate|ffn_up|ffn_down)\.weight"
     r"|blk\.\d+\.attn_([qkv]|output)\.bias|token_embd\.weight|output_norm\.weight|output\.weight|rope_freqs\.weight"
@@ -46,16 +47,20 @@ class Shape:
 
 
 def why_not(reader: Reader) -> str:
-    """Why this model cannot run here; empty if it can."""
+    """Why a model of these architectures cannot run here; empty if it can."""
     arch = reader.architecture
-    if arch not in _TURNS_HALVES:
-        return f"architecture {arch}, known here are {', '.join(_TURNS_HALVES)}"
     for name in reader.tensors:
         if not re.fullmatch(_BLOCK_TENSORS, name):
             return f"the tensor {name} is not part of the plain graph"
     scaling = reader.get(f"{arch}.rope.scaling.type", "none")
     if not isinstance(scaling, str) or scaling not in ("none", "linear"):
         return f"rotary scaling {scaling!r}"
+    return why_not_causal(reader)
+
+
+def why_not_causal(reader: Reader) -> str:
+    """What stands against plain causal attention and plain scales; empty if nothing does."""
+    arch = reader.architecture
     causal, window = (reader.get(f"{arch}.attention.{key}") for key in ("causal", "sliding_window"))
     if not (causal is None or causal is True) or type(window) not in (int, type(None)) or window:
         return "its attention is not plainly causal"
@@ -68,6 +73,11 @@ def why_not(reader: Reader) -> str:
 
 class LlamaGraph:
     """A model of which `why_not` says nothing. Weights are read when they are used, and kept up to `cache` bytes."""
+
+    stages: tuple[tuple[str, ...], ...] = STAGES
+    # Pairs of matrices between which channels may be scaled: what rows of the first are multiplied by, columns of the
+    # second are divided by.
+    levelled: tuple[tuple[str, str], ...] = (("attn_v", "attn_output"), ("ffn_up", "ffn_down"))
 
     def __init__(self, reader: Reader, cache: int):
         self._reader, self._room = reader, cache
@@ -90,7 +100,7 @@ class LlamaGraph:
             eps=value("attention.layer_norm_rms_epsilon", 1e-5),
             base=value("rope.freq_base", 10000.0),
             position_scale=1 / (value("rope.scaling.factor", 1.0) or 1.0) if linear else 1.0,  # llama.cpp: 0 is none
-            halves=_TURNS_HALVES[arch],
+            halves=_TURNS_HALVES.get(arch, False),
         )
         self.output_name = "output.weight" if "output.weight" in reader.tensors else "token_embd.weight"
         self._turns: torch.Tensor | None = None
@@ -125,9 +135,13 @@ class LlamaGraph:
 
     # the graph
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [batch, tokens] int64 -> x."""
-        return self.tensor("token_embd.weight")[tokens]
+    def embed(self, tokens: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [batch, tokens] int64 -> x; `table` [vocabulary, n_embd] replaces the embedding."""
+        return self.enter((self.tensor("token_embd.weight") if table is None else table)[tokens])
+
+    def enter(self, rows: torch.Tensor) -> torch.Tensor:
+        """x of rows [batch, tokens, n_embd] of the embedding."""
+        return rows
 
     def stage_input(self, layer: int, stage: int, state: State) -> torch.Tensor:
         """What the matrices of a stage are multiplied with."""
@@ -140,8 +154,8 @@ class LlamaGraph:
         return y
 
     def stage_output(self, layer: int, stage: int, state: State, products: list[torch.Tensor]) -> State:
-        """The state after a stage whose matrices gave `products`, in the order of `STAGES`."""
-        names = [f"blk.{layer}.{name}.bias" for name in STAGES[stage]]
+        """The state after a stage whose matrices gave `products`, in the order of `stages`."""
+        names = [f"blk.{layer}.{name}.bias" for name in self.stages[stage]]
         products = [
             product + self.tensor(name) if self.has(name) else product
             for name, product in zip(names, products, strict=True)
@@ -149,13 +163,13 @@ class LlamaGraph:
         if stage == 0:
             return state[0], self._attention(layer, *products)
         if stage == 2:
-            return state[0], functional.silu(products[0]) * products[1]
+            return state[0], self._activated(layer, *products)
         return state[0] + products[0], None
 
     def block(self, layer: int, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """A whole block."""
         state: State = (x, None)
-        for stage, names in enumerate(STAGES):
+        for stage, names in enumerate(self.stages):
             given = self.stage_input(layer, stage, state)
             state = self.stage_output(layer, stage, state, [linear(f"blk.{layer}.{name}", given) for name in names])
         return state[0]
@@ -173,8 +187,12 @@ class LlamaGraph:
         weight = self.tensor(f"{name}.weight")
         return functional.rms_norm(x, (x.shape[-1],), None, self.shape.eps) * weight
 
-    def _attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        shape = self.shape
+    def _activated(self, layer: int, *products: torch.Tensor) -> torch.Tensor:
+        gate, up = products
+        return functional.silu(gate) * up
+
+    def _attention(self, layer: int, *products: torch.Tensor) -> torch.Tensor:
+        (q, k, v), shape = products, self.shape
         batch, tokens, _ = q.shape
         heads = [part.view(batch, tokens, -1, shape.head) for part in (q, k)]
         for i, name in enumerate(("attn_q_norm", "attn_k_norm")):

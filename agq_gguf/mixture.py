@@ -11,7 +11,7 @@ import torch
 
 from agq_gguf import budget, damage
 from agq_gguf.arguments import PathName, Progress, Text
-from agq_gguf.llama_graph import LlamaGraph, why_not
+from agq_gguf.graphs import graph_of, why_not
 from agq_gguf.reader import Reader
 from agq_gguf.recipe import EMBEDDING, OUTPUT, TensorPlan, plan
 from agq_gguf.stats import InputStats, load_imatrix
@@ -49,7 +49,7 @@ def choose_types(
         stats = _mean_squares(reader, calibration, imatrix, options, types)
         costs = damage.by_errors(reader, output, stats, types, options.matrix, report)
     else:
-        graph = LlamaGraph(reader, options.memory // 4)
+        graph = graph_of(reader, options.memory // 4)
         costs = damage.by_gradients(graph, _tokens(reader, calibration, options), types, options.matrix, report)
     return budget.choose(plans, costs, options.target_bpw)
 

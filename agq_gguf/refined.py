@@ -1,5 +1,5 @@
 """The quality `best`: token weights, quantization stage by stage, tuned norms and scales; for models whose graph
-`llama_graph` has.
+`graphs` has.
 
 Three steps of their own modules: `sensitivity`, `sequential`, `distill`. Here they are given their text, their memory
 and each other's results.
@@ -19,8 +19,9 @@ from agq_gguf.arguments import Progress
 from agq_gguf.blocks import TYPE_NAME
 from agq_gguf.calibrate import Calibrator
 from agq_gguf.evaluate import compare
+from agq_gguf.graphs import graph_of, why_not
 from agq_gguf.journal import Journal
-from agq_gguf.llama_graph import LlamaGraph, why_not
+from agq_gguf.llama_graph import LlamaGraph
 from agq_gguf.quantizer import MatrixOptions, QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.reader import Reader
 from agq_gguf.recipe import EMBEDDING, TensorPlan
@@ -64,7 +65,7 @@ def refine(reader: Reader, calibrator: Calibrator, plans: list[TensorPlan], sett
     reason = why_not(reader)
     if reason:
         return reason
-    graph = LlamaGraph(reader, setting.memory // 4)
+    graph = graph_of(reader, setting.memory // 4)
     if _differs(graph, calibrator):
         return "our graph of this architecture does not give the logits of llama.cpp"
     names = {plan.source.name for plan in plans if plan.type_name == TYPE_NAME and plan.source.name.startswith("blk.")}

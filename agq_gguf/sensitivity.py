@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from agq_gguf.journal import Journal
-from agq_gguf.llama_graph import STAGES, LlamaGraph, State
+from agq_gguf.llama_graph import LlamaGraph, State
 
 # |g|^2 is heavy-tailed. Keys and values need it as it is: for them the first token of a text, on which attention rests,
 # matters hundreds of times as much as others (with |g| its values lose 1.5 times as much on SmolLM2). A share of plain
@@ -107,7 +107,7 @@ def _add(
     gradient, _ = logits_gradient(graph, inputs.pop(), generator)
     for layer in reversed(range(graph.shape.n_layer)):
         gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
-        for stage in range(len(STAGES)):  # matrices and channels of a stage count together
+        for stage in range(len(graph.stages)):  # matrices and channels of a stage count together
             squares = [p.gradient.square().sum(-1) for p in products if p.stage == stage]
             found.tokens.setdefault((layer, stage), []).append(torch.stack(squares).sum(0))
         for p in products:
@@ -153,7 +153,7 @@ def block_gradients(
     x = x.detach().requires_grad_()
     state: State = (x, None)
     made: list[tuple[int, str, torch.Tensor, torch.Tensor]] = []
-    for stage, names in enumerate(STAGES):
+    for stage, names in enumerate(graph.stages):
         given = graph.stage_input(layer, stage, state)
         products = [graph.linear(f"blk.{layer}.{name}", given) for name in names]
         made += [(stage, f"blk.{layer}.{name}", given, p) for name, p in zip(names, products, strict=True)]

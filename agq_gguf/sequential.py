@@ -18,7 +18,7 @@ from torch.nn import functional
 from agq_gguf import equalize
 from agq_gguf.blocks import Matrix, listable
 from agq_gguf.journal import Journal
-from agq_gguf.llama_graph import STAGES, LlamaGraph, State
+from agq_gguf.llama_graph import LlamaGraph, State
 from agq_gguf.quantizer import MatrixOptions, QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.sampling import spread
 from agq_gguf.sensitivity import Sensitivity
@@ -51,9 +51,8 @@ class Sequential:
         self._graph, self._wanted, self._sensitivity, self._options = graph, wanted, sensitivity, options
         self._row_factors: dict[str, torch.Tensor] = {}  # that rows of matrices of this layer were multiplied by
         self.norms: dict[str, torch.Tensor] = {}  # equalized; complete when `run` is
-        table = graph.tensor("token_embd.weight") if embedding is None else embedding
         self._float: list[State] = [(graph.embed(tokens), None) for tokens in batches]
-        self._rounded: list[State] = [(table[tokens], None) for tokens in batches]
+        self._rounded: list[State] = [(graph.embed(tokens, embedding), None) for tokens in batches]
 
     @torch.no_grad()
     def run(self, journal: Journal, progress: Callable[[int, str], None]) -> Iterator[tuple[str, QuantizedMatrix]]:
@@ -65,8 +64,8 @@ class Sequential:
         for layer in range(self._graph.shape.n_layer):
             if self._options.equalize:
                 self._graph.replaced = self._levelled(layer)
-            for stage, names in enumerate(STAGES):
-                progress(layer * len(STAGES) + stage, f"blk.{layer}.{names[0]}.weight")
+            for stage, names in enumerate(self._graph.stages):
+                progress(layer * len(self._graph.stages) + stage, f"blk.{layer}.{names[0]}.weight")
                 yield from self._stage(layer, stage, journal)
             self._graph.replaced = {}
 
@@ -82,7 +81,7 @@ class Sequential:
         behind are divided by. Rows have scales of their own, groups of columns share one: alike, they lose less.
         """
         found: dict[str, torch.Tensor] = {}
-        for front, behind in (("attn_v", "attn_output"), ("ffn_up", "ffn_down")):
+        for front, behind in self._graph.levelled:
             names = [f"blk.{layer}.{name}.weight" for name in (front, behind)]
             if not self._wanted.issuperset(names) or self._graph.has(f"blk.{layer}.{front}.bias"):
                 continue
@@ -99,7 +98,7 @@ class Sequential:
 
     def _stage(self, layer: int, stage: int, journal: Journal) -> Iterator[tuple[str, QuantizedMatrix]]:
         graph = self._graph
-        names = [f"blk.{layer}.{name}" for name in STAGES[stage]]
+        names = [f"blk.{layer}.{name}" for name in graph.stages[stage]]
         float_in = [graph.stage_input(layer, stage, state) for state in self._float]
         rounded_in = [graph.stage_input(layer, stage, state) for state in self._rounded]
         weights = {name: graph.tensor(f"{name}.weight") for name in names}
@@ -108,7 +107,8 @@ class Sequential:
         if self._options.equalize and len(wanted) == len(names) and norm in graph.norms:
             factors = self._factors(rounded_in, [weight.numpy() for weight in weights.values()])
             if factors is not None:
-                self.norms[norm] = graph.tensor(norm) / factors
+                bias = norm.removesuffix("weight") + "bias"
+                self.norms |= {name: graph.tensor(name) / factors for name in (norm, bias) if graph.has(name)}
                 weights = {name: weight * factors for name, weight in weights.items()}
                 float_in, rounded_in = ([x / factors for x in inputs] for inputs in (float_in, rounded_in))
         done = {name: result for name in wanted if (result := journal.get_matrix(f"refined {name}")) is not None}

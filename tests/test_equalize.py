@@ -22,16 +22,19 @@ from agq_gguf.writer import Writer, layout
 
 def inject(source: Path, target: Path, factor: float, channels: int = 4) -> Path:
     """The same function with outliers: some channels of each norm times `factor`, columns behind it divided."""
-    behind = {"attn_norm": ("attn_q", "attn_k", "attn_v"), "ffn_norm": ("ffn_gate", "ffn_up")}
+    behind = {"attn_norm": ("attn_q", "attn_k", "attn_v", "attn_qkv"), "ffn_norm": ("ffn_gate", "ffn_up")}
     with open_gguf(source) as reader:
         tensors = {name: reader.read(name) for name in reader.tensors}
         rng = np.random.default_rng(0)
-        for layer in range(int(reader.get("llama.block_count"))):
+        for layer in range(int(reader.get(f"{reader.architecture}.block_count"))):
             for norm, matrices in behind.items():
                 chosen = rng.choice(len(tensors[f"blk.{layer}.{norm}.weight"]), channels, replace=False)
-                tensors[f"blk.{layer}.{norm}.weight"][chosen] *= factor
+                for part in ("weight", "bias"):
+                    if f"blk.{layer}.{norm}.{part}" in tensors:
+                        tensors[f"blk.{layer}.{norm}.{part}"][chosen] *= factor
                 for name in matrices:
-                    tensors[f"blk.{layer}.{name}.weight"][:, chosen] /= factor
+                    if f"blk.{layer}.{name}.weight" in tensors:
+                        tensors[f"blk.{layer}.{name}.weight"][:, chosen] /= factor
         placed = layout((name, "f32", values.shape) for name, values in tensors.items())
         with Writer(target, reader.metadata, {}, placed) as writer:
             for name, values in tensors.items():
@@ -112,13 +115,14 @@ def test_a_router_keeps_its_input(tmp_path: Path, words: str) -> None:
         assert [entry.norms for entry in calibrator.inputs] == [()] * len(calibrator.inputs)
 
 
-@pytest.mark.parametrize("quality", ["balanced", "best"])
-def test_outliers_do_no_harm(quality: str, llama_f16: Path, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("quality", "arch"), [("balanced", "llama"), ("best", "llama"), ("best", "bloom")])
+def test_outliers_do_no_harm(quality: str, arch: str, llama_f16: Path, words: str, tmp_path: Path) -> None:
     """A model whose norms carry huge channels, but computes the same, is quantized as well as the plain one."""
-    loud = inject(llama_f16, tmp_path / "loud.gguf", 64)
-    assert evaluate(loud, llama_f16, words, context=64, chunks=2, threads=1).mean_kl < 1e-5
+    exact = llama_f16 if arch == "llama" else tiny_models.write_bloom(tmp_path / "bloom.gguf")
+    loud = inject(exact, tmp_path / "loud.gguf", 64)
+    assert evaluate(loud, exact, words, context=64, chunks=2, threads=1).mean_kl < 1e-5
     found = {}
-    for name, source, equalized in (("plain", llama_f16, True), ("loud", loud, True), ("without", loud, False)):
+    for name, source, equalized in (("plain", exact, True), ("loud", loud, True), ("without", loud, False)):
         options = QuantizeOptions(
             quality=quality,
             matrix=MatrixOptions(equalize=equalized),
@@ -128,8 +132,10 @@ def test_outliers_do_no_harm(quality: str, llama_f16: Path, words: str, tmp_path
         )
         out = tmp_path / f"{name}-agq4.gguf"
         quantize(source, out, calibration=[words], options=options)
-        found[name] = evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl
-    assert found["loud"] < 1.2 * found["plain"] < 0.5 * found["without"]
+        found[name] = evaluate(out, exact, words, context=64, chunks=8, threads=1).mean_kl
+    assert found["loud"] < 1.2 * found["plain"]
+    if arch == "llama":  # rotation alone does most of it for a BLOOM that is as tiny
+        assert 1.2 * found["plain"] < 0.5 * found["without"]
 
 
 @pytest.mark.parametrize("keep", [False, True])

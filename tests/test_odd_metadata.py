@@ -16,9 +16,9 @@ from command_line import run
 
 from agq_gguf.convert import QuantizeOptions, plan_file, quantize
 from agq_gguf.errors import AgqError, InputError
+from agq_gguf.graphs import graph_of, why_not
 from agq_gguf.host import check_model_file
 from agq_gguf.inspection import inspect_file
-from agq_gguf.llama_graph import LlamaGraph, why_not
 from agq_gguf.quantizer import MatrixOptions
 from agq_gguf.reader import Reader, check_source, open_gguf
 from agq_gguf.report import gather
@@ -76,7 +76,7 @@ def use(path: Path) -> None:
     with suppress(AgqError), open_model(path) as reader:
         attempt(check_source, reader)
         if "token_embd.weight" in reader.tensors and why_not(reader) == "":
-            attempt(LlamaGraph, reader, 0)
+            attempt(graph_of, reader, 0)
 
 
 def test_every_key_that_is_read(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_architectures
 import tiny_models
 import torch
 from torch.nn import functional
@@ -18,7 +20,9 @@ from agq_gguf.calibrate import Calibrator
 from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.evaluate import compare
-from agq_gguf.llama_graph import STAGES, LlamaGraph, why_not
+from agq_gguf.graphs import graph_of as open_graph
+from agq_gguf.graphs import why_not
+from agq_gguf.llama_graph import LlamaGraph
 from agq_gguf.quantizer import MatrixOptions, prepare_input, quantize_matrix
 from agq_gguf.reader import open_gguf
 from agq_gguf.sensitivity import Sensitivity, affordable, measure
@@ -40,7 +44,7 @@ Opener = Callable[..., LlamaGraph]
 def graph_of() -> Iterator[Opener]:
     """Opens graphs, whose files are closed after the test."""
     with ExitStack() as stack:
-        yield lambda path, cache=1 << 30: LlamaGraph(stack.enter_context(open_gguf(path)), cache)
+        yield lambda path, cache=1 << 30: open_graph(stack.enter_context(open_gguf(path)), cache)
 
 
 def run_graph(graph: LlamaGraph, tokens: torch.Tensor) -> torch.Tensor:
@@ -57,13 +61,25 @@ def some_tokens(n: int, length: int, seed: int = 0) -> torch.Tensor:
 # the graph
 
 
-@pytest.mark.parametrize("name", MODELS)
+OTHERS: dict[str, Callable[[Path], Path]] = {
+    "bloom": partial(tiny_models.write_bloom, dtype="f32"),
+    "bloom of 6 heads": partial(tiny_models.write_bloom, dtype="f32", n_embd=384, n_head=6, n_layer=1),
+    "mpt as OPT": tiny_architectures.write_mpt,
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_graph_gives_the_logits_of_llama_cpp(graph_of: Opener, name: str, tmp_path: Path) -> None:
-    path = tiny_models.write_llama(tmp_path / "m.gguf", dtype="f32", **MODELS[name])
+    path = tmp_path / "m.gguf"
+    if name in OTHERS:
+        OTHERS[name](path)
+    else:
+        tiny_models.write_llama(path, dtype="f32", **MODELS[name])
     with open_gguf(path) as reader:
         assert why_not(reader) == ""
+        shape = reader.tensors["blk.0.attn_output.weight"].shape
     tokens = some_tokens(1, 48)[0].numpy().astype(np.int32)
-    with Calibrator(path, ["a" * 200], {"blk.0.attn_q.weight": (128, 128)}, context=64, threads=1) as calibrator:
+    with Calibrator(path, ["a" * 200], {"blk.0.attn_output.weight": shape}, context=64, threads=1) as calibrator:
         theirs = calibrator.logits(tokens)
     ours = run_graph(graph_of(path), torch.from_numpy(tokens.astype(np.int64))[None])[0].numpy()
     assert compare(theirs, ours, tokens)[:, 2].max() < 1e-4
@@ -118,10 +134,12 @@ def test_sensitivity_is_kept(
             assert weights is not None and expected is not None and torch.equal(weights, expected)
 
 
-def test_sensitivity_is_of_gradients(graph_of: Opener, llama_f16: Path) -> None:
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_sensitivity_is_of_gradients(arch: str, graph_of: Opener, llama_f16: Path, tmp_path: Path) -> None:
     """Against autograd through the whole graph at once."""
-    graph, tokens = graph_of(llama_f16), some_tokens(2, 24)
-    names = [f"blk.{layer}.{name}" for layer in range(2) for stage in STAGES for name in stage]
+    path = llama_f16 if arch == "llama" else tiny_models.write_bloom(tmp_path / "m.gguf")
+    graph, tokens = graph_of(path), some_tokens(2, 24)
+    names = [f"blk.{layer}.{name}" for layer in range(2) for stage in graph.stages for name in stage]
     found = measure(graph, [tokens], set(names[:-1]), journal.Journal(None), lambda done: None, seed=5)
     made: dict[str, torch.Tensor] = {}
 
@@ -139,7 +157,7 @@ def test_sensitivity_is_of_gradients(graph_of: Opener, llama_f16: Path) -> None:
     gradients = {name: product.grad.flatten(0, 1) for name, product in made.items() if product.grad is not None}
     assert set(found.tokens) == {(layer, stage) for layer in range(2) for stage in range(4)}
     for layer, stage in found.tokens:
-        square = sum(gradients[f"blk.{layer}.{name}"].square().sum(-1) for name in STAGES[stage])
+        square = sum(gradients[f"blk.{layer}.{name}"].square().sum(-1) for name in graph.stages[stage])
         assert isinstance(square, torch.Tensor)
         root = square.sqrt()
         expected = 0.8 * square / square.mean() + 0.2 if stage == 0 else root / root.mean()

@@ -14,7 +14,7 @@ from agq_gguf import blocks, budget, convert, damage, stock
 from agq_gguf.convert import QuantizeOptions, plan_file, quantize
 from agq_gguf.errors import InputError
 from agq_gguf.evaluate import evaluate
-from agq_gguf.llama_graph import LlamaGraph
+from agq_gguf.graphs import graph_of
 from agq_gguf.quantizer import MatrixOptions
 from agq_gguf.reader import Tensor, open_gguf
 from agq_gguf.recipe import TensorPlan
@@ -88,15 +88,19 @@ def test_types_that_do_not_fit_are_not_offered() -> None:
 # the cost
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_gradients_foretell_the_divergence(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["untied", "tied", "bloom"])
+def test_gradients_foretell_the_divergence(kind: str, tmp_path: Path) -> None:
     """Each tensor's cost against the divergence of the model in which just this tensor is AGQ4."""
-    path = tiny_models.write_llama(tmp_path / "m.gguf", n_layer=1, tied=tied)
+    tied = kind != "untied"
+    if kind == "bloom":
+        path = tiny_models.write_bloom(tmp_path / "m.gguf", n_layer=1)
+    else:
+        path = tiny_models.write_llama(tmp_path / "m.gguf", n_layer=1, tied=tied)
     tokens = torch.randint(300, 500, (8, 64), generator=torch.Generator().manual_seed(0))
     options = MatrixOptions()
     with open_gguf(path) as reader:
-        graph = LlamaGraph(reader, 1 << 30)
-        names = ["blk.0.attn_v.weight", "blk.0.ffn_down.weight"]
+        graph = graph_of(reader, 1 << 30)
+        names = ["blk.0.attn_qkv.weight" if kind == "bloom" else "blk.0.attn_v.weight", "blk.0.ffn_down.weight"]
         names += ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]
         found = damage.by_gradients(graph, tokens, dict.fromkeys(names, BOTH), options, QUIET)
         assert set(found) == set(names)

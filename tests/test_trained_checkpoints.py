@@ -139,6 +139,17 @@ def test_quantized(story: Story) -> None:
     assert sure.sum() > 50 and np.array_equal(exact[sure].argmax(-1), quantized[sure].argmax(-1))
 
 
+def test_best_is_better(story: Story, tmp_path: Path) -> None:
+    kl = {}
+    for quality in ("balanced", "best"):
+        out = tmp_path / f"{quality}.gguf"
+        text = ("--calibration", TEXTS[story.family] / "calibration.txt", "--calibration-tokens", 4096)
+        command("quantize", story.exact, out, *text, "--quality", quality, "--no-tune", "-t", 1)
+        exact, found = (logits_of(path, story.tokens)[:-1] for path in (story.exact, out))
+        kl[quality] = compare(exact, found, story.tokens[1:])[:, 2].mean()
+    assert kl["best"] < 0.9 * kl["balanced"]
+
+
 def test_stock_tools_take_what_was_imported(story: Story, tmp_path: Path) -> None:
     """llama.cpp's quantizer writes damaged files from sources that are not padded as it does."""
     quantize_stock(story.exact, tmp_path / "q4_0.gguf", "q4_0", threads=1)
