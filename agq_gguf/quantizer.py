@@ -48,6 +48,11 @@ class MatrixOptions:
     sweeps: int = 6  # of coordinate descent after error feedback
     equalize: bool = True  # move factors from norms into the matrices behind (the caller does it: `equalize`)
 
+    @property
+    def rotated(self) -> bool:
+        """Whether groups are stored rotated."""
+        return self.activation_scale == "rotated"
+
 
 @dataclass(frozen=True)
 class PreparedInput:
@@ -92,9 +97,9 @@ def prepare_input(stats: InputStats | None, columns: int, capacity: int, options
         hessian = torch.from_numpy(stats.hessian[np.ix_(order, order)])
         hessian *= torch.from_numpy(shrink) / mean
         hessian *= torch.from_numpy(shrink)[:, None]
-        if options.activation_scale == "rotated":
+        if options.rotated:
             hessian = rotated(rotated(hessian).T).contiguous()
-    elif options.activation_scale == "rotated":
+    elif options.rotated:
         # Channels of unlike energy, not correlated, become channels of like energy that are, inside of their group.
         hessian = rotated(rotated(importance.reshape(-1, GROUP_COLUMNS).diag_embed()).mT).contiguous()
     else:
@@ -122,7 +127,7 @@ def quantize_matrix(
     """
     if not np.isfinite(weight).all():
         raise InputError(f"tensor {name} holds a NaN or an infinity; the model is damaged")
-    stored, tensor_scale = _stored_weights(weight, prepared.refinement, options.activation_scale == "rotated")
+    stored, tensor_scale = _stored_weights(weight, prepared.refinement, options.rotated)
     codebook = cb.learn(stored, prepared.importance) if options.learn_codebook else cb.fixed()
     if gram is not None and prepared.correlations is not None:
         codes, scales = row_feedback.quantize(stored, prepared.correlations, gram, codebook, options.sweeps)

@@ -24,7 +24,7 @@ from agq_gguf import blocks
 from agq_gguf.errors import InputError
 
 ALIGNMENT_KEY = "general.alignment"
-_DEFAULT_ALIGNMENT = 32
+DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 63  # bytes, as in ggml
 _MAX_NESTING = 4
@@ -326,7 +326,7 @@ def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Field], dict[str, Ten
         metadata[key] = Field(value, data[begin : cursor.at])
 
     infos = [_parse_tensor_info(cursor) for _ in range(_checked_count(cursor, n_tensors))]
-    alignment = metadata[ALIGNMENT_KEY].value if ALIGNMENT_KEY in metadata else _DEFAULT_ALIGNMENT
+    alignment = metadata[ALIGNMENT_KEY].value if ALIGNMENT_KEY in metadata else DEFAULT_ALIGNMENT
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise InputError(f"{path}: {ALIGNMENT_KEY} is {alignment!r}, wanted a power of two")
     data_begin = -(-cursor.at // alignment) * alignment

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from agq_gguf.blocks import TYPE_NAME
 from agq_gguf.errors import OutputError
-from agq_gguf.reader import ALIGNMENT_KEY, TYPE_IDS, TYPES, Field, Tensor, encode_text
+from agq_gguf.reader import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, TYPE_IDS, TYPES, Field, Tensor, encode_text
 from agq_gguf.shards import MAX_PARTS, part_path
 
 try:
@@ -30,8 +30,8 @@ try:
 except ImportError:  # Windows, where an open file cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
-ALIGNMENT = 64  # of files with AGQ4, a cache line: tiles of a mapped file then begin on one
-_STOCK_ALIGNMENT = 32  # of all others: llama.cpp writes damaged files from sources with another one
+ALIGNMENT = 64  # of files with AGQ4, a cache line: tiles of a mapped file then begin on one. Of others it is the
+# default, because llama.cpp's quantizer writes damaged files from sources with another one.
 HASHES, METADATA_HASH = "agq.hash.sha256", "agq.hash.metadata"
 _NO_HASH = "0" * 64
 
@@ -80,7 +80,7 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], alignment: int =
 
 
 def _wanted_alignment(type_names: Iterable[str]) -> int:
-    return ALIGNMENT if TYPE_NAME in type_names else _STOCK_ALIGNMENT
+    return ALIGNMENT if TYPE_NAME in type_names else DEFAULT_ALIGNMENT
 
 
 def _padded(n_bytes: int, alignment: int) -> int:
@@ -260,9 +260,9 @@ class Writer:
         values = {key: found.raw for key, found in metadata.items() if not key.startswith("split.")}
         values |= {key: encode_value(value) for key, value in added.items()}
         alignment = _wanted_alignment(tensor.type_name for tensor in tensors)
-        if alignment == _STOCK_ALIGNMENT:
+        if alignment == DEFAULT_ALIGNMENT:
             values.pop(ALIGNMENT_KEY, None)
-        self._alignment_key = {} if alignment == _STOCK_ALIGNMENT else {ALIGNMENT_KEY: encode_value(alignment)}
+        self._alignment_key = {} if alignment == DEFAULT_ALIGNMENT else {ALIGNMENT_KEY: encode_value(alignment)}
         values |= {HASHES: b"", METADATA_HASH: encode_value(_NO_HASH), **self._alignment_key}
         values[HASHES] = self._hashes()
         later = self._metadata_of_part(values, 1, 2)
