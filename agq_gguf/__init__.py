@@ -6,22 +6,19 @@ so that ``gguf.GGUFReader`` and ``gguf.quants.dequantize`` read our files.
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import gguf_type
-from .errors import AgqError, FormatError, HostError, InputError, OutputError
-from .plugin import backend_path, last_pruned, options, register
+from agq_gguf._version import __version__
+from agq_gguf.errors import AgqError, FormatError, HostError, InputError, OutputError
+from agq_gguf.integrations import gguf_package
+from agq_gguf.native import backend_path
+from agq_gguf.runtime.plugin import last_pruned, options, register
 
 if TYPE_CHECKING:
-    from .convert import quantize
-    from .packing import pack_agq4
-    from .verification import verify
-
-try:
-    __version__ = metadata.version("agq-gguf")
-except metadata.PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+    from agq_gguf.inspection.verify import verify
+    from agq_gguf.quantization.packing import pack_agq4
+    from agq_gguf.quantization.pipeline import quantize
 
 __all__ = [
     "AgqError",
@@ -40,9 +37,13 @@ __all__ = [
 ]
 
 # What loads torch or llama_cpp is imported from here when it is first used.
-_LAZY = {"quantize": ".convert", "pack_agq4": ".packing", "verify": ".verification"}
+_LAZY = {
+    "quantize": ".quantization.pipeline",
+    "pack_agq4": ".quantization.packing",
+    "verify": ".inspection.verify",
+}
 
-gguf_type.extend()
+gguf_package.extend()
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agq_gguf.arguments import Progress
-from agq_gguf.bench import bench
 from agq_gguf.errors import HostError
-from agq_gguf.evaluate import evaluate, read_text
-from agq_gguf.host import generated_text, open_llama, quantize_stock
-from agq_gguf.inspection import inspect_file
+from agq_gguf.inspection.inspect import inspect_file
+from agq_gguf.measure.bench import bench
+from agq_gguf.measure.evaluate import evaluate, read_text
+from agq_gguf.runtime.stock_quantize import quantize_stock
+from agq_gguf.runtime.text import generated_text, open_llama
 
 DATA = Path(__file__).parent / "data"
 MODEL, CALIBRATION, EVALUATION = (DATA / name for name in ("story-f16.gguf", "calibration.txt", "evaluation.txt"))
@@ -46,7 +47,8 @@ class Demonstration:
 def run(folder: Path, *, threads: int = 0, progress: Progress | None = None) -> Demonstration:
     """Makes the AGQ4 and the Q4_0 model in `folder` (which exists), compares them. Raises AgqError."""
     try:
-        from agq_gguf.convert import QuantizeOptions, quantize
+        from agq_gguf.quantization.options import QuantizeOptions
+        from agq_gguf.quantization.pipeline import quantize
     except ImportError as e:
         raise HostError(f"the demo quantizes, which needs {e.name}: pip install 'agq-gguf[convert]'") from e
     report = progress or (lambda phase, done, total, what: None)

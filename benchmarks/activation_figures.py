@@ -22,8 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 import agq_gguf
-from agq_gguf.evaluate import compare, read_text
-from agq_gguf.host import Batch, Context, Model, quiet_log
+from agq_gguf.logits import compare
+from agq_gguf.measure.evaluate import read_text
+from agq_gguf.runtime.log import quiet_log
+from agq_gguf.runtime.model import Batch, Context, Model
 
 PROMPT, REST = 448, 64
 

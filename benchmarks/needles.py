@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf.host import Model
+from agq_gguf.runtime.model import Model
 
 NAMES = [
     "Alice", "Robert", "Maria", "Henry", "Julia", "Thomas", "Clara", "Peter", "Laura", "Oscar",

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from agq_gguf import blocks, refine
-from agq_gguf.convert import QuantizeOptions, quantize
-from agq_gguf.evaluate import evaluate
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
-from agq_gguf.writer import Writer, layout
+from agq_gguf.format import blocks, reference
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.matrix import two_refine
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.measure.evaluate import evaluate
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
 
 BEHIND = {"attn_norm": ("attn_q", "attn_k", "attn_v"), "ffn_norm": ("ffn_gate", "ffn_up")}
 VARIANTS = {
@@ -67,7 +69,7 @@ def restore(source: Path, target: Path) -> None:
         for name, tensor in reader.tensors.items():
             raw = np.array(np.frombuffer(reader.raw(name), np.uint8))  # a copy: the mapping ends before
             if tensor.type_name == blocks.TYPE_NAME:
-                tensors[name] = blocks.dequantize(blocks.unpack(raw.reshape(tensor.shape[0], -1)))
+                tensors[name] = reference.dequantize(blocks.unpack(raw.reshape(tensor.shape[0], -1)))
             elif tensor.type_name == "q8_0":
                 found = quants.dequantize(raw.reshape(tensor.shape[0], -1), GGMLQuantizationType.Q8_0)
                 tensors[name] = found.reshape(tensor.shape)
@@ -79,13 +81,13 @@ def restore(source: Path, target: Path) -> None:
 def two_values(maxima: np.ndarray) -> np.ndarray:
     """The paper's form: the groups with the largest peaks get r, all others 0; r and their number by the same cost."""
     best = np.zeros(maxima.shape[1], np.uint8)
-    cost = refine._cost(maxima, best)
+    cost = two_refine._cost(maxima, best)
     by_peak = np.argsort(-maxima.max(axis=0), kind="stable")
     for r in range(1, 9):
         for k in range(1, len(by_peak)):
             trial = np.zeros(len(by_peak), np.uint8)
             trial[by_peak[:k]] = r
-            if (found := refine._cost(maxima, trial)) < cost:
+            if (found := two_refine._cost(maxima, trial)) < cost:
                 best, cost = trial, found
     return best
 
@@ -112,9 +114,9 @@ def main() -> None:
         inject(args.model, source, args.factor, args.channels)
     text = args.text.read_text("utf-8")
     print("| activations | KL x 1000, as run | KL x 1000, same weights, float activations | more |\n|---|---|---|---|")
-    general = refine._descend
+    general = two_refine._descend
     for name, matrix in VARIANTS.items():
-        refine._descend = two_values if name.startswith("two-refine") else general
+        two_refine._descend = two_values if name.startswith("two-refine") else general
         matrix = MatrixOptions(**{**matrix.__dict__, "activation_bits": args.bits})
         options = QuantizeOptions(
             quality=args.quality, matrix=matrix, threads=args.threads, calibration_tokens=args.tokens

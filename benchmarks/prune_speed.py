@@ -18,8 +18,8 @@ from statistics import median
 import numpy as np
 
 import agq_gguf
-from agq_gguf.host import Batch, Context, Model
-from agq_gguf.profile import profiled
+from agq_gguf.runtime.model import Batch, Context, Model
+from agq_gguf.runtime.profile import profiled
 
 PLANNING, REWRITING = "(planning what to prune)", "(rewriting the graph)"
 

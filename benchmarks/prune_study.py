@@ -299,7 +299,7 @@ def measure(model: TorchLlama, examples: list[Example], plan: Plan, full: list[T
 
 def tokenizer_of(path: Path) -> Callable[[str, bool], Tensor]:
     """The model's own tokenizer, without special tokens unless the text spells them."""
-    from agq_gguf.host import Model
+    from agq_gguf.runtime.model import Model
 
     model = Model(path, vocab_only=True)
     return lambda text, bos: torch.from_numpy(

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from agq_gguf import blocks
-from agq_gguf.calibrate import Calibrator, read_text
-from agq_gguf.evaluate import evaluate
-from agq_gguf.host import llama_api, quiet_log
-from agq_gguf.inspection import inspect_file
-from agq_gguf.reader import open_gguf
+from agq_gguf.calibration.collect import Calibrator
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.inspection.inspect import inspect_file
+from agq_gguf.measure.evaluate import evaluate
+from agq_gguf.runtime.library import llama_api
+from agq_gguf.runtime.log import quiet_log
+from agq_gguf.text import read_text
 
 FILE_TYPES = {"Q4_0": 2, "Q4_K_S": 14, "IQ4_XS": 30, "IQ4_NL": 25, "Q4_K_M": 15, "Q5_K_S": 16, "Q8_0": 7}
 Q8_0 = 8  # ggml_type

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 import agq_gguf  # noqa: F401  teaches gguf the type AGQ4
-from agq_gguf import blocks
+from agq_gguf.format import blocks
 
 # name: (embedding, feed-forward, layers, heads, key/value heads, vocabulary)
 SHAPES = {

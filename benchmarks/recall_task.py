@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import agq_gguf
-from agq_gguf.host import Batch, Context, Model
+from agq_gguf.runtime.model import Batch, Context, Model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import story_grammar

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf.llama_graph import STAGES, why_not
-from agq_gguf.reader import open_gguf
-from agq_gguf.writer import Writer, layout
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.graphs.llama import STAGES, why_not
 
 DTYPES = {"f16": np.float16, "f32": np.float32}
 Array = NDArray[np.float64]

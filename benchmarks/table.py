@@ -26,8 +26,9 @@ from pathlib import Path
 import random_model
 from turns import Runner
 
-from agq_gguf.bench import Result, bench, measure_start
-from agq_gguf.host import FlashAttention, quantize_stock
+from agq_gguf.measure.bench import Result, bench, measure_start
+from agq_gguf.runtime.model import FlashAttention
+from agq_gguf.runtime.stock_quantize import quantize_stock
 
 STOCK = ("q4_0", "q4_k_s")
 Row = tuple[str, str, str]  # what, asked, found

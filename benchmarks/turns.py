@@ -59,9 +59,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     """The child: answers until its input ends."""
     import numpy as np
 
-    from agq_gguf.bench import resident_bytes
-    from agq_gguf.host import Batch, Model
-    from agq_gguf.plugin import register
+    from agq_gguf.measure.bench import resident_bytes
+    from agq_gguf.runtime.model import Batch, Model
+    from agq_gguf.runtime.plugin import register
 
     if arguments.register:
         register()

@@ -14,7 +14,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo, OptionInfo
 
-from agq_gguf.cli import app
+from agq_gguf.cli.app import app
 
 TARGET = Path(__file__).parent / "commands.md"
 HEAD = """# Commands

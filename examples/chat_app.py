@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-from agq_gguf.serve import create_app
+from agq_gguf.integrations.server import create_app
 
 PAGE = """<!doctype html>
 <html lang="en">

@@ -12,9 +12,9 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 import agq_gguf
-from agq_gguf import cli
+from agq_gguf.cli import app as cli
 
-COMMAND = [sys.executable, "-m", "agq_gguf.cli"]
+COMMAND = [sys.executable, "-m", "agq_gguf"]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # what plain text must not hold
 runner = CliRunner()
 

@@ -76,7 +76,7 @@ def bert_f16(models: Path) -> Path:
 
 
 def _stock(source: Path, type_name: str) -> Path:
-    from agq_gguf.host import quantize_stock
+    from agq_gguf.runtime.stock_quantize import quantize_stock
 
     path = source.with_name(f"{source.stem}-{type_name}.gguf")
     quantize_stock(source, path, type_name, threads=1)
@@ -95,8 +95,9 @@ def llama_q4(llama_f16: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def llama_agq(llama_f16: Path, words_file: Path) -> Path:
-    from agq_gguf.convert import QuantizeOptions, quantize
-    from agq_gguf.quantizer import MatrixOptions
+    from agq_gguf.matrix.options import MatrixOptions
+    from agq_gguf.quantization.options import QuantizeOptions
+    from agq_gguf.quantization.pipeline import quantize
 
     path = llama_f16.with_name("llama-agq4.gguf")
     # Learning a codebook takes most of the time, and these tests do not need it.

@@ -15,8 +15,9 @@ import tiny_models
 from numpy.typing import NDArray
 
 import agq_gguf
-from agq_gguf.convert import QuantizeOptions, quantize
-from agq_gguf.quantizer import MatrixOptions
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
 
 # Every matrix AGQ4, quantized in a moment.
 QUICK = QuantizeOptions(

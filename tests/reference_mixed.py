@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from reference_model import Array, ReferenceModel
 from reference_pruning import RECENT_QUERIES, importance
 
-from agq_gguf import blocks
+from agq_gguf.format import blocks, reference
 
 
 class MixedReference(ReferenceModel):
@@ -35,7 +35,7 @@ class MixedReference(ReferenceModel):
             if not rows.any():
                 continue
             parameters = replace(matrix.parameters, activation_bits=bits)
-            out[rows] = blocks.matmul_reference(x[rows].astype(np.float32), replace(matrix, parameters=parameters))
+            out[rows] = reference.matmul_reference(x[rows].astype(np.float32), replace(matrix, parameters=parameters))
         return out
 
     def last_logits(self, tokens: list[int], share: float, layer: int, score: str) -> Array:

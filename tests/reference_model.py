@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf import blocks
+from agq_gguf.format import blocks, reference
 
 Array = NDArray[np.float64]
 
@@ -51,7 +51,7 @@ class ReferenceModel:
             return x @ (weight if expert is None else weight[expert]).T
         data = self.matrices[name].data
         matrix = blocks.unpack(np.asarray(data if expert is None else data[expert]))
-        return blocks.matmul_reference(x.astype(np.float32), matrix).astype(np.float64)
+        return reference.matmul_reference(x.astype(np.float32), matrix).astype(np.float64)
 
     def norm(self, x: Array, name: str) -> Array:
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.eps) * self.weight(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf.blocks import round_scale
+from agq_gguf.format.blocks import round_scale
 
 Floats = NDArray[np.float32]
 _COARSE = np.array([0.68, 0.76, 0.84, 0.92, 1.0, 1.08], np.float32)

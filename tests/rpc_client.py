@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import agq_gguf
-from agq_gguf.host import Batch, Model, llama_api
+from agq_gguf.runtime.library import llama_api
+from agq_gguf.runtime.model import Batch, Model
 
 PROMPT, STEPS = 40, 16
 

@@ -17,13 +17,16 @@ import tiny_architectures
 import tiny_models
 
 import agq_gguf
-from agq_gguf import blocks
-from agq_gguf.calibrate import Calibrator
-from agq_gguf.convert import QuantizeOptions, Report, quantize
-from agq_gguf.host import Batch, Model, quiet_log
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
-from agq_gguf.writer import Writer, layout
+from agq_gguf.calibration.collect import Calibrator
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.quantization.report import Report
+from agq_gguf.runtime.log import quiet_log
+from agq_gguf.runtime.model import Batch, Model
 
 # AGQ4 wherever it can be; learning a codebook takes most of the time, and these tests do not need it.
 OPTIONS = QuantizeOptions(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agq_gguf import blocks
+from agq_gguf.format import blocks, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLCHAIN = ROOT / "cmake" / "aarch64-linux-gnu.cmake"
@@ -137,7 +137,7 @@ def test_the_plugin_runs_a_product_inside_stock_ggml(programs: Path, ggml: Path,
     x = rng.normal(size=(tokens, columns)).astype(np.float32)
     (tmp_path / "weights").write_bytes(blocks.pack(matrix).tobytes())
     (tmp_path / "activations").write_bytes(x.tobytes())
-    want = blocks.matmul_reference(x, matrix) + 1
+    want = reference.matmul_reference(x, matrix) + 1
     libraries = next(path.parent for path in ggml.rglob("libggml-base.so")), next(ggml.rglob("libggml.so")).parent
     assert libraries[0] == libraries[1] == ggml
     for isa in [*KERNELS, "scalar"]:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agq_gguf import bench as module
-from agq_gguf.bench import Speed, bench, measure_start, resident_bytes
 from agq_gguf.errors import HostError, InputError
-from agq_gguf.host import Batch, Model
-from agq_gguf.profile import profiled
+from agq_gguf.measure import bench as module
+from agq_gguf.measure.bench import Speed, bench, measure_start, resident_bytes
+from agq_gguf.runtime.model import Batch, Model
+from agq_gguf.runtime.profile import profiled
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -232,6 +232,6 @@ def test_profile_by_cpu_time_is_not_more_than_by_the_wall_clock(llama_agq: Path)
 
 
 def test_profile_needs_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agq_gguf.profile.is_registered", lambda: False)
+    monkeypatch.setattr("agq_gguf.runtime.profile.is_registered", lambda: False)
     with pytest.raises(HostError, match="not registered"), profiled():
         pass

@@ -12,9 +12,10 @@ from golden import make_agq4
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agq_gguf import blocks
-from agq_gguf.blocks import Matrix, Parameters, Pruning
 from agq_gguf.errors import FormatError
+from agq_gguf.format import blocks, pruning_record, reference
+from agq_gguf.format.blocks import Matrix, Parameters
+from agq_gguf.format.pruning_record import Pruning
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,7 +37,7 @@ def matrices(draw: st.DrawFn) -> Matrix:
             tensor_scale=float(np.float32(draw(st.floats(1e-20, 1e20)))),
             activation_bits=draw(st.sampled_from([4, 8])),
             activation_scale=draw(st.sampled_from(blocks.ACTIVATION_SCALES)),
-            pruning=draw(st.none() | prunings(blocks.SCORES[:3])),
+            pruning=draw(st.none() | prunings(pruning_record.SCORES[:3])),
         ),
     )
 
@@ -46,7 +47,7 @@ def prunings(draw: st.DrawFn, scores: tuple[str, ...]) -> Pruning:
     score = draw(st.sampled_from(scores))
     numbers = draw(st.floats(0, 1e10, width=32)), draw(st.integers(0, 255)), draw(st.integers(0, 15))
     codes = st.lists(st.integers(-128, 127), min_size=1, max_size=200).map(tuple)
-    directions = st.builds(blocks.Direction, st.floats(0, 1e5, width=32), codes)
+    directions = st.builds(pruning_record.Direction, st.floats(0, 1e5, width=32), codes)
     return Pruning(score, *numbers, draw(st.booleans()), draw(directions) if score == "learned" else None)
 
 
@@ -76,9 +77,9 @@ def test_golden_bytes(name: str) -> None:
     np.testing.assert_array_equal(blocks.pack(matrix).ravel(), stored)
     assert_equal(blocks.unpack(stored.reshape(32, -1)), matrix)
     weights = np.fromfile(GOLDEN / f"{name}_weights.f32", "<f4").reshape(4, 256)
-    np.testing.assert_array_equal(blocks.dequantize(matrix)[:4], weights)
+    np.testing.assert_array_equal(reference.dequantize(matrix)[:4], weights)
     raw = (GOLDEN / f"{name}_xq.i8").read_bytes()
-    xq, s = blocks.quantize_activations(make_agq4.activations(), matrix.parameters)
+    xq, s = reference.quantize_activations(make_agq4.activations(), matrix.parameters)
     assert xq.tobytes() + s.tobytes() == raw
 
 
@@ -123,7 +124,7 @@ def test_pruning_record_is_where_the_format_says() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(matrices(), st.none() | prunings(blocks.SCORES[:3]))
+@given(matrices(), st.none() | prunings(pruning_record.SCORES[:3]))
 def test_setting_a_record_changes_nothing_else(matrix: Matrix, pruning: Pruning | None) -> None:
     data = blocks.pack(matrix)
     before = data.copy()
@@ -137,7 +138,7 @@ def test_setting_a_record_changes_nothing_else(matrix: Matrix, pruning: Pruning 
 
 
 @settings(max_examples=50, deadline=None)
-@given(prunings(blocks.SCORES))
+@given(prunings(pruning_record.SCORES))
 def test_records_with_a_direction(pruning: Pruning) -> None:
     """A matrix with a channel order and room for both."""
     rows = 320
@@ -156,10 +157,10 @@ def test_records_with_a_direction(pruning: Pruning) -> None:
 
 def test_nearest_direction() -> None:
     wanted = np.array([0.5, -1.27, 0.004, 0.0])
-    direction = blocks.Direction.of(wanted)
+    direction = pruning_record.Direction.of(wanted)
     assert direction.codes == (50, -127, 0, 0)
     np.testing.assert_allclose(direction.values(), [0.5, -1.27, 0, 0], rtol=1e-6)
-    assert blocks.Direction.of(np.zeros(3)).codes == (0, 0, 0)
+    assert pruning_record.Direction.of(np.zeros(3)).codes == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_nearest_direction() -> None:
     ],
 )
 def test_damaged_directions_are_refused(at: int, byte: int, message: str) -> None:
-    record = Pruning("learned", 0.5, direction=blocks.Direction(1.0, (1, -2, 3)))
+    record = Pruning("learned", 0.5, direction=pruning_record.Direction(1.0, (1, -2, 3)))
     matrix = make_agq4.matrix()
     wide = replace(matrix, codes=np.resize(matrix.codes, (64, 256)), scales=np.resize(matrix.scales, (64, 4)))
     tiles = blocks.with_pruning(blocks.pack(wide), record).reshape(-1, 1088)
@@ -204,10 +205,13 @@ def test_record_says_whether_states_are_used_again(reuse: bool) -> None:
         (Pruning("first", 1, keep=256), "keep the last 256 tokens"),
         (Pruning("first", 1, reach=16), "reach of importance for pruning is 16"),
         (Pruning("learned", 1), "a direction is what the score 'learned'"),
-        (Pruning("recent", 1, direction=blocks.Direction(1, (1,))), "a direction is what the score 'learned'"),
-        (Pruning("learned", 1, direction=blocks.Direction(-1, (1,))), "factor of the direction for pruning is -1"),
-        (Pruning("learned", 1, direction=blocks.Direction(1, ())), "has 0 channels"),
-        (Pruning("learned", 1, direction=blocks.Direction(1, (128,))), "does not fit into a signed byte"),
+        (Pruning("recent", 1, direction=pruning_record.Direction(1, (1,))), "a direction is what the score 'learned'"),
+        (
+            Pruning("learned", 1, direction=pruning_record.Direction(-1, (1,))),
+            "factor of the direction for pruning is -1",
+        ),
+        (Pruning("learned", 1, direction=pruning_record.Direction(1, ())), "has 0 channels"),
+        (Pruning("learned", 1, direction=pruning_record.Direction(1, (128,))), "does not fit into a signed byte"),
     ],
 )
 def test_bad_records_are_not_written(pruning: Pruning, message: str) -> None:
@@ -321,7 +325,7 @@ def test_damage_is_an_error_of_ours_or_harmless(changes: list[tuple[int, int]]) 
         matrix = blocks.unpack(data.reshape(32, -1))
     except FormatError:
         return
-    assert not np.isnan(blocks.dequantize(matrix)).any()
+    assert not np.isnan(reference.dequantize(matrix)).any()
     np.testing.assert_array_equal(blocks.pack(matrix).reshape(-1), data)
 
 
@@ -363,7 +367,7 @@ def rotated_by_definition(x: np.ndarray) -> np.ndarray:
 
 def test_rotation_is_the_hadamard_matrix() -> None:
     x = np.random.default_rng(1).standard_normal((3, 5, 128)).astype(np.float32)
-    found = blocks.rotate(x)
+    found = reference.rotate(x)
     assert found.dtype == np.float32
     for group in np.ndindex(3, 5, 2):
         here = (*group[:2], slice(64 * group[2], 64 * group[2] + 64))
@@ -372,18 +376,18 @@ def test_rotation_is_the_hadamard_matrix() -> None:
     for _ in range(6):
         hadamard = np.kron(np.array([[1, 1], [1, -1]]), hadamard)
     np.testing.assert_allclose(found[2, 1, 64:], hadamard @ x[2, 1, 64:] / 8, atol=1e-5)
-    np.testing.assert_allclose(blocks.rotate(found), x, atol=1e-5)
+    np.testing.assert_allclose(reference.rotate(found), x, atol=1e-5)
 
 
 def test_rotated_weights() -> None:
     plain, matrix = make_agq4.matrix(), make_agq4.rotated()
     one = [replace(m, parameters=replace(m.parameters, tensor_scale=1.0)) for m in (plain, matrix)]
     order = blocks.channel_order(plain.parameters.listed, 256)
-    stored, found = (blocks.dequantize(m)[:, order] for m in one)
+    stored, found = (reference.dequantize(m)[:, order] for m in one)
     for row, group in ((0, 0), (17, 3), (31, 2)):
         here = slice(64 * group, 64 * group + 64)
         np.testing.assert_array_equal(found[row, here], rotated_by_definition(stored[row, here]))
-    scaled = blocks.dequantize(matrix)[:, order]
+    scaled = reference.dequantize(matrix)[:, order]
     np.testing.assert_array_equal(scaled, found * np.float32(matrix.parameters.tensor_scale))
 
 
@@ -391,7 +395,7 @@ def test_dequantize_follows_the_formula() -> None:
     matrix = make_agq4.matrix()
     p = matrix.parameters
     order = [200, 3, 77] + [k for k in range(256) if k not in (200, 3, 77)]
-    weights = blocks.dequantize(matrix)
+    weights = reference.dequantize(matrix)
     for m, k in [(0, 0), (3, 2), (17, 130), (31, 255)]:
         value = float(matrix.scales[m, k // 64]) * 2.0 ** -int(p.exponents[k // 64])
         value *= int(p.codebook[matrix.codes[m, k]]) - 64
@@ -406,7 +410,7 @@ def test_activations_and_product_follow_the_formulas(matrix: Matrix, seed: int) 
     columns = matrix.codes.shape[1]
     x = np.random.default_rng(seed).standard_normal((2, columns)).astype(np.float32)
     x[0, 0] *= 1000
-    xq, s = blocks.quantize_activations(x, p)
+    xq, s = reference.quantize_activations(x, p)
     order = blocks.channel_order(p.listed, columns)
     b = np.float32(127 if p.activation_bits == 8 else 7)
     refined = x[:, order] * np.exp2(-p.exponents.astype(np.float32)).repeat(64)
@@ -421,12 +425,12 @@ def test_activations_and_product_follow_the_formulas(matrix: Matrix, seed: int) 
             assert s[t, g if p.per_group else 0] == amax / b
             expected = np.clip(np.rint(refined[t, here] * (b / amax)), -b, b)
             np.testing.assert_array_equal(xq[t, here], expected.astype(np.int8))
-    y = blocks.matmul_reference(x, matrix)
+    y = reference.matmul_reference(x, matrix)
     restored = np.empty_like(x)
     growth = np.exp2(p.exponents.astype(np.float32)).repeat(64)
     restored[:, order] = xq * np.repeat(s, columns // s.shape[1], axis=1) * growth
     # Rotated or not, a product is that of what is stored.
-    stored = blocks.dequantize(replace(matrix, parameters=replace(p, activation_scale="token")))
+    stored = reference.dequantize(replace(matrix, parameters=replace(p, activation_scale="token")))
     exact = restored.astype(np.float64) @ stored.astype(np.float64).T
     scale = np.abs(restored.astype(np.float64)) @ np.abs(stored).astype(np.float64).T
     assert (np.abs(y - exact) <= 1e-5 * scale + 1e-37).all()
@@ -434,14 +438,14 @@ def test_activations_and_product_follow_the_formulas(matrix: Matrix, seed: int) 
 
 def test_a_huge_tensor_scale_overflows_quietly() -> None:
     huge = replace(make_agq4.matrix(), parameters=replace(make_agq4.matrix().parameters, tensor_scale=3e38))
-    assert np.isinf(blocks.dequantize(huge)).any()
-    assert np.isinf(blocks.matmul_reference(make_agq4.activations(), huge)).any()
+    assert np.isinf(reference.dequantize(huge)).any()
+    assert np.isinf(reference.matmul_reference(make_agq4.activations(), huge)).any()
 
 
 def test_rotation_that_overflows_is_not_a_number() -> None:
     x = np.full((2, 256), 3e38, np.float32)
     x[1] = 1
-    xq, s = blocks.quantize_activations(x, make_agq4.rotated().parameters)
+    xq, s = reference.quantize_activations(x, make_agq4.rotated().parameters)
     assert np.isnan(s[0]).all() and not xq[0].any() and np.isfinite(s[1]).all()
 
 
@@ -449,7 +453,7 @@ def test_bad_and_tiny_activations() -> None:
     p = replace(make_agq4.matrix().parameters, activation_scale="token")
     x = np.ones((4, 256), np.float32)
     x[0, 7], x[1, 9], x[2] = np.nan, np.inf, 2.0**-101
-    xq, s = blocks.quantize_activations(x, p)
+    xq, s = reference.quantize_activations(x, p)
     assert np.isnan(s[:2]).all() and not xq[:3].any() and s[2] == 0 and s[3] > 0
-    y = blocks.matmul_reference(x, replace(make_agq4.matrix(), parameters=p))
+    y = reference.matmul_reference(x, replace(make_agq4.matrix(), parameters=p))
     assert np.isnan(y[:2]).all() and not y[2].any() and np.isfinite(y[3]).all()

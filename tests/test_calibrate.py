@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import tiny_models
 
-from agq_gguf import ggml_view
-from agq_gguf.calibrate import Calibrator, read_text
+from agq_gguf.calibration.collect import Calibrator
+from agq_gguf.calibration.stats import InputStats, WeightStats
 from agq_gguf.errors import HostError, InputError
-from agq_gguf.ggml_view import GgmlTensor
-from agq_gguf.reader import open_gguf
-from agq_gguf.stats import InputStats, WeightStats
-from agq_gguf.writer import Writer, layout
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.runtime import ggml
+from agq_gguf.runtime.ggml import GgmlTensor
+from agq_gguf.text import read_text
 
 TEXT = ["the red key in the box and the blue door to a cat, a dog. ", "Where was the king? "] * 15
 BIG = 1 << 30
@@ -220,7 +221,7 @@ def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    ggml_view.Ggml()
+    ggml.Ggml()
 
     class Shifted(ctypes.Structure):
         pass
@@ -232,6 +233,6 @@ def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         for name, kind in [GgmlTensor._fields_[0], ("new", ctypes.c_int64), *GgmlTensor._fields_[1:]]
     ]
-    monkeypatch.setattr(ggml_view, "GgmlTensor", Shifted)
+    monkeypatch.setattr(ggml, "GgmlTensor", Shifted)
     with pytest.raises(HostError, match="unknown way"):
-        ggml_view.Ggml()
+        ggml.Ggml()

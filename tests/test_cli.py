@@ -14,9 +14,11 @@ import pytest
 from command_line import COMMAND, environment, heeding_interrupts, process, run
 
 import agq_gguf
-from agq_gguf import cli, cli_output, demo, host
+from agq_gguf import demo
+from agq_gguf.cli import app as cli
+from agq_gguf.cli import output
 from agq_gguf.errors import HostError
-from agq_gguf.reader import open_gguf
+from agq_gguf.gguf_io.reader import open_gguf
 
 # the program as a whole
 
@@ -113,7 +115,7 @@ def test_a_missing_plugin_is_explained(llama_agq: Path, monkeypatch: pytest.Monk
     def refuse() -> None:
         raise HostError("llama-cpp-python 0.2.0 was found; supported are 0.3.30 to 0.3.36")
 
-    monkeypatch.setattr(host, "register", refuse)
+    monkeypatch.setattr("agq_gguf.runtime.model_file.register", refuse)
     error = run("generate", llama_agq, "-p", "the", code=4).stderr
     assert "holds 14 AGQ4 tensors, which need our plugin" in error
     assert "supported are 0.3.30 to 0.3.36" in error
@@ -239,7 +241,7 @@ def test_generate(kind: str, request: pytest.FixtureRequest) -> None:
     llama = llama_cpp.Llama(str(path), n_ctx=128, n_threads=1, verbose=False)
     wanted = llama("the red key", max_tokens=6, temperature=0)["choices"][0]["text"]
     llama.close()
-    assert shown.stdout == cli_output.safe(wanted) + "\n"
+    assert shown.stdout == output.safe(wanted) + "\n"
     assert shown.stderr == ""
 
 
@@ -269,7 +271,7 @@ def test_chat_keeps_the_conversation(llama_f16: Path, monkeypatch: pytest.Monkey
         seen.append([f"{m['role']}: {m['content']}" for m in messages])
         yield from ("an", "swer")
 
-    monkeypatch.setattr(host, "chat_answer", answer)
+    monkeypatch.setattr("agq_gguf.runtime.text.chat_answer", answer)
     assert run("chat", llama_f16, "-t", 1, input="one\ntwo").stdout == "answer\nanswer\n"
     assert seen == [["user: one"], ["user: one", "assistant: answer", "user: two"]]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from command_line import COMMAND, CONTROL, environment, run
 
-from agq_gguf import cli_output
+from agq_gguf.cli import output
 
 
 def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli_output.ProgressView() as view:
+    with output.ProgressView() as view:
         for done in range(101):
             view.update("work", done, 100, "" if done == 100 else f"item {done}")
     lines = capsys.readouterr().err.splitlines()
@@ -28,9 +28,9 @@ def test_progress_tells_phase_layer_speed_time_and_memory(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(cli_output.time, "monotonic", lambda: now)
-    monkeypatch.setattr(cli_output, "resident", lambda: 3 << 29)
-    with cli_output.ProgressView() as view:
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    monkeypatch.setattr(output, "resident", lambda: 3 << 29)
+    with output.ProgressView() as view:
         view.update("calibrate", 0, 4000, "")
         now = 110.0
         view.update("calibrate", 1000, 4000, "pass 1 of 1")
@@ -46,7 +46,7 @@ def test_progress_tells_phase_layer_speed_time_and_memory(
 
 
 def test_sizes_for_people() -> None:
-    shown = [cli_output.size(n) for n in (0, 1023, 1024, 1536 * 1024, 3 << 30, 5 << 40)]
+    shown = [output.size(n) for n in (0, 1023, 1024, 1536 * 1024, 3 << 30, 5 << 40)]
     assert shown == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "3.00 GiB", "5120.00 GiB"]
 
 

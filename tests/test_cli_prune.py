@@ -13,13 +13,15 @@ from command_line import process, run
 from low_level import LowModel
 
 import agq_gguf
-from agq_gguf import cli_prune
-from agq_gguf.calibrate_pruning import PruneOptions, calibrate_pruning
-from agq_gguf.convert import QuantizeOptions, quantize
-from agq_gguf.inspection import inspect_file
-from agq_gguf.prune import STAYED, Work, work_of
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
+from agq_gguf.cli import prune
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.inspection.inspect import inspect_file
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.pruning.calibrate import calibrate_pruning
+from agq_gguf.pruning.options import PruneOptions
+from agq_gguf.pruning.plan import STAYED, Work, work_of
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
 
 FAST = QuantizeOptions(threads=1, matrix=MatrixOptions(learn_codebook=False))
 QUICK = ("--calibration", "--prompts", "2", "-t", "1", "-q")
@@ -57,7 +59,7 @@ def test_the_file_prunes_as_it_was_calibrated(pruned: Path, words: str) -> None:
     assert [round(p.saving, 2) for p in info.curve] == pytest.approx([0.1, 0.25, 0.4], abs=0.02)
     assert [p.kl for p in info.curve] == sorted(p.kl for p in info.curve) and info.curve[0].kl > 0
     model = LowModel(pruned)
-    from agq_gguf.host import Model
+    from agq_gguf.runtime.model import Model
 
     with Model(pruned, vocab_only=True) as vocabulary:
         tokens = vocabulary.tokenize(words)[: 4 * 448].reshape(4, 448)
@@ -181,7 +183,7 @@ def test_marks_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    cli_prune.show_prompt([("kept ", STAYED), ("gone ", 3), ("later", 12), ("\x1b[2J", STAYED)], 0.25)
+    prune.show_prompt([("kept ", STAYED), ("gone ", 3), ("later", 12), ("\x1b[2J", STAYED)], 0.25)
     out, err = capsys.readouterr()
     assert "\x1b[9;31mgone" in out and "₃" in out and "₁₂" in out and "\x1b[2J" not in out
     assert "25% of the work saved" in err

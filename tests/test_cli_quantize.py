@@ -13,15 +13,16 @@ import pytest
 import typer
 from command_line import CONTROL, environment, run
 
-from agq_gguf import cli, convert
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
+from agq_gguf.cli.options import parse_size
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
 
 
 @pytest.fixture
 def quick_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = partial(convert.QuantizeOptions, matrix=MatrixOptions(learn_codebook=False))
-    monkeypatch.setattr(convert, "QuantizeOptions", options)
+    options = partial(QuantizeOptions, matrix=MatrixOptions(learn_codebook=False))
+    monkeypatch.setattr("agq_gguf.cli.quantize.QuantizeOptions", options)
 
 
 @pytest.mark.usefixtures("quick_options")
@@ -119,13 +120,13 @@ def test_quantize_without_torch(small: Path, tmp_path: Path) -> None:
     [("4G", 4 << 30), ("512m", 512 << 20), ("1.5GiB", 3 << 29), ("64KB", 65536), ("1000", 1000), ("2T", 2 << 40)],
 )
 def test_sizes(text: str, n_bytes: int) -> None:
-    assert cli.parse_size(text) == n_bytes
+    assert parse_size(text) == n_bytes
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4 Q", "1e9", "nan"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is no size"):
-        cli.parse_size(text)
+        parse_size(text)
 
 
 def test_quantize_as_json(small: Path, tmp_path: Path) -> None:

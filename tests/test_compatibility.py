@@ -14,14 +14,17 @@ from reference_model import Array, ReferenceModel
 from test_plugin import TEXT, all_logits, relative
 
 import agq_gguf
-from agq_gguf import inspection
-from agq_gguf.convert import QuantizeOptions, Report, quantize
 from agq_gguf.errors import InputError, OutputError
-from agq_gguf.host import check_model_file, quiet_log
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
-from agq_gguf.shards import open_model, part_path
-from agq_gguf.verification import verify
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.shards import open_model, part_path
+from agq_gguf.inspection import inspect
+from agq_gguf.inspection.verify import verify
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.quantization.report import Report
+from agq_gguf.runtime.log import quiet_log
+from agq_gguf.runtime.model_file import check_model_file
 
 OPTIONS = QuantizeOptions(threads=1, calibration_tokens=256, matrix=MatrixOptions(learn_codebook=False))
 
@@ -110,7 +113,7 @@ def test_output_in_several_files_runs(whole: Path, tmp_path: Path) -> None:
     _, together = all_logits(one.paths[0])
     np.testing.assert_array_equal(parts, together)
     assert verify(report.paths[1]).problems == verify(one.paths[0]).problems == []
-    info, wanted = inspection.inspect_file(report.paths[0]), inspection.inspect_file(one.paths[0])
+    info, wanted = inspect.inspect_file(report.paths[0]), inspect.inspect_file(one.paths[0])
     assert (info.parameters, info.tensor_bytes) == (wanted.parameters, wanted.tensor_bytes)
     assert info.file_bytes == sum(path.stat().st_size for path in report.paths) == report.n_bytes
     assert check_model_file(report.paths[0]).agq_tensors == check_model_file(one.paths[0]).agq_tensors

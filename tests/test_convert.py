@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import tiny_models
 
-from agq_gguf import blocks, calibrate, convert, gguf_type
-from agq_gguf.convert import QuantizeOptions, plan_file, quantize
+from agq_gguf.calibration import collect
+from agq_gguf.calibration.imatrix import load_imatrix
 from agq_gguf.errors import InputError, OutputError
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
-from agq_gguf.recipe import plan
-from agq_gguf.stats import load_imatrix
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.integrations import gguf_package
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import plan_file, quantize
+from agq_gguf.quantization.report import REPLACED, Report
+from agq_gguf.quantization.type_plan import plan
 
 TEXT = "the red key in the box and the blue door to a cat, a dog. Where was the king? " * 25
 OPTIONS = QuantizeOptions(threads=1, context=64)
@@ -42,9 +46,9 @@ def models(tmp_path_factory: pytest.TempPathFactory):
     return get
 
 
-def check_file(src: Path, dst: Path, report: convert.Report) -> None:
+def check_file(src: Path, dst: Path, report: Report) -> None:
     """Reads the result with the gguf package and compares it with the source and the report."""
-    gguf_type.extend()
+    gguf_package.extend()
     types = {t.name: t for t in report.tensors}
     with open_gguf(src) as source, open_gguf(dst) as ours:
         assert list(ours.tensors) == list(source.tensors) == list(types)
@@ -59,7 +63,7 @@ def check_file(src: Path, dst: Path, report: convert.Report) -> None:
             assert (told.reason == "") == (told.type_name == "agq4") == (told.error is not None)
             if source.tensors[tensor.name].type_name == told.type_name:
                 same = bytes(source.raw(tensor.name)) == bytes(ours.raw(tensor.name))
-                assert same == (not told.reason.endswith(convert.REPLACED))
+                assert same == (not told.reason.endswith(REPLACED))
             if told.n_elements > 1 and tensor.tensor_type.name in ("AGQ4", "Q8_0"):
                 w = source.read(tensor.name) * moved_factors(source, ours, tensor.name)
                 restored = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(w.shape)
@@ -127,7 +131,7 @@ def test_a_channel_order_must_fit_the_smallest(tmp_path: Path) -> None:
     assert listed["attn_q"] == listed["attn_k"] == 0 and listed["ffn_up"] >= 64
 
 
-def errors(report: convert.Report) -> dict[str, float]:
+def errors(report: Report) -> dict[str, float]:
     return {t.name: t.error for t in report.tensors if t.error is not None and t.name.startswith("blk.")}
 
 
@@ -187,7 +191,7 @@ def test_imatrix(models, tmp_path: Path) -> None:
     with open_gguf(src) as reader:
         shapes = {p.source.name: p.source.shape for p in plan(reader) if p.type_name == "agq4"}
     found = {}
-    with calibrate.Calibrator(src, [TEXT], shapes, context=64, threads=1) as calibrator:
+    with collect.Calibrator(src, [TEXT], shapes, context=64, threads=1) as calibrator:
         for one, stats in zip(
             calibrator.inputs, calibrator.collect(calibrator.inputs, 1 << 30, lambda _: None), strict=True
         ):

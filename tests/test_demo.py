@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from agq_gguf import convert, demo
+from agq_gguf import demo
 from agq_gguf.errors import HostError
-from agq_gguf.quantizer import MatrixOptions
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
 
 
 @pytest.fixture
@@ -16,8 +17,8 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch, llama_f16: Path, words_file: Path
     monkeypatch.setattr(demo, "MODEL", llama_f16)
     monkeypatch.setattr(demo, "CALIBRATION", words_file)
     monkeypatch.setattr(demo, "EVALUATION", words_file)
-    options = partial(convert.QuantizeOptions, calibration_tokens=1024, matrix=MatrixOptions(learn_codebook=False))
-    monkeypatch.setattr(convert, "QuantizeOptions", options)
+    options = partial(QuantizeOptions, calibration_tokens=1024, matrix=MatrixOptions(learn_codebook=False))
+    monkeypatch.setattr("agq_gguf.quantization.options.QuantizeOptions", options)
     for name, value in (("_CHUNKS", 1), ("_PROMPT_TOKENS", 32), ("_GENERATED_TOKENS", 4), ("_TEXT_TOKENS", 8)):
         monkeypatch.setattr(demo, name, value)
 

@@ -9,15 +9,17 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from agq_gguf import blocks, equalize
-from agq_gguf.calibrate import Calibrator
-from agq_gguf.cli import app
-from agq_gguf.convert import QuantizeOptions, quantize
-from agq_gguf.evaluate import evaluate
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
-from agq_gguf.stats import InputStats
-from agq_gguf.writer import Writer, layout
+from agq_gguf.calibration.collect import Calibrator
+from agq_gguf.calibration.stats import InputStats
+from agq_gguf.cli.app import app
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.matrix import equalize
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.measure.evaluate import evaluate
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
 
 
 def inject(source: Path, target: Path, factor: float, channels: int = 4) -> Path:

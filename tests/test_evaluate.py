@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agq_gguf import host
 from agq_gguf.errors import HostError, InputError
-from agq_gguf.evaluate import compare, evaluate, log_softmax, read_text, summarize
+from agq_gguf.logits import compare, log_softmax
+from agq_gguf.measure.evaluate import evaluate, read_text, summarize
+from agq_gguf.runtime.library import default_threads
+from agq_gguf.runtime.log import quiet_log
+from agq_gguf.runtime.model import Batch, Model
+from agq_gguf.runtime.stock_quantize import quantize_stock
 
 CONTEXT = 64
 CHUNKS = 3
@@ -146,7 +150,7 @@ def test_read_text(tmp_path: Path) -> None:
 def test_the_log_of_llama_cpp_goes_to_our_logger(
     llama_f16: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level("DEBUG", "agq_gguf.llama"), host.Model(llama_f16):
+    with caplog.at_level("DEBUG", "agq_gguf.llama"), Model(llama_f16):
         pass
     assert any("llama_model_loader" in record.message for record in caplog.records)
     assert capfd.readouterr() == ("", "")
@@ -155,7 +159,7 @@ def test_the_log_of_llama_cpp_goes_to_our_logger(
 def test_the_previous_log_callback_comes_back(llama_f16: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import llama_cpp
 
-    with host.Model(llama_f16), host.quiet_log():
+    with Model(llama_f16), quiet_log():
         pass
     llama_cpp.Llama(str(llama_f16), n_ctx=32, n_threads=1, verbose=True).close()
     assert "llama_model_loader" in capfd.readouterr().err
@@ -165,7 +169,7 @@ def test_a_tokenizer_gives_room(llama_f16: Path, words: str) -> None:
     import llama_cpp
 
     llama = llama_cpp.Llama(str(llama_f16), vocab_only=True, verbose=False)
-    with host.Model(llama_f16, vocab_only=True) as model:
+    with Model(llama_f16, vocab_only=True) as model:
         assert model.tokenize(words).tolist() == llama.tokenize(words.encode())
         assert model.tokenize("").tolist() == [model.bos]
     llama.close()
@@ -175,10 +179,10 @@ def test_mmap_and_batches_do_not_matter(llama_f16: Path) -> None:
     rows = []
     for use_mmap, n_ubatch in ((True, 512), (False, 512), (True, 8)):
         with (
-            host.Model(llama_f16, use_mmap=use_mmap) as model,
+            Model(llama_f16, use_mmap=use_mmap) as model,
             model.context(32, n_ubatch=n_ubatch, threads=1) as context,
         ):
-            batch = host.Batch(np.arange(300, 332), first_logits=30)
+            batch = Batch(np.arange(300, 332), first_logits=30)
             context.decode(batch)
             rows.append(context.logits(batch).copy())
     assert rows[0].shape == (2, 512)
@@ -187,17 +191,17 @@ def test_mmap_and_batches_do_not_matter(llama_f16: Path) -> None:
 
 
 def test_a_full_context_is_an_error(llama_f16: Path) -> None:
-    with host.Model(llama_f16) as model, model.context(256, threads=1) as context:
-        context.decode(host.Batch(np.full(256, 300)))
+    with Model(llama_f16) as model, model.context(256, threads=1) as context:
+        context.decode(Batch(np.full(256, 300)))
         with pytest.raises(HostError, match="context is full"):
-            context.decode(host.Batch([300], first_position=256))
+            context.decode(Batch([300], first_position=256))
 
 
 def test_a_model_that_llama_cpp_refuses(llama_f16: Path, tmp_path: Path) -> None:
     path = tmp_path / "renamed.gguf"
     path.write_bytes(llama_f16.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_Q.weight"))
     with pytest.raises(InputError, match=r"cannot load this model: .*blk\.1\.attn_q"):
-        host.Model(path)
+        Model(path)
 
 
 def test_the_eval_callback_sees_the_graph(llama_f16: Path) -> None:
@@ -207,18 +211,18 @@ def test_the_eval_callback_sees_the_graph(llama_f16: Path) -> None:
         asked.append(ask)
         return ask and len(asked) == 1  # wants the data of the first node only
 
-    with host.Model(llama_f16) as model, model.context(32, threads=1, eval_callback=watch) as context:
-        context.decode(host.Batch([300]))
+    with Model(llama_f16) as model, model.context(32, threads=1, eval_callback=watch) as context:
+        context.decode(Batch([300]))
     assert True in asked
 
 
 def test_stock_types(llama_f16: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown stock type 'q9'"):
-        host.quantize_stock(llama_f16, tmp_path / "x.gguf", "q9")
+        quantize_stock(llama_f16, tmp_path / "x.gguf", "q9")
 
 
 @pytest.mark.parametrize(("quota", "threads"), [("max 100000", 64), ("150000 100000", 2), ("10000 100000", 1)])
 def test_threads_respect_the_quota_of_a_container(quota: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.setattr(Path, "read_text", lambda self, **options: quota)
-    assert host.default_threads() == threads
+    assert default_threads() == threads

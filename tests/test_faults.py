@@ -16,12 +16,13 @@ import pytest
 import tiny_models
 from command_line import environment, heeding_interrupts, run
 
-from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.errors import FormatError, InputError, OutputError
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
-from agq_gguf.verification import verify
-from agq_gguf.writer import Writer, layout
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.inspection.verify import verify
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
 
 OPTIONS = QuantizeOptions(threads=1, matrix=MatrixOptions(learn_codebook=False))
 

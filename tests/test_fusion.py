@@ -13,9 +13,10 @@ import pytest
 import tiny_models
 
 import agq_gguf
-from agq_gguf.convert import QuantizeOptions, quantize
-from agq_gguf.host import Batch, Model
-from agq_gguf.profile import profiled
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.model import Batch, Model
+from agq_gguf.runtime.profile import profiled
 
 WRITERS: dict[str, Callable[..., Path]] = {
     "llama": tiny_models.write_llama,

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 import fuzz_python
 import mutate
 
-from agq_gguf import blocks
 from agq_gguf.errors import AgqError, FormatError
+from agq_gguf.format import blocks
 
 HERE = Path(__file__).parent
 HOSTILE = sorted((HERE / "hostile").glob("*.gguf"))

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from golden import make_agq4
 
-from agq_gguf import blocks, gguf_type
 from agq_gguf.errors import FormatError, HostError
+from agq_gguf.format import blocks, reference
+from agq_gguf.integrations import gguf_package
 
 
 def test_extends_once_and_again() -> None:
-    assert gguf_type.extend() and gguf_type.extend()
+    assert gguf_package.extend() and gguf_package.extend()
     kind = gguf.GGMLQuantizationType(38)
     assert kind is gguf.GGMLQuantizationType.AGQ4 is gguf.GGMLQuantizationType["AGQ4"]
     assert kind == 38 and kind.name == "AGQ4" and repr(kind) == "<GGMLQuantizationType.AGQ4: 38>"
@@ -23,7 +24,7 @@ def test_extends_once_and_again() -> None:
 
 
 def test_reads_through_gguf(tmp_path: Path) -> None:
-    gguf_type.extend()
+    gguf_package.extend()
     kind = gguf.GGMLQuantizationType(38)
     matrix = make_agq4.matrix()
     data = blocks.pack(matrix)
@@ -36,7 +37,7 @@ def test_reads_through_gguf(tmp_path: Path) -> None:
     writer.close()
     one, many = gguf.GGUFReader(tmp_path / "m.gguf").tensors
     assert one.tensor_type.name == "AGQ4" and list(one.shape) == [256, 32]
-    expected = blocks.dequantize(matrix)
+    expected = reference.dequantize(matrix)
     np.testing.assert_array_equal(gguf.quants.dequantize(one.data, one.tensor_type), expected)
     np.testing.assert_array_equal(gguf.quants.dequantize(many.data, many.tensor_type), np.stack([expected, expected]))
     with pytest.raises(FormatError, match="whole matrix"):
@@ -44,7 +45,7 @@ def test_reads_through_gguf(tmp_path: Path) -> None:
 
 
 def test_quantizes_through_gguf() -> None:
-    gguf_type.extend()
+    gguf_package.extend()
     kind = gguf.GGMLQuantizationType(38)
     weights = np.random.default_rng(0).standard_normal((2, 48, 128)).astype(np.float32)
     data = gguf.quants.quantize(weights, kind)
@@ -59,4 +60,4 @@ def test_refuses_a_taken_number(monkeypatch: pytest.MonkeyPatch) -> None:
     types = gguf.GGMLQuantizationType
     monkeypatch.setitem(types._value2member_map_, 38, types.Q8_0)
     with pytest.raises(HostError, match="38 for Q8_0"):
-        gguf_type.extend()
+        gguf_package.extend()

@@ -264,7 +264,7 @@ def test_where_the_file_may_go(own_checkpoint: Any, tmp_path: Path) -> None:
 
 
 def test_command_line(own_checkpoint: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from agq_gguf.cli import app
+    from agq_gguf.cli.app import app
 
     folder = own_checkpoint("opt")
     with pytest.raises(SystemExit) as end:

@@ -20,12 +20,14 @@ with warnings.catch_warnings():
 
 from transformers_logits import greedy, logits_of, pruned_logits, torch_logits
 
-from agq_gguf.convert import QuantizeOptions, quantize
-from agq_gguf.evaluate import compare
-from agq_gguf.host import Model, open_llama
 from agq_gguf.import_hf import import_checkpoint
 from agq_gguf.import_hf.llama import interleave_halves
-from agq_gguf.quantizer import MatrixOptions
+from agq_gguf.logits import compare
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.model import Model
+from agq_gguf.runtime.text import open_llama
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-from agq_gguf import blocks
-from agq_gguf.convert import QuantizeOptions, quantize
 from agq_gguf.errors import InputError
-from agq_gguf.inspection import inspect_file
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
+from agq_gguf.format import blocks, pruning_record
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.inspection.inspect import inspect_file
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
 
 
 def damaged(source: Path, target: Path, tensor: str, offset: int, value: int) -> Path:
@@ -60,7 +61,7 @@ def test_our_model(llama_agq: Path) -> None:
 
 
 def test_pruning_record(llama_agq: Path, tmp_path: Path) -> None:
-    name, record = "blk.0.attn_output.weight", blocks.Pruning("received", 0.25, keep=64)
+    name, record = "blk.0.attn_output.weight", pruning_record.Pruning("received", 0.25, keep=64)
     with open_gguf(llama_agq) as reader:
         data, at = _rows(bytes(reader.raw(name)), 128), reader.tensors[name].offset
     pruned = blocks.with_pruning(data, record).tobytes()

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import tiny_models
 
-from agq_gguf import blocks
-from agq_gguf.convert import QuantizeOptions, quantize
-from agq_gguf.ggml_view import GgmlTensor, ggml
-from agq_gguf.host import Batch, Model
+from agq_gguf.format import blocks, reference
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.ggml import GgmlTensor, ggml
+from agq_gguf.runtime.model import Batch, Model
 
 N_TOKENS = 400
 OPTIONS = QuantizeOptions(output_type="agq4", embedding_type="agq4", threads=1)
@@ -36,12 +37,12 @@ def model(request: pytest.FixtureRequest, models: Path) -> Path:
 def reference_product(weights: np.ndarray, x: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
     """[tokens, M], or [tokens, used, M] with experts; ``x`` is [1, tokens, slots, K] or [1, 1, tokens, K]."""
     if ids is None:
-        return blocks.matmul_reference(x[0, 0], blocks.unpack(weights))
+        return reference.matmul_reference(x[0, 0], blocks.unpack(weights))
     slots = np.broadcast_to(x[0], (len(ids), ids.shape[1], x.shape[-1]))
     out = [[None] * ids.shape[1] for _ in ids]
     for expert in np.unique(ids):
         rows, used = np.nonzero(ids == expert)
-        results = blocks.matmul_reference(np.ascontiguousarray(slots[rows, used]), blocks.unpack(weights[expert]))
+        results = reference.matmul_reference(np.ascontiguousarray(slots[rows, used]), blocks.unpack(weights[expert]))
         for t, u, y in zip(rows, used, results, strict=True):
             out[t][u] = y
     return np.array(out)

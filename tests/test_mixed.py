@@ -11,7 +11,7 @@ import pytest
 from low_level import PROMPT, LowModel, log, quick_agq4
 from reference_mixed import MixedReference
 
-from agq_gguf.plugin import plugin_library
+from agq_gguf.runtime.plugin import plugin_library
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,19 @@ import pytest
 import tiny_models
 from command_line import run
 
-from agq_gguf.convert import QuantizeOptions, plan_file, quantize
+from agq_gguf.calibration.imatrix import load_imatrix
 from agq_gguf.errors import AgqError, InputError
-from agq_gguf.graphs import graph_of, why_not
-from agq_gguf.host import check_model_file
-from agq_gguf.inspection import inspect_file
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import Reader, check_source, open_gguf
-from agq_gguf.report import gather
-from agq_gguf.shards import open_model
-from agq_gguf.stats import load_imatrix
-from agq_gguf.verification import verify
-from agq_gguf.writer import Value, Writer
+from agq_gguf.gguf_io.reader import Reader, check_source, open_gguf
+from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.gguf_io.writer import Value, Writer
+from agq_gguf.graphs.registry import graph_of, why_not
+from agq_gguf.inspection.inspect import inspect_file
+from agq_gguf.inspection.report import gather
+from agq_gguf.inspection.verify import verify
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import plan_file, quantize
+from agq_gguf.runtime.model_file import check_model_file
 
 INFINITE = np.array([float("inf"), 0.0], np.float32)
 ODD: list[Value] = [

@@ -10,11 +10,11 @@ import pytest
 from command_line import environment
 
 import agq_gguf
-from agq_gguf import blocks
+from agq_gguf.calibration.stats import InputStats, WeightStats
 from agq_gguf.errors import FormatError, InputError
-from agq_gguf.packing import stats_of_activations
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.stats import InputStats, WeightStats
+from agq_gguf.format import blocks, reference
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.packing import stats_of_activations
 
 QUICK = MatrixOptions(learn_codebook=False)
 
@@ -34,7 +34,7 @@ def activations() -> np.ndarray:
 
 
 def output_error(packed: np.ndarray, weights: np.ndarray, x: np.ndarray) -> float:
-    found = blocks.matmul_reference(x, blocks.unpack(packed))
+    found = reference.matmul_reference(x, blocks.unpack(packed))
     return float(np.linalg.norm(found - x @ weights.T) / np.linalg.norm(x @ weights.T))
 
 

@@ -20,9 +20,10 @@ import tiny_models
 from reference_model import ReferenceModel
 
 import agq_gguf
-from agq_gguf import blocks
-from agq_gguf.convert import QuantizeOptions, quantize
-from agq_gguf.host import quiet_log
+from agq_gguf.format import blocks
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.log import quiet_log
 
 TEXT = b"the red key in the box and the dog"  # short: see docs/design.md, "What int8 rounding does to comparisons"
 LONG_TEXT = b" ".join([TEXT, b"went to the king who said the door of the house"] * 6)

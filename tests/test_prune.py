@@ -12,11 +12,11 @@ import tiny_models
 from low_level import QUICK, LowContext, LowModel
 
 import agq_gguf
-from agq_gguf.blocks import Direction, Pruning
-from agq_gguf.convert import quantize
 from agq_gguf.errors import InputError
-from agq_gguf.prune_file import carriers, write_plan
-from agq_gguf.reader import open_gguf
+from agq_gguf.format.pruning_record import Direction, Pruning
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.pruning.file import carriers, write_plan
+from agq_gguf.quantization.pipeline import quantize
 
 LAYERS = 4
 GetModel = Callable[..., LowModel]

@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agq_gguf import blocks
-from agq_gguf.calibrate_pruning import Point, PruneOptions, PruneReport, Run, choose, make_examples, metadata_of
 from agq_gguf.errors import FormatError, InputError
-from agq_gguf.inspection import inspect_file
-from agq_gguf.prune import (
+from agq_gguf.format import blocks, pruning_record
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.inspection.inspect import inspect_file
+from agq_gguf.pruning.calibrate import PruneReport, metadata_of
+from agq_gguf.pruning.file import carriers, layer_of, write_plan
+from agq_gguf.pruning.options import PruneOptions
+from agq_gguf.pruning.plan import (
     STAYED,
     Plan,
     Work,
@@ -27,8 +30,8 @@ from agq_gguf.prune import (
     threshold_for,
     work_of,
 )
-from agq_gguf.prune_file import carriers, layer_of, write_plan
-from agq_gguf.reader import open_gguf
+from agq_gguf.pruning.search import Point, choose
+from agq_gguf.pruning.trial import Run, make_examples
 
 
 def quiet(phase: str, done: int, total: int, what: str) -> None:
@@ -44,7 +47,7 @@ def test_spec() -> None:
     assert plan.spec([11, 7]) == "2:t0.1,7:t0,11:t1.5;score=received;keep=3;reach=1"
     assert Plan(()).spec() == "off"
     assert Plan((), "first").spec([1]) == "1:t0;score=first;keep=0;reach=0"
-    assert plan.records()[11] == blocks.Pruning("received", 1.5, keep=3, reach=1)
+    assert plan.records()[11] == pruning_record.Pruning("received", 1.5, keep=3, reach=1)
     again = replace(plan, reuse=True)
     assert again.spec() == plan.spec() + ";reuse=1" and again.records()[2].reuse
 
@@ -258,7 +261,7 @@ def test_another_tensor_carries_if_the_first_has_no_room(llama_agq: Path, tmp_pa
     with open_gguf(tmp_path / "full.gguf") as reader:
         assert carriers(reader)[1].startswith("blk.1.") and carriers(reader)[1] != name
         with pytest.raises(FormatError, match=r"full.gguf: blk.1.attn_output.weight: the matrix offers"):
-            write_plan(reader, tmp_path / "out.gguf", {name: blocks.Pruning("first", 1)}, {}, quiet)
+            write_plan(reader, tmp_path / "out.gguf", {name: pruning_record.Pruning("first", 1)}, {}, quiet)
     assert not (tmp_path / "out.gguf").exists()
 
 

@@ -17,7 +17,7 @@ from reference_model import ReferenceModel
 from reference_pruning import PrunedReference, Rule
 
 import agq_gguf
-from agq_gguf.host import quiet_log
+from agq_gguf.runtime.log import quiet_log
 
 CLOSE = 1e-4  # of the norm of the logits; K/V cache and weights in F32
 

@@ -15,11 +15,12 @@ from reference_model import ReferenceModel
 from reference_pruning import PrunedReference, Rule, choose, importance
 
 import agq_gguf
-from agq_gguf import blocks
-from agq_gguf.convert import QuantizeOptions, quantize
-from agq_gguf.host import quiet_log
-from agq_gguf.prune_file import write_plan
-from agq_gguf.reader import open_gguf
+from agq_gguf.format import pruning_record
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.pruning.file import write_plan
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.log import quiet_log
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +213,11 @@ def test_plugin_agrees_over_several_calls(float32: Path, running: LowModel) -> N
 def test_thresholds_in_the_file(float32: Path, models: Path, score: str, reuse: bool) -> None:
     """The record in a tensor says what to drop, and `options` what to do instead."""
     quantize(float32, models / "prune-agq4.gguf", options=QuantizeOptions(threads=1, embedding_type="agq4"))
-    path, record = models / "prune-record.gguf", blocks.Pruning(score, 1.0, keep=20, reach=1, reuse=reuse)
+    path, record = models / "prune-record.gguf", pruning_record.Pruning(score, 1.0, keep=20, reach=1, reuse=reuse)
     direction = None
     if score == "learned":
         record = replace(
-            record, threshold=4.0, direction=blocks.Direction.of(np.random.default_rng(2).normal(0, 0.2, 128))
+            record, threshold=4.0, direction=pruning_record.Direction.of(np.random.default_rng(2).normal(0, 0.2, 128))
         )
         direction = record.direction.values().astype(np.float64)
     with open_gguf(models / "prune-agq4.gguf") as reader:

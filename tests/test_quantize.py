@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from agq_gguf import blocks, codebook, feedback, refine, row_feedback
+from agq_gguf.calibration.stats import InputStats
 from agq_gguf.errors import InputError
-from agq_gguf.quantizer import MatrixOptions, prepare_input, quantize_matrix
-from agq_gguf.stats import InputStats
+from agq_gguf.format import blocks, reference
+from agq_gguf.matrix import codebook, column_feedback, row_feedback, two_refine
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
 
 ROWS, COLUMNS, TOKENS = 64, 256, 4096
 PLAIN = MatrixOptions(activation_scale="token", refine=False)
@@ -47,7 +49,7 @@ def weights(seed: int = 1) -> np.ndarray:
 def output_error(w: np.ndarray, x: np.ndarray, stats: InputStats | None, options: MatrixOptions = PLAIN) -> float:
     """Squared output error over squared output on x, measured on what the format really says."""
     result = quantize_matrix(w, prepare_input(stats, COLUMNS, 1000, options), options)
-    restored = blocks.dequantize(blocks.unpack(blocks.pack(result.matrix)))
+    restored = reference.dequantize(blocks.unpack(blocks.pack(result.matrix)))
     error = float(np.square(x @ (restored - w).T, dtype=np.float64).sum() / np.square(x @ w.T, dtype=np.float64).sum())
     if stats is not None and stats.hessian is not None:
         assert result.error == pytest.approx(error, rel=0.02)
@@ -73,7 +75,7 @@ def test_better_than_rounding_to_q4_0() -> None:
     w = np.random.default_rng(3).standard_normal((256, 512)).astype(np.float32)
     kind = gguf.GGMLQuantizationType.Q4_0
     stock = gguf.quants.dequantize(gguf.quants.quantize(w, kind), kind)
-    ours = blocks.dequantize(quantize_matrix(w, prepare_input(None, 512, 0, PLAIN), PLAIN).matrix)
+    ours = reference.dequantize(quantize_matrix(w, prepare_input(None, 512, 0, PLAIN), PLAIN).matrix)
     assert np.square(ours - w).sum() < 0.9 * np.square(stock - w).sum()
 
 
@@ -94,7 +96,7 @@ def test_representable_weights_are_exact() -> None:
         for learn in (False, True):
             options = replace(PLAIN, learn_codebook=learn)
             result = quantize_matrix(w, prepare_input(stats, COLUMNS, 0, options), options)
-            np.testing.assert_array_equal(blocks.dequantize(result.matrix), w)
+            np.testing.assert_array_equal(reference.dequantize(result.matrix), w)
             assert result.error == 0
 
 
@@ -111,7 +113,7 @@ def test_odd_matrices(hessian: bool) -> None:
     w[9] *= 1e-3
     w[11] *= 1e3
     result = quantize_matrix(w, prepared, PLAIN)
-    restored = blocks.dequantize(blocks.unpack(blocks.pack(result.matrix)))
+    restored = reference.dequantize(blocks.unpack(blocks.pack(result.matrix)))
     assert np.isfinite(restored).all() and np.isfinite(result.error)
     np.testing.assert_array_equal(restored[3], 0)
     np.testing.assert_array_equal(restored[7, 64:128], 0) if not hessian else None
@@ -121,7 +123,7 @@ def test_odd_matrices(hessian: bool) -> None:
             assert np.square(restored[row] - w[row]).sum() < 0.02 * np.square(w[row]).sum()
     assert np.abs(restored[0] - w[0]).max() < 1  # silent channels are stored sensibly too
     zero = quantize_matrix(np.zeros((ROWS, COLUMNS), np.float32), prepared, PLAIN)
-    assert zero.error == 0 and not blocks.dequantize(zero.matrix).any()
+    assert zero.error == 0 and not reference.dequantize(zero.matrix).any()
     blocks.pack(zero.matrix)
 
 
@@ -129,7 +131,7 @@ def test_odd_matrices(hessian: bool) -> None:
 def test_extreme_sizes(scale: float) -> None:
     w = weights() * np.float32(scale)
     result = quantize_matrix(w, prepare_input(None, COLUMNS, 0, PLAIN), PLAIN)
-    restored = blocks.dequantize(blocks.unpack(blocks.pack(result.matrix)))
+    restored = reference.dequantize(blocks.unpack(blocks.pack(result.matrix)))
     error = np.square((restored - w) / scale, dtype=np.float64).mean()
     assert error < 0.01
 
@@ -153,7 +155,7 @@ def test_useless_hessian_is_told() -> None:
 
 def test_inverse_factor() -> None:
     h = torch.from_numpy(stats_of(correlated_input()).hessian)
-    known = feedback.correlations(h, 0.01)
+    known = column_feedback.correlations(h, 0.01)
     assert known is not None
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(COLUMNS)
     torch.testing.assert_close(known.hessian, damped)
@@ -167,13 +169,13 @@ def test_inverse_factor() -> None:
 
 def test_descent_never_loses() -> None:
     h = torch.from_numpy(stats_of(correlated_input()).hessian)
-    known = feedback.correlations(h, 0.01)
+    known = column_feedback.correlations(h, 0.01)
     assert known is not None
     w = torch.from_numpy(weights() * 20)
     book = codebook.fixed()
 
     def loss(sweeps: int) -> float:
-        codes, scales = feedback.quantize(w, known, book, sweeps)
+        codes, scales = column_feedback.quantize(w, known, book, sweeps)
         error = w - book.values[codes.int()] * scales.repeat_interleave(64, 1)
         return float(((error @ known.hessian) * error).sum())
 
@@ -190,7 +192,7 @@ def gram_of(rows: int, rank: int) -> torch.Tensor:
 
 def test_rows_make_up_for_each_other() -> None:
     h = torch.from_numpy(stats_of(correlated_input()).hessian)
-    known = feedback.correlations(h, 0.01)
+    known = column_feedback.correlations(h, 0.01)
     assert known is not None
     w, book, gram = torch.from_numpy(weights() * 20), codebook.fixed(), gram_of(ROWS, 6)
 
@@ -200,12 +202,12 @@ def test_rows_make_up_for_each_other() -> None:
     def loss(e: torch.Tensor) -> float:
         return float(((row_feedback.damped(gram) @ e) * (e @ known.hessian)).sum())
 
-    alone = error(*feedback.quantize(w, known, book, 3))
+    alone = error(*column_feedback.quantize(w, known, book, 3))
     together = error(*row_feedback.quantize(w, known, gram, book, 3))
     assert loss(together) < 0.6 * loss(alone)
     assert float((together @ known.hessian * together).sum()) > float((alone @ known.hessian * alone).sum())
     nothing = row_feedback.quantize(w, known, torch.zeros(ROWS, ROWS), book, 3)
-    for found, expected in zip(nothing, feedback.quantize(w, known, book, 3), strict=True):
+    for found, expected in zip(nothing, column_feedback.quantize(w, known, book, 3), strict=True):
         assert torch.equal(found, expected)
     diagonal = row_feedback.quantize(w, known, torch.diag(torch.arange(1.0, ROWS + 1)), book, 3)
     assert loss(error(*diagonal)) == pytest.approx(loss(alone), rel=1e-3)
@@ -214,17 +216,17 @@ def test_rows_make_up_for_each_other() -> None:
 def test_what_later_rows_make_up_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the errors of the first rows fixed, the others are asked for what minimizes tr(G E H E^T)."""
     h = torch.from_numpy(stats_of(correlated_input()).hessian)
-    known = feedback.correlations(h, 0.01)
+    known = column_feedback.correlations(h, 0.01)
     assert known is not None
     w, gram = torch.from_numpy(weights() * 20), gram_of(ROWS, 6)
     asked: list[torch.Tensor] = []
-    real = feedback.quantize
+    real = column_feedback.quantize
 
     def listen(rows: torch.Tensor, *rest: Any) -> Any:
         asked.append(rows.clone())
         return real(rows, *rest)
 
-    monkeypatch.setattr(feedback, "quantize", listen)
+    monkeypatch.setattr(column_feedback, "quantize", listen)
     book = codebook.fixed()
     codes, scales = row_feedback.quantize(w, known, gram, book, 1)
     order = gram.diagonal().argsort(descending=True, stable=True)
@@ -251,23 +253,25 @@ def test_groups_that_are_not_correlated() -> None:
     each = x @ x.mT / 80
     whole = torch.block_diag(*each)
     noise = torch.rand(COLUMNS, generator=generator) / 100
-    apart, together = (feedback.correlations(h, 0.01, noise) for h in (each, whole))
+    apart, together = (column_feedback.correlations(h, 0.01, noise) for h in (each, whole))
     assert apart is not None and together is not None and together.coupled and not apart.coupled
     torch.testing.assert_close(apart.importance, together.importance, rtol=1e-3, atol=0)
     w = torch.from_numpy(weights())
-    torch.testing.assert_close(feedback.times(each, w.T), whole @ w.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(column_feedback.times(each, w.T), whole @ w.T, rtol=1e-4, atol=1e-4)
     book = codebook.fixed()
-    (codes, scales), (wanted, wanted_scales) = (feedback.quantize(w, known, book, 2) for known in (apart, together))
+    (codes, scales), (wanted, wanted_scales) = (
+        column_feedback.quantize(w, known, book, 2) for known in (apart, together)
+    )
     assert (codes == wanted).float().mean() > 0.995 and (scales == wanted_scales).float().mean() > 0.98
 
 
 # refinement
 
 
-def noise(x: np.ndarray, found: refine.Refinement) -> float:
+def noise(x: np.ndarray, found: two_refine.Refinement) -> float:
     """What int8 really does to x, as a share of its energy."""
     parameters = blocks.Parameters(np.arange(16, dtype=np.uint8), found.exponents, found.listed)
-    xq, s = blocks.quantize_activations(x, parameters)
+    xq, s = reference.quantize_activations(x, parameters)
     growth = np.exp2(found.exponents.astype(np.float32)).repeat(64)
     restored = np.empty_like(x)
     restored[:, blocks.channel_order(found.listed, x.shape[1])] = xq * s * growth
@@ -278,38 +282,38 @@ def test_outliers_are_gathered_and_shrunk() -> None:
     outliers = (7, 77, 133, 200)
     x = correlated_input(outliers=outliers)
     sample = x[::16]
-    plain = refine.none(COLUMNS)
-    exponents = refine.choose(sample, 0, 8, "token")
-    listed = refine.choose(sample, COLUMNS // 2, 8, "token")
+    plain = two_refine.none(COLUMNS)
+    exponents = two_refine.choose(sample, 0, 8, "token")
+    listed = two_refine.choose(sample, COLUMNS // 2, 8, "token")
     assert set(outliers) <= set(listed.listed.tolist()) and len(listed.listed) == 64
     assert listed.exponents[0] >= 3 and not listed.exponents[1:].any()
     assert not exponents.listed.size and noise(x, exponents) <= noise(x, plain)
     assert noise(x, listed) < 0.3 * noise(x, plain)
-    full = refine.choose(sample, 1000, 8, "token")
+    full = two_refine.choose(sample, 1000, 8, "token")
     energy = np.square(x.astype(np.float64)).mean(axis=0)[full.listed]
     assert len(full.listed) == COLUMNS and set(outliers) <= set(full.listed[:8].tolist())
     assert np.corrcoef(np.log(energy), -np.arange(COLUMNS))[0, 1] > 0.5  # sorted, as far as the sample tells
     assert noise(x, full) < 0.3 * noise(x, plain)
-    assert refine.choose(sample, 63, 8, "token").listed.size == 0
-    assert not refine.choose(sample, 1000, 8, "group").exponents.any()
-    assert not refine.choose(sample, 1000, 8, "token", enabled=False).exponents.any()
+    assert two_refine.choose(sample, 63, 8, "token").listed.size == 0
+    assert not two_refine.choose(sample, 1000, 8, "group").exponents.any()
+    assert not two_refine.choose(sample, 1000, 8, "token", enabled=False).exponents.any()
 
 
 def test_nothing_is_refined_without_need() -> None:
     x = np.random.default_rng(0).standard_normal((256, COLUMNS)).astype(np.float32)
-    found = refine.choose(x, 1000, 8, "token")
+    found = two_refine.choose(x, 1000, 8, "token")
     assert not found.listed.size and not found.exponents.any()
     peak = np.abs(x).max(axis=1)
     np.testing.assert_allclose(found.noise, np.full(COLUMNS // 64, np.mean(peak**2) / 12 / 127**2), rtol=1e-3)
     for odd in (np.zeros((0, COLUMNS), np.float32), np.zeros((9, COLUMNS), np.float32)):
-        assert refine.choose(odd, 1000, 8, "token").noise.max() == 0
+        assert two_refine.choose(odd, 1000, 8, "token").noise.max() == 0
 
 
 def test_order_for_scales_per_group() -> None:
     """Each group has its own maximum then: an order that puts large channels together makes most of them smaller."""
     rng = np.random.default_rng(4)
     x = (rng.normal(size=(200, 2048)) * np.where(np.arange(2048) % 64 == 5, 40, 1)).astype(np.float32)
-    found = refine.choose(x, 100, 8, "group")
+    found = two_refine.choose(x, 100, 8, "group")
     assert set(found.listed[:32]) == set(range(5, 2048, 64)) and not found.exponents.any()
     plain = (np.abs(x).reshape(200, 32, 64).max(axis=2) ** 2).mean() / (12 * 127**2)
     assert found.noise.mean() < 0.3 * plain
@@ -317,16 +321,16 @@ def test_order_for_scales_per_group() -> None:
 
 def test_rotation_leaves_nothing_to_refine() -> None:
     x = correlated_input(outliers=(7, 77, 133))
-    found = refine.choose(x, 1000, 8, "rotated")
+    found = two_refine.choose(x, 1000, 8, "rotated")
     assert not found.listed.size and not found.exponents.any()
-    peaks = np.abs(blocks.rotate(x)).reshape(len(x), -1, 64).max(axis=2)
+    peaks = np.abs(reference.rotate(x)).reshape(len(x), -1, 64).max(axis=2)
     np.testing.assert_allclose(found.noise, (peaks**2).mean(axis=0) / 12 / 127**2, rtol=1e-3)
 
 
 def test_what_is_prepared_for_rotated_groups() -> None:
     x = correlated_input(outliers=(7, 77, 133))
     stats = stats_of(x)
-    turned = blocks.rotate(x)
+    turned = reference.rotate(x)
     square = np.square(turned).mean(axis=0)
     known = prepare_input(stats, COLUMNS, 1000, MatrixOptions())
     expected = turned.T @ turned / len(x) / np.square(x).mean()
@@ -339,7 +343,7 @@ def test_what_is_prepared_for_rotated_groups() -> None:
     means = np.square(x).mean(axis=0)
     assert searched.hessian is not None and searched.hessian.shape == (COLUMNS // 64, 64, 64)
     here = slice(64, 128)  # channels 77 and 7 are outliers of different groups
-    expected = blocks.rotate(blocks.rotate(np.diag(means[here] / means.mean())).T)
+    expected = reference.rotate(reference.rotate(np.diag(means[here] / means.mean())).T)
     np.testing.assert_allclose(searched.hessian[1], expected, atol=1e-3 * expected.max())
 
 
@@ -370,7 +374,7 @@ def test_refined_product_is_closer() -> None:
 
     def error(options: MatrixOptions) -> float:
         matrix = quantize_matrix(w, prepare_input(stats_of(x), COLUMNS, 1000, options), options).matrix
-        return float(np.square(blocks.matmul_reference(x[:512], matrix) - exact[:512]).sum())
+        return float(np.square(reference.matmul_reference(x[:512], matrix) - exact[:512]).sum())
 
     refined = error(MatrixOptions(activation_scale="token"))
     assert refined < 0.7 * error(PLAIN)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agq_gguf.errors import InputError
-from agq_gguf.reader import TYPES, check_source, open_gguf
+from agq_gguf.gguf_io.reader import TYPES, check_source, open_gguf
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,23 @@ import tiny_models
 import torch
 from torch.nn import functional
 
-from agq_gguf import blocks, convert, distill, journal, refined, sensitivity, sequential
-from agq_gguf.calibrate import Calibrator
-from agq_gguf.convert import QuantizeOptions, quantize
+from agq_gguf.calibration.collect import Calibrator
 from agq_gguf.errors import InputError, OutputError
-from agq_gguf.evaluate import compare
-from agq_gguf.graphs import graph_of as open_graph
-from agq_gguf.graphs import why_not
-from agq_gguf.llama_graph import LlamaGraph
-from agq_gguf.quantizer import MatrixOptions, prepare_input, quantize_matrix
-from agq_gguf.reader import open_gguf
-from agq_gguf.sensitivity import Sensitivity, affordable, measure
-from agq_gguf.simulate import Rounder, restored
+from agq_gguf.format import blocks, reference
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.graphs import batches
+from agq_gguf.graphs.llama import LlamaGraph
+from agq_gguf.graphs.registry import graph_of as open_graph
+from agq_gguf.graphs.registry import why_not
+from agq_gguf.logits import compare
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
+from agq_gguf.matrix.simulate import Rounder, restored
+from agq_gguf.quantization import pipeline, resume
+from agq_gguf.quantization.best import sequential, tune
+from agq_gguf.quantization.best.fisher import Sensitivity, affordable, measure
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
 
 BEST = QuantizeOptions(quality="best", threads=1, context=64, calibration_tokens=1024)
 MODELS = {
@@ -110,8 +115,8 @@ def test_sensitivity_is_kept(
 ) -> None:
     """An interrupted run goes on behind the last batches it kept, with the same sums."""
     batches, names = [some_tokens(1, 12, seed) for seed in range(5)], {"blk.0.attn_q", "blk.1.ffn_down"}
-    monkeypatch.setattr(sensitivity, "_KEPT_BATCHES", 2)
-    whole = measure(graph_of(llama_f16), batches, names, journal.Journal(None), lambda done: None)
+    monkeypatch.setattr("agq_gguf.quantization.best.fisher._KEPT_BATCHES", 2)
+    whole = measure(graph_of(llama_f16), batches, names, resume.Journal(None), lambda done: None)
     steps: list[int] = []
 
     def stop(done: int) -> None:
@@ -120,11 +125,11 @@ def test_sensitivity_is_kept(
             raise Stop
 
     with pytest.raises(Stop):
-        measure(graph_of(llama_f16), batches, names, journal.Journal(tmp_path / "kept"), stop)
-    again = measure(graph_of(llama_f16), batches, names, journal.Journal(tmp_path / "kept"), steps.append)
+        measure(graph_of(llama_f16), batches, names, resume.Journal(tmp_path / "kept"), stop)
+    again = measure(graph_of(llama_f16), batches, names, resume.Journal(tmp_path / "kept"), steps.append)
     assert steps == [0, 12, 24, 36, 24, 36, 48, 60]
     steps.clear()
-    finished = measure(graph_of(llama_f16), batches, names, journal.Journal(tmp_path / "kept"), steps.append)
+    finished = measure(graph_of(llama_f16), batches, names, resume.Journal(tmp_path / "kept"), steps.append)
     assert steps == [60]
     for found in (again, finished):
         assert set(found.grams) == names and set(found.tokens) == set(whole.tokens)
@@ -140,7 +145,7 @@ def test_sensitivity_is_of_gradients(arch: str, graph_of: Opener, llama_f16: Pat
     path = llama_f16 if arch == "llama" else tiny_models.write_bloom(tmp_path / "m.gguf")
     graph, tokens = graph_of(path), some_tokens(2, 24)
     names = [f"blk.{layer}.{name}" for layer in range(2) for stage in graph.stages for name in stage]
-    found = measure(graph, [tokens], set(names[:-1]), journal.Journal(None), lambda done: None, seed=5)
+    found = measure(graph, [tokens], set(names[:-1]), resume.Journal(None), lambda done: None, seed=5)
     made: dict[str, torch.Tensor] = {}
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -208,7 +213,7 @@ def test_simulation_is_the_reference(bits: int, scale: str) -> None:
     x = rng.normal(size=(9, 256)).astype(np.float32) * np.exp(rng.normal(size=256)).astype(np.float32)
     x[4] = 0
     options = MatrixOptions(activation_bits=bits, activation_scale=scale)
-    from agq_gguf.stats import InputStats
+    from agq_gguf.calibration.stats import InputStats
 
     stats = InputStats(9, np.square(x).mean(0), np.abs(x).max(0), x)
     prepared = prepare_input(stats, 256, 100, options)
@@ -216,7 +221,7 @@ def test_simulation_is_the_reference(bits: int, scale: str) -> None:
     assert scale != "token" or matrix.parameters.listed.size  # else the order would not be tried
     rounder = Rounder(matrix.parameters, 256)
     found = functional.linear(rounder(torch.from_numpy(x)), restored(matrix, rounder)).numpy()
-    wanted = blocks.matmul_reference(x, matrix)
+    wanted = reference.matmul_reference(x, matrix)
     np.testing.assert_allclose(found, wanted, atol=2e-4 * np.abs(wanted).max())
 
 
@@ -277,15 +282,13 @@ def test_taking_errors_back_helps(graph_of: Opener, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(sequential, "_TAKEN_BACK", share)
         run = sequential.Sequential(graph, batches, names, Sensitivity(), MatrixOptions())
         with torch.no_grad():
-            errors.append(
-                final_error(graph, unseen, dict(run.run(journal.Journal(None), lambda done, name: None)), run)
-            )
+            errors.append(final_error(graph, unseen, dict(run.run(resume.Journal(None), lambda done, name: None)), run))
     assert errors[1] < 0.93 * errors[0] < 0.02
 
 
 def test_batches() -> None:
     chunks = [np.arange(n, dtype=np.int32) for n in (8, 8, 8, 5, 5, 8)]
-    shapes = [tuple(batch.shape) for batch in sequential.batches_of(chunks, 16)]
+    shapes = [tuple(batch.shape) for batch in batches.batches_of(chunks, 16)]
     assert shapes == [(2, 8), (1, 8), (2, 5), (1, 8)]
 
 
@@ -297,11 +300,11 @@ def test_tuning_keeps_only_what_is_better(graph_of: Opener, tmp_path: Path, monk
     names = {name for name in graph._reader.tensors if name.startswith("blk.") and "norm" not in name}
     batches = [some_tokens(4, 64, seed) for seed in range(16)]
     run = sequential.Sequential(graph, batches, names, Sensitivity(), MatrixOptions(error_feedback=False))
-    matrices = dict(run.run(journal.Journal(None), lambda done, name: None))
+    matrices = dict(run.run(resume.Journal(None), lambda done, name: None))
     steps: list[tuple[int, int]] = []
 
-    def tune() -> distill.Tuned:
-        return distill.tune(
+    def tune() -> tune.Tuned:
+        return tune.tune(
             graph,
             batches,
             matrices,
@@ -319,7 +322,7 @@ def test_tuning_keeps_only_what_is_better(graph_of: Opener, tmp_path: Path, monk
         scales = result.matrix.scales
         assert np.array_equal(scales, blocks.round_scale(scales))
         assert np.array_equal(result.matrix.codes, matrices[name].matrix.codes)
-    monkeypatch.setattr(distill, "_RATE", 1.0)
+    monkeypatch.setattr(tune, "_RATE", 1.0)
     worse = tune()
     assert worse.after > worse.before and not worse.norms and not worse.matrices
 
@@ -369,7 +372,7 @@ def test_best_where_it_cannot_be(gpt2_f16: Path, words: str, tmp_path: Path) -> 
 
 def test_best_without_trust(llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that is not llama.cpp's is found out before it guides anything."""
-    monkeypatch.setattr(refined, "_SAME", 0.0)
+    monkeypatch.setattr("agq_gguf.quantization.best.run._SAME", 0.0)
     report = quantize(llama_f16, tmp_path / "out.gguf", calibration=[words], options=BEST)
     assert "does not give the logits of llama.cpp" in report.warnings[0]
 
@@ -391,9 +394,9 @@ def test_unknown_quality() -> None:
 
 def test_journal(tmp_path: Path) -> None:
     folder = tmp_path / ".out.resume"
-    first = journal.Journal(folder, "a")
+    first = resume.Journal(folder, "a")
     first.put("x", {"v": np.arange(3)})
-    again = journal.Journal(folder, "a")
+    again = resume.Journal(folder, "a")
     kept = again.get("x")
     assert kept is not None and kept["v"].tolist() == [0, 1, 2] and again.get("y") is None
     assert again.has(["x"]) and not again.has(["x", "y"])
@@ -401,10 +404,10 @@ def test_journal(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     assert again.get("x") is None  # damaged is as good as missing
     again.put("x", {"v": np.arange(3)})
-    assert journal.Journal(folder, "b").get("x") is None  # another model, text or option
+    assert resume.Journal(folder, "b").get("x") is None  # another model, text or option
     again.close()
     assert not folder.exists()
-    nothing = journal.Journal(None)
+    nothing = resume.Journal(None)
     nothing.put("x", {"v": 1})
     assert nothing.get("x") is None and not nothing.has(["x"])
 
@@ -412,7 +415,7 @@ def test_journal(tmp_path: Path) -> None:
 def test_journal_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot keep what is finished"):
-        journal.Journal(tmp_path / "file" / "folder", "a")
+        resume.Journal(tmp_path / "file" / "folder", "a")
 
 
 class Stop(Exception):
@@ -424,7 +427,7 @@ def test_resume_gives_the_same_file(
     quality: str, llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = QuantizeOptions(quality=quality, resume=True, threads=1, context=64, calibration_tokens=512)
-    module = sequential if quality == "best" else convert
+    module = sequential if quality == "best" else pipeline
     real, calls = module.quantize_matrix, []
 
     def counted(weight, prepared, options, name="the matrix", gram=None):  # type: ignore[no-untyped-def]
@@ -455,10 +458,10 @@ def test_other_options_start_again(llama_f16: Path, words: str, tmp_path: Path) 
     with open_gguf(llama_f16) as reader:
         tokens = [np.arange(5, dtype=np.int32)]
         keys = {
-            journal.digest(reader, tokens, "a"),
-            journal.digest(reader, tokens, "b"),
-            journal.digest(reader, [tokens[0] + 1], "a"),
+            resume.digest(reader, tokens, "a"),
+            resume.digest(reader, tokens, "b"),
+            resume.digest(reader, [tokens[0] + 1], "a"),
         }
-        assert len(keys) == 3 and journal.digest(reader, tokens, "a") in keys
+        assert len(keys) == 3 and resume.digest(reader, tokens, "a") in keys
     with open_gguf(tiny_models.write_llama(tmp_path / "other.gguf", seed=1)) as reader:
-        assert journal.digest(reader, tokens, "a") not in keys
+        assert resume.digest(reader, tokens, "a") not in keys

@@ -18,8 +18,9 @@ import tiny_models
 from test_plugin import ALL_AGQ4, LONG_TEXT, all_logits, relative, run_python
 
 import agq_gguf
-from agq_gguf.convert import quantize
-from agq_gguf.host import Batch, Model, quiet_log
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.log import quiet_log
+from agq_gguf.runtime.model import Batch, Model
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and Linux's limits")
 

@@ -13,14 +13,17 @@ import pytest
 from browser import Browser, needs_chromium
 from command_line import run
 
-from agq_gguf import convert, plots, report
-from agq_gguf.bench import Result, Speed
 from agq_gguf.errors import InputError, OutputError
-from agq_gguf.evaluate import Evaluation
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import open_gguf
-from agq_gguf.report_page import render
-from agq_gguf.writer import Writer, layout
+from agq_gguf.gguf_io.metadata import ERROR_TENSORS, ERROR_VALUES
+from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.inspection import plots, report
+from agq_gguf.inspection.report_page import render
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.measure.bench import Result, Speed
+from agq_gguf.measure.evaluate import Evaluation
+from agq_gguf.quantization import pipeline
+from agq_gguf.quantization.options import QuantizeOptions
 
 RESULTS = [
     Result(
@@ -49,8 +52,8 @@ def with_errors(llama_agq: Path) -> Path:
         names = [name for name, tensor in reader.tensors.items() if tensor.type_name == "agq4"]
         added = {
             "general.name": "</script><b>y",
-            report.ERROR_TENSORS: names,
-            report.ERROR_VALUES: np.linspace(0.001, 0.01, len(names), dtype=np.float32),
+            ERROR_TENSORS: names,
+            ERROR_VALUES: np.linspace(0.001, 0.01, len(names), dtype=np.float32),
         }
         placed = layout((t.name, t.type_name, t.shape) for t in reader.tensors.values())
         with Writer(path, reader.metadata, added, placed) as writer:
@@ -83,7 +86,8 @@ def test_ranges_are_those_of_the_activations(llama_agq: Path, words_file: Path) 
     """Against the inputs that a forward in numpy sees."""
     from reference_model import ReferenceModel
 
-    from agq_gguf.calibrate import Calibrator, read_text
+    from agq_gguf.calibration.collect import Calibrator
+    from agq_gguf.text import read_text
 
     data = report.gather(llama_agq, text=words_file, tokens=256, threads=1)
     assert len(data.ranges) == 2 * 4  # q/k/v, output, gate/up, down; the output matrix is Q8_0
@@ -109,10 +113,8 @@ def test_ranges_are_those_of_the_activations(llama_agq: Path, words_file: Path) 
 def test_refined_groups_are_shown(llama_f16: Path, words_file: Path, tmp_path: Path) -> None:
     """Those of files with a scale per token; others have none."""
     out = tmp_path / "token.gguf"
-    options = convert.QuantizeOptions(
-        threads=1, context=64, matrix=MatrixOptions(activation_scale="token", equalize=False)
-    )
-    convert.quantize(llama_f16, out, calibration=words_file, options=options)
+    options = QuantizeOptions(threads=1, context=64, matrix=MatrixOptions(activation_scale="token", equalize=False))
+    pipeline.quantize(llama_f16, out, calibration=words_file, options=options)
     data = report.gather(out, text=words_file, tokens=256, threads=1)
     refined = [one for one in data.ranges if one.exponents.any()]
     assert refined  # the tiny models have outlier channels

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agq_gguf import codebook, rounding
-from agq_gguf.blocks import round_scale
+from agq_gguf.format.blocks import round_scale
+from agq_gguf.matrix import codebook, kernels
 
 seeds = st.integers(0, 2**32 - 1)
 rows = st.integers(1, 70)
@@ -47,7 +47,7 @@ def test_search(seed: int, n: int, size: float, each: bool) -> None:
     rng = np.random.default_rng(seed)
     values, weights = some_codebook(rng), some_weights(rng, n, size)
     h = np.exp(rng.normal(size=(64, n) if each else 64)).astype(np.float32)
-    found = rounding.search_scales(*map(torch.from_numpy, (values, weights, h)))
+    found = kernels.search_scales(*map(torch.from_numpy, (values, weights, h)))
     assert same(found, reference.search_scales(values, weights, h))
 
 
@@ -59,7 +59,7 @@ def test_feed_back(seed: int, n: int, size: float) -> None:
     upper = np.linalg.cholesky(np.linalg.inv(some_hessian(rng).astype(np.float64) + 0.1 * np.eye(64))).T
     upper = np.ascontiguousarray(upper, np.float32)
     kept = weights.copy()
-    found = rounding.feed_back(*map(torch.from_numpy, (values, upper, weights)))
+    found = kernels.feed_back(*map(torch.from_numpy, (values, upper, weights)))
     assert np.array_equal(weights, kept)
     for ours, wanted in zip(found, reference.feed_back(values, upper, weights), strict=True):
         assert same(ours, wanted)
@@ -76,7 +76,7 @@ def test_descend(seed: int, n: int, size: float) -> None:
     wanted = reference.descend(values, inside, slope, codes, scales)
     before = np.einsum("jn,jn->n", weights - values[codes] * scales, slope, dtype=np.float64)
     new_codes, new_scales = torch.from_numpy(codes.copy()), torch.from_numpy(scales.copy())
-    change = rounding.descend(*map(torch.from_numpy, (values, inside, slope)), new_codes, new_scales)
+    change = kernels.descend(*map(torch.from_numpy, (values, inside, slope)), new_codes, new_scales)
     for ours, theirs in zip((new_codes, new_scales, change), wanted, strict=True):
         assert same(ours, theirs)
     error = weights.astype(np.float64) - values[new_codes.numpy()].astype(np.float64) * new_scales.numpy()
@@ -89,6 +89,6 @@ def test_refused_operands() -> None:
     values, weights, h = codebook.fixed().values, torch.ones(64, 5), torch.ones(64)
     for bad in (weights.double(), torch.ones(5, 64).T, torch.ones(63, 5)):
         with pytest.raises(ValueError, match=r"wanted torch\.float32"):
-            rounding.search_scales(values, bad, h)
+            kernels.search_scales(values, bad, h)
     with pytest.raises(ValueError, match="wanted"):
-        rounding.descend(values, torch.eye(64), weights, torch.zeros(64, 5), torch.ones(5))
+        kernels.descend(values, torch.eye(64), weights, torch.zeros(64, 5), torch.ones(5))

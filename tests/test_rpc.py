@@ -23,8 +23,8 @@ from command_line import environment
 from test_plugin import ALL_AGQ4
 
 import agq_gguf
-from agq_gguf.convert import quantize
-from agq_gguf.host import ggml_version
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.library import ggml_version
 
 HERE = Path(__file__).parent
 SOURCE = Path(os.environ.get("AGQ_GGML_SOURCES", ""))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agq_gguf.sampling import spread
+from agq_gguf.calibration.sampling import spread
 
 
 @given(st.integers(0, 3000), st.integers(1, 1 << 40))

@@ -66,7 +66,7 @@ def example(name: str, *arguments: object) -> str:
 
 
 def test_both_models_answer_with_their_own_text(server: str, llama_agq: Path, llama_q8: Path) -> None:
-    from agq_gguf.host import generated_text, open_llama
+    from agq_gguf.runtime.text import generated_text, open_llama
 
     for path in (llama_agq, llama_q8):
         body = {"model": path.stem, "prompt": "the red key", "max_tokens": 8, "temperature": 0, "repeat_penalty": 1.0}

@@ -100,7 +100,7 @@ def test_python_snippets(
 def test_tutorial(tmp_path: Path) -> None:
     """The commands of the tutorial, one after the other, as they stand there."""
     (tmp_path / "bin").mkdir()
-    for name, command in (("agq-gguf", "-m agq_gguf.cli"), ("python", "")):
+    for name, command in (("agq-gguf", "-m agq_gguf"), ("python", "")):
         script = tmp_path / "bin" / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {command} "$@"\n')
         script.chmod(0o755)

@@ -23,8 +23,9 @@ import tiny_models
 from test_plugin import ALL_AGQ4
 
 import agq_gguf
-from agq_gguf.convert import quantize
-from agq_gguf.host import llama_api, quiet_log
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.library import llama_api
+from agq_gguf.runtime.log import quiet_log
 
 N_CTX, N_UBATCH, VOCABULARY = 512, 64, 512
 

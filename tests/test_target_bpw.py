@@ -10,14 +10,17 @@ import tiny_models
 import torch
 from torch.nn import functional
 
-from agq_gguf import blocks, budget, convert, damage, stock
-from agq_gguf.convert import QuantizeOptions, plan_file, quantize
 from agq_gguf.errors import InputError
-from agq_gguf.evaluate import evaluate
-from agq_gguf.graphs import graph_of
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.reader import Tensor, open_gguf
-from agq_gguf.recipe import TensorPlan
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import Tensor, open_gguf
+from agq_gguf.graphs.registry import graph_of
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.measure.evaluate import evaluate
+from agq_gguf.quantization import stock_types
+from agq_gguf.quantization.budget import costs, knapsack
+from agq_gguf.quantization.options import QuantizeOptions, activation_options
+from agq_gguf.quantization.pipeline import plan_file, quantize
+from agq_gguf.quantization.type_plan import TensorPlan
 
 QUIET = lambda done, total, name: None  # noqa: E731
 BOTH = ("agq4", "q8_0")
@@ -29,7 +32,7 @@ BOTH = ("agq4", "q8_0")
 @pytest.mark.parametrize(("type_name", "most"), [("q6_K", 5e-4), ("q8_0", 5e-5), ("f16", 1e-7)])
 def test_rows_come_back(type_name: str, most: float) -> None:
     rows = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
-    error = np.square(stock.rounded(rows, type_name) - rows).sum() / np.square(rows).sum()
+    error = np.square(stock_types.rounded(rows, type_name) - rows).sum() / np.square(rows).sum()
     assert most / 20 < error < most
 
 
@@ -40,7 +43,7 @@ def test_importance_moves_the_error() -> None:
     important[:16] = 1.0
 
     def error(importance: np.ndarray | None) -> float:
-        return float(np.square(stock.rounded(rows, "q6_K", importance) - rows)[:, :16].sum())
+        return float(np.square(stock_types.rounded(rows, "q6_K", importance) - rows)[:, :16].sum())
 
     assert error(important) < 0.95 * error(None)
 
@@ -59,12 +62,12 @@ def test_the_most_per_byte_comes_first() -> None:
         "b": {"agq4": 3.0, "q6_K": 0.1, "q8_0": 0.0},
         "c": {"agq4": 4.0, "q6_K": 1.0, "q8_0": 0.9},
     }
-    least = budget.bits_per_weight(plans)
+    least = knapsack.bits_per_weight(plans)
     assert least == pytest.approx(4.25)
 
     def types(target: float) -> list[str]:
-        chosen = budget.choose(plans, damage_of, target)
-        assert budget.bits_per_weight(chosen) <= target
+        chosen = knapsack.choose(plans, damage_of, target)
+        assert knapsack.bits_per_weight(chosen) <= target
         assert all((plan.reason == "sensitive") == (plan.type_name != "agq4") for plan in chosen)
         return [plan.type_name for plan in chosen]
 
@@ -80,9 +83,9 @@ def test_the_most_per_byte_comes_first() -> None:
 def test_types_that_do_not_fit_are_not_offered() -> None:
     wide, narrow = plans_of(wide=128)[0], TensorPlan(Tensor("narrow", "f16", (128, 128), 0, 1), "agq4", "")
     kept = TensorPlan(Tensor("norm", "f32", (128,), 0, 1), "f32", "one-dimensional")
-    found = budget.open_types([wide, narrow, kept], {"narrow": True})
+    found = knapsack.open_types([wide, narrow, kept], {"narrow": True})
     assert found == {"wide": ("agq4", "q6_K", "q8_0"), "narrow": ("agq4", "q8_0")}
-    assert budget.open_types([wide, narrow, kept], {"narrow": False}) == {"wide": ("agq4", "q6_K", "q8_0")}
+    assert knapsack.open_types([wide, narrow, kept], {"narrow": False}) == {"wide": ("agq4", "q6_K", "q8_0")}
 
 
 # the cost
@@ -102,7 +105,7 @@ def test_gradients_foretell_the_divergence(kind: str, tmp_path: Path) -> None:
         graph = graph_of(reader, 1 << 30)
         names = ["blk.0.attn_qkv.weight" if kind == "bloom" else "blk.0.attn_v.weight", "blk.0.ffn_down.weight"]
         names += ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]
-        found = damage.by_gradients(graph, tokens, dict.fromkeys(names, BOTH), options, QUIET)
+        found = costs.by_gradients(graph, tokens, dict.fromkeys(names, BOTH), options, QUIET)
         assert set(found) == set(names)
 
         inputs: dict[str, torch.Tensor] = {}
@@ -120,8 +123,8 @@ def test_gradients_foretell_the_divergence(kind: str, tmp_path: Path) -> None:
         wanted = scores()
         for name in names:
             given = inputs["output.weight"] if tied and name == "token_embd.weight" else inputs.get(name)
-            known = None if given is None else damage._stats(given)
-            rough = damage.rounded(graph.tensor(name).numpy(), "agq4", known, options)
+            known = None if given is None else costs._stats(given)
+            rough = costs.rounded(graph.tensor(name).numpy(), "agq4", known, options)
             graph.replaced = {name: torch.from_numpy(rough)}
             real = float((wanted.exp() * (wanted - scores())).sum(-1).mean())
             graph.replaced = {}
@@ -136,7 +139,7 @@ def test_errors_where_the_graph_is_not_known(gpt2_f16: Path, words: str) -> None
     }
     with open_gguf(gpt2_f16) as reader:
         output = "output.weight" if "output.weight" in reader.tensors else "token_embd.weight"
-        plain = damage.by_errors(reader, output, {}, types, MatrixOptions(), QUIET)
+        plain = costs.by_errors(reader, output, {}, types, MatrixOptions(), QUIET)
     assert set(plain) == set(types)
     inner = [plain[name]["agq4"] for name in types if name.startswith("blk.")]
     assert all(0.003 < cost < 0.015 for cost in inner)
@@ -158,7 +161,7 @@ def test_a_target_is_met_and_helps(quality: str, llama_f16: Path, words: str, tm
         kinds = {t.type_name for t in report.tensors}
         return report.bits_per_weight, evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl, kinds
 
-    least = budget.bits_per_weight(plan_file(llama_f16, QuantizeOptions(output_type="agq4", embedding_type="agq4")))
+    least = knapsack.bits_per_weight(plan_file(llama_f16, QuantizeOptions(output_type="agq4", embedding_type="agq4")))
     few, more = run(least + 0.01), run(least + 1)
     assert few[0] == pytest.approx(least) and "q8_0" not in few[2] and "q8_0" in more[2]
     assert more[0] > least + 0.5 and more[1] < 0.8 * few[1]
@@ -169,9 +172,10 @@ def test_a_target_for_any_architecture(
     guide: str, gpt2_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "agq_gguf.mixture.load_imatrix", lambda path: pytest.fail("read without need") if guide != "imatrix" else {}
+        "agq_gguf.quantization.budget.choose.load_imatrix",
+        lambda path: pytest.fail("read without need") if guide != "imatrix" else {},
     )
-    monkeypatch.setattr(convert, "load_imatrix", lambda path: {})
+    monkeypatch.setattr("agq_gguf.quantization.guidance.load_imatrix", lambda path: {})
     options = QuantizeOptions(target_bpw=6, threads=1, context=64, calibration_tokens=512)
     report = quantize(
         gpt2_f16, tmp_path / "out.gguf",
@@ -200,9 +204,7 @@ def test_activations(llama_f16: Path, words: str, tmp_path: Path) -> None:
     kl = {}
     for bits, scale in ((4, "rotated"), (8, "rotated"), (8, "token"), (8, "group")):
         out = tmp_path / f"{bits}{scale}.gguf"
-        options = QuantizeOptions(
-            threads=1, context=64, calibration_tokens=512, matrix=convert.activation_options(bits, scale)
-        )
+        options = QuantizeOptions(threads=1, context=64, calibration_tokens=512, matrix=activation_options(bits, scale))
         quantize(llama_f16, out, calibration=[words], options=options)
         with open_gguf(out) as reader:
             assert reader.get("agq.activation_bits") == bits
@@ -214,6 +216,6 @@ def test_activations(llama_f16: Path, words: str, tmp_path: Path) -> None:
         kl[bits, scale] = evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl
     assert max(kl[8, scale] for scale in blocks.ACTIVATION_SCALES) < kl[4, "rotated"] < 1
     with pytest.raises(InputError, match="activations of 5 bits are not to be had, only 8 and 4"):
-        convert.activation_options(5)
+        activation_options(5)
     with pytest.raises(InputError, match="a scale per 'row' are not to be had"):
-        convert.activation_options(8, "row")
+        activation_options(8, "row")

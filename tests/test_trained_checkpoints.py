@@ -19,6 +19,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from agq_gguf.quantization.options import QuantizeOptions
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of their own deprecations
     import story_checkpoint
@@ -28,10 +30,11 @@ with warnings.catch_warnings():
 from transformers_logits import greedy, logits_of, pruned_logits, torch_logits
 
 import agq_gguf
-from agq_gguf import cli, convert
-from agq_gguf.evaluate import compare
-from agq_gguf.host import Model, quantize_stock
-from agq_gguf.quantizer import MatrixOptions
+from agq_gguf.cli import app as cli
+from agq_gguf.logits import compare
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.runtime.model import Model
+from agq_gguf.runtime.stock_quantize import quantize_stock
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -82,7 +85,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Story]:
         command("import-hf", checkpoint, exact)
         with pytest.MonkeyPatch.context() as patch:  # less calibration than a user's, to save time
             plain = MatrixOptions(learn_codebook=False)
-            patch.setattr(convert, "QuantizeOptions", partial(convert.QuantizeOptions, matrix=plain))
+            patch.setattr("agq_gguf.cli.quantize.QuantizeOptions", partial(QuantizeOptions, matrix=plain))
             text_of = ("--calibration", TEXTS[family] / "calibration.txt", "--calibration-tokens", 4096)
             command("quantize", exact, quantized, *text_of, "-t", 1)
         with Model(exact, vocab_only=True) as host:

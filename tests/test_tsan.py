@@ -16,7 +16,7 @@ import tiny_models
 from command_line import environment
 from test_plugin import ALL_AGQ4
 
-from agq_gguf.convert import quantize
+from agq_gguf.quantization.pipeline import quantize
 
 HERE = Path(__file__).parent
 pytestmark = [

@@ -14,8 +14,8 @@ import tiny_models
 from reference_model import ReferenceModel
 from test_plugin import ALL_AGQ4, HERE, TEXT, relative
 
-from agq_gguf.convert import quantize
-from agq_gguf.host import Model
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.model import Model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
 

@@ -12,8 +12,8 @@ import pytest
 import tiny_models
 
 from agq_gguf.errors import OutputError
-from agq_gguf.reader import Reader, open_gguf
-from agq_gguf.writer import ALIGNMENT, Writer, _File, layout
+from agq_gguf.gguf_io.reader import Reader, open_gguf
+from agq_gguf.gguf_io.writer import ALIGNMENT, Writer, _File, layout
 
 TENSORS = [("a", "f32", (3, 5)), ("b", "q8_0", (2, 32)), ("c", "f16", (7,)), ("d", "agq4", (16, 512))]
 DATA = {

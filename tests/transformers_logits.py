@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import agq_gguf
-from agq_gguf.host import Batch, Model
+from agq_gguf.runtime.model import Batch, Model
 
 
 def logits_of(path: Path, tokens: np.ndarray) -> np.ndarray:

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf.errors import InputError
+from agq_gguf.gguf_io.reader import Field, open_gguf
+from agq_gguf.gguf_io.writer import Writer, layout
 from agq_gguf.import_hf import bloom, llama, opt
 from agq_gguf.import_hf.checkpoint import Checkpoint, Config, folder_name, read_config
 from agq_gguf.import_hf.plan import Plan, Source, Target, resolve
 from agq_gguf.import_hf.tokenizer import Vocabulary, read_vocabulary
 from agq_gguf.import_hf.verify import tokenizer_warnings
-from agq_gguf.reader import Field, open_gguf
-from agq_gguf.writer import Writer, layout
 
 FAMILIES = {name: family.plan for family in (llama, opt, bloom) for name in family.ARCHITECTURES}
 OUTTYPES = {"f32": (0, torch.float32), "f16": (1, torch.float16), "bf16": (32, torch.bfloat16)}  # llama_ftype, dtype

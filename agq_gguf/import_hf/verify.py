@@ -8,8 +8,8 @@ from pathlib import Path
 from gguf import TokenType
 
 from agq_gguf.errors import InputError
-from agq_gguf.host import Model
 from agq_gguf.import_hf.tokenizer import Vocabulary
+from agq_gguf.runtime.model import Model
 
 _SPECIALS = 8  # tokens tried in text, at most
 

@@ -21,14 +21,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import mutate as m
 
-from agq_gguf import blocks
-from agq_gguf.convert import plan_file
+from agq_gguf.calibration.imatrix import load_imatrix
 from agq_gguf.errors import AgqError
-from agq_gguf.host import check_model_file
-from agq_gguf.inspection import inspect_file
-from agq_gguf.reader import check_source, open_gguf
-from agq_gguf.stats import load_imatrix
-from agq_gguf.verification import attribute_problem, verify
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import check_source, open_gguf
+from agq_gguf.inspection.inspect import inspect_file
+from agq_gguf.inspection.verify import attribute_problem, verify
+from agq_gguf.quantization.pipeline import plan_file
+from agq_gguf.runtime.model_file import check_model_file
 
 SECONDS = 5.0  # of processor time; longer is a hang
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from agq_gguf import blocks
-from agq_gguf.blocks import Matrix, Parameters
+from agq_gguf.format import blocks
+from agq_gguf.format.blocks import Matrix, Parameters
 
 _NUMBERS = [0, 1, 2, 7, 8, 15, 16, 31, 63, 64, 127, 128, 255, 256, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF]
 _NUMBERS += [2**32, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1]

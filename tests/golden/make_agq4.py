@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agq_gguf import blocks
+from agq_gguf.format import blocks, pruning_record, reference
 
 HERE = Path(__file__).parent
 
@@ -41,7 +41,7 @@ def rotated() -> blocks.Matrix:
     return replace(plain, parameters=replace(plain.parameters, activation_scale="rotated"))
 
 
-PRUNING = blocks.Pruning("recent", 0.375, keep=200, reach=3)
+PRUNING = pruning_record.Pruning("recent", 0.375, keep=200, reach=3)
 
 
 def activations() -> np.ndarray:
@@ -54,9 +54,9 @@ def activations() -> np.ndarray:
 
 if __name__ == "__main__":
     for name, m in (("agq4_32x256", matrix()), ("agq4_32x256_rotated", rotated())):
-        xq, s = blocks.quantize_activations(activations(), m.parameters)
+        xq, s = reference.quantize_activations(activations(), m.parameters)
         (HERE / f"{name}.bin").write_bytes(blocks.pack(m).tobytes())
-        (HERE / f"{name}_weights.f32").write_bytes(blocks.dequantize(m).astype("<f4").tobytes()[: 4 * 256 * 4])
+        (HERE / f"{name}_weights.f32").write_bytes(reference.dequantize(m).astype("<f4").tobytes()[: 4 * 256 * 4])
         (HERE / f"{name}_xq.i8").write_bytes(xq.tobytes() + s.astype("<f4").tobytes())
     pruned = blocks.with_pruning(blocks.pack(matrix()), PRUNING)
     (HERE / "agq4_32x256_pruned.bin").write_bytes(pruned.tobytes())

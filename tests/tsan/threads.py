@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from agq_gguf import plugin
-from agq_gguf.host import Batch, Model
+from agq_gguf.runtime import plugin
+from agq_gguf.runtime.model import Batch, Model
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Runs text through llama.cpp and gathers statistics of the inputs of matrix products."""

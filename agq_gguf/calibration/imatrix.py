@@ -1,0 +1,57 @@
+"""Reads importance matrices as llama-imatrix writes them."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.calibration.stats import InputStats, WeightStats
+from agq_gguf.errors import InputError
+from agq_gguf.gguf_io.reader import open_gguf
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"  # names in llama.cpp's imatrix files
+
+
+def load_imatrix(path: str | os.PathLike[str]) -> dict[str, WeightStats]:
+    """Reads an importance matrix as llama-imatrix writes it (GGUF): mean squares per weight and expert.
+
+    Raises InputError when the file is no imatrix or its tensors do not fit together.
+    """
+    with open_gguf(path) as reader:
+        if reader.get("general.type") != "imatrix":
+            raise InputError(f"{path}: not an imatrix (general.type is {reader.get('general.type')!r})")
+        found: dict[str, WeightStats] = {}
+        for key in reader.tensors:
+            if not key.endswith(_SUMS):
+                continue
+            name = key.removesuffix(_SUMS)
+            if name + _COUNTS not in reader.tensors:
+                raise InputError(f"{path}: {name} has sums and no counts")
+            sums, counts = reader.read(key).astype(np.float64), reader.read(name + _COUNTS).reshape(-1)
+            sums = sums.reshape(-1, sums.shape[-1])
+            sane = all(np.isfinite(values).all() and (values >= 0).all() for values in (sums, counts))
+            # A count is one of tokens, so it is no fraction of one; sums within float32 then stay within it.
+            if len(sums) != len(counts) or not sane or ((counts > 0) & (counts < 1)).any():
+                raise InputError(f"{path}: the entry of {name} is damaged")
+            found[name] = _from_sums(sums, counts.astype(np.float64))
+            if not np.isfinite(found[name].whole.mean_square).all():
+                raise InputError(f"{path}: the entry of {name} is damaged")
+    if not found:
+        raise InputError(f"{path}: holds no entries")
+    return found
+
+
+def _from_sums(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> WeightStats:
+    """Sums of squares [experts, K] and counts [experts]; an expert that was never used gets the mean of all."""
+    total = max(float(counts.sum()), 1.0)
+    with np.errstate(over="ignore"):  # the caller looks for infinities
+        whole = InputStats(int(counts.sum()), (sums.sum(axis=0) / total).astype(np.float32))
+    if len(counts) == 1:
+        return WeightStats(whole)
+    experts = [
+        InputStats(int(n), (row / n).astype(np.float32) if n else whole.mean_square)
+        for row, n in zip(sums, counts, strict=True)
+    ]
+    return WeightStats(whole, tuple(experts))

@@ -1,0 +1,118 @@
+"""The command line: its commands, its exit codes. Only this package prints.
+
+Modules that load llama_cpp or torch are imported inside the commands, so that ``agq-gguf --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from agq_gguf._version import __version__
+from agq_gguf.cli import bench, chat, demo, evaluate, import_hf, inspect, prune, quantize, report, serve, verify
+from agq_gguf.cli import output as show
+from agq_gguf.errors import AgqError, HostError
+
+_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
+_BROKEN_PIPE = 141  # as shells report a process whose reader went away
+
+
+class _Commands(TyperGroup):
+    """Turns errors into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        debug = bool(ctx.params.get("debug"))
+        try:
+            return super().invoke(ctx)
+        except AgqError as e:
+            if debug:
+                raise
+            _fail(str(e), e.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted", _INTERRUPTED)
+        except BrokenPipeError:
+            # Nobody reads any more: the flush at the end of the process must not complain either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(_BROKEN_PIPE) from None
+        except (OSError, MemoryError) as e:
+            if debug:
+                raise
+            _fail(str(e) or "not enough memory", AgqError.exit_code)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    show.complain(f"error: {message}")
+    raise typer.Exit(exit_code) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of ``agq-gguf``."""
+    # A polite request to end cleans up like Ctrl-C: half-written files are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app(prog_name="agq-gguf")
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from agq_gguf.runtime.library import ggml_version
+
+    show.say(f"agq-gguf {__version__}")
+    for package in ("llama-cpp-python", "gguf"):
+        try:
+            show.say(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            show.say(f"{package} not installed")
+    try:
+        show.say(f"ggml {ggml_version()}")
+    except HostError:
+        show.say("ggml not installed")
+    raise typer.Exit
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log of llama.cpp.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Quantize GGUF models to AGQ4 (4.25 bits per weight) and run them in the stock llama-cpp-python."""
+    if debug:
+        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+
+
+# In the order of `agq-gguf --help`.
+for _command in (
+    quantize.quantize,
+    inspect.inspect,
+    evaluate.evaluate,
+    bench.bench,
+    chat.generate,
+    chat.chat,
+    demo.backend_path,
+    demo.demo,
+    prune.calibrate_pruning,
+    serve.serve,
+    verify.verify,
+    report.report,
+    import_hf.import_hf,
+):
+    app.command()(_command)

@@ -1,0 +1,77 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agq_gguf.cli import output as show
+from agq_gguf.cli.options import Flash, FlashOption, Json, ModelArgument, PlotOption, Quiet, Threads
+from agq_gguf.inspection import plots
+
+if TYPE_CHECKING:
+    from agq_gguf.measure.evaluate import Evaluation
+
+
+def evaluate(
+    model: ModelArgument,
+    reference: Annotated[Path, typer.Option(help="The model to compare with, usually F16.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file.", show_default=False)],
+    context: Annotated[
+        int, typer.Option("--ctx", "-c", min=0, help="Tokens of a chunk; 0: 512, or less if the models need it.")
+    ] = 0,
+    chunks: Annotated[int, typer.Option(min=0, help="Use only the first chunks; 0: all.")] = 0,
+    threads: Threads = 0,
+    flash_attention: FlashOption = Flash.auto,
+    plot: PlotOption = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a model with its reference: perplexity, KL divergence, agreement on the likeliest token.
+
+    The text is cut into chunks of --ctx tokens and the second half of each is scored, as llama-perplexity does; a rest
+    shorter than a chunk is left out. Both models run at the same time, chunk by chunk.
+    """
+    from agq_gguf.measure.evaluate import evaluate as run
+    from agq_gguf.measure.evaluate import read_text
+
+    content = read_text(text)
+    if plot is not None:
+        plots.check_target(plot)
+    with show.ProgressView(quiet=quiet or as_json) as view:
+        found = run(
+            model,
+            reference,
+            content,
+            context=context or None,
+            chunks=chunks or None,
+            threads=threads,
+            flash_attention=flash_attention.value,
+            progress=lambda done, total: view.update("evaluate", done, total, ""),
+        )
+    if plot is not None:
+        plots.plot_evaluation(found, model.name, plot)
+    if as_json:
+        show.write_json({"model": str(model), "reference": str(reference), "text": str(text), **asdict(found)})
+        return
+    show_evaluation(found)
+
+
+def show_evaluation(found: Evaluation) -> None:
+    """The figures of a comparison."""
+    show.table(
+        ["", ">value"],
+        [
+            ["perplexity", f"{found.perplexity:.4f}"],
+            ["perplexity of the reference", f"{found.reference_perplexity:.4f}"],
+            ["KL divergence, mean", f"{found.mean_kl:.6f} ± {found.mean_kl_error:.6f}"],
+            ["KL divergence, median", f"{found.median_kl:.6f}"],
+            ["KL divergence, 99.9%", f"{found.kl_999:.6f}"],
+            ["KL divergence, maximum", f"{found.max_kl:.6f}"],
+            ["same likeliest token", f"{found.top1_agreement:.2%}"],
+        ],
+    )
+    show.say(f"{found.positions} positions scored, in {found.chunks} chunks of {found.context} tokens")

@@ -1,0 +1,64 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``4G``, ``512M``, ``1.5GiB`` or ``1000000``; units are binary."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
+    n_bytes = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
+    if n_bytes <= 0:
+        raise typer.BadParameter(f"{text!r} is no size; wanted something like 4G or 512M")
+    return n_bytes
+
+
+class Quality(str, Enum):
+    """Values of --quality."""
+
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
+class Flash(str, Enum):
+    """Values of --flash-attn."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+ModelArgument = Annotated[Path, typer.Argument(help="GGUF file, AGQ4 or any other type.", show_default=False)]
+
+
+Threads = Annotated[int, typer.Option("--threads", "-t", min=0, help="CPU threads; 0: all.")]
+
+
+FlashOption = Annotated[Flash, typer.Option("--flash-attn", help="Flash attention.")]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+Context = Annotated[int, typer.Option("--ctx", "-c", min=0, help="Context in tokens; 0: the model's, at most 4096.")]
+
+
+Temperature = Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0: always the likeliest token.")]
+
+
+Seed = Annotated[int, typer.Option("--seed", "-s", min=-1, help="Seed of the random choice; -1: another each time.")]
+
+
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", help="Picture to draw, such as FILE.png.", show_default=False)
+]
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

@@ -1,0 +1,178 @@
+"""How the command line shows things: tables, progress, sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+_PLAIN_WIDTH = 200  # of tables in a file or a pipe, where nothing needs folding
+_LINES = 10  # of plain progress, for a phase
+
+
+def safe(text: object) -> str:
+    """Text fit for the terminal: names in a file may hold escape sequences, bytes that are no text, or any script."""
+    clean = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in str(text))
+    encoding = sys.stdout.encoding or "utf-8"
+    return clean.encode(encoding, "replace").decode(encoding)
+
+
+class _Console(Console):
+    """Leaves a reader that went away to the caller, as plain writes do."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises what rich would turn into a silent end of the process."""
+        raise BrokenPipeError
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on the present stdout or stderr that takes text as it is."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=None if terminal else _PLAIN_WIDTH)
+
+
+def say(text: str = "") -> None:
+    """Prints a line to stdout."""
+    console().print(safe(text), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Prints a line to stderr."""
+    console(stderr=True).print(safe(text), soft_wrap=True)
+
+
+def write_json(value: Any) -> None:
+    """Prints a value as JSON to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, default=os.fspath) + "\n")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints a table to stdout; a name that begins with ``>`` is that of a column aligned right, as numbers are."""
+    out = console()
+    style = box.SIMPLE_HEAD if out.is_terminal else None
+    shown = Table(box=style, pad_edge=False, header_style="bold")
+    for name in columns:
+        shown.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*[safe(cell) for cell in row])
+    out.print(shown)
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+_UNITS = {"calibrate": "tokens", "quantize": "weights", "verify": "B"}  # what a phase counts, where people care
+_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+
+
+def resident() -> int:
+    """Bytes of memory that this process occupies; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def _rate(phase: str, done: int, seconds: float) -> str:
+    """Speed of a phase in its own unit, '' if it has none or nothing is done yet."""
+    unit = _UNITS.get(phase)
+    if unit is None or done <= 0 or seconds <= 0:
+        return ""
+    if unit == "B":
+        return f"{size(done / seconds)}/s"
+    per_second = done / seconds
+    for prefix, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if per_second >= 10 * factor:
+            return f"{per_second / factor:.0f}{prefix} {unit}/s"
+    return f"{per_second:.0f} {unit}/s"
+
+
+def _place(what: str) -> str:
+    """A tensor of a layer as people say it: ``layer 3, attn_q.weight``."""
+    found = _LAYER.fullmatch(what)
+    return f"layer {found[1]}, {found[2]}" if found else what
+
+
+class ProgressView:
+    """Shows `(phase, done, total, what)` with speed, time left and memory: bars on a terminal, a few plain lines
+    elsewhere, on stderr."""
+
+    def __init__(self, *, quiet: bool = False):
+        """With `quiet` nothing is shown."""
+        self._console = console(stderr=True)
+        self._quiet = quiet
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._begun: dict[str, tuple[float, int]] = {}  # when and where a phase began
+        self._lines: dict[str, int] = {}  # the last one shown of each phase
+
+    def __enter__(self) -> ProgressView:
+        """Starts the display."""
+        if not self._quiet and self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[memory]}"),
+                TextColumn("{task.fields[what]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            )
+            self._bars = Progress(*columns, console=self._console)
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        """Leaves the terminal as it was."""
+        if self._bars is not None:
+            self._bars.stop()
+
+    def update(self, phase: str, done: int, total: int, what: str) -> None:
+        """Takes note that `done` of `total` units of a phase are done, and shows it."""
+        if self._quiet:
+            return
+        begun, first = self._begun.setdefault(phase, (time.monotonic(), done))
+        elapsed = time.monotonic() - begun
+        rate, place = _rate(phase, done - first, elapsed), safe(_place(what))
+        if self._bars is not None:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bars.add_task(phase, total=total, what="", rate="", memory="")
+            self._bars.update(
+                self._tasks[phase], completed=done, total=total, what=place, rate=rate, memory=size(resident())
+            )
+        else:
+            self._line(phase, done, max(total, 1), elapsed, rate, place)
+
+    def _line(self, phase: str, done: int, total: int, elapsed: float, rate: str, what: str) -> None:
+        share, line = done / total, done * _LINES // total
+        if line <= self._lines.get(phase, -1):
+            return
+        self._lines[phase] = line
+        took = f" in {_duration(elapsed)}" if share >= 1 else ""
+        left = f"{_duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
+        memory = size(resident()) if resident() else ""
+        details = "".join(f", {part}" for part in (rate, left, memory) if part)
+        complain(f"{phase}: {share:.0%}{took}{details}{f' ({what})' if what else ''}")

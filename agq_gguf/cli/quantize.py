@@ -1,0 +1,187 @@
+"""The command `quantize`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agq_gguf.cli import output as show
+from agq_gguf.cli.options import Json, Quality, Quiet, Threads, parse_size
+from agq_gguf.cli.prune import prune_new, show_calibration
+from agq_gguf.errors import HostError, InputError
+from agq_gguf.quantization.options import QuantizeOptions, activation_options
+
+if TYPE_CHECKING:
+    from agq_gguf.quantization.report import Report, TensorReport
+    from agq_gguf.quantization.type_plan import TensorPlan
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="GGUF model in F32, F16 or BF16.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="File to write; replaced when all went well.", show_default=False)
+    ],
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text file, ideally like what the model will read.", show_default=False)
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Importance matrix (GGUF) to use in place of a text.", show_default=False)
+    ] = None,
+    quality: Annotated[
+        Quality, typer.Option(help="How much work: docs/quality.md has what each costs and brings.")
+    ] = Quality.balanced,
+    output_type: Annotated[
+        str, typer.Option(help="Type of the output matrix: agq4, q6_K, q8_0, f16, f32, or auto (q8_0).")
+    ] = "auto",
+    embedding_type: Annotated[
+        str, typer.Option(help="Type of the token embedding: as above, or auto (q8_0 below 1024 columns, else agq4).")
+    ] = "auto",
+    target_bpw: Annotated[
+        float,
+        typer.Option(min=0, help="Bits per weight of the whole model, at most; sensitive tensors get more than 4."),
+    ] = 0.0,
+    act_bits: Annotated[int, typer.Option("--act-bits", help="Bits of activations: 8, or 4 (far less exact).")] = 8,
+    act_scale: Annotated[
+        str,
+        typer.Option(
+            help="Activations have one scale per token, per group of 64 channels, or per group after it was rotated."
+        ),
+    ] = "rotated",
+    keep_norms: Annotated[
+        bool, typer.Option("--keep-norms", help="Do not equalize norms: for LoRA adapters made for the source.")
+    ] = False,
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=64, help="Tokens of the calibration text to use, at most.")
+    ] = 32768,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune/--no-tune", help="Let best train norms and scales in the end, which takes longest."),
+    ] = True,
+    threads: Threads = 0,
+    memory: Annotated[
+        int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for calibration, such as 4G.")
+    ] = "4G",  # type: ignore[assignment]  # typer parses defaults, too
+    split_size: Annotated[
+        int | None,
+        typer.Option(
+            "--split-max-size",
+            parser=parse_size,
+            metavar="SIZE",
+            help="Write files of at most this size, such as 8G; each holds one tensor at least.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is finished beside OUT, and go on from there next time.")
+    ] = False,
+    prune: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of a long prompt's work to save by dropping tokens.")
+    ] = 0.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model to AGQ4.
+
+    Without --calibration or --imatrix all activations count alike, which costs quality. An existing OUT is replaced
+    only by a complete new file.
+    """
+    try:
+        from agq_gguf.quantization import options, pipeline
+    except ImportError as e:
+        raise HostError(f"quantizing needs {e.name}: pip install 'agq-gguf[convert]'") from e
+    options = QuantizeOptions(
+        quality=quality.value,
+        resume=resume,
+        output_type=output_type,
+        embedding_type=embedding_type,
+        target_bpw=target_bpw,
+        threads=threads,
+        memory=memory,
+        calibration_tokens=calibration_tokens,
+        tune=tune,
+        split_size=split_size or 0,
+        matrix=replace(activation_options(act_bits, act_scale), equalize=not keep_norms),
+    )
+    if prune and (calibration is None or split_size):
+        raise InputError("--prune needs a text, with --calibration, and one file, without --split-max-size")
+    if dry_run:
+        show_plan(pipeline.plan_file(source, options, calibration=calibration, imatrix=imatrix))
+        return
+    with show.ProgressView(quiet=quiet or as_json) as view:
+        report = pipeline.quantize(
+            source, target, calibration=calibration, imatrix=imatrix, options=options, progress=view.update
+        )
+        pruned = prune_new(target, prune, calibration, threads, view) if prune else None
+    if as_json:
+        show.write_json({**asdict(report), "pruning": asdict(pruned) if pruned else None})
+        return
+    show_report(report)
+    if pruned is not None:
+        show_calibration(pruned)
+
+
+def show_plan(plans: list[TensorPlan]) -> None:
+    """What would become of each tensor."""
+    from agq_gguf.gguf_io.writer import layout
+
+    placed = layout((plan.source.name, plan.type_name, plan.source.shape) for plan in plans)
+    total = sum(target.n_bytes for target in placed)
+    rows = []
+    for plan, target in zip(plans, placed, strict=True):
+        shape = " x ".join(map(str, plan.source.shape))
+        rows.append(
+            [plan.source.name, shape, plan.source.type_name, plan.type_name, show.size(target.n_bytes), plan.reason]
+        )
+    show.table(["tensor", "shape", "from", "to", ">size", "reason"], rows)
+    elements = sum(plan.source.n_elements for plan in plans)
+    show.say(f"{show.size(total)}, {8 * total / elements:.2f} bits per weight; nothing was written")
+
+
+def show_report(report: Report) -> None:
+    """What became of the tensors, and which could not be AGQ4."""
+    by_type = [
+        [name, count, show.size(n_bytes), f"{bits:.2f}"] for name, (count, n_bytes, bits) in report.by_type().items()
+    ]
+    show.table(["type", ">tensors", ">size", ">bits per weight"], by_type)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for tensor in report.tensors:
+        if tensor.reason:
+            reasons.setdefault((tensor.type_name, tensor.reason), []).append(tensor.name)
+    if reasons:
+        rows = [[name, len(names), reason, _some(names)] for (name, reason), names in reasons.items()]
+        show.table(["not AGQ4", ">tensors", "why", "which"], rows)
+    worst = sorted((t for t in report.tensors if t.error is not None), key=lambda t: -(t.error or 0))
+    if worst:
+        rows = [[kind, f"{min(errors):.3%}", f"{_median(errors):.3%}", f"{max(errors):.3%}", name]
+                for kind, (errors, name) in _by_kind(worst).items()]  # fmt: skip
+        show.table(["error of the output", ">least", ">median", ">most", "in"], rows)
+    for tensor in report.tensors:
+        if tensor.note:
+            show.complain(f"note: {tensor.name}: {tensor.note}")
+    for warning in report.warnings:
+        show.complain(f"warning: {warning}")
+    files = f" in {len(report.paths)} files" if len(report.paths) > 1 else ""
+    show.say(f"{report.paths[0]}: {show.size(report.n_bytes)}{files}, {report.bits_per_weight:.2f} bits per weight")
+
+
+def _by_kind(worst: list[TensorReport]) -> dict[str, tuple[list[float], str]]:
+    """Kind of tensor -> its errors and the name of the worst; `worst` is sorted that way."""
+    found: dict[str, tuple[list[float], str]] = {}
+    for tensor in worst:
+        kind = re.sub(r"^blk\.\d+\.|\.weight$", "", tensor.name)
+        found.setdefault(kind, ([], tensor.name))[0].append(tensor.error or 0.0)
+    return found
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

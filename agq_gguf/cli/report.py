@@ -1,0 +1,54 @@
+"""The command `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agq_gguf.cli import output as show
+from agq_gguf.cli.options import Quiet, Threads
+from agq_gguf.errors import HostError, OutputError
+
+
+def report(
+    model: Annotated[Path, typer.Argument(help="GGUF file, best an AGQ4 one.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Page to write; else MODEL with .html.", show_default=False)
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to run through the model; else one in the package.", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens of the text; 0: do not run the model.")] = 2048,
+    bench: Annotated[
+        list[Path] | None, typer.Option(help="What `bench --json` printed; may be repeated.", show_default=False)
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option("--evaluate", help="What `evaluate --json` printed; may be repeated.", show_default=False),
+    ] = None,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page about a model: its activations, outliers and refinement, errors, sizes, speed and quality.
+
+    The page is one HTML file that needs no network.
+    """
+    try:
+        from agq_gguf.inspection.report import gather
+        from agq_gguf.inspection.report_page import render
+    except ImportError as e:
+        raise HostError(f"reports need {e.name}: pip install 'agq-gguf[report]'") from e
+    target = output or Path(f"{model.name.removesuffix('.gguf')}.html")
+    with show.ProgressView(quiet=quiet) as view:
+        data = gather(
+            model, text=text, tokens=tokens, threads=threads, bench=bench or [], evaluations=evaluation or [],
+            progress=view.update,
+        )  # fmt: skip
+    page = render(data)
+    try:
+        target.write_text(page, encoding="utf-8")
+    except OSError as e:
+        raise OutputError(f"{target}: cannot be written: {e.strerror}") from e
+    show.say(f"{target}: {show.size(len(page.encode()))}")

@@ -1,0 +1,36 @@
+"""The command `verify`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agq_gguf.cli import output as show
+from agq_gguf.cli.options import Quiet
+from agq_gguf.errors import FormatError
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="AGQ4 file, or any part of a split one.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that a model is, byte for byte, what quantize wrote.
+
+    Reads the whole file and compares every tensor and the metadata with the digests in it.
+    """
+    from agq_gguf.inspection.verify import verify as run
+
+    with show.ProgressView(quiet=quiet or as_json) as view:
+        found = run(model, view.update)
+    if as_json:
+        show.write_json({"model": str(model), **asdict(found)})
+    if found.problems:
+        for problem in found.problems if not as_json else ():
+            show.complain(problem)
+        raise FormatError(f"{model}: damaged; make or download it again ({len(found.problems)} problems)")
+    if not as_json:
+        show.say(f"{model}: whole ({found.tensors} tensors, {show.size(found.bytes)})")

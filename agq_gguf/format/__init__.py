@@ -1,0 +1,1 @@
+"""The AGQ4 format in numpy."""

@@ -1,0 +1,302 @@
+"""The AGQ4 format in numpy: pack, unpack, check, dequantize, multiply.
+
+This is the reference twin of ``cpp/blocks.h`` and of the C++ kernels; ``docs/format.md`` is the text that both follow.
+Everything here is a pure function of arrays and imports numpy only.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.errors import FormatError
+from agq_gguf.format.pruning_record import (
+    DIRECTION,
+    RECORD,
+    SCORES,
+    Pruning,
+    check_pruning,
+    decode_pruning,
+    pruning_bytes,
+)
+
+TYPE_ID = 38  # a retired slot of ggml's type table
+TYPE_NAME = "agq4"
+VERSION = 1  # of the format; the byte in the attribute stream
+
+PANEL_ROWS = 16
+TILE_COLUMNS = 128
+GROUP_COLUMNS = 64
+TILE_BYTES = 1088
+BLOCK_BYTES = TILE_BYTES // PANEL_ROWS  # of ggml's view: one row of a tile
+MAX_EXPONENT = 15
+MAX_SCALE = 65024.0  # the largest binary16 whose lowest four bits are zero
+
+
+# What shares a scale for the activations; the index is what is stored. "rotated": a group of a token, after `rotate`.
+ACTIVATION_SCALES = ("token", "group", "rotated")
+
+_MAGIC = 0xA4
+_FLAG_CHANNEL_ORDER = 1
+_FLAG_PRUNING = 2
+_HEADER = struct.Struct("<BBBBfII")
+_SCALES = slice(0, 32)
+_SCALE_LOW = slice(32, 48)
+_ATTRIBUTES = slice(48, 64)
+_CODES = slice(64, TILE_BYTES)
+
+
+def _no_channels() -> NDArray[np.uint16]:
+    return np.empty(0, np.uint16)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What holds for a whole matrix: the content of its attribute stream."""
+
+    codebook: NDArray[np.uint8]  # [16], 0..127, ascending; u stands for u - 64
+    exponents: NDArray[np.uint8]  # [K / 64], 0..15
+    listed: NDArray[np.uint16] = field(default_factory=_no_channels)  # channels that come first; empty: no reordering
+    tensor_scale: float = 1.0  # rounded to binary32
+    activation_bits: int = 8  # 8 or 4
+    activation_scale: str = "token"  # one of ACTIVATION_SCALES
+    pruning: Pruning | None = None
+
+    @property
+    def per_group(self) -> bool:
+        """Whether every group of a token has a scale of its own."""
+        return self.activation_scale != "token"
+
+    @property
+    def rotated(self) -> bool:
+        """Whether groups are stored rotated."""
+        return self.activation_scale == "rotated"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One M x K matrix as AGQ4 stores it; columns are in stored order."""
+
+    codes: NDArray[np.uint8]  # [M, K], 0..15
+    scales: NDArray[np.float32]  # [M, K / 64], values of `round_scale`
+    parameters: Parameters
+
+
+def round_scale(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Nearest scales the format can store: binary16 with the lowest four bits zero, ties to even, clamped to finite."""
+    exact = np.asarray(values, np.float64)
+    _, exponent = np.frexp(exact)
+    step = np.ldexp(1.0, np.maximum(exponent - 1, -14) - 6)  # 6 bits of mantissa; subnormals share the last step
+    return np.clip(np.rint(exact / step) * step, -MAX_SCALE, MAX_SCALE).astype(np.float32)
+
+
+def parameters_bytes(columns: int, n_listed: int, pruning: int = 0) -> int:
+    """Bytes of the attribute stream that a matrix with K = `columns` needs; `pruning` are those of its record."""
+    order = 2 + 2 * n_listed if n_listed else 0
+    return _HEADER.size + 16 + columns // GROUP_COLUMNS + order + pruning
+
+
+def stream_bytes(rows: int, columns: int) -> int:
+    """Bytes of the attribute stream that a matrix offers."""
+    return rows * columns // TILE_COLUMNS
+
+
+def listable(rows: int, columns: int) -> int:
+    """How many channels a matrix of this shape can list in its channel order and still take a pruning record."""
+    return max(0, (stream_bytes(rows, columns) - parameters_bytes(columns, 0, pruning_bytes()) - 2) // 2)
+
+
+def shape_problem(rows: int, columns: int) -> str | None:
+    """Why a matrix of this shape cannot be AGQ4, or None."""
+    if columns % TILE_COLUMNS or columns == 0:
+        return f"{columns} columns, not a multiple of {TILE_COLUMNS}"
+    if rows % PANEL_ROWS or rows == 0:
+        return f"{rows} rows, not a multiple of {PANEL_ROWS}"
+    if stream_bytes(rows, columns) < parameters_bytes(columns, 0):
+        return f"{rows} x {columns} is too small to carry its parameters"
+    return None
+
+
+def _check_shape(rows: int, columns: int) -> None:
+    problem = shape_problem(rows, columns)
+    if problem:
+        raise FormatError(f"the matrix cannot be AGQ4: {problem}")
+
+
+def _check_parameters(parameters: Parameters, columns: int) -> None:
+    """Every clause of the format about values, for the packer and the reader alike."""
+    codebook, exponents, listed = parameters.codebook, parameters.exponents, parameters.listed
+    with np.errstate(over="ignore"):
+        scale = np.float32(parameters.tensor_scale)
+    if not (np.isfinite(scale) and scale > 0):
+        raise FormatError(f"the tensor scale is {scale}, it must be finite and > 0")
+    if parameters.activation_bits not in (4, 8):
+        raise FormatError(f"{parameters.activation_bits} activation bits, wanted 8 or 4")
+    if parameters.activation_scale not in ACTIVATION_SCALES:
+        raise FormatError(f"an activation scale per {parameters.activation_scale!r}, wanted {ACTIVATION_SCALES}")
+    if codebook.shape != (16,) or codebook.max() > 127 or np.any(np.diff(codebook.astype(np.int16)) < 0):
+        raise FormatError(f"the codebook must be 16 ascending values 0..127, found {codebook.tolist()}")
+    if exponents.shape != (columns // GROUP_COLUMNS,):
+        raise FormatError(f"{exponents.size} exponents for {columns} columns, wanted one per {GROUP_COLUMNS}")
+    if exponents.max() > MAX_EXPONENT:
+        raise FormatError(f"a refinement exponent is {exponents.max()}, the largest is {MAX_EXPONENT}")
+    if listed.size > columns or (listed.size and listed.max() >= columns):
+        raise FormatError(f"the channel order names a channel beyond the {columns} columns")
+    if np.unique(listed).size != listed.size:
+        raise FormatError("the channel order names a channel twice")
+    if parameters.pruning is not None:
+        check_pruning(parameters.pruning)
+
+
+def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint8]:
+    """The attribute stream, `capacity` bytes long."""
+    body = parameters.codebook.tobytes() + parameters.exponents.tobytes()
+    flags = 0
+    if parameters.listed.size:
+        flags |= _FLAG_CHANNEL_ORDER
+        body += struct.pack("<H", parameters.listed.size) + parameters.listed.astype("<u2").tobytes()
+    if parameters.pruning is not None:
+        flags |= _FLAG_PRUNING
+        p = parameters.pruning
+        body += RECORD.pack(SCORES.index(p.score), p.keep, p.reach, p.reuse, p.threshold)
+        if p.direction is not None:
+            body += DIRECTION.pack(p.direction.factor, len(p.direction.codes), 0)
+            body += np.array(p.direction.codes, np.int8).tobytes()
+    activation = parameters.activation_bits | ACTIVATION_SCALES.index(parameters.activation_scale) << 4
+    header = _HEADER.pack(
+        _MAGIC, VERSION, activation, flags, np.float32(parameters.tensor_scale), zlib.crc32(body), len(body)
+    )
+    if len(header) + len(body) > capacity:
+        raise FormatError(f"the matrix offers {capacity} bytes for its parameters, they need {len(header) + len(body)}")
+    return np.frombuffer((header + body).ljust(capacity, b"\0"), np.uint8)
+
+
+def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
+    raw = stream.tobytes()
+    magic, version, activation, flags, tensor_scale, crc, length = _HEADER.unpack_from(raw)
+    if magic != _MAGIC:
+        raise FormatError(f"the attributes begin with 0x{magic:02X}, wanted 0x{_MAGIC:02X}: damaged, or not AGQ4")
+    if version != VERSION:
+        raise FormatError(f"AGQ4 version {version}; this release reads version {VERSION}, update agq-gguf")
+    if flags & ~(_FLAG_CHANNEL_ORDER | _FLAG_PRUNING) or activation >> 4 >= len(ACTIVATION_SCALES):
+        raise FormatError(f"unknown attributes (activation 0x{activation:02X}, flags 0x{flags:02X}); update agq-gguf")
+    if length > len(raw) - _HEADER.size:
+        raise FormatError(f"{length} bytes of parameters are announced, the matrix holds {len(raw) - _HEADER.size}")
+    body = raw[_HEADER.size : _HEADER.size + length]
+    if zlib.crc32(body) != crc:
+        raise FormatError("the checksum of the parameters does not fit: the file is damaged")
+    n_groups = columns // GROUP_COLUMNS
+    listed, record = _no_channels(), body[16 + n_groups :]
+    if flags & _FLAG_CHANNEL_ORDER and len(record) >= 2:
+        announced = struct.unpack_from("<H", record)[0]
+        listed = np.frombuffer(record[2 : 2 + 2 * announced], "<u2", len(record[2 : 2 + 2 * announced]) // 2)
+        if listed.size != announced or announced == 0:
+            raise FormatError(f"the channel order announces {announced} channels, has {listed.size}")
+        listed, record = listed.astype(np.uint16), record[2 + 2 * announced :]
+    pruning = decode_pruning(record) if flags & _FLAG_PRUNING else None
+    present = (_FLAG_CHANNEL_ORDER if listed.size else 0) | (_FLAG_PRUNING if pruning else 0)
+    needed = parameters_bytes(columns, listed.size, pruning.n_bytes if pruning else 0) - _HEADER.size
+    if flags != present or length != needed:
+        raise FormatError(f"{length} bytes of parameters are not what {columns} columns and flags 0x{flags:02X} need")
+    if any(raw[_HEADER.size + length :]):
+        raise FormatError("the attributes after the parameters are not zero")
+    parameters = Parameters(
+        codebook=np.frombuffer(body[:16], np.uint8),
+        exponents=np.frombuffer(body[16 : 16 + n_groups], np.uint8),
+        listed=listed,
+        tensor_scale=tensor_scale,
+        activation_bits=activation & 15,
+        activation_scale=ACTIVATION_SCALES[activation >> 4],
+        pruning=pruning,
+    )
+    _check_parameters(parameters, columns)
+    return parameters
+
+
+def pack(matrix: Matrix) -> NDArray[np.uint8]:
+    """Bytes of a matrix as a GGUF file holds them: uint8 [M, K / 128 * 68].
+
+    Raises FormatError when the matrix breaks a rule of the format.
+    """
+    rows, columns = matrix.codes.shape
+    _check_shape(rows, columns)
+    _check_parameters(matrix.parameters, columns)
+    panels, tiles = rows // PANEL_ROWS, columns // TILE_COLUMNS
+    if matrix.codes.max() > 15:
+        raise FormatError(f"a code is {matrix.codes.max()}, the largest is 15")
+    if matrix.scales.shape != (rows, 2 * tiles) or not np.array_equal(matrix.scales, round_scale(matrix.scales)):
+        raise FormatError(f"the scales must be [{rows}, {2 * tiles}] and rounded with round_scale")
+
+    out = np.empty((panels, tiles, TILE_BYTES), np.uint8)
+    bits = matrix.scales.astype(np.float16).view(np.uint16).reshape(panels, PANEL_ROWS, tiles, 2)
+    bits = bits.transpose(0, 2, 3, 1)  # panel, tile, half, row
+    out[..., _SCALES] = (bits >> 8).astype(np.uint8).reshape(panels, tiles, 32)
+    nibbles = (bits >> 4 & 15).astype(np.uint8)
+    out[..., _SCALE_LOW] = nibbles[:, :, 0] | nibbles[:, :, 1] << 4
+    stream = _encode_parameters(matrix.parameters, stream_bytes(rows, columns))
+    out[..., _ATTRIBUTES] = stream.reshape(panels, tiles, 16)
+    codes = matrix.codes.reshape(panels, PANEL_ROWS, tiles, 16, 2, 4)  # panel, row, tile, chunk, nibble, j
+    chunks = codes[..., 0, :] | codes[..., 1, :] << 4
+    out[..., _CODES] = chunks.transpose(0, 2, 3, 1, 4).reshape(panels, tiles, 1024)
+    return out.reshape(rows, tiles * BLOCK_BYTES)
+
+
+def _tiles(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """GGUF rows [M, K / 128 * 68] as tiles [M / 16, K / 128, 1088]."""
+    if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] % BLOCK_BYTES:
+        raise FormatError(f"wanted uint8 rows of a multiple of {BLOCK_BYTES} bytes, found {data.dtype} {data.shape}")
+    rows, tiles = data.shape[0], data.shape[1] // BLOCK_BYTES
+    _check_shape(rows, tiles * TILE_COLUMNS)
+    return np.ascontiguousarray(data).reshape(rows // PANEL_ROWS, tiles, TILE_BYTES)
+
+
+def read_parameters(data: NDArray[np.uint8]) -> Parameters:
+    """Parameters of a packed matrix (uint8 [M, K / 128 * 68]), checked; cheap. Raises FormatError."""
+    tiles = _tiles(data)
+    return _decode_parameters(tiles[..., _ATTRIBUTES], tiles.shape[1] * TILE_COLUMNS)
+
+
+def with_pruning(data: NDArray[np.uint8], pruning: Pruning | None) -> NDArray[np.uint8]:
+    """A copy of a packed matrix (uint8 [M, K / 128 * 68]) whose pruning record is `pruning`; None: that has none.
+
+    Only attribute bytes differ. Raises FormatError if the matrix is damaged, the record breaks a rule of the format, or
+    the matrix has no room for it (a channel order may take all there is).
+    """
+    tiles = _tiles(data).copy()
+    columns = tiles.shape[1] * TILE_COLUMNS
+    parameters = replace(_decode_parameters(tiles[..., _ATTRIBUTES], columns), pruning=pruning)
+    _check_parameters(parameters, columns)
+    stream = _encode_parameters(parameters, stream_bytes(data.shape[0], columns))
+    tiles[..., _ATTRIBUTES] = stream.reshape(*tiles.shape[:2], 16)
+    return tiles.reshape(data.shape)
+
+
+def unpack(data: NDArray[np.uint8]) -> Matrix:
+    """Inverse of `pack`: checks every rule of the format and raises FormatError."""
+    tiles = _tiles(data)
+    panels, n_tiles = tiles.shape[:2]
+    rows, columns = panels * PANEL_ROWS, n_tiles * TILE_COLUMNS
+    parameters = _decode_parameters(tiles[..., _ATTRIBUTES], columns)
+    high = tiles[..., _SCALES].reshape(panels, n_tiles, 2, PANEL_ROWS).astype(np.uint16)
+    low = tiles[..., _SCALE_LOW].astype(np.uint16)
+    bits = high << 8 | np.stack([low & 15, low >> 4], axis=2) << 4
+    scales = bits.view(np.float16).astype(np.float32).transpose(0, 3, 1, 2).reshape(rows, 2 * n_tiles)
+    if not np.all(np.isfinite(scales)):
+        raise FormatError("a scale is infinite or not a number: the file is damaged")
+    chunks = tiles[..., _CODES].reshape(panels, n_tiles, 16, PANEL_ROWS, 4)
+    codes = np.stack([chunks & 15, chunks >> 4], axis=4)  # panel, tile, chunk, row, nibble, j
+    codes = codes.transpose(0, 3, 1, 2, 4, 5).reshape(rows, columns)
+    return Matrix(codes, scales, parameters)
+
+
+def channel_order(listed: Sequence[int] | NDArray[np.uint16], columns: int) -> NDArray[np.int64]:
+    """`order[k]`, the input channel of stored column k: the listed ones first, then the others, ascending."""
+    first = np.asarray(listed, np.int64)
+    others = np.ones(columns, bool)
+    others[first] = False
+    return np.concatenate([first, np.flatnonzero(others)])

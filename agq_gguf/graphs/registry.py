@@ -1,0 +1,22 @@
+"""Which models run in PyTorch: the graph of each architecture that has one, or why there is none."""
+
+from __future__ import annotations
+
+from agq_gguf.gguf_io.reader import Reader
+from agq_gguf.graphs import bloom_mpt, llama
+from agq_gguf.graphs.bloom_mpt import GeluGraph
+from agq_gguf.graphs.llama import LlamaGraph
+
+ARCHITECTURES = (*llama.ARCHITECTURES, *bloom_mpt.ARCHITECTURES)
+
+
+def why_not(reader: Reader) -> str:
+    """Why this model cannot run here; empty if it can."""
+    if reader.architecture not in ARCHITECTURES:
+        return f"architecture {reader.architecture}, known here are {', '.join(ARCHITECTURES)}"
+    return (bloom_mpt if reader.architecture in bloom_mpt.ARCHITECTURES else llama).why_not(reader)
+
+
+def graph_of(reader: Reader, cache: int) -> LlamaGraph:
+    """The graph of a model of which `why_not` says nothing; it keeps up to `cache` bytes of weights."""
+    return (GeluGraph if reader.architecture in bloom_mpt.ARCHITECTURES else LlamaGraph)(reader, cache)

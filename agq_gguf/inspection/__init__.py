@@ -1,0 +1,1 @@
+"""What is in a model file: contents, digests, a page with pictures."""

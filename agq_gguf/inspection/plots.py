@@ -1,0 +1,92 @@
+"""Pictures of what `bench` and `evaluate` measured, as files (PNG, SVG or PDF by their names)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agq_gguf.errors import HostError, InputError, OutputError
+
+if TYPE_CHECKING:
+    from agq_gguf.measure.bench import Result
+    from agq_gguf.measure.evaluate import Evaluation
+
+
+def check_target(path: Path) -> None:
+    """Raises before anything is measured: HostError without matplotlib, InputError for an unknown kind of file."""
+    _pyplot()
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise InputError(f"{path}: cannot be drawn; known endings are {', '.join(sorted(known))}")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: cannot be written: no such folder")
+
+
+def plot_bench(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """Bars of tokens/s with quartiles, a panel each for prompt and generation. Raises OutputError."""
+    parts = [part for part in ("prompt", "generation") if any(getattr(result, part) for result in results)]
+    if not parts:
+        raise InputError("nothing was measured that could be drawn")
+    figure, axes = _panels(len(parts), len(results))
+    names = [Path(result.model).name for result in results]
+    for axis, part in zip(axes, parts, strict=True):
+        speeds = [getattr(result, part) for result in results]
+        medians = [speed.median for speed in speeds]
+        below = [speed.median - speed.quartiles[0] for speed in speeds]
+        above = [speed.quartiles[1] - speed.median for speed in speeds]
+        bars = axis.barh(names, medians, xerr=[below, above], color="tab:blue", ecolor="black", capsize=3)
+        axis.bar_label(bars, [f" {speed.median:.1f} ({speed.ratio:.2f})" for speed in speeds], padding=4)
+        axis.set_title(f"{part} of {speeds[0].tokens} tokens (ratio to the first model)")
+        axis.set_xlabel("tokens/s")
+        axis.margins(x=0.25)
+        axis.invert_yaxis()
+    _save(figure, path)
+
+
+def plot_evaluation(found: Evaluation, name: str, path: str | os.PathLike[str]) -> None:
+    """Bars of the KL divergence from the reference: mean, median and tail, logarithmic. Raises OutputError."""
+    figure, (axis,) = _panels(1, 4)
+    rows = {
+        "mean": found.mean_kl,
+        "median": found.median_kl,
+        "99.9%": found.kl_999,
+        "largest": found.max_kl,
+    }
+    smallest = min((value for value in rows.values() if value > 0), default=1e-9)
+    bars = axis.barh(list(rows), [max(value, smallest / 10) for value in rows.values()], color="tab:blue", log=True)
+    axis.bar_label(bars, [f" {value:.2e}" for value in rows.values()], padding=4)
+    axis.set_title(
+        f"{name}: perplexity {found.perplexity:.4f}, reference {found.reference_perplexity:.4f}, "
+        f"same likeliest token {found.top1_agreement:.1%}"
+    )
+    axis.set_xlabel("KL divergence from the reference, nats per token")
+    axis.margins(x=0.2)
+    axis.invert_yaxis()
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise HostError(f"plots need {e.name}: pip install 'agq-gguf[plot]'") from e
+    return matplotlib
+
+
+def _panels(n: int, rows: int) -> tuple[Any, Any]:
+    """A figure without a window, and its axes, one below the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, n * (1.4 + 0.4 * rows)), layout="constrained")
+    return figure, figure.subplots(n, 1, squeeze=False)[:, 0]
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    try:
+        figure.savefig(path, dpi=144)
+    except OSError as e:
+        raise OutputError(f"{path}: cannot be written: {e.strerror}") from e

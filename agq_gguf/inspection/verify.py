@@ -1,0 +1,79 @@
+"""Is a model still what `quantize` wrote? Every tensor and the metadata against the digests in the file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from agq_gguf.errors import FormatError, InputError
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import Reader, Tensor
+from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.gguf_io.writer import HASHES, METADATA_HASH, metadata_digest
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found; the model is whole if `problems` is empty."""
+
+    tensors: int
+    bytes: int  # of all tensors
+    problems: list[str]  # one line each
+
+
+def verify(path: str | os.PathLike[str], progress: Callable[[str, int, int, str], None] | None = None) -> Verification:
+    """Reads the whole model, in one file or several, and compares it with its digests (SHA-256) and checksums.
+
+    Raises InputError if the file cannot be read, or holds no digests.
+    """
+    with open_model(path) as reader:
+        wanted = reader.get(HASHES)
+        if not isinstance(wanted, list) or not all(isinstance(digest, str) for digest in wanted):
+            raise InputError(f"{path}: holds no digests ({HASHES}); only files that agq-gguf wrote can be verified")
+        problems = []
+        if len(wanted) != len(reader.tensors):
+            problems.append(f"{len(wanted)} digests for {len(reader.tensors)} tensors")
+        found = metadata_digest({key: field.raw for key, field in reader.metadata.items()}, reader.tensors.values())
+        if found != reader.get(METADATA_HASH):
+            problems.append("the metadata was edited or damaged")
+        total, done = sum(tensor.n_bytes for tensor in reader.tensors.values()), 0
+        for tensor, digest in zip(reader.tensors.values(), wanted, strict=False):
+            if progress is not None:
+                progress("verify", done, total, tensor.name)
+            problem = _problem(reader, tensor, digest)
+            if problem:
+                problems.append(f"tensor {tensor.name}: {problem}")
+            done += tensor.n_bytes
+        if progress is not None:
+            progress("verify", done, total, "")
+        return Verification(len(reader.tensors), total, problems)
+
+
+def _problem(reader: Reader, tensor: Tensor, wanted: str) -> str:
+    """What is wrong with one tensor, '' if nothing is."""
+    digest = hashlib.sha256()
+    for chunk in reader.chunks(tensor.name):
+        digest.update(chunk)
+    if digest.hexdigest() != wanted:
+        return "its bytes are not the ones that were written"
+    return attribute_problem(reader, tensor)
+
+
+def attribute_problem(reader: Reader, tensor: Tensor) -> str:
+    """What is wrong with the attribute streams of an AGQ4 tensor, '' if nothing is; cheap."""
+    if tensor.type_name != blocks.TYPE_NAME:
+        return ""
+    try:
+        if len(tensor.shape) < 2:
+            raise FormatError(f"one-dimensional, shape {tensor.shape}: AGQ4 holds matrices")
+        row_bytes = tensor.n_bytes * tensor.shape[-1] // tensor.n_elements
+        data = np.frombuffer(reader.raw(tensor.name), np.uint8).reshape(-1, tensor.shape[-2], row_bytes)
+        for matrix in data:
+            blocks.read_parameters(matrix)
+    except FormatError as e:
+        return str(e)
+    return ""

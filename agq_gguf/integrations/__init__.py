@@ -1,0 +1,1 @@
+"""Other packages that learn the type AGQ4: gguf, and llama-cpp-python's server."""

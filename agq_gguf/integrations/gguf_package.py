@@ -1,0 +1,71 @@
+"""Teaches the `gguf` package (PyPI) the type AGQ4, so that GGUFReader, gguf-dump and scripts read our files."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.errors import FormatError, HostError
+from agq_gguf.format import blocks, reference
+
+_NAME = "AGQ4"
+
+
+class _Agq4:
+    """What `gguf.quants` asks of a type; whole tensors only, since the parameters of a matrix span all its rows."""
+
+    block_size = blocks.TILE_COLUMNS
+    type_size = blocks.BLOCK_BYTES
+
+    @classmethod
+    def can_quantize(cls, tensor: NDArray[Any]) -> bool:
+        return blocks.shape_problem(*tensor.shape[-2:]) is None if tensor.ndim >= 2 else False
+
+    @classmethod
+    def quantize(cls, tensor: NDArray[Any]) -> NDArray[np.uint8]:
+        """Without activation statistics, which `agq_gguf.pack_agq4` can take."""
+        from agq_gguf.quantization.packing import pack_agq4
+
+        return pack_agq4(tensor)
+
+    @classmethod
+    def dequantize(cls, tensor: NDArray[Any]) -> NDArray[np.float32]:
+        rows = tensor.view(np.uint8)
+        if rows.ndim < 2:
+            raise FormatError(f"AGQ4 data of shape {rows.shape}: a whole matrix is needed, not a row")
+        matrices = [reference.dequantize(blocks.unpack(m)) for m in rows.reshape(-1, *rows.shape[-2:])]
+        return np.stack(matrices).reshape(*rows.shape[:-1], -1)
+
+
+def extend() -> bool:
+    """Adds AGQ4 to the enum, the size table and the quantizers of `gguf`; False when `gguf` is not installed.
+
+    May be called any number of times. Raises HostError if `gguf` already gives our type number another meaning.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        return False
+    from gguf import constants, quants
+
+    types: Any = constants.GGMLQuantizationType
+    member = types._value2member_map_.get(blocks.TYPE_ID)
+    if member is None:
+        # Enums are closed to users; these are the steps that the enum machinery itself takes for a member.
+        member = int.__new__(types, blocks.TYPE_ID)
+        member._name_, member._value_, member._sort_order_ = _NAME, blocks.TYPE_ID, len(types)
+        member.__objclass__ = types
+        setattr(types, _NAME, member)
+        types._member_map_[_NAME] = member
+        types._member_names_.append(_NAME)
+        types._value2member_map_[blocks.TYPE_ID] = member
+    elif member.name != _NAME:
+        raise HostError(
+            f"the installed gguf package uses type {blocks.TYPE_ID} for {member.name}, which is AGQ4 here; "
+            "install the gguf release named in the README"
+        )
+    constants.GGML_QUANT_SIZES[member] = (blocks.TILE_COLUMNS, blocks.BLOCK_BYTES)
+    registered: dict[Any, Any] = quants._type_traits
+    registered[member] = _Agq4
+    return True

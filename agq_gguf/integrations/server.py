@@ -1,0 +1,137 @@
+"""AGQ4 models behind llama-cpp-python's own OpenAI-compatible server (`llama_cpp.server`), with the plugin registered.
+
+The server is the stock one: routes, settings and their meaning are documented by llama-cpp-python. This module checks
+the files, sets what it was given, and keeps llama.cpp's log off the screen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agq_gguf.errors import HostError, InputError
+from agq_gguf.runtime.library import default_threads
+from agq_gguf.runtime.log import quiet_log
+from agq_gguf.runtime.model_file import prepare
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_CONTEXT = 4096  # tokens, unless said otherwise or trained for less
+
+
+def create_app(
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], settings: Mapping[str, Any] | None = None
+) -> FastAPI:
+    """The ASGI application of llama-cpp-python's server; loads the first model, the others when a request names them.
+
+    `models` are GGUF files, known to clients by their file names without ``.gguf``. `settings` are fields of
+    `llama_cpp.server.settings`, for example ``{"n_ctx": 8192, "api_key": "..."}``; text is converted. Left out, the
+    context is that of the model, at most 4096 tokens, all CPUs are used, and logits are kept for the last token
+    only (``logits_all``: True if clients ask for log probabilities). Raises InputError for a file or a setting that
+    cannot be used, HostError if the server's packages are missing.
+    """
+    paths = [Path(models)] if isinstance(models, (str, os.PathLike)) else [Path(path) for path in models]
+    given = dict(settings or {})
+    server = _server_module()
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+
+    unknown = sorted(set(given) - set(ModelSettings.model_fields) - set(ServerSettings.model_fields))
+    if unknown:
+        known = ", ".join(sorted({*ModelSettings.model_fields, *ServerSettings.model_fields} - {"model"}))
+        raise InputError(f"the server has no setting {unknown[0]!r}; known are {known}")
+    aliases = [path.name.removesuffix(".gguf") for path in paths]
+    if len(set(aliases)) < len(aliases) or not paths:
+        raise InputError(f"models need different file names, by which clients know them; found {', '.join(aliases)}")
+    described = []
+    for path, alias in zip(paths, aliases, strict=True):
+        facts = prepare(path)
+        if not facts.causal and not given.get("embedding"):
+            raise InputError(f"{path}: an encoder model, it generates no text; serve it with the setting embedding=1")
+        threads = default_threads()
+        defaults = {
+            "n_ctx": min(facts.n_ctx_train or _CONTEXT, _CONTEXT),
+            "n_threads": threads,
+            "n_threads_batch": threads,
+            "logits_all": False,
+            "verbose": False,
+        }
+        model_fields = {key: value for key, value in given.items() if key in ModelSettings.model_fields}
+        described.append(
+            _checked(ModelSettings, {"model_alias": alias, **defaults, **model_fields, "model": str(path)})
+        )
+    server_fields = {key: value for key, value in given.items() if key in ServerSettings.model_fields}
+    try:
+        with quiet_log():
+            app: FastAPI = server.create_app(
+                server_settings=_checked(ServerSettings, server_fields), model_settings=described
+            )
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"{paths[0]}: cannot be served: {e}") from e
+    return app
+
+
+def serve(
+    models: Sequence[str | os.PathLike[str]],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    settings: Mapping[str, Any] | None = None,
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serves models (see `create_app`) until a signal ends the process.
+
+    `port` 0 takes a free one. `ready` is called with the address once the first model is loaded. Raises InputError if
+    the address cannot be used, and what `create_app` raises.
+    """
+    _server_module()
+    import uvicorn
+
+    with _listen(host, port) as listener, quiet_log():
+        config = uvicorn.Config(
+            create_app(models, settings),
+            log_level="warning",
+            ssl_keyfile=(settings or {}).get("ssl_keyfile"),
+            ssl_certfile=(settings or {}).get("ssl_certfile"),
+        )
+        if ready is not None:
+            shown = f"[{host}]" if ":" in host else host
+            ready(f"{'https' if config.ssl_certfile else 'http'}://{shown}:{listener.getsockname()[1]}")
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has closed its connections by then
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def _server_module() -> Any:
+    try:
+        import uvicorn  # noqa: F401
+        from llama_cpp.server import app
+    except ImportError as e:
+        raise HostError(f"serving needs {e.name}: pip install 'agq-gguf[serve]'") from e
+    return app
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as e:
+        raise InputError(f"cannot listen on {host}, port {port}: {e}; choose another with --host and --port") from e
+    with listener:
+        yield listener
+
+
+def _checked(kind: Any, values: dict[str, Any]) -> Any:
+    """An object of the server's settings. Raises InputError for values it refuses."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**values)
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "settings"
+        raise InputError(f"the server refuses {name}={values.get(name)!r}: {first['msg']}") from e

@@ -1,0 +1,1 @@
+"""Quantizes one matrix. Arrays in, arrays out."""

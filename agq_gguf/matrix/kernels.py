@@ -1,0 +1,94 @@
+"""The inner loops of rounding, compiled: torch tensors in and out. cpp/kernels/rounding.h says what each computes.
+
+Matrices of weights are transposed here, [64, n]: one group of columns of n rows. Calls let other Python threads run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+
+from agq_gguf.format.blocks import GROUP_COLUMNS
+from agq_gguf.native import backend_path
+
+_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The plugin; these functions of it need no llama.cpp."""
+    library = ctypes.CDLL(str(backend_path()))
+    library.agq_search_scales.argtypes = [_POINTER, _POINTER, _POINTER, ctypes.c_int32, _COUNT, _POINTER]
+    for function in (library.agq_feed_back, library.agq_descend):
+        function.argtypes = [_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _POINTER, _POINTER]
+    for function in (library.agq_search_scales, library.agq_feed_back, library.agq_descend):
+        function.restype = None
+    return library
+
+
+def _address(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"wanted {dtype} {shape} in one piece, found {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor.data_ptr()
+
+
+def search_scales(values: torch.Tensor, weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Storable scales [n] that lose least for `weights` [64, n] and the ascending codebook `values` [16].
+
+    A squared error of column j costs h[j], for all rows ([64]) or for each ([64, n]).
+    """
+    n, each = weights.shape[1], h.ndim == 2
+    scales = torch.empty(n)
+    _library().agq_search_scales(
+        _address(values, (16,)),
+        _address(weights, (GROUP_COLUMNS, n)),
+        _address(h, (GROUP_COLUMNS, n) if each else (GROUP_COLUMNS,)),
+        each,
+        n,
+        scales.data_ptr(),
+    )
+    return scales
+
+
+def feed_back(
+    values: torch.Tensor, upper: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Error feedback inside a group: codes [64, n] uint8, scales [n] and (W - Q) / U_jj [64, n].
+
+    `upper` is the group's part of U [64, 64], `weights` [64, n] what earlier groups left to it.
+    """
+    n = weights.shape[1]
+    codes, scales, errors = torch.empty(weights.shape, dtype=torch.uint8), torch.empty(n), torch.empty_like(weights)
+    _library().agq_feed_back(
+        _address(values, (16,)),
+        _address(upper, (GROUP_COLUMNS, GROUP_COLUMNS)),
+        _address(weights, (GROUP_COLUMNS, n)),
+        n,
+        codes.data_ptr(),
+        scales.data_ptr(),
+        errors.data_ptr(),
+    )
+    return codes, scales, errors
+
+
+def descend(
+    values: torch.Tensor, inside: torch.Tensor, slope: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """One round of coordinate descent inside a group: `codes` [64, n] and `scales` [n] become better ones, in place.
+
+    `inside` is the group's part of H [64, 64], `slope` its part of H (W - Q) [64, n]. Returns the change of Q [64, n].
+    """
+    n = slope.shape[1]
+    change = torch.empty_like(slope)
+    _library().agq_descend(
+        _address(values, (16,)),
+        _address(inside, (GROUP_COLUMNS, GROUP_COLUMNS)),
+        _address(slope, (GROUP_COLUMNS, n)),
+        n,
+        _address(codes, (GROUP_COLUMNS, n), torch.uint8),
+        _address(scales, (n,)),
+        change.data_ptr(),
+    )
+    return change

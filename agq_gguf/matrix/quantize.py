@@ -1,0 +1,186 @@
+"""From float weights and input statistics to an AGQ4 matrix. Pure: arrays in, arrays out.
+
+Two steps. `prepare_input` decides what belongs to the input and is shared by all weights that multiply it: channel
+order, refinement exponents, error weights, the factor for error feedback. `quantize_matrix` then does one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agq_gguf.calibration.stats import InputStats
+from agq_gguf.errors import InputError
+from agq_gguf.format.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
+from agq_gguf.matrix import codebook as cb
+from agq_gguf.matrix import column_feedback, row_feedback, two_refine
+from agq_gguf.matrix.column_feedback import Correlations
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.matrix.simulate import rotated
+from agq_gguf.matrix.two_refine import Refinement
+
+_FLOOR = 1e-4  # importance of a channel that was silent in the calibration text: it still must be stored sensibly
+# Scales keep their full precision from 2^-14 up to 2^16: room for rows that are a million times smaller than the
+# largest, and for error feedback, which may make weights larger.
+_LARGEST = 4096.0
+_SMALLEST_ALPHA = 2.0**-126  # smaller binary32 numbers lose precision, or count as 0 on some machines
+_ERROR_ROWS = 256  # rows on which the reported error is measured
+_ROWS_AT_A_TIME = 1024  # their weights and slopes fit into the cache
+_ROWS_OF_A_THREAD = 96  # fewer are not worth a thread
+
+_Rounded = tuple[torch.Tensor, torch.Tensor]  # codes [M, K] uint8 and scales [M, K / 64]
+
+
+@dataclass(frozen=True)
+class PreparedInput:
+    """What holds for every weight that multiplies one input; columns in stored order."""
+
+    refinement: Refinement
+    importance: torch.Tensor  # [K] float32, what a squared error in each column costs
+    hessian: torch.Tensor | None = None  # float32, E[x' x'^T] of what is stored for x: [K, K], or [K / 64, 64, 64]
+    correlations: Correlations | None = None  # for error feedback
+    note: str = ""  # what was done with less than wanted, and why
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix and how well it is represented."""
+
+    matrix: Matrix
+    error: float  # squared output error over squared output on the calibration data (on white noise without any)
+    note: str = ""
+
+
+def prepare_input(stats: InputStats | None, columns: int, capacity: int, options: MatrixOptions) -> PreparedInput:
+    """Chooses what all weights of one input share.
+
+    `capacity` is how many channels the smallest of these weights can list. Without statistics all channels count alike.
+    """
+    refinement = two_refine.none(columns)
+    if stats is None:
+        return PreparedInput(refinement, torch.ones(columns))
+    if stats.sample is not None:
+        refinement = two_refine.choose(
+            stats.sample, capacity, options.activation_bits, options.activation_scale, options.refine
+        )
+    order = channel_order(refinement.listed, columns)
+    shrink = np.ldexp(np.float32(1), -refinement.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
+    square = stats.mean_square[order] * shrink**2
+    mean = float(square.mean(dtype=np.float64))
+    if not mean > 0:
+        return PreparedInput(refinement, torch.ones(columns), note="its input is always zero in the calibration text")
+    importance = torch.from_numpy(square / np.float32(mean)).clamp_min(_FLOOR)
+    if stats.hessian is not None and options.error_feedback:
+        hessian = torch.from_numpy(stats.hessian[np.ix_(order, order)])
+        hessian *= torch.from_numpy(shrink) / mean
+        hessian *= torch.from_numpy(shrink)[:, None]
+        if options.rotated:
+            hessian = rotated(rotated(hessian).T).contiguous()
+    elif options.rotated:
+        # Channels of unlike energy, not correlated, become channels of like energy that are, inside of their group.
+        hessian = rotated(rotated(importance.reshape(-1, GROUP_COLUMNS).diag_embed()).mT).contiguous()
+    else:
+        return PreparedInput(refinement, importance)
+    # Rounding the activations adds noise of its own to the diagonal: the Hessian of what the runtime multiplies with.
+    noise = torch.from_numpy(refinement.noise / mean).float().repeat_interleave(GROUP_COLUMNS)
+    known = column_feedback.correlations(hessian, options.damping, noise)
+    if known is None:
+        note = "error feedback failed (the Hessian has no Cholesky factor): scales were searched instead"
+        return PreparedInput(refinement, importance, hessian, note=note)
+    return PreparedInput(refinement, known.importance, hessian, known)
+
+
+def quantize_matrix(
+    weight: NDArray[np.float32],
+    prepared: PreparedInput,
+    options: MatrixOptions,
+    name: str = "the matrix",
+    gram: torch.Tensor | None = None,
+) -> QuantizedMatrix:
+    """Quantizes one matrix [M, K] f32 (columns in input-channel order).
+
+    `gram` is E[g g^T] [M, M] of the gradient g by what comes out, if that is known. Raises InputError when the weights
+    hold a NaN or an infinity.
+    """
+    if not np.isfinite(weight).all():
+        raise InputError(f"tensor {name} holds a NaN or an infinity; the model is damaged")
+    stored, tensor_scale = _stored_weights(weight, prepared.refinement, options.rotated)
+    codebook = cb.learn(stored, prepared.importance) if options.learn_codebook else cb.fixed()
+    if gram is not None and prepared.correlations is not None:
+        codes, scales = row_feedback.quantize(stored, prepared.correlations, gram, codebook, options.sweeps)
+    else:
+        parts = _in_parallel(
+            lambda part: _round(part, prepared, codebook, options), stored.split(_rows_at_a_time(len(stored)))
+        )
+        codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
+    parameters = Parameters(
+        codebook=(codebook.values + 64).numpy().astype(np.uint8),
+        exponents=prepared.refinement.exponents,
+        listed=prepared.refinement.listed,
+        tensor_scale=tensor_scale,
+        activation_bits=options.activation_bits,
+        activation_scale=options.activation_scale,
+    )
+    step = -(-len(stored) // _ERROR_ROWS)
+    restored = codebook.values[codes[::step].int()] * scales[::step].repeat_interleave(GROUP_COLUMNS, 1)
+    error = _relative_error(stored[::step], restored, prepared)
+    return QuantizedMatrix(Matrix(codes.numpy(), scales.numpy(), parameters), error, prepared.note)
+
+
+def _rows_at_a_time(rows: int) -> int:
+    """Rows are rounded apart from one another: equal shares for all threads, of a bounded size."""
+    threads = max(1, min(torch.get_num_threads(), rows // _ROWS_OF_A_THREAD))
+    shares = threads * -(-rows // (threads * _ROWS_AT_A_TIME))
+    return -(-rows // shares)
+
+
+def _in_parallel(work: Callable[[torch.Tensor], _Rounded], parts: Sequence[torch.Tensor]) -> list[_Rounded]:
+    """Results for all parts, one thread each: tensors are too small here for threads inside of torch's operations."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) == 1:
+        return [work(part) for part in parts]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _round(stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook, options: MatrixOptions) -> _Rounded:
+    """Some rows; each is on its own."""
+    if prepared.correlations is not None:
+        return column_feedback.quantize(stored, prepared.correlations, codebook, options.sweeps)
+    scales = cb.search_scales(stored, prepared.importance, codebook)
+    codes = codebook.encode(stored * cb.reciprocal(scales).repeat_interleave(GROUP_COLUMNS, 1))
+    return codes.to(torch.uint8), scales
+
+
+def _stored_weights(weight: NDArray[np.float32], refinement: Refinement, rotate: bool) -> tuple[torch.Tensor, float]:
+    """W * 2^e / alpha in stored order, which is D * code, and alpha, which makes the largest D about `_LARGEST`."""
+    columns = weight.shape[1]
+    growth = np.ldexp(np.float32(1), refinement.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
+    ordered = np.ascontiguousarray(weight[:, channel_order(refinement.listed, columns)])
+    stored = torch.from_numpy(ordered * growth)
+    if rotate:
+        stored = rotated(stored)
+    alpha = max(float(np.float32(float(stored.abs().max()) / (64 * _LARGEST))), _SMALLEST_ALPHA)
+    return stored / alpha, alpha
+
+
+def _relative_error(stored: torch.Tensor, restored: torch.Tensor, prepared: PreparedInput) -> float:
+    """tr(E H E^T) / tr(W H W^T); H is diagonal where no Hessian is known."""
+
+    def energy(w: torch.Tensor) -> float:
+        product = (
+            w * prepared.importance if prepared.hessian is None else column_feedback.times(prepared.hessian, w.T).T
+        )
+        return float((product * w).sum(dtype=torch.float64))
+
+    total = energy(stored)
+    return energy(stored - restored) / total if total > 0 else 0.0

@@ -1,0 +1,55 @@
+"""What the runtime does with an AGQ4 matrix and its input, in PyTorch and in floating point: for calibration.
+
+The integer sums of the runtime are exact, so that a product of the rounded input with the restored weights differs from
+the runtime's by float rounding only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from agq_gguf.format.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
+from agq_gguf.format.reference import rotate
+
+_TINY = 2.0**-100  # below this maximum a token counts as zero, as in the format
+_ROTATION = torch.from_numpy(rotate(np.eye(GROUP_COLUMNS, dtype=np.float32)))
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """`blocks.rotate` of x [..., K] by a matrix product, which has a gradient; rounding differs."""
+    return (x.unflatten(-1, (-1, GROUP_COLUMNS)) @ _ROTATION).flatten(-2)
+
+
+class Rounder:
+    """Rounds inputs as one matrix's parameters say; matrices that share an input share it."""
+
+    def __init__(self, parameters: Parameters, columns: int):
+        self.order = torch.from_numpy(channel_order(parameters.listed, columns).astype(np.int64))
+        self.back = self.order.argsort()
+        exponents = np.ldexp(np.float32(1), parameters.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
+        self.growth = torch.from_numpy(exponents)  # 2^e of each stored column
+        self._limit = 127.0 if parameters.activation_bits == 8 else 7.0
+        self._group = GROUP_COLUMNS if parameters.per_group else columns
+        self.rotates = parameters.rotated
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] float32 in input-channel order, rounded; the gradient passes as if it were not."""
+        with torch.no_grad():
+            refined = x[..., self.order] / self.growth
+            refined = (rotated(refined) if self.rotates else refined).unflatten(-1, (-1, self._group))
+            largest = refined.abs().amax(-1, keepdim=True)
+            factor = torch.where(largest < _TINY, 0.0, self._limit / largest)
+            rounded = ((refined * factor).round() * (largest / self._limit)).flatten(-2)
+            rounded = rotated(rounded) if self.rotates else rounded
+            difference = (rounded * self.growth)[..., self.back] - x
+        return x + difference
+
+
+def restored(matrix: Matrix, rounder: Rounder, scales: torch.Tensor | None = None) -> torch.Tensor:
+    """Weights [M, K] float32 in input-channel order; `scales` [M, K / 64] replaces the matrix's own."""
+    values = torch.from_numpy(matrix.parameters.codebook.astype(np.float32) - 64)[torch.from_numpy(matrix.codes).int()]
+    used = torch.from_numpy(matrix.scales) if scales is None else scales
+    spread = used.repeat_interleave(GROUP_COLUMNS, 1) * (matrix.parameters.tensor_scale / rounder.growth)
+    weights = rotated(values * spread) if rounder.rotates else values * spread
+    return weights[:, rounder.back]

@@ -1,0 +1,151 @@
+"""How far a model is from its reference: perplexity, KL divergence and agreement, from the logits of both."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.errors import InputError
+from agq_gguf.logits import compare
+from agq_gguf.runtime.model import Batch, Context, FlashAttention, Model, check_same_tokens
+
+Progress = Callable[[int, int], None]  # chunks done, chunks in all
+DEFAULT_CONTEXT = 512
+_ROWS = 32  # positions whose logits are held in binary64 at a time: 33 MB for a vocabulary of 128k
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over all scored positions; divergences are KL(reference || model) in nats per token."""
+
+    context: int  # tokens of a chunk
+    chunks: int
+    positions: int  # scored: the second half of each chunk
+    perplexity: float
+    reference_perplexity: float
+    mean_kl: float
+    mean_kl_error: float  # standard error of mean_kl
+    median_kl: float
+    kl_999: float  # the 99.9% percentile
+    max_kl: float
+    top1_agreement: float  # share of positions where both models find the same token most likely
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Content of a UTF-8 text file. Raises InputError if it is missing, empty or not text."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text (byte {e.start})") from e
+    if not text.strip():
+        raise InputError(f"{path}: the text is empty")
+    return text
+
+
+def evaluate(
+    model_path: str | os.PathLike[str],
+    reference_path: str | os.PathLike[str],
+    text: str,
+    *,
+    context: int | None = None,
+    chunks: int | None = None,
+    threads: int = 0,
+    flash_attention: FlashAttention = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compares two models on a text, chunk by chunk, so that memory does not grow with the text.
+
+    As in llama-perplexity, the text is cut into chunks of `context` tokens (default: 512, or what the model was
+    trained for if that is less), each starts with the BOS token if the model wants one, and the positions of its second
+    half are scored. `chunks` limits how many are used. Raises InputError, or HostError if a model does not run.
+    """
+    with ExitStack() as stack:
+        models = [stack.enter_context(Model(path)) for path in (reference_path, model_path)]
+        for model in models:
+            model.require_logits()
+        check_same_tokens(models)
+        size = min([DEFAULT_CONTEXT, *(m.n_ctx_train for m in models)]) if context is None else context
+        if size < 4:
+            raise InputError(f"chunks of {size} tokens are too short, at least 4 are needed")
+        pieces = _cut(models[0], text, size, chunks)
+        contexts = [
+            stack.enter_context(model.context(size, threads=threads, flash_attention=flash_attention))
+            for model in models
+        ]
+        scored = []
+        for done, piece in enumerate(pieces):
+            if progress is not None:
+                progress(done, len(pieces))
+            scored.append(np.concatenate(list(_score_chunk(contexts, piece, models[0]))))
+        if progress is not None:
+            progress(len(pieces), len(pieces))
+    return summarize(np.concatenate(scored), size, len(pieces))
+
+
+def _cut(model: Model, text: str, size: int, chunks: int | None) -> NDArray[np.int32]:
+    """Token ids [chunk, size]; the rest of the text is left out."""
+    tokens = model.tokenize(text)
+    n = len(tokens) // size
+    if n == 0:
+        raise InputError(
+            f"the text has {len(tokens)} tokens, one chunk has {size}; give a longer text or a smaller --ctx"
+        )
+    if chunks is not None:
+        n = min(n, chunks)
+    return tokens[: n * size].reshape(n, size)
+
+
+def _score_chunk(contexts: list[Context], piece: NDArray[np.int32], model: Model) -> Iterator[NDArray[np.float64]]:
+    """Rows of `compare` for the second half of a chunk."""
+    first = len(piece) // 2
+    inputs = piece.copy()
+    if model.add_bos:
+        inputs[0] = model.bos
+    # The last token is only a target: nothing in the chunk follows it.
+    batch = Batch(inputs[:-1], first_logits=first)
+    views = []
+    for context in contexts:
+        context.clear()
+        context.decode(batch)
+        views.append(context.logits(batch))
+    targets = piece[first + 1 :]
+    for begin in range(0, len(targets), _ROWS):
+        part = slice(begin, begin + _ROWS)
+        yield compare(views[0][part], views[1][part], targets[part])
+
+
+def summarize(scored: NDArray[np.float64], context: int, chunks: int) -> Evaluation:
+    """Figures from the rows of `compare`. Raises InputError if a model gave something that is no number."""
+    if not np.isfinite(scored).all():
+        bad = "reference" if not np.isfinite(scored[:, 0]).all() else "model"
+        raise InputError(f"the logits of the {bad} hold values that are not finite; its weights are damaged")
+    reference_nll, nll, kl, agree = scored.T
+    n = len(scored)
+    return Evaluation(
+        context=context,
+        chunks=chunks,
+        positions=n,
+        perplexity=_perplexity(nll),
+        reference_perplexity=_perplexity(reference_nll),
+        mean_kl=float(kl.mean()),
+        mean_kl_error=float(kl.std(ddof=1) / math.sqrt(n)) if n > 1 else 0.0,
+        median_kl=float(np.median(kl)),
+        kl_999=float(np.quantile(kl, 0.999)),
+        max_kl=float(kl.max()),
+        top1_agreement=float(agree.mean()),
+    )
+
+
+def _perplexity(nll: NDArray[np.float64]) -> float:
+    """Exponential of the mean; infinite for models so damaged that it overflows."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll.mean()))

@@ -1,0 +1,217 @@
+"""Chooses pruning layers and thresholds on calibration text, by running the model, and writes them into the file.
+
+Prompts are cut from the text. Every second one ends with the beginning of an earlier part of it, as a question ends a
+prompt. The model runs them with pruning as it will run later, inside the plugin, and what it then says about the 64
+tokens that follow, or about the rest of the repeated part, is compared with what it says when nothing is dropped. See
+docs/pruning.md, "Calibration".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.arguments import Progress
+from agq_gguf.errors import AgqError, FormatError, HostError, InputError
+from agq_gguf.format import pruning_record
+from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.measure.evaluate import read_text
+from agq_gguf.pruning.file import carriers, write_plan
+from agq_gguf.pruning.learn import learn_directions
+from agq_gguf.pruning.options import PruneOptions
+from agq_gguf.pruning.plan import (
+    Plan,
+    Work,
+    work_of,
+)
+from agq_gguf.pruning.search import Point, choose
+from agq_gguf.pruning.trial import CALL_TOKENS, Example, Runtime, examples_of
+from agq_gguf.runtime.model import Model
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What calibration found."""
+
+    chosen: Point
+    curve: list[Point]
+    nll: float  # of the tokens that follow, nothing dropped
+    origin: str  # what it was calibrated on
+    carriers: dict[int, str] = field(default_factory=dict)  # the tensor that holds the record of a layer
+
+
+# choosing
+
+
+# running
+
+
+def calibrate_pruning(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    calibration: str | os.PathLike[str] | None = None,
+    choice: PruneOptions | None = None,
+    progress: Progress | None = None,
+) -> PruneReport | None:
+    """Chooses what the AGQ4 model `src` prunes so that the wanted share is saved, and writes it, with that, to `dst`.
+
+    `dst` may be `src`; it is replaced when all went well. `calibration` is a text file, ideally like what the model
+    will read. With a share of 0 the model's pruning is removed, which needs no text, and nothing is returned. Raises
+    InputError, FormatError, HostError or OutputError; `dst` is untouched then.
+    """
+    choice, progress = choice or PruneOptions(), progress or _silent
+    with open_model(src) as reader:
+        held_by = carriers(reader)
+        if choice.share == 0:
+            write_plan(reader, dst, {}, {}, progress)
+            return None
+        if calibration is None:
+            raise InputError("choosing what to prune needs a text; give one with --calibration")
+        if not held_by:
+            raise FormatError(f"{src}: holds no AGQ4 matrix that can take a pruning record; quantize the model first")
+        sizes = {name: tensor.n_elements for name, tensor in reader.tensors.items()}
+    work = work_of(sizes)
+    allowed = sorted(layer for layer in held_by if layer < work.n_layer - 1)
+    if choice.layers and (missing := sorted(set(choice.layers) - set(allowed))):
+        raise InputError(f"{src}: layer {missing[0]} cannot be a pruning layer; possible are {allowed}")
+    text = read_text(calibration)
+    found: list[tuple[tuple[Point, list[Point], float], _Holders]] = []
+    refused: list[AgqError] = []
+    with Model(src) as model, ExitStack() as stack:
+        model.require_logits()
+        examples = examples_of(model, text, choice)
+        ways = choice.ways()
+        run = _counted(model, examples, work, allowed, choice, len(ways), progress)
+        for way in ways:
+            try:
+                holders = _Holders(held_by, {})
+                if way.score == "learned":
+                    holders = _learned(src, model, model.tokenize(text), allowed, way, progress)
+                    run.model = stack.enter_context(_taught(src, dst, holders, way))
+                layers = sorted(set(allowed) & set(holders.tensors))
+                found.append((choose(run, work_of(sizes, bool(way.reuse)), layers, way), holders))
+            except (InputError, HostError) as e:  # out of reach, or not for this architecture; another way may do
+                refused.append(e)
+        if not found:
+            raise refused[0]
+        (chosen, curve, nll), holders = min(found, key=lambda tried: tried[0][0].kl + tried[0][0].echo_kl)
+    origin = f"{Path(calibration).name}, {len(examples)} prompts of {len(examples[0].prompt)} tokens"
+    report = PruneReport(chosen, curve, nll, origin, {layer: holders.tensors[layer] for layer in chosen.plan.layers})
+    with open_model(src) as reader:
+        write_plan(reader, dst, holders.records(chosen.plan), metadata_of(report), progress)
+    return report
+
+
+@dataclass(frozen=True)
+class _Holders:
+    """By layer the tensor that holds its record, and the direction of a learned score."""
+
+    tensors: dict[int, str]
+    directions: dict[int, pruning_record.Direction]
+
+    def records(self, plan: Plan) -> dict[str, pruning_record.Pruning]:
+        """The plan's, by tensor."""
+        return {
+            self.tensors[layer]: replace(record, direction=self.directions.get(layer))
+            for layer, record in plan.records().items()
+        }
+
+
+def _learned(
+    src: str | os.PathLike[str],
+    model: Model,
+    tokens: NDArray[np.int32],
+    allowed: Sequence[int],
+    way: PruneOptions,
+    progress: Progress,
+) -> _Holders:
+    """Directions of all layers that have room for them. Raises InputError if none has."""
+    length = min(CALL_TOKENS, model.n_ctx_train) - way.following
+    found = learn_directions(
+        model,
+        tokens,
+        allowed,
+        following=way.following,
+        length=length,
+        threads=way.threads,
+        progress=lambda done, total: progress("learn", done, total, "what tokens are worth"),
+    )
+    with open_model(src) as reader:
+        tensors = carriers(reader, max(map(len, found.values())))
+    if not set(tensors) & set(found):
+        raise InputError(f"{src}: no AGQ4 matrix has room for a learned score; take another one")
+    return _Holders(tensors, {layer: pruning_record.Direction.of(found[layer]) for layer in tensors if layer in found})
+
+
+@contextmanager
+def _taught(
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], holders: _Holders, way: PruneOptions
+) -> Iterator[Model]:
+    """A copy of the model with all directions, because the plugin takes them from the file only."""
+    with TemporaryDirectory(prefix=".agq-learned-", dir=Path(dst).absolute().parent) as folder:
+        copy = Path(folder) / "model.gguf"
+        with open_model(src) as reader:
+            everywhere = way.plan(*((layer, 0.0) for layer in holders.directions))
+            write_plan(reader, copy, holders.records(everywhere), {}, _silent)
+        with Model(copy) as model:
+            yield model
+
+
+def _counted(
+    model: Model,
+    examples: list[Example],
+    work: Work,
+    allowed: Sequence[int],
+    choice: PruneOptions,
+    n_ways: int,
+    progress: Progress,
+) -> Runtime:
+    """The runtime, with progress in prompts of all that may have to be run."""
+    per_size = [
+        size * (choice.candidates if size == 1 else 2 * choice.candidates) for size in range(1, choice.max_layers + 1)
+    ]
+    n_layers = len(choice.layers) if choice.layers else choice.max_layers
+    curve = (len(choice.curve) + 1) * n_layers
+    total = len(examples) * (1 + curve + (0 if choice.layers else sum(per_size))) * n_ways
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        progress("prune", min(done, total), total, "choosing layers and thresholds")
+
+    return Runtime(model, examples, choice.threads, count)
+
+
+def metadata_of(report: PruneReport) -> dict[str, Any]:
+    """The keys ``agq.prune.*`` that tell people and tools what the records in the tensors say, and the curve."""
+    plan, curve = report.chosen.plan, report.curve
+    return {
+        "agq.prune.score": plan.score,
+        "agq.prune.keep": plan.keep,
+        "agq.prune.reach": plan.reach,
+        "agq.prune.reuse": int(plan.reuse),
+        "agq.prune.layers": np.array(plan.layers, np.int32),
+        "agq.prune.thresholds": np.array([value for _, value in plan.thresholds], np.float32),
+        "agq.prune.saving": report.chosen.saving,
+        "agq.prune.calibration": report.origin,
+        "agq.prune.nll": report.nll,
+        "agq.prune.curve.saving": np.array([p.saving for p in curve], np.float32),
+        "agq.prune.curve.kl": np.array([p.kl for p in curve], np.float32),
+        "agq.prune.curve.nll": np.array([p.nll for p in curve], np.float32),
+        "agq.prune.curve.echo_kl": np.array([p.echo_kl for p in curve], np.float32),
+        "agq.prune.curve.thresholds": np.array([v for p in curve for _, v in p.plan.thresholds], np.float32),
+    }
+
+
+def _silent(phase: str, done: int, total: int, what: str) -> None:
+    """Progress nobody asked for."""

@@ -1,0 +1,160 @@
+"""Where a model file holds its pruning: records inside AGQ4 tensors, metadata for people; and how both are replaced."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.arguments import Progress
+from agq_gguf.errors import FormatError, InputError
+from agq_gguf.format import blocks, pruning_record
+from agq_gguf.gguf_io.reader import Reader, Tensor
+from agq_gguf.gguf_io.shards import ShardedReader, paths_of
+from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.pruning.plan import Plan
+
+PREFIX = "agq.prune."
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_PREFERRED = "attn_output.weight"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What a setting saves and costs, as it was measured in calibration."""
+
+    saving: float  # share of the work of a prompt
+    kl: float  # of the tokens that follow, to the unpruned model, in nats
+    nll: float
+    spec: str  # for `agq_gguf.options(prune=...)` and AGQ_PRUNE
+
+
+@dataclass(frozen=True)
+class PruningInfo:
+    """What a file says about its pruning."""
+
+    calibration: str  # the text
+    saving: float
+    nll: float  # of the tokens that follow, nothing dropped
+    curve: list[CurvePoint]
+
+
+def pruning_info(reader: Reader) -> PruningInfo | None:
+    """The curve of calibration in the metadata; None if there is none, or none that makes sense."""
+
+    def value(key: str) -> Any:
+        found = reader.get(PREFIX + key)
+        return found.tolist() if isinstance(found, np.ndarray) else found
+
+    layers, saving = value("layers"), value("curve.saving")
+    try:
+        columns = [np.array(value(f"curve.{key}"), np.float64) for key in ("saving", "kl", "nll")]
+        thresholds = np.array(value("curve.thresholds"), np.float32).reshape(len(saving), len(layers))
+        plans = [
+            Plan(
+                tuple((int(layer), float(t)) for layer, t in zip(layers, row, strict=True)),
+                str(value("score")),
+                int(value("keep")),
+                int(value("reach")),
+                bool(value("reuse")),
+            )
+            for row in thresholds
+        ]
+        rows = zip(*(column.tolist() for column in columns), plans, strict=True)
+        points = [CurvePoint(saved, kl, nll, plan.spec()) for saved, kl, nll, plan in rows]
+        numbers = float(value("saving")), float(value("nll"))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return PruningInfo(str(value("calibration")), *numbers, points)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor, from its name ``blk.N.*``."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def carriers(reader: Reader, channels: int = 0) -> dict[int, str]:
+    """For each layer the tensor that would hold its record: an AGQ4 matrix with room. Raises FormatError for damage.
+
+    With `channels` there must be room for a direction of so many numbers, too.
+    """
+    found: dict[int, str] = {}
+    for name, tensor in reader.tensors.items():
+        layer = layer_of(name)
+        if layer is None or not _can_carry(reader, tensor, channels):
+            continue
+        if layer not in found or name.endswith(_PREFERRED):
+            found[layer] = name
+    return found
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.type_name == blocks.TYPE_NAME and len(tensor.shape) == 2
+
+
+def _matrix(reader: Reader, tensor: Tensor) -> NDArray[np.uint8]:
+    return np.frombuffer(reader.read_bytes(tensor.name, 0, tensor.n_bytes), np.uint8).reshape(tensor.shape[0], -1)
+
+
+def _parameters(reader: Reader, tensor: Tensor) -> blocks.Parameters:
+    try:
+        # Of the mapped file only the pages with attributes are looked at.
+        return blocks.read_parameters(np.frombuffer(reader.raw(tensor.name), np.uint8).reshape(tensor.shape[0], -1))
+    except FormatError as e:
+        raise FormatError(f"{reader.path}: {tensor.name}: {e}") from e
+
+
+def _can_carry(reader: Reader, tensor: Tensor, channels: int) -> bool:
+    if not _is_matrix(tensor):
+        return False
+    listed = _parameters(reader, tensor).listed.size
+    needed = blocks.parameters_bytes(tensor.shape[1], listed, pruning_record.pruning_bytes(channels))
+    return needed <= blocks.stream_bytes(*tensor.shape)
+
+
+def write_plan(
+    reader: Reader,
+    dst: str | os.PathLike[str],
+    records: Mapping[str, pruning_record.Pruning],
+    metadata: Mapping[str, Any],
+    progress: Progress,
+) -> None:
+    """Copies a model to `dst` with these records, by tensor, and these keys; all earlier ones are removed.
+
+    `dst` may be the file that is read; it is replaced when the copy is complete. Raises FormatError or OutputError.
+    """
+    if isinstance(reader, ShardedReader) and any(Path(dst).resolve() == path.resolve() for path in paths_of(reader)):
+        raise InputError(f"{dst}: one of several files of a model; write to another file, which will be a single one")
+    kept = {key: value for key, value in reader.metadata.items() if not key.startswith(PREFIX)}
+    tensors = list(reader.tensors.values())
+    placed = layout((t.name, t.type_name, t.shape) for t in tensors)
+    total = sum(t.n_bytes for t in tensors)
+    done = 0
+    with Writer(Path(dst), kept, metadata, placed) as writer:
+        for tensor in tensors:
+            progress("write", done, total, tensor.name)
+            writer.write(tensor.name, _content(reader, tensor, records.get(tensor.name)))
+            done += tensor.n_bytes
+        reader.check_unchanged()
+        progress("write", total, total, "")
+
+
+def _content(
+    reader: Reader, tensor: Tensor, record: pruning_record.Pruning | None
+) -> Iterable[memoryview | NDArray[np.uint8]]:
+    """The bytes of a tensor, with its record replaced."""
+    if not _is_matrix(tensor) or layer_of(tensor.name) is None:
+        return reader.chunks(tensor.name)
+    if _parameters(reader, tensor).pruning == record:
+        return reader.chunks(tensor.name)
+    try:
+        return [blocks.with_pruning(_matrix(reader, tensor), record)]
+    except FormatError as e:
+        raise FormatError(f"{reader.path}: {tensor.name}: {e}") from e

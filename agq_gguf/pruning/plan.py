@@ -1,0 +1,150 @@
+"""Plans for token pruning: what they say, what they save, and thresholds that drop a wanted number of tokens.
+
+Pure functions of arrays. How a plan is chosen is in `pruning/search.py`, how it is run in cpp/prune, and what all of
+it means in docs/pruning.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.format import pruning_record
+
+STAYED = -1  # "left behind no layer", in arrays that tell where tokens left
+MIN_PROMPT = 64  # tokens of a call; the runtime does not prune shorter ones
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tokens of a prompt are dropped: behind these layers, those whose importance is below the threshold."""
+
+    thresholds: tuple[tuple[int, float], ...]  # (layer, threshold), layers ascending
+    score: str = "recent"  # one of blocks.SCORES
+    keep: int = 0  # the last so many tokens of a call stay
+    reach: int = 0  # a token counts as much as the best one at most so many places away
+    reuse: bool = False  # later layers still get keys and values of dropped tokens, from the state in which they left
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The pruning layers."""
+        return tuple(layer for layer, _ in self.thresholds)
+
+    def spec(self, probed: Iterable[int] = ()) -> str:
+        """The plan as `agq_gguf.options(prune=...)` and the variable AGQ_PRUNE take it.
+
+        `probed` are further layers where the runtime is to compute importance but to drop nothing.
+        """
+        rules = dict.fromkeys(probed, "t0") | {layer: f"t{value:.9g}" for layer, value in self.thresholds}
+        if not rules:
+            return "off"
+        listed = ",".join(f"{layer}:{rule}" for layer, rule in sorted(rules.items()))
+        return f"{listed};score={self.score};keep={self.keep};reach={self.reach}" + (";reuse=1" if self.reuse else "")
+
+    def records(self) -> dict[int, pruning_record.Pruning]:
+        """The record of each pruning layer."""
+        return {
+            layer: pruning_record.Pruning(self.score, value, self.keep, self.reach, self.reuse)
+            for layer, value in self.thresholds
+        }
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a prompt's tokens in the layers of a model, in units of one token through one layer.
+
+    It counts the weights that a token is multiplied with, not attention itself, which shrinks faster.
+    """
+
+    n_layer: int
+    ffn_share: float  # of the weights of a layer, those that stand behind its attention
+    again: float = 0.0  # of the weights of a layer, those that a dropped token still takes
+
+    def worth(self, layer: int) -> float:
+        """Share of a token's whole work that is saved if it leaves behind the attention of this layer."""
+        return ((self.n_layer - layer - 1) * (1 - self.again) + self.ffn_share) / self.n_layer
+
+    def saving(self, left: Sequence[NDArray[np.int32]]) -> float:
+        """Share of the work of prompts that was saved; `left` has for each the layer where each token left, or -1."""
+        tokens = sum(len(layers) for layers in left)
+        saved = sum(
+            self.worth(int(layer)) * int(count)
+            for layers in left
+            for layer, count in zip(*np.unique(layers, return_counts=True), strict=True)
+            if layer != STAYED
+        )
+        return saved / max(tokens, 1)
+
+
+def work_of(sizes: dict[str, int], reuse: bool = False) -> Work:
+    """From the names and sizes (elements) of a model's tensors. Layers are ``blk.N``.
+
+    With `reuse`, dropped tokens still take the products that make keys and values.
+    """
+    per_layer = {name: int(name.split(".")[1]) for name in sizes if name.startswith("blk.") and name.count(".") > 1}
+    if not per_layer:
+        raise ValueError("no tensor is called blk.N.*")
+    ffn = sum(sizes[name] for name in per_layer if ".ffn" in name)
+    total = sum(sizes[name] for name in per_layer)
+    again = sum(sizes[name] for name in per_layer if re.search(r"\.attn_(k|v|qkv)\.", name)) if reuse else 0
+    return Work(max(per_layer.values()) + 1, ffn / total, again / total)
+
+
+def droppable(importance: Sequence[NDArray[np.float32]]) -> int:
+    """How many tokens could be dropped, of those whose importance this is (NaN: gone, infinite: protected)."""
+    return sum(int(np.isfinite(values).sum()) for values in importance)
+
+
+def threshold_for(importance: Sequence[NDArray[np.float32]], n_drop: int) -> float:
+    """The threshold below which `n_drop` tokens of all prompts fall, or as many as there are; a binary32 value.
+
+    `importance` has an array for each prompt, NaN for tokens that are gone and infinity for protected ones.
+    """
+    values = np.sort(np.concatenate([values[np.isfinite(values)] for values in importance]).astype(np.float32))
+    if n_drop <= 0 or not len(values):
+        return 0.0
+    if n_drop >= len(values):
+        return float(np.nextafter(values[-1], np.float32(np.inf)))
+    return float(values[n_drop])
+
+
+def overlooked(importance: dict[int, list[NDArray[np.float32]]], layer: int, n_drop: int) -> float:
+    """How much later layers would miss of `n_drop` tokens that are dropped behind this one: 0 to 1.
+
+    That is the importance of the most important dropped token, as a share of that of all tokens, mean over later layers
+    and prompts. A layer that does not yet look at what will matter later shows by it, before anything is run.
+    """
+    border = threshold_for(importance[layer], n_drop)
+    missed = [
+        values[gone].max(initial=0) / max(values[np.isfinite(values)].max(initial=0), np.finfo(np.float32).tiny)
+        for later in importance
+        if later > layer
+        for values, own in zip(importance[later], importance[layer], strict=True)
+        for gone in [(own < np.float32(border)) & np.isfinite(values)]
+    ]
+    return float(np.mean(missed)) if missed else 0.0
+
+
+def single_layers(
+    work: Work, saving: float, allowed: Sequence[int], most: float, count: int, missed: Callable[[int], float]
+) -> list[int]:
+    """Up to `count` layers, from all over the model, that can save that much with at most a share `most` of the tokens.
+
+    Of neighbours the one is taken of which `missed` is least.
+    """
+    able = [layer for layer in allowed if saving <= most * work.worth(layer)]
+    if len(able) <= count:
+        return able
+    zones = (able[len(able) * i // count : len(able) * (i + 1) // count] for i in range(count))
+    return [min(zone, key=missed) for zone in zones]
+
+
+def split_saving(work: Work, layers: Sequence[int], parts: Sequence[float], saving: float) -> list[float]:
+    """Share of all tokens to be dropped behind each layer so that layer i contributes `parts[i]` of the saving."""
+    total = math.fsum(parts)
+    return [saving * part / total / work.worth(layer) for layer, part in zip(layers, parts, strict=True)]

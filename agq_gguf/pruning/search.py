@@ -1,0 +1,107 @@
+"""Chooses pruning layers and thresholds by trial runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from agq_gguf.errors import InputError
+from agq_gguf.pruning.options import PruneOptions
+from agq_gguf.pruning.plan import (
+    Plan,
+    Work,
+    droppable,
+    overlooked,
+    single_layers,
+    split_saving,
+    threshold_for,
+)
+from agq_gguf.pruning.trial import Run, Runner
+
+_BETTER = 0.97  # of the divergence: what another pruning layer must bring to be worth it
+
+
+_ENOUGH = 0.95  # of the wanted saving
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan as measured: what it saves, and what that costs."""
+
+    plan: Plan
+    saving: float  # share of the work of the prompts
+    kl: float  # of the tokens that follow, to the unpruned model, mean, in nats
+    nll: float  # of the tokens that follow, mean, in nats
+    echo_kl: float  # KL of a part of the prompt that is repeated behind it
+
+
+def plan_for(
+    run: Runner, work: Work, layers: Sequence[int], saving: float, base: Run, choice: PruneOptions
+) -> tuple[Plan, Run]:
+    """Thresholds behind these layers that save so much of the work, and the run with them.
+
+    Each layer contributes the same saving; where a layer has too few tokens left, what it cannot drop is missing.
+    """
+    tokens = sum(map(len, next(iter(base.importance.values()))))
+    shares = split_saving(work, layers, [1.0] * len(layers), saving)
+    plan, seen = choice.plan(), base
+    for i, (layer, share) in enumerate(zip(layers, shares, strict=True)):
+        threshold = threshold_for(seen.importance[layer], round(share * tokens))
+        plan = choice.plan(*plan.thresholds, (layer, threshold))
+        seen = run(plan, layers[i + 1 : i + 2])
+    return plan, seen
+
+
+def choose_layers(run: Runner, work: Work, allowed: Sequence[int], base: Run, choice: PruneOptions) -> tuple[int, ...]:
+    """The layers behind which the wanted saving costs least: the best single one, then whatever improves on it."""
+    tokens = sum(map(len, base.importance[allowed[0]]))
+    most = droppable(base.importance[allowed[0]]) / tokens
+
+    def tried(saving: float) -> list[int]:
+        def missed(layer: int) -> float:
+            return overlooked(base.importance, layer, round(saving / work.worth(layer) * tokens))
+
+        return single_layers(work, saving, allowed, most, choice.candidates, missed)
+
+    candidates = tried(choice.share)
+    if not candidates:
+        raise InputError(
+            f"a saving of {choice.share:.0%} is out of reach: at most {most:.0%} of the tokens of a calibration prompt "
+            f"can leave, and behind layer {allowed[0]} at the earliest; ask for less, or keep fewer of the last tokens"
+        )
+    later = tried(choice.share / 2)
+    best: tuple[float, tuple[int, ...]] = (np.inf, ())
+    for size in range(1, choice.max_layers + 1):
+        extensions = [(layer,) for layer in candidates] if size == 1 else _extend(best[1], {*candidates, *later})
+        runs = [(plan_for(run, work, layers, choice.share, base, choice)[1], layers) for layers in extensions]
+        # Several layers may not reach what each of them could alone, with equal parts.
+        found = [(seen.cost, layers) for seen, layers in runs if work.saving(seen.left) > _ENOUGH * choice.share]
+        if not found or min(found)[0] > _BETTER * best[0]:
+            break
+        best = min(found)
+    if not best[1]:
+        raise InputError(f"no layer was found behind which a share of {choice.share:.0%} is saved; ask for less")
+    return best[1]
+
+
+def _extend(layers: tuple[int, ...], more: Iterable[int]) -> list[tuple[int, ...]]:
+    return [tuple(sorted((*layers, layer))) for layer in sorted(set(more) - set(layers))]
+
+
+def choose(run: Runner, work: Work, allowed: Sequence[int], choice: PruneOptions) -> tuple[Point, list[Point], float]:
+    """The plan for the wanted share, the curve of savings with its layers, and the unpruned NLL."""
+    base = run(choice.plan(), allowed)
+    layers = choice.layers or choose_layers(run, work, allowed, base, choice)
+    chosen = None
+    points: list[Point] = []
+    for saving in sorted({*choice.curve, choice.share}):
+        plan, found = plan_for(run, work, layers, saving, base, choice)
+        point = Point(plan, work.saving(found.left), found.kl, found.nll, found.echo_kl)
+        if saving == choice.share:
+            chosen = point
+        if not points or point.saving > points[-1].saving + 0.01:  # at the end of the reach nothing changes any more
+            points.append(point)
+    assert chosen is not None
+    return chosen, points, base.nll

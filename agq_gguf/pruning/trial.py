@@ -1,0 +1,149 @@
+"""Runs a pruning plan on example prompts and measures what it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.errors import HostError, InputError
+from agq_gguf.logits import compare
+from agq_gguf.pruning.options import PruneOptions
+from agq_gguf.pruning.plan import (
+    MIN_PROMPT,
+    Plan,
+)
+from agq_gguf.runtime.model import Batch, Context, Model
+from agq_gguf.runtime.plugin import last_pruned, options
+from agq_gguf.runtime.pruned import last_importance
+
+CALL_TOKENS = 512  # tokens of a prompt and what follows; llama.cpp's ubatch, within which tokens are judged
+
+
+_LOGITS_BYTES = 512 << 20  # of the unpruned model's logits that may be kept
+
+
+_CUE = 16  # tokens of a repeated part that end a prompt; by then a model that can copy does so
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and what follows it: in the text, or (an echo) in the part that the prompt's end begins to repeat."""
+
+    prompt: NDArray[np.int32]
+    following: NDArray[np.int32]
+    is_echo: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one pass over all examples showed, in lists over examples."""
+
+    left: list[NDArray[np.int32]]  # layer where each prompt token left, or -1
+    importance: dict[int, list[NDArray[np.float32]]]  # of the probed layers
+    kl: float
+    nll: float
+    echo_kl: float
+
+    @property
+    def cost(self) -> float:
+        """What a choice is judged by."""
+        return self.kl + self.echo_kl
+
+
+Runner = Callable[[Plan, Sequence[int]], Run]  # plan, layers where importance is wanted but nothing dropped
+
+
+def make_examples(tokens: NDArray[np.int32], count: int, following: int, context: int) -> list[Example]:
+    """Cuts up to `count` examples out of a text, evenly spread; fewer if the text is short. Raises InputError."""
+    length = min(CALL_TOKENS, context) - following
+    if length < 2 * MIN_PROMPT:
+        raise InputError(f"a context of {context} tokens is too short to prune prompts in it")
+    room = len(tokens) - length - following
+    if room < 0:
+        raise InputError(f"the text has {len(tokens)} tokens; at least {length + following} are needed")
+    starts = np.linspace(0, room, max(2, min(count, 1 + room // following))).astype(np.int64)
+    examples = []
+    for i, start in enumerate(starts):
+        prompt = tokens[start : start + length].copy()
+        if i % 2 == 0:
+            examples.append(Example(prompt, tokens[start + length : start + length + following]))
+            continue
+        # Parts from all over the prompts, but not from their very end, which nobody drops.
+        at = 1 + (i * (length - 3 * following)) // (len(starts) - 1)
+        part = prompt[at : at + _CUE + following // 2].copy()
+        prompt[-_CUE:] = part[:_CUE]
+        examples.append(Example(prompt, part[_CUE:], is_echo=True))
+    return examples
+
+
+class Runtime:
+    """The model, run by the plugin on all examples. The first run must be of a plan that drops nothing."""
+
+    def __init__(self, model: Model, examples: list[Example], threads: int, progress: Callable[[], None]):
+        self.model, self._examples, self._threads, self._progress = model, examples, threads, progress
+        self._reuse = False
+        self._full: list[NDArray[np.float32]] = []  # logits of the unpruned model by example
+
+    def __call__(self, plan: Plan, probed: Sequence[int]) -> Run:
+        """Runs all examples with this plan."""
+        self._reuse = plan.reuse
+        size = max(len(e.prompt) + len(e.following) for e in self._examples)
+        left: list[NDArray[np.int32]] = []
+        importance: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in probed}
+        rows: dict[bool, list[NDArray[np.float64]]] = {False: [], True: []}
+        with ExitStack() as stack:
+            with options(prune=plan.spec(probed)):
+                context = stack.enter_context(self.model.context(size, n_ubatch=size, threads=self._threads))
+            for i, example in enumerate(self._examples):
+                logits = self._logits(context, example, left, importance)
+                if len(self._full) <= i:
+                    self._full.append(logits)
+                rows[example.is_echo].append(compare(self._full[i], logits, example.following))
+                self._progress()
+        _, nll, kl, _ = np.concatenate(rows[False]).T
+        echo_kl = np.concatenate(rows[True])[:, 2]
+        if not (np.isfinite(nll).all() and np.isfinite(kl).all() and np.isfinite(echo_kl).all()):
+            raise InputError(f"{self.model.path}: its logits hold values that are not finite; the weights are damaged")
+        return Run(left, importance, float(kl.mean()), float(nll.mean()), float(echo_kl.mean()))
+
+    def _logits(
+        self,
+        context: Context,
+        example: Example,
+        left: list[NDArray[np.int32]],
+        importance: dict[int, list[NDArray[np.float32]]],
+    ) -> NDArray[np.float32]:
+        """Logits of the tokens that follow; adds what the prompt's call showed."""
+        n = len(example.prompt)
+        context.clear()
+        prompt = Batch(example.prompt)
+        context.decode(prompt)
+        left.append(np.array(last_pruned(), np.int32))
+        for layer, values in importance.items():
+            values.append(last_importance(layer))
+        found = [left[-1], *(values[-1] for values in importance.values())]
+        if any(len(values) != n for values in found):
+            without = "; it may be possible with --no-reuse" if self._reuse else ""
+            raise HostError(
+                f"{self.model.path}: the plugin cannot prune this model; its log says why (--debug){without}"
+            )
+        first = context.logits(prompt)[-1:].copy()
+        batch = Batch(example.following[:-1], first_position=n, first_logits=0)
+        context.decode(batch)
+        return np.concatenate([first, context.logits(batch)])
+
+
+def examples_of(model: Model, text: str, choice: PruneOptions) -> list[Example]:
+    """Examples from a text, as many as wanted and as the memory for their logits allows."""
+    tokens = model.tokenize(text)
+    logits_bytes = 4 * model.n_vocab * choice.following
+    count = max(2, min(choice.prompts, _LOGITS_BYTES // logits_bytes))
+    examples = make_examples(tokens, count, choice.following, model.n_ctx_train)
+    if model.add_bos:
+        for example in examples:
+            example.prompt[0] = model.bos
+    return examples

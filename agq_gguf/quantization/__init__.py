@@ -1,0 +1,1 @@
+"""From a float GGUF to an AGQ4 GGUF."""

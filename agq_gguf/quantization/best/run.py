@@ -1,0 +1,185 @@
+"""The quality `best`: token weights, quantization stage by stage, tuned norms and scales; for models whose graph
+`graphs` has.
+
+Three steps of their own modules: `sensitivity`, `sequential`, `distill`. Here they are given their text, their memory
+and each other's results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agq_gguf.arguments import Progress
+from agq_gguf.calibration.collect import Calibrator
+from agq_gguf.format.blocks import TYPE_NAME
+from agq_gguf.gguf_io.reader import Reader
+from agq_gguf.graphs.batches import batches_of
+from agq_gguf.graphs.llama import LlamaGraph
+from agq_gguf.graphs.registry import graph_of, why_not
+from agq_gguf.logits import compare
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
+from agq_gguf.matrix.simulate import Rounder, restored
+from agq_gguf.quantization import stock_types
+from agq_gguf.quantization.best import tune
+from agq_gguf.quantization.best.fisher import affordable, measure
+from agq_gguf.quantization.best.sequential import Sequential
+from agq_gguf.quantization.resume import Journal
+from agq_gguf.quantization.type_plan import EMBEDDING, TensorPlan
+
+_BATCH_TOKENS = 2048  # run through the graph at a time
+_TUNE_TOKENS = 512  # of a step of training
+_EPOCHS = 2
+_CHECK_TOKENS = 64
+_SAME = 1e-3  # nats per token between llama.cpp and our graph; F16 arithmetic alone makes 1e-6 to 1e-5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How, and with what, a model is refined."""
+
+    options: MatrixOptions
+    memory: int  # bytes
+    tune: bool
+    journal: Journal  # has matrices and gradients that an earlier run has finished, and gets the others
+    progress: Progress
+
+
+@dataclass
+class Refined:
+    """What `refine` makes. `norms` and `notes` are complete when `results` is exhausted."""
+
+    names: set[str]  # of the matrices that `results` yields
+    results: Iterator[tuple[str, QuantizedMatrix]]
+    norms: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def refine(reader: Reader, calibrator: Calibrator, plans: list[TensorPlan], setting: Setting) -> Refined | str:
+    """Quantizes all AGQ4 matrices of the blocks (and an embedding that is only looked up).
+
+    Returns the reason instead where the model is not one that this can be done with.
+    """
+    reason = why_not(reader)
+    if reason:
+        return reason
+    graph = graph_of(reader, setting.memory // 4)
+    if _differs(graph, calibrator):
+        return "our graph of this architecture does not give the logits of llama.cpp"
+    names = {plan.source.name for plan in plans if plan.type_name == TYPE_NAME and plan.source.name.startswith("blk.")}
+    if graph.output_name != EMBEDDING and any((p.source.name, p.type_name) == (EMBEDDING, TYPE_NAME) for p in plans):
+        names.add(EMBEDDING)
+    refined = Refined(names, iter(()))
+    refined.results = _run(graph, calibrator.chunks, plans, setting, refined)
+    return refined
+
+
+def _differs(graph: LlamaGraph, calibrator: Calibrator) -> bool:
+    """Whether llama.cpp computes something else on the beginning of the text."""
+    tokens = calibrator.chunks[0][:_CHECK_TOKENS]
+    theirs = calibrator.logits(tokens)
+    with torch.no_grad():
+        x = graph.embed(torch.from_numpy(tokens.astype(np.int64))[None])
+        for layer in range(graph.shape.n_layer):
+            x = graph.block(layer, x, graph.linear)
+        ours = graph.logits(x)[0].numpy()
+    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return True
+    return not compare(theirs, ours, tokens)[:, 2].mean() < _SAME
+
+
+def _run(
+    graph: LlamaGraph, chunks: list[NDArray[np.int32]], plans: list[TensorPlan], setting: Setting, refined: Refined
+) -> Iterator[tuple[str, QuantizedMatrix]]:
+    options, memory, journal, progress = setting.options, setting.memory, setting.journal, setting.progress
+    types = {plan.source.name: plan.type_name for plan in plans}
+    chunks = _affordable(graph, chunks, memory, refined.notes)
+    batches = batches_of(chunks, _BATCH_TOKENS)
+    n_tokens = sum(map(len, chunks))
+    inside = [plan.source for plan in plans if plan.source.name in refined.names - {EMBEDDING}]
+    rows = {tensor.name.removesuffix(".weight"): tensor.shape[-2] for tensor in inside}
+    grams = affordable(rows, memory // 4)
+    if len(grams) < len(rows):
+        refined.notes.append(
+            f"rows of {len(rows) - len(grams)} of {len(rows)} matrices do not make up for each other's errors; "
+            "more memory would let all"
+        )
+    sensitivity = measure(
+        graph, batches, grams, journal, lambda done: progress("sensitivity", done, n_tokens, "gradients")
+    )
+
+    embedding, looked_up = _embedding(graph, types, options)
+    if looked_up is not None:
+        yield EMBEDDING, looked_up
+    run = Sequential(graph, batches, refined.names, sensitivity, options, embedding)
+    stages = 4 * graph.shape.n_layer
+
+    def report(done: int, name: str) -> None:
+        progress("quantize", done, stages, name)
+
+    needed = tune.bytes_needed(sum(plan.source.n_elements for plan in plans))
+    if not setting.tune or needed > memory:
+        if setting.tune:
+            refined.notes.append(
+                f"norms and scales were not tuned: that takes {needed >> 20} MiB, --memory allows {memory >> 20}"
+            )
+        yield from run.run(journal, report)
+        refined.norms.update({name: norm.numpy() for name, norm in run.norms.items()})
+        return
+    matrices = dict(run.run(journal, report))
+    refined.norms.update({name: norm.numpy() for name, norm in run.norms.items()})
+    tuned = tune.tune(
+        graph,
+        batches_of(chunks, _TUNE_TOKENS),
+        matrices,
+        run.norms,
+        embedding=embedding,
+        output=_stored(graph.tensor(graph.output_name), types[graph.output_name]),
+        epochs=_EPOCHS,
+        progress=lambda done, total: progress("tune", done, total, "norms and scales"),
+    )
+    if tuned.matrices:
+        matrices = tuned.matrices
+        refined.norms.update({name: norm.numpy() for name, norm in tuned.norms.items()})
+    else:
+        refined.notes.append("tuning norms and scales did not help on text kept aside, so they stay")
+    yield from matrices.items()
+
+
+def _affordable(
+    graph: LlamaGraph, chunks: list[NDArray[np.int32]], memory: int, notes: list[str]
+) -> list[NDArray[np.int32]]:
+    """As many chunks, evenly chosen, as both streams find memory for."""
+    width = graph.tensor("token_embd.weight").shape[1]
+    inner = max(graph.tensor(f"blk.{i}.ffn_down.weight").shape[1] for i in range(min(1, graph.shape.n_layer)))
+    token_bytes = 4 * (2 * (width + inner) + 2 * inner)
+    total = sum(map(len, chunks))
+    room = max(memory // 2 // token_bytes, len(chunks[0]))
+    if total <= room:
+        return chunks
+    n = max(1, len(chunks) * room // total)
+    notes.append(f"calibrated on {n} of {len(chunks)} chunks of text; more memory would take all")
+    return [chunks[i * len(chunks) // n] for i in range(n)]
+
+
+def _embedding(
+    graph: LlamaGraph, types: dict[str, str], options: MatrixOptions
+) -> tuple[torch.Tensor | None, QuantizedMatrix | None]:
+    """What the quantized model looks tokens up in, and the matrix if that is AGQ4."""
+    table = graph.tensor(EMBEDDING)
+    if types[EMBEDDING] != TYPE_NAME or graph.output_name == EMBEDDING:
+        return _stored(table, types[EMBEDDING]), None
+    found = quantize_matrix(table.numpy(), prepare_input(None, table.shape[1], 0, options), options, EMBEDDING)
+    return restored(found.matrix, Rounder(found.matrix.parameters, table.shape[1])), found
+
+
+def _stored(weights: torch.Tensor, type_name: str) -> torch.Tensor | None:
+    """Weights as they come back from one of ggml's types; None where that changes next to nothing, or is not known."""
+    if type_name in (TYPE_NAME, "f32", "f16", "bf16"):
+        return None
+    return torch.from_numpy(stock_types.rounded(weights.numpy(), type_name))

@@ -1,0 +1,158 @@
+"""Tunes what costs no bits: after quantization, norm weights and scales learn to bring the logits back.
+
+The quantized model, activations rounded, is the student, the float model the teacher; the loss is the divergence that
+`evaluate` measures, the data the calibration text. Codes, codebooks and all else stay. Part of the text is kept aside,
+and the result is thrown away unless it is better there. What learns are factors around 1: weights of norms differ by
+three powers of ten inside one model, and a step that is right for one of them ruins another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+from agq_gguf.graphs.llama import LlamaGraph
+from agq_gguf.matrix.codebook import storable
+from agq_gguf.matrix.quantize import QuantizedMatrix
+from agq_gguf.matrix.simulate import Rounder, restored
+
+_RATE = 5e-4  # of the factors
+_WARM_UP = 0.1  # share of the steps
+_HELD_OUT = 8  # one batch in so many is kept aside
+_USUAL = 0.99  # of its positions, those with the least divergence, decide
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came out of it; empty dictionaries where it was not better."""
+
+    norms: dict[str, torch.Tensor]
+    matrices: dict[str, QuantizedMatrix]
+    before: float  # divergence in nats per token on the text kept aside
+    after: float
+
+
+class _Student:
+    """The quantized model with trainable norms and scales."""
+
+    def __init__(
+        self,
+        graph: LlamaGraph,
+        matrices: Mapping[str, QuantizedMatrix],
+        norms: Mapping[str, torch.Tensor],
+        embedding: torch.Tensor | None,
+        output: torch.Tensor | None,
+    ):
+        self.graph, self.matrices, self.output = graph, matrices, output
+        self.embedding = embedding
+        self._biases = {name: bias for name, bias in norms.items() if name not in graph.norms}
+        self._norms = {name: norms.get(name, graph.tensor(name)) for name in graph.norms}
+        self._scales = {name: torch.from_numpy(m.matrix.scales) for name, m in matrices.items()}
+        self._norm_factors = {name: torch.ones_like(norm) for name, norm in self._norms.items()}
+        self._scale_factors = {name: torch.ones_like(scales) for name, scales in self._scales.items()}
+        self._rounders = {name: Rounder(m.matrix.parameters, m.matrix.codes.shape[1]) for name, m in matrices.items()}
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """What learns."""
+        found = [*self._norm_factors.values(), *self._scale_factors.values()]
+        return [factor.requires_grad_() for factor in found]
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Weights of norms as they are now, and biases that are not the file's."""
+        return self._biases | {name: norm * self._norm_factors[name] for name, norm in self._norms.items()}
+
+    def scales(self, name: str) -> torch.Tensor:
+        """Scales [M, K / 64] of a matrix as the file will have them; gradients pass as if they were not rounded."""
+        exact = self._scales[name] * self._scale_factors[name]
+        return exact + (storable(exact.detach()) - exact.detach())
+
+    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        key = f"{name}.weight"
+        if key not in self.matrices:
+            return self.graph.linear(name, x)
+        rounder = self._rounders[key]
+        return functional.linear(rounder(x), restored(self.matrices[key].matrix, rounder, self.scales(key)))
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits with the norms of the student."""
+        self.graph.replaced = self.norms()
+        try:
+            x = self.graph.embed(tokens, self.embedding)
+            for layer in range(self.graph.shape.n_layer):
+                x = self.graph.block(layer, x, self._linear)
+            return self.graph.logits(x, self.output)
+        finally:
+            self.graph.replaced = {}
+
+
+def bytes_needed(n_parameters: int) -> int:
+    """Memory that tuning takes, roughly: each weight restored, its gradient, and its codes as indices."""
+    return 16 * n_parameters
+
+
+def tune(
+    graph: LlamaGraph,
+    batches: list[torch.Tensor],
+    matrices: Mapping[str, QuantizedMatrix],
+    norms: Mapping[str, torch.Tensor],
+    *,
+    embedding: torch.Tensor | None,
+    output: torch.Tensor | None,
+    epochs: int,
+    progress: Callable[[int, int], None],
+) -> Tuned:
+    """Trains on `batches` of tokens [batch, tokens].
+
+    `norms` (where they are not the file's), `embedding` and `output` are what the quantized model has.
+    """
+    student = _Student(graph, matrices, norms, embedding, output)
+    kept = set(range(min(_HELD_OUT // 2, len(batches) - 1), len(batches), _HELD_OUT))
+    aside = [batches[i] for i in kept]
+    seen = [batch for i, batch in enumerate(batches) if i not in kept]
+    if not seen:
+        return Tuned({}, {}, 0.0, 0.0)
+    with torch.no_grad():
+        before = _divergence(graph, student, aside)
+    optimizer = torch.optim.Adam(student.parameters, lr=_RATE, betas=(0.9, 0.95))
+    steps, step = epochs * len(seen), 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for i in torch.randperm(len(seen), generator=generator).tolist():
+            for group in optimizer.param_groups:
+                group["lr"] = _RATE * min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 - step / steps)
+            optimizer.zero_grad()
+            _loss(graph, student, seen[i]).mean().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            step += 1
+            progress(step, steps)
+    with torch.no_grad():
+        after = _divergence(graph, student, aside)
+    # A few positions hold a third of the divergence; where they fall is luck, and no reason to take or leave a result.
+    usual = (before + after).argsort()[: int(_USUAL * len(before)) or 1]
+    if not after[usual].mean() < before[usual].mean():
+        return Tuned({}, {}, float(before.mean()), float(after.mean()))
+    with torch.no_grad():
+        tuned = {
+            name: replace(m, matrix=replace(m.matrix, scales=storable(student.scales(name)).numpy()))
+            for name, m in matrices.items()
+        }
+        return Tuned(student.norms(), tuned, float(before.mean()), float(after.mean()))
+
+
+def _loss(graph: LlamaGraph, student: _Student, tokens: torch.Tensor) -> torch.Tensor:
+    """KL(float || student) of each position, in nats."""
+    with torch.no_grad():
+        x = graph.embed(tokens)
+        for layer in range(graph.shape.n_layer):
+            x = graph.block(layer, x, graph.linear)
+        wanted = functional.log_softmax(graph.logits(x), -1)
+    found = functional.log_softmax(student.logits(tokens), -1)
+    return (wanted.exp() * (wanted - found)).sum(-1)
+
+
+def _divergence(graph: LlamaGraph, student: _Student, batches: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([_loss(graph, student, batch).flatten() for batch in batches])

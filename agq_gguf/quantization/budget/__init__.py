@@ -1,0 +1,1 @@
+"""`--target-bpw`: which tensors get more bits under a budget for the whole model."""

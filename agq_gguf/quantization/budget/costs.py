@@ -1,0 +1,124 @@
+"""What it costs the model, in nats per token, to store one tensor in a coarser type: for choices under a budget.
+
+Where the graph is known (`graphs`) the cost is the divergence to second order, E[(g . dy)^2] / 2: dy is what the
+rounded tensor changes in its product, g the gradient of -log p of a token drawn from the model's own prediction.
+Tensors are rounded one at a time and on their own, without error feedback, which helps all alike.
+
+Elsewhere it is the relative squared error of the product. Blocks then count alike, and the output matrix as all of them
+together: about what was measured where the graph is known (docs/quality.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agq_gguf.calibration.stats import InputStats
+from agq_gguf.format.blocks import TYPE_NAME, listable
+from agq_gguf.format.reference import dequantize
+from agq_gguf.gguf_io.reader import Reader, Tensor
+from agq_gguf.graphs.gradients import block_gradients, logits_gradient
+from agq_gguf.graphs.llama import LlamaGraph
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
+from agq_gguf.quantization import stock_types
+
+Damage = dict[str, dict[str, float]]  # tensor -> type -> cost
+_ROWS = 1024  # of a matrix that are tried where the graph is not known
+
+
+def rounded(
+    weight: NDArray[np.float32], type_name: str, stats: InputStats | None, options: MatrixOptions
+) -> NDArray[np.float32]:
+    """A matrix [M, K] as it comes back from the type."""
+    if type_name != TYPE_NAME:
+        return stock_types.rounded(weight, type_name, None if stats is None else stats.mean_square)
+    plain = replace(options, error_feedback=False)
+    prepared = prepare_input(stats, weight.shape[1], listable(*weight.shape), plain)
+    return dequantize(quantize_matrix(weight, prepared, plain).matrix)
+
+
+def by_gradients(
+    graph: LlamaGraph,
+    tokens: torch.Tensor,
+    types: Mapping[str, Iterable[str]],
+    options: MatrixOptions,
+    progress: Callable[[int, int, str], None],
+) -> Damage:
+    """Divergence that each of `types` (by tensor) makes on `tokens` [batch, n] int64, the other tensors left alone."""
+    found: Damage = {}
+    shared: dict[str, InputStats] = {}
+    inputs = [graph.embed(tokens)]
+    with torch.no_grad():
+        for layer in range(graph.shape.n_layer):
+            inputs.append(graph.block(layer, inputs[-1], graph.linear))
+        last = graph.normed(inputs[-1]).flatten(0, 1)
+
+    def add(name: str, given: torch.Tensor | None, gradient: torch.Tensor) -> None:
+        if name not in types:
+            return
+        progress(len(found), len(types), name)
+        weight = graph.tensor(name)
+        stats = shared.get(name) if given is None else _stats(given)
+        if name == graph.output_name and stats is not None:
+            shared[name] = stats  # an embedding that is the output matrix, too, is looked up as it is rounded for that
+        with torch.no_grad():
+            for type_name in types[name]:
+                change = torch.from_numpy(rounded(weight.numpy(), type_name, stats, options)) - weight
+                moved = change[tokens.flatten()] if given is None else given @ change.T
+                cost = float((moved * gradient).sum(-1).square().mean()) / 2
+                kept = found.setdefault(name, {})
+                kept[type_name] = kept.get(type_name, 0.0) + cost  # a shared embedding is looked up and multiplied
+
+    gradient, by_logits = logits_gradient(graph, inputs.pop(), torch.Generator().manual_seed(0))
+    add(graph.output_name, last, by_logits)
+    del by_logits
+    for layer in reversed(range(graph.shape.n_layer)):
+        gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
+        for product in products:
+            add(f"{product.name}.weight", product.given, product.gradient)
+    rows = graph.tensor("token_embd.weight")[tokens].requires_grad_()
+    (by_rows,) = torch.autograd.grad(graph.enter(rows), rows, gradient)
+    add("token_embd.weight", None, by_rows.flatten(0, 1))
+    progress(len(types), len(types), "")
+    return found
+
+
+def _stats(x: torch.Tensor) -> InputStats:
+    """Statistics of an input [n, K], as far as the types' own choices need them."""
+    return InputStats(len(x), x.square().mean(0).numpy(), None, x[:: max(1, len(x) // 256)].numpy())
+
+
+def by_errors(
+    reader: Reader,
+    output: str,
+    stats: Mapping[str, InputStats],
+    types: Mapping[str, Iterable[str]],
+    options: MatrixOptions,
+    progress: Callable[[int, int, str], None],
+) -> Damage:
+    """Relative errors of the products; `output` is the name of the matrix that yields the logits."""
+    found: Damage = {}
+    blocks = sum(name.startswith("blk.") for name in types)
+    for name, wanted in types.items():
+        progress(len(found), len(types), name)
+        tensor, known = reader.tensors[name], stats.get(name)
+        weight = reader.read(name, _some_rows(tensor))
+        square = np.ones(tensor.shape[-1], np.float32) if known is None else known.mean_square
+        energy = float((np.square(weight, dtype=np.float64) * square).sum())
+        count = blocks if name == output else 1
+        found[name] = {}
+        for type_name in wanted:
+            lost = np.square(rounded(weight, type_name, known, options) - weight, dtype=np.float64) * square
+            found[name][type_name] = count * float(lost.sum()) / energy if energy > 0 else 0.0
+    progress(len(types), len(types), "")
+    return found
+
+
+def _some_rows(tensor: Tensor) -> range:
+    """The first rows, a matrix that AGQ4 can hold."""
+    return range(min(_ROWS, tensor.shape[-2]))

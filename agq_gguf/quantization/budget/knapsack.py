@@ -1,0 +1,82 @@
+"""Which tensors get more bits under a budget. Pure: plans and costs in, plans out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+
+from agq_gguf.errors import InputError
+from agq_gguf.format.blocks import TYPE_NAME
+from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES
+from agq_gguf.gguf_io.writer import layout
+from agq_gguf.quantization.type_plan import TensorPlan
+
+# What a tensor may become, smallest first. Types between AGQ4 and q6_K gain next to nothing over AGQ4 with error
+# feedback, and q8_0 costs as good as nothing, so more than that is never needed.
+LADDER = (TYPE_NAME, "q6_K", "q8_0")
+REASON = "sensitive"
+
+
+def open_types(plans: Iterable[TensorPlan], ends: Mapping[str, bool]) -> dict[str, tuple[str, ...]]:
+    """Types that the budget may choose from, for all tensors that can be AGQ4.
+
+    `ends` has output matrix and embedding: whether the budget may choose their type.
+    """
+    return {
+        plan.source.name: tuple(t for t in LADDER if plan.source.shape[-1] % TYPES[TYPE_IDS[t]][1] == 0)
+        for plan in plans
+        if plan.type_name == TYPE_NAME and ends.get(plan.source.name, True)
+    }
+
+
+def bits_per_weight(plans: Iterable[TensorPlan]) -> float:
+    """Over all tensors, as `quantize` reports it."""
+    placed = layout((plan.source.name, plan.type_name, plan.source.shape) for plan in plans)
+    return 8 * sum(t.n_bytes for t in placed) / sum(t.n_elements for t in placed)
+
+
+def choose(plans: list[TensorPlan], damage: Mapping[str, Mapping[str, float]], target: float) -> list[TensorPlan]:
+    """Plans of at most `target` bits per weight with the least sum of `damage` (tensor -> type -> cost).
+
+    Plans come in the smallest types; tensors without an entry stay. The step that saves most per byte is taken first,
+    until none fits any more. Raises InputError if the smallest plans exceed the target.
+    """
+    least = bits_per_weight(plans)
+    if least > target + 1e-9:
+        raise InputError(f"{target:g} bits per weight are too few for this model: all AGQ4 it has {least:.3f}")
+    room = (target - least) * sum(plan.source.n_elements for plan in plans) / 8
+    steps = []
+    for plan in plans:
+        costs = damage.get(plan.source.name, {})
+        sizes = {t: layout([(plan.source.name, t, plan.source.shape)])[0].n_bytes for t in costs}
+        hull = _hull([(sizes[t], costs[t], t) for t in LADDER if t in costs])
+        for order, (low, high) in enumerate(pairwise(hull)):
+            n_bytes, gain = high[0] - low[0], low[1] - high[1]
+            steps.append((-gain / n_bytes, plan.source.name, order, n_bytes, high[2]))
+    chosen: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    for _, name, order, n_bytes, type_name in sorted(steps):
+        if order == taken.get(name, 0) and n_bytes <= room:
+            room -= n_bytes
+            chosen[name], taken[name] = type_name, order + 1
+    return [
+        replace(plan, type_name=chosen[plan.source.name], reason=REASON) if plan.source.name in chosen else plan
+        for plan in plans
+    ]
+
+
+def _hull(points: list[tuple[int, float, str]]) -> list[tuple[int, float, str]]:
+    """Of (bytes, cost, type), ascending in bytes, those on the lower convex hull, as far as the cost falls."""
+    hull: list[tuple[int, float, str]] = []
+    for point in points:
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[int, float, str], b: tuple[int, float, str]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

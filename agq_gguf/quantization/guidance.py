@@ -1,0 +1,155 @@
+"""Where the statistics come from that guide the quantization: a text, an importance matrix, or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agq_gguf._version import __version__
+from agq_gguf.arguments import PathName, Progress, Text
+from agq_gguf.calibration.imatrix import load_imatrix
+from agq_gguf.calibration.stats import WeightStats, check_shapes
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import Reader, Tensor
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.resume import Journal, digest, folder_of
+from agq_gguf.quantization.type_plan import EMBEDDING, TensorPlan
+
+if TYPE_CHECKING:
+    from agq_gguf.quantization.best.run import Refined
+
+
+_FEW_TOKENS = 4096  # of calibration text; less is worth a warning
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights with the same input, and the norm that makes it where factors may be moved between them."""
+
+    names: tuple[str, ...]
+    stats: WeightStats | None = None
+    norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Where statistics come from. `groups` yields the weights to quantize, those with the same input together.
+
+    What `refined` yields needs no statistics any more; its norms take the place of the file's.
+    """
+
+    origin: str
+    groups: Iterator[Group]
+    warnings: list[str]
+    journal: Journal = field(default_factory=lambda: Journal(None))
+    refined: Refined | None = None
+
+
+def unguided(wanted: dict[str, Tensor]) -> Guide:
+    """No statistics: every activation counts alike."""
+    if not wanted:
+        return Guide("none", iter(()), ["no tensor of this model can be AGQ4"])
+    warning = "quantized without calibration: all activations count alike; a text file gives better results"
+    return Guide("none", (Group((name,)) for name in wanted), [warning])
+
+
+def from_imatrix(wanted: dict[str, Tensor], path: PathName) -> Guide:
+    """Mean squares from an importance matrix. Raises InputError if it does not fit the weights."""
+    stats = load_imatrix(path)
+    check_shapes(stats, {name: tensor.shape for name, tensor in wanted.items()}, str(path))
+    warnings = _unseen([name for name in wanted if name not in stats and name != EMBEDDING])
+    return Guide(f"imatrix {Path(path).name}", (Group((name,), stats.get(name)) for name in wanted), warnings)
+
+
+def from_text(
+    stack: ExitStack,
+    reader: Reader,
+    plans: list[TensorPlan],
+    text: Text,
+    options: QuantizeOptions,
+    dst: Path,
+    progress: Progress,
+) -> Guide:
+    """Statistics of a text that llama.cpp runs while groups are quantized; `stack` closes the model."""
+    from agq_gguf.calibration.collect import Calibrator
+    from agq_gguf.quantization.best.run import Refined, Setting, refine
+    from agq_gguf.text import read_text
+
+    progress("calibrate", 0, 1, "loading the model")
+    wanted = [p.source.name for p in plans if p.type_name == blocks.TYPE_NAME]
+    calibrator = stack.enter_context(
+        Calibrator(
+            reader.path,
+            read_text(text),
+            {name: reader.tensors[name].shape for name in wanted},
+            context=options.context,
+            max_tokens=options.calibration_tokens,
+            threads=options.threads,
+        )
+    )
+    journal = Journal(None)
+    if options.resume:
+        decisive = replace(options, threads=0, resume=False, split_size=0)
+        journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
+    warnings, refined = [], None
+    if options.quality == "best":
+        setting = Setting(options.matrix, options.memory, options.tune, journal, progress)
+        found = refine(reader, calibrator, plans, setting)
+        if isinstance(found, Refined):
+            refined = found
+            wanted = [name for name in wanted if name not in refined.names]
+        else:
+            warnings.append(f"quality best is not to be had for this model, balanced was used: {found}")
+    hessians = options.matrix.error_feedback
+    left = set(wanted)
+    parts = [
+        [found for found in part if left.intersection(found.weights)]
+        for part in calibrator.passes(options.memory, hessians)
+    ]
+    seen = {name for part in parts for found in part for name in found.weights}
+    unseen = [name for name in wanted if name not in seen]
+
+    def groups() -> Iterator[Group]:
+        total = calibrator.n_tokens * len(parts)
+        for i, part in enumerate(parts):
+            before, detail = i * calibrator.n_tokens, f"pass {i + 1} of {len(parts)}"
+            report = partial(_report, progress, before, total, detail)
+            yield from (Group(found.weights) for found in part if journal.has(found.weights))
+            part = [found for found in part if not journal.has(found.weights)]
+            if part:
+                collected = calibrator.collect(part, options.memory, report, hessians)
+                for found, stats in zip(part, collected, strict=True):
+                    yield Group(found.weights, stats, found.norms if _plain(reader, found.norms) else ())
+        yield from (Group((name,)) for name in unseen)
+
+    source = Path(text).name if isinstance(text, (str, os.PathLike)) else "text"
+    warnings += _unseen([name for name in unseen if name != EMBEDDING])  # a table to look up multiplies with nothing
+    if hessians and (pooled := calibrator.pooled(options.memory)):
+        warnings.append(
+            f"the experts of {len(pooled)} tensors share their statistics; more memory would keep them apart"
+        )
+    if calibrator.n_tokens < _FEW_TOKENS:
+        warnings.append(f"calibrated on {calibrator.n_tokens} tokens only; {_FEW_TOKENS} or more give better results")
+    return Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings, journal, refined)
+
+
+def _plain(reader: Reader, norms: tuple[str, ...]) -> bool:
+    """Whether factors can be moved out of these tensors exactly."""
+    return all(name in reader.tensors and reader.tensors[name].type_name == "f32" for name in norms)
+
+
+def _report(progress: Progress, before: int, total: int, detail: str, done: int) -> None:
+    progress("calibrate", before + done, total, detail)
+
+
+def _unseen(names: list[str]) -> list[str]:
+    """A warning about the weights that got no statistics."""
+    if not names:
+        return []
+    which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [f"no activations were seen for {len(names)} tensors ({which}): there, all activations count alike"]

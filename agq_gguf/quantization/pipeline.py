@@ -1,0 +1,273 @@
+"""The pipeline from a float GGUF to an AGQ4 GGUF, in reading order; the only module that knows every stage."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agq_gguf.arguments import PathName, Progress, Text
+from agq_gguf.errors import InputError
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.metadata import ERROR_TENSORS, ERROR_VALUES
+from agq_gguf.gguf_io.reader import Reader, Tensor, check_source
+from agq_gguf.gguf_io.shards import open_model, paths_of
+from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.matrix import equalize
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
+from agq_gguf.quantization import stock_types
+from agq_gguf.quantization.guidance import Group, Guide, from_imatrix, from_text, unguided
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.report import REPLACED, Report, TensorReport
+from agq_gguf.quantization.resume import Journal
+from agq_gguf.quantization.type_plan import TensorPlan, plan
+from agq_gguf.runtime.library import default_threads
+
+_STOCK_ROWS = 4096  # converted at a time: bounds memory
+
+
+def _silent(phase: str, done: int, total: int, what: str) -> None:
+    """Progress nobody asked for."""
+
+
+def plan_file(
+    src: PathName,
+    options: QuantizeOptions | None = None,
+    *,
+    calibration: Text | None = None,
+    imatrix: PathName | None = None,
+    progress: Progress | None = None,
+) -> list[TensorPlan]:
+    """What `quantize` would do with each tensor, without doing it; text and matrix matter under a target only."""
+    options = options or QuantizeOptions()
+    with open_model(src) as reader, _torch_threads(options.threads):
+        check_source(reader)
+        return _plans(reader, calibration, imatrix, options, progress or _silent)
+
+
+def _plans(
+    reader: Reader,
+    calibration: Text | None,
+    imatrix: PathName | None,
+    options: QuantizeOptions,
+    progress: Progress,
+) -> list[TensorPlan]:
+    if not options.target_bpw:
+        return plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
+    from agq_gguf.quantization.budget.choose import choose_types
+
+    return choose_types(reader, calibration, imatrix, options, progress)
+
+
+def quantize(
+    src: PathName,
+    dst: PathName,
+    *,
+    calibration: Text | None = None,
+    imatrix: PathName | None = None,
+    options: QuantizeOptions | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantizes the model `src` (F32, F16 or BF16 GGUF) into `dst`.
+
+    `calibration` is the path of a text file, or strings of text; `imatrix` an importance matrix for the same model,
+    used where no text is given. Without both, all activations count alike, which costs quality and is reported.
+    Raises InputError, FormatError or OutputError; `dst` is untouched then.
+    """
+    options, progress = options or QuantizeOptions(), progress or _silent
+    with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
+        check_source(reader)
+        if calibration is not None and not isinstance(calibration, (str, os.PathLike)):
+            calibration = list(calibration)  # it may be read twice
+        plans = _plans(reader, calibration, imatrix, options, progress)
+        wanted = {p.source.name: p.source for p in plans if p.type_name == blocks.TYPE_NAME}
+        if calibration is not None and wanted:
+            guide = from_text(stack, reader, plans, calibration, options, Path(dst), progress)
+        elif imatrix is not None and wanted:
+            guide = from_imatrix(wanted, imatrix)
+        else:
+            guide = unguided(wanted)
+        return _write(reader, Path(dst), plans, guide, options, progress)
+
+
+@contextmanager
+def _torch_threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or default_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# what guides the quantization
+
+
+# writing
+
+
+def _write(
+    reader: Reader, dst: Path, plans: list[TensorPlan], guide: Guide, options: QuantizeOptions, progress: Progress
+) -> Report:
+    placed = layout((p.source.name, p.type_name, p.source.shape) for p in plans)
+    total = sum(p.source.n_elements for p in plans)
+    done = 0
+    results: dict[str, _Quantized] = {}
+    added = _metadata(plans, guide.origin, options)
+    with Writer(dst, reader.metadata, added, placed, split=options.split_size) as writer:
+        _check_targets(writer.paths, reader)
+        norms: dict[str, NDArray[np.float32]] = {}  # that take the place of the file's
+
+        def finish(name: str, result: _Quantized) -> None:
+            nonlocal done
+            writer.write(name, result.parts)
+            results[name] = result
+            done += reader.tensors[name].n_elements
+
+        if guide.refined is not None:
+            for name, matrix in guide.refined.results:
+                finish(name, _Quantized([blocks.pack(matrix.matrix)], matrix.error, matrix.note))
+            norms |= guide.refined.norms
+            guide.warnings.extend(guide.refined.notes)
+        for group in guide.groups:
+            progress("quantize", done, total, group.names[0])
+            made = _finished(guide.journal, group.names)
+            if made is None:
+                made = _quantize_group(reader, group, options.matrix)
+                _keep(guide.journal, made)
+            norms |= made.norms
+            for name, result in made.matrices.items():
+                finish(name, result)
+        for p in plans:
+            if p.type_name != blocks.TYPE_NAME:
+                name = p.source.name
+                if name in norms:
+                    writer.write(name, [norms[name]])
+                elif p.type_name == p.source.type_name:
+                    writer.write(name, reader.chunks(name))
+                else:
+                    writer.write(name, _stock(reader, p.source, p.type_name))
+                done += p.source.n_elements
+                progress("quantize", done, total, name)
+        reader.check_unchanged()
+        if results:
+            writer.replace(ERROR_VALUES, np.array([results[name].error for name in added[ERROR_TENSORS]], np.float32))
+        progress("quantize", done, total, "")
+    guide.journal.close()
+    reports = []
+    for p, target in zip(plans, placed, strict=True):
+        found = results.get(p.source.name)
+        error, note = (found.error, found.note) if found else (None, "")
+        reason = f"{p.reason}; {REPLACED}" if p.source.name in norms else p.reason
+        reports.append(TensorReport(target.name, p.type_name, target.n_elements, target.n_bytes, reason, error, note))
+    return Report(reports, writer.n_bytes, guide.origin, guide.warnings, writer.paths)
+
+
+def _check_targets(targets: list[Path], reader: Reader) -> None:
+    for target in targets:
+        if target.exists() and any(target.samefile(source) for source in paths_of(reader)):
+            raise InputError(f"{target}: is the model that is read; write to another file")
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    parts: list[NDArray[np.uint8]]  # a matrix each
+    error: float
+    note: str
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What became of a group."""
+
+    matrices: dict[str, _Quantized]
+    norms: dict[str, NDArray[np.float32]]
+
+
+def _finished(journal: Journal, names: tuple[str, ...]) -> _Made | None:
+    """What an earlier run has made of these weights, if it has finished all of them."""
+    made = _Made({}, {})
+    for name in names:
+        kept = journal.get(name)
+        if kept is None:
+            return None
+        made.matrices[name] = _Quantized(list(kept["parts"]), float(kept["error"]), str(kept["note"]))
+        made.norms.update({key[5:]: value for key, value in kept.items() if key.startswith("norm ")})
+    return made
+
+
+def _keep(journal: Journal, made: _Made) -> None:
+    norms = {f"norm {name}": norm for name, norm in made.norms.items()}
+    for name, result in made.matrices.items():
+        journal.put(name, {"parts": result.parts, "error": result.error, "note": result.note, **norms})
+
+
+def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Made:
+    """Quantizes weights that share an input, expert by expert, so that what belongs to the input is prepared once."""
+    names, stats = group.names, group.stats
+    shapes = [reader.tensors[name].shape for name in names]
+    experts = shapes[0][0] if len(shapes[0]) == 3 else 1
+    capacity = min(blocks.listable(*shape[-2:]) for shape in shapes)
+    found: dict[str, list[QuantizedMatrix]] = {name: [] for name in names}
+    packed: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in names}
+    columns, norms = None, {}
+    if stats is not None and group.norms and options.equalize:
+        every = [reader.read(name).reshape(-1, shapes[0][-1]) for name in names]
+        columns = equalize.choose(
+            stats.whole, every, capacity, options.activation_bits, options.activation_scale, options.refine
+        )
+    if stats is not None and columns is not None:
+        stats = equalize.scaled(stats, columns)
+        norms = {name: reader.read(name) / columns for name in group.norms}
+    for expert in range(experts):
+        if expert == 0 or (stats is not None and stats.experts):
+            prepared = prepare_input(stats.of(expert) if stats else None, shapes[0][-1], capacity, options)
+        for name, shape in zip(names, shapes, strict=True):
+            rows = range(expert * shape[-2], (expert + 1) * shape[-2])
+            weight = reader.read(name, rows)
+            result = quantize_matrix(weight if columns is None else weight * columns, prepared, options, name)
+            packed[name].append(blocks.pack(result.matrix))
+            found[name].append(result)
+    matrices = {
+        name: _Quantized(
+            packed[name],
+            float(np.mean([result.error for result in found[name]])),
+            "; ".join(sorted({result.note for result in found[name] if result.note})),
+        )
+        for name in names
+    }
+    return _Made(matrices, norms)
+
+
+def _stock(reader: Reader, tensor: Tensor, type_name: str) -> Iterator[NDArray[Any]]:
+    """The rows of a tensor in a stock type, some at a time."""
+    n_rows = tensor.n_elements // tensor.shape[-1]
+    for begin in range(0, n_rows, _STOCK_ROWS):
+        rows = reader.read(tensor.name, range(begin, min(begin + _STOCK_ROWS, n_rows)))
+        yield stock_types.quantize(rows, type_name)
+
+
+def _metadata(plans: list[TensorPlan], guidance: str, options: QuantizeOptions) -> dict[str, Any]:
+    counts = Counter(p.type_name for p in plans)
+    names = [p.source.name for p in plans if p.type_name == blocks.TYPE_NAME]
+    errors = {ERROR_TENSORS: names, ERROR_VALUES: np.zeros(len(names), np.float32)} if names else {}
+    return {
+        "general.quantization_version": 2,  # ggml's GGML_QNT_VERSION, which stock quantized files carry
+        "general.file_type": 100 + blocks.TYPE_ID,  # no stock number; programs show it as unknown
+        "agq.version": blocks.VERSION,
+        "agq.calibration": guidance,
+        "agq.quality": options.quality,
+        "agq.activation_bits": options.matrix.activation_bits,
+        "agq.activation_scale": options.matrix.activation_scale,
+        **{f"agq.tensors.{type_name}": n for type_name, n in sorted(counts.items())},
+        **errors,
+    }

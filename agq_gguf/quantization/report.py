@@ -1,0 +1,46 @@
+"""What `quantize` returns: the result for each tensor and for the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPLACED = "adjusted with the matrices behind it"  # what the report says of norms that are not the source's
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one tensor."""
+
+    name: str
+    type_name: str
+    n_elements: int
+    n_bytes: int
+    reason: str = ""  # why it is not AGQ4
+    error: float | None = None  # AGQ4: squared output error over squared output on the calibration data
+    note: str = ""  # what was done with less than wanted, and why
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a model."""
+
+    tensors: list[TensorReport]
+    n_bytes: int  # of the file
+    guidance: str  # what guided the quantization
+    warnings: list[str]
+    paths: list[Path] = field(compare=False)  # the files; the first is the one to open
+
+    def by_type(self) -> dict[str, tuple[int, int, float]]:
+        """Type name -> (tensors, bytes, bits per weight), largest first."""
+        found: dict[str, tuple[int, int, float]] = {}
+        for type_name in {tensor.type_name for tensor in self.tensors}:
+            group = [tensor for tensor in self.tensors if tensor.type_name == type_name]
+            n_bytes = sum(tensor.n_bytes for tensor in group)
+            found[type_name] = (len(group), n_bytes, 8 * n_bytes / sum(tensor.n_elements for tensor in group))
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all tensors, without the header."""
+        return 8 * sum(t.n_bytes for t in self.tensors) / sum(t.n_elements for t in self.tensors)

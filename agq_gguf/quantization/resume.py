@@ -1,0 +1,110 @@
+"""What a long quantization has finished, beside the output, so that `--resume` need not do it again.
+
+A folder `.NAME.resume` holds a file for each finished part and `key.txt`, a digest of all that decides the result: the
+source, the text, the options, this program's version. With another key the folder is emptied: nothing of another model
+gets into the output. Files appear under their name when they are complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.errors import FormatError, OutputError
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import Reader
+from agq_gguf.matrix.quantize import QuantizedMatrix
+
+
+class Journal:
+    """Arrays by name on disk. Without a folder it holds nothing and keeps nothing."""
+
+    def __init__(self, folder: Path | None, key: str = ""):
+        self._folder = folder
+        if folder is None:
+            return
+        try:
+            if not (folder / "key.txt").is_file() or (folder / "key.txt").read_text("ascii") != key:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                (folder / "key.txt").write_text(key, "ascii")
+        except OSError as e:
+            raise OutputError(f"{folder}: cannot keep what is finished there: {e.strerror}") from e
+
+    def _path(self, folder: Path, name: str) -> Path:
+        return folder / (hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32] + ".npz")
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether something was put under every one of the names."""
+        return self._folder is not None and all(self._path(self._folder, name).is_file() for name in names)
+
+    def get(self, name: str) -> dict[str, NDArray[Any]] | None:
+        """What was put under this name; None if nothing was, or if it cannot be read any more."""
+        if self._folder is None:
+            return None
+        try:
+            with self._path(self._folder, name).open("rb") as file, np.load(file, allow_pickle=False) as data:
+                return {key: data[key] for key in data.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def put(self, name: str, arrays: dict[str, Any]) -> None:
+        """Keeps arrays under a name. Raises OutputError if the disk does not take them."""
+        if self._folder is None:
+            return
+        path = self._path(self._folder, name)
+        temporary = path.with_name(f"{secrets.token_hex(4)}.part")
+        try:
+            with temporary.open("xb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            temporary.replace(path)
+        except OSError as e:
+            raise OutputError(f"{self._folder}: cannot be written: {e.strerror}") from e
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def get_matrix(self, name: str) -> QuantizedMatrix | None:
+        """`get` for what `put_matrix` has put."""
+        found = self.get(name)
+        try:
+            if found is None:
+                return None
+            return QuantizedMatrix(blocks.unpack(found["packed"]), float(found["error"]), str(found["note"]))
+        except (KeyError, FormatError):
+            return None
+
+    def put_matrix(self, name: str, result: QuantizedMatrix) -> None:
+        """`put` for a matrix."""
+        if self._folder is not None:
+            packed = blocks.pack(result.matrix)
+            self.put(name, {"packed": packed, "error": np.float64(result.error), "note": np.str_(result.note)})
+
+    def close(self) -> None:
+        """Removes the folder: the output is complete."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def folder_of(target: Path) -> Path:
+    """Where the parts of an output are kept."""
+    return target.with_name(f".{target.name}.resume")
+
+
+def digest(reader: Reader, tokens: Iterable[NDArray[np.int32]], options: str) -> str:
+    """SHA-256 over the tensors of the source, the tokens of the text and the options."""
+    sha = hashlib.sha256(options.encode())
+    for chunk in tokens:
+        sha.update(len(chunk).to_bytes(8, "little") + chunk.tobytes())
+    for tensor in reader.tensors.values():
+        sha.update(f"{tensor.name}:{tensor.type_name}:{tensor.shape}".encode("utf-8", "surrogateescape"))
+        for part in reader.chunks(tensor.name):
+            sha.update(part)
+    return sha.hexdigest()

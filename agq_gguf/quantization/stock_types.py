@@ -1,0 +1,39 @@
+"""Rows of weights in ggml's own types: made by ggml where only it can, by the `gguf` package elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES
+
+_BY_GGML = ("q5_K", "q6_K")  # `gguf` reads these and does not write them
+
+
+def quantize(rows: NDArray[np.float32], type_name: str, importance: NDArray[np.float32] | None = None) -> NDArray[Any]:
+    """Rows [n, K] f32 as a file holds them, [n, bytes of a row] uint8 (f16 and f32: [n, K] of that type).
+
+    `importance` [K], mean squares of the input, guides the types that ggml makes.
+    """
+    if type_name in _BY_GGML:
+        from agq_gguf.runtime.ggml import ggml
+
+        _, block, block_bytes = TYPES[TYPE_IDS[type_name]]
+        n_bytes = rows.shape[1] // block * block_bytes
+        return ggml().quantize(TYPE_IDS[type_name], rows, n_bytes, importance)
+    from gguf import GGMLQuantizationType, quants
+
+    return quants.quantize(rows, GGMLQuantizationType[type_name.upper()])
+
+
+def rounded(
+    rows: NDArray[np.float32], type_name: str, importance: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Rows [n, K] f32 as they come back from this type."""
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[type_name.upper()]
+    found: NDArray[np.float32] = quants.dequantize(quantize(rows, type_name, importance), kind)
+    return found.astype(np.float32, copy=False)

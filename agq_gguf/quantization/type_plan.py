@@ -1,0 +1,99 @@
+"""Which tensor becomes what: AGQ4 where the runtime multiplies with it, a stock type elsewhere, with the reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from agq_gguf.errors import InputError
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES, Reader, Tensor
+
+OUTPUT = "output.weight"
+EMBEDDING = "token_embd.weight"
+TARGET_TYPES = (blocks.TYPE_NAME, "q6_K", "q8_0", "f16", "f32")
+
+# Two-dimensional tensors that are no plain matrix product: looked up, added, convolved, or too small and too sensitive.
+# Patterns of names; the same kinds of tensors that llama-quantize leaves alone.
+_KEPT = {
+    "norm": r"norm",
+    "router": r"ffn_gate_inp|ffn_gate_tid2eid|exp_probs",
+    "position or token type table": r"position_embd|pos_embd|token_types|attn_rel_b|rel_pos|rope_",
+    "convolution": r"conv1d|\.conv\.|conv_|patch_embd|patch_merger",
+    "recurrent state": r"ssm_a\.|ssm_d\.|ssm_dt|time_mix_(?!key|value|receptance|gate|output)|_mix_lerp",
+    "small low-rank or mixing matrix": r"altup|laurel|per_layer_model_proj|lora_|indexer|hc_|ssm_[fg]_[ab]",
+    "used through views of heads": r"attn_[kv]_b\.",
+    "table of codes": r"codebook|code_embd|per_layer_token_embd|res_score",
+}
+
+
+_WIDE_EMBEDDING = 1024  # columns
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one tensor; `reason` is empty for AGQ4."""
+
+    source: Tensor
+    type_name: str
+    reason: str
+
+
+def plan(
+    reader: Reader, *, output_type: str = "auto", embedding_type: str = "auto", default_type: str = "agq4"
+) -> list[TensorPlan]:
+    """One entry for each tensor, in the order of the file.
+
+    `output_type` is for the matrix that yields the logits: `output.weight`, or the embedding when there is none and the
+    model shares it; "auto" means Q8_0. `embedding_type` is for an embedding that is only looked up; "auto" means Q8_0
+    below 1024 columns, where it is a large part of what 4 bits lose, and costs little (docs/format-study.md).
+    """
+    for option, name in (("output type", output_type), ("embedding type", embedding_type), ("type", default_type)):
+        if name not in TARGET_TYPES and (option == "type" or name != "auto"):
+            raise InputError(f"unknown {option} {name!r}; known are {', '.join(TARGET_TYPES)}")
+    plans = []
+    for tensor in reader.tensors.values():
+        if tensor.name == OUTPUT or (tensor.name == EMBEDDING and OUTPUT not in reader.tensors):
+            wanted, option = "q8_0" if output_type == "auto" else output_type, "output type"
+        elif tensor.name == EMBEDDING:
+            wanted, option = embedding_type, "embedding type"
+            if wanted == "auto":
+                wanted = "q8_0" if tensor.shape[-1] < _WIDE_EMBEDDING else blocks.TYPE_NAME
+        else:
+            wanted, option = default_type, "type"
+        plans.append(_decide(tensor, wanted, option))
+    return plans
+
+
+def _decide(tensor: Tensor, wanted: str, option: str) -> TensorPlan:
+    kept = _why_kept(tensor)
+    if kept:
+        return TensorPlan(tensor, tensor.type_name, kept)
+    if wanted != blocks.TYPE_NAME:
+        type_name, problem = wanted, f"{option} is {wanted}"
+    else:
+        shape_problem = blocks.shape_problem(*tensor.shape[-2:])
+        if shape_problem is None:
+            return TensorPlan(tensor, blocks.TYPE_NAME, "")
+        type_name, problem = "q8_0", shape_problem
+    if type_name == "q6_K" and tensor.shape[-1] % TYPES[TYPE_IDS["q6_K"]][1]:
+        type_name, problem = "q8_0", f"{problem}; q6_K wants a multiple of 256"
+    if type_name == "q8_0" and tensor.shape[-1] % TYPES[TYPE_IDS["q8_0"]][1]:
+        type_name, problem = "f16", f"{problem}; q8_0 wants a multiple of 32"
+    return TensorPlan(tensor, type_name, problem)
+
+
+def _why_kept(tensor: Tensor) -> str:
+    """Why a tensor is copied as it is; empty if it may change."""
+    if tensor.type_name not in ("f32", "f16", "bf16"):
+        return f"holds {tensor.type_name}"
+    if not tensor.name.endswith(".weight"):
+        return "bias" if tensor.name.endswith(".bias") else "not a weight"
+    if sum(size > 1 for size in tensor.shape) < 2:
+        return "one-dimensional"
+    for reason, pattern in _KEPT.items():
+        if re.search(pattern, tensor.name):
+            return reason
+    if len(tensor.shape) > 3 or (len(tensor.shape) == 3 and "_exps." not in tensor.name):
+        return "more than two dimensions, no experts"
+    return ""

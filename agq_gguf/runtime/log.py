@@ -1,0 +1,92 @@
+"""Redirects llama.cpp's log to Python's logging and turns its failures into errors of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from agq_gguf.errors import HostError, InputError
+from agq_gguf.runtime.library import llama_api
+
+_WARN, _ERROR, _CONTINUE = 3, 4, 5  # enum ggml_log_level
+
+
+logger = logging.getLogger("agq_gguf.llama")
+
+
+class _LogRedirect:
+    """Counts who wants llama.cpp quiet; the first installs our callback, the last puts the previous one back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._users = 0
+        self._level = logging.DEBUG
+        self._callback: Any = None
+        self._previous: tuple[Any, Any] | None = None
+        self.errors: deque[str] = deque(maxlen=8)  # the last lines of level error
+
+    def acquire(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            api = llama_api()
+            if self._callback is None:
+                self._callback = api.llama_log_callback(self._receive)
+            previous, user_data = api.llama_log_callback(), ctypes.c_void_p()
+            api.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
+            self._previous = (previous, user_data)
+            api.llama_log_set(self._callback, ctypes.c_void_p())
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._previous is not None:
+                llama_api().llama_log_set(*self._previous)
+
+    def _receive(self, level: int, text: bytes, _user_data: object) -> None:
+        line = text.decode("utf-8", "replace").strip()
+        if level != _CONTINUE:
+            # What is information for llama.cpp, a hundred lines for a model, is detail for our users.
+            self._level = {_WARN: logging.WARNING, _ERROR: logging.ERROR}.get(level, logging.DEBUG)
+        if line and line.strip("."):
+            if self._level == logging.ERROR:
+                self.errors.append(line)
+            logger.log(self._level, "%s", line)
+
+
+redirect = _LogRedirect()
+
+
+@contextlib.contextmanager
+def quiet_log() -> Iterator[None]:
+    """Sends the log of llama.cpp to the logger ``agq_gguf.llama`` for the duration of the block."""
+    redirect.acquire()
+    try:
+        yield
+    finally:
+        redirect.release()
+
+
+def last_error(default: str) -> str:
+    """The most telling of the error lines that llama.cpp logged lately, without the name of its function."""
+    lines = [line for line in redirect.errors if "error loading model" in line] or list(redirect.errors)
+    return lines[-1].split(": ", 1)[-1].removeprefix("error loading model: ") if lines else default
+
+
+@contextlib.contextmanager
+def llama_errors(what: str) -> Iterator[None]:
+    """Turns what `llama_cpp.Llama` raises into errors of ours, and keeps llama.cpp quiet."""
+    with quiet_log():
+        redirect.errors.clear()
+        try:
+            yield
+        except RuntimeError as e:  # llama_decode failed
+            raise HostError(f"{what}: {last_error(str(e))}") from e
+        except (ValueError, AssertionError) as e:  # the file, or too many tokens
+            raise InputError(f"{what}: {last_error(str(e))}") from e

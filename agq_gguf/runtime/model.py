@@ -1,0 +1,287 @@
+"""A thin layer over the installed llama-cpp-python: models, contexts and batches, with clear errors and a silent log.
+
+Files are checked by `agq_gguf.reader` before llama.cpp sees them, and the plugin is registered when a file holds AGQ4
+tensors, so that a model either opens or fails with one sentence. While a model is open (or inside `quiet_log`), what
+llama.cpp logs goes to the Python logger ``agq_gguf.llama``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from agq_gguf.errors import HostError, InputError
+from agq_gguf.runtime.library import default_threads, llama_api
+from agq_gguf.runtime.log import last_error, redirect
+from agq_gguf.runtime.model_file import prepare
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FlashAttention = Literal["auto", "on", "off"]
+EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor, whether this is the question before it runs
+
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+_NO_ROPE = -1
+
+logging.getLogger("agq_gguf").addHandler(logging.NullHandler())
+
+
+# log
+
+
+# models
+
+
+class _Closable:
+    """Something with `close`, as a context manager."""
+
+    def close(self) -> None:
+        """Frees it; may be called again."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        """Nothing to do: it is open already."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        """Closes it, whatever happened."""
+        self.close()
+
+
+class Model(_Closable):
+    """A loaded model; a context manager. Close its contexts first."""
+
+    def __init__(self, path: str | os.PathLike[str], *, use_mmap: bool = True, vocab_only: bool = False):
+        """Opens the file. Raises InputError if the file is at fault, HostError if the host is."""
+        self.path = Path(path)
+        self.facts = prepare(path)
+        self._api = api = llama_api()
+        self._model: Any = None
+        redirect.acquire()
+        try:
+            api.llama_backend_init()
+            parameters = api.llama_model_default_params()
+            if hasattr(parameters, "load_mode"):  # since 0.3.35; a flag of its own before
+                parameters.load_mode = api.LLAMA_LOAD_MODE_MMAP if use_mmap else api.LLAMA_LOAD_MODE_NONE
+            else:
+                parameters.use_mmap = use_mmap
+            parameters.vocab_only = vocab_only
+            redirect.errors.clear()
+            self._model = api.llama_model_load_from_file(os.fsencode(self.path), parameters)
+            if not self._model:
+                raise InputError(f"{path}: llama.cpp cannot load this model: {last_error('no reason given')}")
+        except BaseException:
+            redirect.release()
+            raise
+        self._vocabulary = api.llama_model_get_vocab(self._model)
+        self.n_vocab = int(api.llama_vocab_n_tokens(self._vocabulary))
+        self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model))
+        self.n_params = int(api.llama_model_n_params(self._model))
+        self.size = int(api.llama_model_size(self._model))  # bytes of all tensors
+        self.add_bos = bool(api.llama_vocab_get_add_bos(self._vocabulary))
+        self.bos = int(api.llama_vocab_bos(self._vocabulary))
+        self.has_encoder = bool(api.llama_model_has_encoder(self._model))
+        self.has_decoder = bool(api.llama_model_has_decoder(self._model))
+        self.eos = int(api.llama_vocab_eos(self._vocabulary))
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> NDArray[np.int32]:
+        """Token ids of the text."""
+        raw = text.encode("utf-8", "surrogateescape")
+        room = len(raw) + 8
+        while True:
+            tokens = np.empty(room, np.int32)
+            pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            n = self._api.llama_tokenize(self._vocabulary, raw, len(raw), pointer, room, add_special, parse_special)
+            if n >= 0:
+                return tokens[:n]
+            if -n <= room:
+                raise InputError(f"{self.path}: its tokenizer cannot tokenize this text ({len(raw)} bytes)")
+            room = -n
+
+    @property
+    def decoder_start(self) -> int:
+        """The token that the decoder of an encoder-decoder model begins with."""
+        start = int(self._api.llama_model_decoder_start_token(self._model))
+        return start if start >= 0 else self.bos
+
+    def detokenize(self, tokens: ArrayLike) -> str:
+        """Text of token ids; what is no UTF-8 is replaced."""
+        ids = np.ascontiguousarray(tokens, np.int32)
+        pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        room = 8 * len(ids) + 16
+        while True:
+            raw = ctypes.create_string_buffer(room)
+            n = self._api.llama_detokenize(self._vocabulary, pointer, len(ids), raw, room, False, True)
+            if n >= 0:
+                return raw.raw[:n].decode("utf-8", "replace")
+            room = -n
+
+    def require_logits(self) -> None:
+        """Raises InputError unless the model predicts a next token."""
+        if not self.facts.causal or self.has_encoder:
+            raise InputError(f"{self.path}: an encoder model, it predicts no next token; a decoder model is wanted")
+
+    def context(
+        self,
+        n_ctx: int,
+        *,
+        n_batch: int = 0,
+        n_ubatch: int = 512,
+        threads: int = 0,
+        flash_attention: FlashAttention = "auto",
+        sequences: int = 1,
+        eval_callback: EvalCallback | None = None,
+    ) -> Context:
+        """A context of `n_ctx` tokens for each sequence; `n_batch` 0 means n_ctx, `threads` 0 all CPUs.
+
+        Raises InputError or HostError.
+        """
+        if n_ctx > self.n_ctx_train and self._api.llama_model_rope_type(self._model) == _NO_ROPE:
+            # llama.cpp would read past the end of the table of positions, and abort.
+            raise InputError(
+                f"{self.path}: can take at most {self.n_ctx_train} tokens at a time, {n_ctx} were asked for"
+            )
+        return Context(self, n_ctx, n_batch or n_ctx, n_ubatch, threads, flash_attention, sequences, eval_callback)
+
+    def close(self) -> None:
+        """Frees the model and stops listening to the log."""
+        if self._model:
+            self._api.llama_model_free(self._model)
+            self._model = None
+            redirect.release()
+
+
+class Batch:
+    """Tokens laid out for llama.cpp once and decoded as often as wanted."""
+
+    def __init__(
+        self, tokens: ArrayLike, *, first_position: int = 0, first_logits: int | None = None, sequence: int = 0,
+        one_each: bool = False,
+    ):  # fmt: skip
+        """Logits are computed from the token with index `first_logits` on; None: for the last token only.
+
+        The tokens are one piece of the sequence with the number `sequence`, or, with `one_each`, the next token of
+        each of the sequences 0, 1, 2, ..., all at the same position and all with logits.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        n = len(ids)
+        self._tokens = ids.copy()
+        self._positions = first_position + np.arange(n, dtype=np.int32) * np.int32(not one_each)
+        self._n_sequences = np.ones(n, np.int32)
+        numbers = [ctypes.c_int32(i if one_each else sequence) for i in range(n)]
+        self._sequences = (ctypes.POINTER(ctypes.c_int32) * n)(*[ctypes.pointer(number) for number in numbers])
+        self._logits = np.zeros(n, np.int8)
+        self._logits[0 if one_each else n - 1 if first_logits is None else first_logits :] = 1
+        self.n_outputs = int(self._logits.sum())
+        self.raw: Any = llama_api().llama_batch(
+            n_tokens=n,
+            token=self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            embd=None,
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=self._n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._sequences,
+            logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+
+class Context(_Closable):
+    """State of running sequences; made by `Model.context`; a context manager."""
+
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int,
+        n_batch: int,
+        n_ubatch: int,
+        threads: int,
+        flash_attention: FlashAttention,
+        sequences: int,
+        eval_callback: EvalCallback | None,
+    ):
+        """For `Model.context`."""
+        self.model = model
+        self._api = api = model._api
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx, parameters.n_seq_max = n_ctx * sequences, sequences
+        parameters.n_batch, parameters.n_ubatch = n_batch, min(n_ubatch, n_batch)
+        parameters.n_threads = parameters.n_threads_batch = threads or default_threads()
+        parameters.flash_attn_type = _FLASH[flash_attention]
+        parameters.no_perf = True
+        if eval_callback is not None:
+            self._eval_callback = api.ggml_backend_sched_eval_callback(
+                lambda tensor, ask, _: eval_callback(tensor, ask)
+            )
+            parameters.cb_eval = self._eval_callback
+        redirect.errors.clear()
+        self._context: Any = api.llama_init_from_model(model._model, parameters)
+        if not self._context:
+            reason = last_error("not enough memory, or the model does not allow it")
+            raise HostError(f"{model.path}: llama.cpp cannot make a context of {n_ctx} tokens: {reason}")
+        self._memory = api.llama_get_memory(self._context)
+        self._decode, self._synchronize = api.llama_decode, api.llama_synchronize
+
+    def clear(self) -> None:
+        """Forgets all tokens."""
+        if self._memory:
+            self._api.llama_memory_clear(self._memory, False)
+
+    def forget(self, first_position: int) -> None:
+        """Forgets the tokens of all sequences from this position on."""
+        if self._memory:
+            self._api.llama_memory_seq_rm(self._memory, -1, first_position, -1)
+
+    def decode(self, batch: Batch) -> None:
+        """Runs the batch and waits for it. Raises HostError if llama.cpp cannot."""
+        status = self._decode(self._context, batch.raw)
+        if status != 0:
+            raise HostError(self._failure(status))
+        self._synchronize(self._context)
+
+    def encode(self, batch: Batch) -> None:
+        """Runs the batch through the encoder of a model that has one; it must fit into n_ubatch. Raises HostError."""
+        status = self._api.llama_encode(self._context, batch.raw)
+        if status != 0:
+            raise HostError(self._failure(status))
+        self._synchronize(self._context)
+
+    def _failure(self, status: int) -> str:
+        reason = {
+            -2: "not enough memory for so many tokens at a time; use a smaller n_ubatch",
+            1: "the context is full",
+            2: "it was aborted",
+        }.get(status) or last_error(f"status {status}")
+        return f"{self.model.path}: llama.cpp cannot run this model: {reason}"
+
+    def logits(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits [batch.n_outputs, n_vocab] of the batch decoded last; a view that the next decode overwrites."""
+        pointer = self._api.llama_get_logits(self._context)
+        if not pointer:
+            raise HostError(f"{self.model.path}: this model gives no logits")
+        return np.ctypeslib.as_array(pointer, (batch.n_outputs, self.model.n_vocab))
+
+    def close(self) -> None:
+        """Frees the context."""
+        if self._context:
+            self._api.llama_free(self._context)
+            self._context = None
+
+
+# what else llama-cpp-python offers
+
+
+def check_same_tokens(models: Sequence[Model]) -> None:
+    """Raises InputError unless all models have the vocabulary of the first."""
+    for model in models[1:]:
+        if model.n_vocab != models[0].n_vocab or model.facts.tokens != models[0].facts.tokens:
+            raise InputError(
+                f"{model.path} and {models[0].path} have different tokenizers; their logits do not compare"
+            )

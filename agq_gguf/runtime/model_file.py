@@ -1,0 +1,51 @@
+"""Checks a model file before llama.cpp opens it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from agq_gguf.errors import HostError, InputError
+from agq_gguf.format import blocks
+from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.runtime.log import quiet_log
+from agq_gguf.runtime.plugin import register
+
+_VOCABULARY_KEYS = {"tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What has to be known of a model file before it is loaded."""
+
+    agq_tensors: int
+    causal: bool  # False: an encoder, which has no next token to predict
+    n_ctx_train: int  # tokens; 0 if the file does not say
+    tokens: bytes  # the vocabulary as it stands in the file
+
+
+def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
+    """Reads the whole header. Raises InputError for what llama.cpp would only call a failure to load."""
+    with open_model(path) as reader:
+        if not reader.architecture or not reader.tensors:
+            raise InputError(f"{path}: a GGUF file, but not a model (no architecture or no tensors)")
+        vocabulary = [reader.metadata[key].raw for key in sorted(reader.metadata) if key in _VOCABULARY_KEYS]
+        return FileFacts(
+            sum(tensor.type_name == blocks.TYPE_NAME for tensor in reader.tensors.values()),
+            reader.flag(f"{reader.architecture}.attention.causal", True),
+            int(reader.number(f"{reader.architecture}.context_length", 0)),
+            b"".join(vocabulary),
+        )
+
+
+def prepare(path: str | os.PathLike[str]) -> FileFacts:
+    """Checks a model file and registers the plugin if the file needs it. Raises InputError or HostError."""
+    facts = check_model_file(path)
+    if facts.agq_tensors:
+        try:
+            with quiet_log():
+                register()
+        except HostError as e:
+            message = f"{path} holds {facts.agq_tensors} AGQ4 tensors, which need our plugin; {e}"
+            raise HostError(message) from e
+    return facts

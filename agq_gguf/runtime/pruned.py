@@ -1,0 +1,51 @@
+"""What the last prompt showed of token pruning: importance by layer, and which pieces of text were dropped.
+
+How contexts prune is set with `agq_gguf.options`, see `runtime/plugin.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agq_gguf.runtime.plugin import last_pruned, plugin_library
+
+
+def last_importance(layer: int) -> NDArray[np.float32]:
+    """Importance [T] of the tokens of the call (ubatch) that this thread pruned last, at one of its pruning layers.
+
+    NaN: the token had left before; infinite: it was protected. Empty if the layer was no pruning layer.
+    """
+    function = plugin_library().agq_last_importance
+    function.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_float), ctypes.c_int32]
+    n = function(layer, None, 0)
+    values = np.full(n, np.nan, np.float32)
+    function(layer, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), n)
+    return values
+
+
+def read_prompt(llama: Any, tokens: list[int]) -> tuple[list[tuple[str, int]], NDArray[np.int32]]:
+    """Reads a prompt with a `llama_cpp.Llama`, which keeps what it read, and tells what left on the way.
+
+    Returns pieces of text with the layer behind which their tokens were dropped, -1 if they stayed, and the same by
+    token. Raises HostError if llama.cpp cannot read the prompt.
+    """
+    from agq_gguf.runtime.log import llama_errors
+
+    left = np.full(len(tokens), -1, np.int32)
+    with llama_errors("the prompt cannot be read"):
+        for begin in range(0, len(tokens), llama.n_batch):
+            llama.eval(tokens[begin : begin + llama.n_batch])
+        known = last_pruned()[: len(tokens)]
+        left[: len(known)] = known
+        borders = [0, *(np.flatnonzero(np.diff(left)) + 1).tolist(), len(tokens)]
+        pieces = [
+            (llama.detokenize(tokens[a:b], special=True).decode("utf-8", "replace"), int(left[a]))
+            for a, b in pairwise(borders)
+            if a < b
+        ]
+    return pieces, left
