@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../cpp/kernels/select.h"
+#include "kernels/select.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>

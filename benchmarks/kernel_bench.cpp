@@ -17,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "../cpp/kernels/select.h"
+#include "kernels/select.h"
 #include "peak.h"
 
 #if defined(__unix__) || defined(__APPLE__)

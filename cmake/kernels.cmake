@@ -1,6 +1,6 @@
 # The flags table: which kernel files this processor builds, and the compile flags of each.
 #
-#   agq_add_kernels(<target>)   adds cpp/kernels/*.cpp to the target
+#   agq_add_kernels(<target>)   adds cpp/kernels/*/*.cpp to the target
 #
 # Flags for instruction sets go on kernel files only, and these are never built with link-time optimization or -ffast-math:
 # the rest of the program must run on every CPU, and NaN must stay NaN.
@@ -30,41 +30,41 @@ function(agq_add_kernels target)
         set(vector_types FALSE)
     endif()
 
-    agq_kernel(${target} scalar.cpp "" "")
+    agq_kernel(${target} portable/scalar.cpp "" "")
     # -fno-math-errno lets square roots be instructions, and -fno-trapping-math comparisons be selections; neither changes
     # a result.
     set(rows "-fno-math-errno;-fno-trapping-math")
-    agq_kernel(${target} rows_generic.cpp "${rows}" "/fp:precise")
+    agq_kernel(${target} portable/rows_generic.cpp "${rows}" "/fp:precise")
     # Without fused multiply-adds, which not all have, the converter rounds alike on all processors.
     set(rounding "${rows};-ffp-contract=off")
-    agq_kernel(${target} rounding_generic.cpp "${rounding}" "/fp:precise")
+    agq_kernel(${target} portable/rounding_generic.cpp "${rounding}" "/fp:precise")
     if(vector_types)
-        agq_kernel(${target} attention_generic.cpp "" "")
-        agq_kernel(${target} attention_paper.cpp "-fno-math-errno" "")
-        agq_kernel(${target} softmax_weights_generic.cpp "" "")
+        agq_kernel(${target} portable/attention_generic.cpp "" "")
+        agq_kernel(${target} portable/attention_paper.cpp "-fno-math-errno" "")
+        agq_kernel(${target} portable/softmax_weights_generic.cpp "" "")
     endif()
     if(processor MATCHES "^(x86_64|amd64|x64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
-        agq_kernel(${target} avx2.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
-        agq_kernel(${target} avxvnni.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
-        agq_kernel(${target} avx512vnni.cpp
+        agq_kernel(${target} x86/avx2.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
+        agq_kernel(${target} x86/avxvnni.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
+        agq_kernel(${target} x86/avx512vnni.cpp
                    "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512"
                    "/arch:AVX512")
-        agq_kernel(${target} rows_avx2.cpp "-mavx2;-mfma;${rows}" "/arch:AVX2;/fp:precise")
-        agq_kernel(${target} rounding_avx2.cpp "-mavx2;${rounding}" "/arch:AVX2;/fp:precise")
-        agq_kernel(${target} rows_avx512.cpp
+        agq_kernel(${target} x86/rows_avx2.cpp "-mavx2;-mfma;${rows}" "/arch:AVX2;/fp:precise")
+        agq_kernel(${target} x86/rounding_avx2.cpp "-mavx2;${rounding}" "/arch:AVX2;/fp:precise")
+        agq_kernel(${target} x86/rows_avx512.cpp
                    "-mavx2;-mfma;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512;${rows}"
                    "/arch:AVX512;/fp:precise")
-        agq_kernel(${target} rounding_avx512.cpp
+        agq_kernel(${target} x86/rounding_avx512.cpp
                    "-mavx2;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512;${rounding}"
                    "/arch:AVX512;/fp:precise")
         if(vector_types)
-            agq_kernel(${target} attention_avx2.cpp "-mavx2;-mfma;-mf16c" "")
-            agq_kernel(${target} softmax_weights_avx2.cpp "-mavx2;-mfma;-mf16c" "")
-            agq_kernel(${target} softmax_weights_avx512.cpp
+            agq_kernel(${target} x86/attention_avx2.cpp "-mavx2;-mfma;-mf16c" "")
+            agq_kernel(${target} x86/softmax_weights_avx2.cpp "-mavx2;-mfma;-mf16c" "")
+            agq_kernel(${target} x86/softmax_weights_avx512.cpp
                        "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512" "")
-            agq_kernel(${target} attention_few_avx512.cpp
+            agq_kernel(${target} x86/attention_few_avx512.cpp
                        "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512" "")
-            agq_kernel(${target} attention_avx512vnni.cpp
+            agq_kernel(${target} x86/attention_avx512vnni.cpp
                        "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512" "")
         endif()
     elseif(processor MATCHES "^(aarch64|arm64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
@@ -74,11 +74,11 @@ function(agq_add_kernels target)
         if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
             set(order -fno-schedule-insns)
         endif()
-        agq_kernel(${target} neon.cpp "${order}" "")
-        agq_kernel(${target} neon_dotprod.cpp "-march=armv8.2-a+dotprod;${order}" "")
-        agq_kernel(${target} neon_i8mm.cpp "-march=armv8.2-a+dotprod+i8mm;${order}" "")
+        agq_kernel(${target} arm/neon.cpp "${order}" "")
+        agq_kernel(${target} arm/neon_dotprod.cpp "-march=armv8.2-a+dotprod;${order}" "")
+        agq_kernel(${target} arm/neon_i8mm.cpp "-march=armv8.2-a+dotprod+i8mm;${order}" "")
         if(vector_types)
-            agq_kernel(${target} attention_neon.cpp "" "")
+            agq_kernel(${target} arm/attention_neon.cpp "" "")
         endif()
     endif()
     target_sources(${target} PRIVATE "${PROJECT_SOURCE_DIR}/cpp/kernels/select.cpp")

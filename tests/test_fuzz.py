@@ -24,7 +24,7 @@ from agq_gguf.format import blocks
 HERE = Path(__file__).parent
 HOSTILE = sorted((HERE / "hostile").glob("*.gguf"))
 STREAMS = sorted((HERE / "hostile").glob("*.stream"))
-SOURCES = [HERE / "fuzz" / "attributes_replay.cpp", HERE.parent / "cpp" / "attributes.cpp"]
+SOURCES = [HERE / "fuzz" / "attributes_replay.cpp", HERE.parent / "cpp" / "format" / "attributes.cpp"]
 
 
 @pytest.mark.parametrize("target", ["reader", "attributes"])

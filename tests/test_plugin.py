@@ -424,7 +424,7 @@ def test_a_process_without_ggml_is_refused() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="builds a shared library with c++")
 def test_a_host_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
-    declared = (HERE.parent / "cpp" / "host.h").read_text(encoding="utf-8")
+    declared = (HERE.parent / "cpp" / "host" / "host.h").read_text(encoding="utf-8")
     names = set(re.findall(r"X\([^,]+, (ggml_\w+),", declared)) - {"ggml_version"}
     assert len(names) > 20
     source = tmp_path / "host.cpp"

@@ -68,7 +68,7 @@ def test_messages_in_troubleshooting_are_ours() -> None:
 
 def test_releases_are_those_of_the_plugin() -> None:
     text = (DOCS / "releases.md").read_text(encoding="utf-8")
-    host = (ROOT / "cpp" / "host.cpp").read_text(encoding="utf-8")
+    host = (ROOT / "cpp" / "host" / "host.cpp").read_text(encoding="utf-8")
     found = re.search(r'supported_releases\[\] = "(.*?)"', host)
     assert found and found[1] in text
 

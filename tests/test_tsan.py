@@ -25,9 +25,9 @@ pytestmark = [
 ]
 # Each of these puts a race where memory of a thread's own or an atomic flag is now; both must be seen in a report.
 RACES = [
-    ("cpp/matmul.cpp", "p.memory->of(ith)", "p.memory->of(0)", "agq::product_node"),
+    ("cpp/nodes/product.cpp", "p.memory->of(ith)", "p.memory->of(0)", "agq::product_node"),
     (
-        "cpp/backend.cpp",
+        "cpp/backend/backend.cpp",
         "std::atomic<bool> agq4_seen{false};",
         "struct flag { bool v = 0; void store(bool x, int) { v = x; } bool load(int) const { return v; } } agq4_seen;",
         "agq4_seen",

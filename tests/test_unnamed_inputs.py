@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
 # Stands in front of ggml's function of that name, and leaves the inputs that 0.3.30 to 0.3.34 do not name without one.
 SHIM = """
 #include <cstring>
-#include "host.h"
+#include "host/host.h"
 extern "C" {
 int unnamed = 0;
 agq::ggml_tensor *ggml_set_name(agq::ggml_tensor *t, const char *name) {

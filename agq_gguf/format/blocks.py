@@ -1,6 +1,6 @@
 """The AGQ4 format in numpy: pack, unpack, check, dequantize, multiply.
 
-This is the reference twin of ``cpp/blocks.h`` and of the C++ kernels; ``docs/format.md`` is the text that both follow.
+This is the reference twin of ``cpp/format/blocks.h`` and of the C++ kernels; ``docs/format.md`` is the text that both follow.
 Everything here is a pure function of arrays and imports numpy only.
 """
 

@@ -8,8 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attention_few.h"
-#include "softmax_weights.h"
+#include "kernels/attention_few.h"
+#include "kernels/softmax_weights.h"
 
 namespace agq {
 

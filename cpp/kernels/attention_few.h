@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "softmax_weights.h"
+#include "kernels/softmax_weights.h"
 
 namespace agq {
 

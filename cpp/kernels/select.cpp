@@ -1,4 +1,4 @@
-#include "select.h"
+#include "kernels/select.h"
 
 namespace agq {
 namespace {

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace agq {
 

@@ -1,9 +1,9 @@
-#include "cut_job.h"
+#include "prune/cut_job.h"
 
 #include <cmath>
 #include <cstring>
 
-#include "mask_view.h"
+#include "graph/mask_view.h"
 
 namespace agq {
 

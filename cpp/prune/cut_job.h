@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../host.h"
+#include "host/host.h"
 
 namespace agq {
 

@@ -1,4 +1,4 @@
-#include "graph_copy.h"
+#include "prune/graph_copy.h"
 
 #include <algorithm>
 #include <cstring>

@@ -7,9 +7,9 @@
 #include <memory>
 #include <vector>
 
-#include "cut_job.h"
-#include "dataflow.h"
-#include "graph_facts.h"
+#include "graph/dataflow.h"
+#include "graph/graph_facts.h"
+#include "prune/cut_job.h"
 
 namespace agq {
 

@@ -1,14 +1,10 @@
-#include "hidden_cells.h"
+#include "prune/hidden_cells.h"
 
 #include <algorithm>
 
-namespace agq {
+#include "graph/ubatch.h"
 
-int64_t cell_offset(const attention_site &site) {
-    const ggml_tensor *root = root_of(site.cache);
-    return (static_cast<const char *>(site.cache->data) - static_cast<const char *>(root->data)) /
-           static_cast<int64_t>(site.cache->nb[1]);
-}
+namespace agq {
 
 bool hidden_cells::find(const graph_facts &facts) {
     level_of_site_.assign(facts.sites.size(), 0);

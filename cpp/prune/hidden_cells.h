@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "graph_facts.h"
-#include "zero_rows.h"
+#include "graph/graph_facts.h"
+#include "prune/zero_rows.h"
 
 namespace agq {
 
@@ -34,8 +34,5 @@ class hidden_cells {
     std::vector<std::vector<dropped_cell>> cells_;  ///< by level; there may be more than n_levels_, for their memory
     int n_levels_ = 1;
 };
-
-/// By how much the numbers in `attn_inp_k_idxs`, which count the cells of all streams, exceed those of the mask.
-int64_t cell_offset(const attention_site &site);
 
 }  // namespace agq

@@ -1,6 +1,6 @@
-#include "history.h"
+#include "prune/history.h"
 
-#include "../thread_value.h"
+#include "base/thread_value.h"
 
 namespace agq {
 

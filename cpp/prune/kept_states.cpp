@@ -1,4 +1,4 @@
-#include "kept_states.h"
+#include "prune/kept_states.h"
 
 #include <algorithm>
 #include <set>

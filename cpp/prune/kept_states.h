@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "cut_job.h"
-#include "graph_copy.h"
+#include "prune/cut_job.h"
+#include "prune/graph_copy.h"
 
 namespace agq {
 

@@ -1,9 +1,9 @@
-#include "masked_graph.h"
+#include "prune/masked_graph.h"
 
 #include <cmath>
 #include <cstring>
 
-#include "mask_view.h"
+#include "graph/mask_view.h"
 
 namespace agq {
 

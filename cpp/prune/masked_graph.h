@@ -6,9 +6,9 @@
 #include <deque>
 #include <vector>
 
-#include "../attention.h"
-#include "graph_copy.h"
-#include "hidden_cells.h"
+#include "nodes/attention.h"
+#include "prune/graph_copy.h"
+#include "prune/hidden_cells.h"
 
 namespace agq {
 

@@ -1,11 +1,11 @@
-#include "pruned_run.h"
+#include "prune/pruned_run.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "mask_view.h"
-#include "selection.h"
+#include "graph/mask_view.h"
+#include "prune/selection.h"
 
 namespace agq {
 

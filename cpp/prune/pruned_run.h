@@ -7,11 +7,12 @@
 #include <map>
 #include <vector>
 
-#include "cut_job.h"
-#include "graph_copy.h"
-#include "hidden_cells.h"
-#include "importance.h"
-#include "prune_plan.h"
+#include "graph/ubatch.h"
+#include "prune/cut_job.h"
+#include "prune/graph_copy.h"
+#include "prune/hidden_cells.h"
+#include "prune/prune_plan.h"
+#include "scores/attention_score.h"
 
 namespace agq {
 

@@ -1,11 +1,11 @@
-#include "pruner.h"
+#include "prune/pruner.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
-#include "../attributes.h"
-#include "history.h"
+#include "format/attributes.h"
+#include "prune/history.h"
 
 namespace agq {
 

@@ -7,11 +7,12 @@
 #include <string>
 #include <vector>
 
-#include "hidden_cells.h"
-#include "masked_graph.h"
-#include "prune_plan.h"
-#include "pruned_run.h"
-#include "settings.h"
+#include "graph/ubatch.h"
+#include "prune/hidden_cells.h"
+#include "prune/masked_graph.h"
+#include "prune/prune_plan.h"
+#include "prune/pruned_run.h"
+#include "prune/settings.h"
 
 namespace agq {
 

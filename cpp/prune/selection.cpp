@@ -1,4 +1,4 @@
-#include "selection.h"
+#include "prune/selection.h"
 
 #include <algorithm>
 #include <cmath>

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "settings.h"
+#include "prune/settings.h"
 
 namespace agq {
 

@@ -1,4 +1,4 @@
-#include "settings.h"
+#include "prune/settings.h"
 
 #include <algorithm>
 #include <cmath>

@@ -5,13 +5,10 @@
 #include <string>
 #include <vector>
 
-#include "learned.h"
+#include "scores/learned_score.h"
+#include "scores/score.h"
 
 namespace agq {
-
-/// How the importance of a token is measured (docs/pruning.md, "Scores"). The first four numbers are those of the file
-/// format.
-enum class prune_score : uint8_t { first = 0, received = 1, recent = 2, learned = 3, random = 4 };
 
 constexpr int max_keep = 255, max_reach = 15;  ///< as the file format has room for
 

@@ -1,9 +1,9 @@
-#include "zero_rows.h"
+#include "prune/zero_rows.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "mask_view.h"
+#include "graph/mask_view.h"
 
 namespace agq {
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../host.h"
+#include "host/host.h"
 
 namespace agq {
 

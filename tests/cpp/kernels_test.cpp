@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../../cpp/kernels/select.h"
+#include "kernels/select.h"
 #include "product_checks.h"
 #include "quantizer_checks.h"
 

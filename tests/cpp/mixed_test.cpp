@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/select.h"
-#include "matmul.h"
+#include "nodes/product.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
-// Attention on the paper's grids (cpp/kernels/attention_paper.cpp) against its definition in double precision, over
-// random shapes, masks and modes. Prints its seed; `--seed N` repeats a run.
+// Attention on the paper's grids (cpp/kernels/portable/attention_paper.cpp) against its definition in double precision,
+// over random shapes, masks and modes. Prints its seed; `--seed N` repeats a run.
 #include <cstdio>
 #include <cstdlib>
 #include <string>

@@ -8,8 +8,8 @@
 #include <memory>
 #include <vector>
 
-#include "../../cpp/kernels/kernel.h"
 #include "checks.h"
+#include "kernels/kernel.h"
 
 namespace {
 

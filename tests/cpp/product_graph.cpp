@@ -14,8 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "../../cpp/blocks.h"
-#include "../../cpp/host.h"
+#include "format/blocks.h"
+#include "host/host.h"
 
 namespace {
 

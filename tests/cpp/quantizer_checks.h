@@ -9,8 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "../../cpp/kernels/kernel.h"
 #include "checks.h"
+#include "kernels/kernel.h"
 
 namespace {
 

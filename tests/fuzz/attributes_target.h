@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "attributes.h"
+#include "format/attributes.h"
 
 namespace agq_fuzz {
 

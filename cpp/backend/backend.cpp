@@ -1,0 +1,340 @@
+// Backend, device and registry tables. The device takes whole graphs, so that the host makes one call and no copies,
+// and runs them on an inner CPU backend: one pool of threads, the host's own code for all that is not AGQ4.
+#include "backend/backend.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "backend/graph_snapshot.h"
+#include "base/thread_value.h"
+#include "host/profile.h"
+#include "prune/pruner.h"
+#include "rewrite/graph_rewrite.h"
+
+namespace agq {
+
+namespace {
+
+using set_n_threads_fn = void (*)(ggml_backend *, int);
+using set_abort_callback_fn = void (*)(ggml_backend *, ggml_abort_callback, void *);
+
+constexpr char backend_name[] = "AGQ";
+
+const kernel *active_kernel = nullptr;
+bool fuse_rows = true;
+
+/// Whether graphs without AGQ4 are handled like others, to test what the device does with every operation.
+bool take_all = false;
+
+/// Set as soon as the host asks about a node with AGQ4 weights. Until then the device declines everything, so that a
+/// process without such a model runs exactly as if the plugin were not there.
+std::atomic<bool> agq4_seen{false};
+
+/// Set as soon as a context is created with pruning settings of its own: a list of layers must work for models without
+/// AGQ4 tensors, too.
+std::atomic<bool> pruning_asked_for{false};
+
+/// What this thread's contexts shall do in place of AGQ_PRUNE.
+std::optional<std::string> &thread_pruning() {
+    return thread_value<std::optional<std::string>, struct pruning_tag>();
+}
+
+/// True from the creation of a backend to the end of its first graph, in the thread that creates the context. With
+/// flash attention "auto", libllama schedules one graph there to see whether the attention node lands on the layer's
+/// own device, the CPU, and turns flash attention off if it does not. Our device runs that node on the same CPU code,
+/// so it stands aside once.
+thread_local bool probing_flash_attention = false;
+
+// ---- threads of the inner backend ----
+
+/// Hosts built without OpenMP start and join threads in every graph unless the backend is given a pool.
+class thread_pool {
+  public:
+    ~thread_pool() {
+        if (pool_) reinterpret_cast<void (*)(void *)>(cpu_function("ggml_threadpool_free"))(pool_);
+    }
+
+    void resize(ggml_backend *cpu, int n_threads) {
+        if (host.openmp || n_threads == n_threads_) return;
+        using set_pool_fn = void (*)(ggml_backend *, void *);
+        const auto create = reinterpret_cast<void *(*)(void *)>(cpu_function("ggml_threadpool_new"));
+        const auto destroy = reinterpret_cast<void (*)(void *)>(cpu_function("ggml_threadpool_free"));
+        const auto attach = reinterpret_cast<set_pool_fn>(cpu_function("ggml_backend_cpu_set_threadpool"));
+        if (!create || !destroy || !attach) return;
+        alignas(16) unsigned char params[2048] = {};  // larger than the struct of any supported release
+        host.ggml_threadpool_params_init(params, n_threads);
+        void *fresh = create(params);
+        if (!fresh) return;
+        attach(cpu, fresh);
+        if (pool_) destroy(pool_);
+        pool_ = fresh;
+        n_threads_ = n_threads;
+    }
+
+  private:
+    void *pool_ = nullptr;
+    int n_threads_ = 0;
+};
+
+// ---- backend ----
+
+struct backend_context {
+    backend_context(ggml_backend *inner_cpu, const prune_settings &pruning, const activation_settings &activations,
+                    const attention_kernel *attention)
+        : cpu(inner_cpu),
+          rewriter(active_kernel, fuse_rows, take_all, activations, attention),
+          pruning(active_kernel->attention, pruning),
+          may_prune(pruning.given) {}
+    ~backend_context() { host.ggml_backend_free(cpu); }
+
+    ggml_backend *cpu;
+    thread_pool threads;
+    graph_snapshot snapshot;
+    graph_rewriter rewriter;
+    pruner pruning;
+    bool may_prune;          ///< set by the first AGQ4 tensor, too: stock models are left alone unless somebody asked
+    int n_threads = 4;       ///< ggml's default, until the host says otherwise
+    std::string last_error;  ///< so that a failing model is reported once, not for every token
+};
+
+backend_context &context_of(ggml_backend *backend) {
+    return *static_cast<backend_context *>(backend->context);
+}
+
+const char *backend_get_name(ggml_backend *) {
+    return backend_name;
+}
+
+void backend_free(ggml_backend *backend) {
+    delete &context_of(backend);
+    delete backend;
+}
+
+ggml_status compute_nodes(backend_context &context, ggml_tensor **nodes, int n, bool repeated) {
+    std::string error;
+    const int64_t begun = profile_enabled() ? profile_time() : 0;
+    ggml_cgraph *rewritten = context.rewriter.rewrite(nodes, n, repeated, context.n_threads, &error);
+    if (profile_enabled()) add_profile_time("(rewriting the graph)", profile_time() - begun);
+    if (rewritten) {
+        const ggml_status status = host.ggml_backend_graph_compute(context.cpu, rewritten);
+        context.rewriter.record_bits();
+        return status;
+    }
+    if (error != context.last_error) log_line(log_error, error);
+    context.last_error = error;
+    return status_failed;
+}
+
+ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
+    probing_flash_attention = false;
+    backend_context &context = context_of(backend);
+    try {
+        ggml_tensor **nodes = host.ggml_graph_nodes(graph);
+        const int n = host.ggml_graph_n_nodes(graph);
+        const bool repeated = context.snapshot.is_repeated(nodes, n);
+        const bool has_agq4 = take_all || std::any_of(nodes, nodes + n, uses_agq4);
+        context.may_prune = context.may_prune || has_agq4;
+        if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
+        int64_t computing = 0;  // nanoseconds within the pruner that are not its own
+        const auto compute_part = [&](ggml_tensor **part, int size, bool part_repeated) {
+            if (part == nodes && !has_agq4 && !profile_enabled()) {
+                return host.ggml_backend_graph_compute(context.cpu, graph);
+            }
+            return compute_nodes(context, part, size, part_repeated);
+        };
+        if (!profile_enabled()) return context.pruning.run(nodes, n, repeated, context.n_threads, compute_part);
+        const auto compute = [&](ggml_tensor **part, int size, bool part_repeated) {
+            const int64_t begun = profile_time();
+            const ggml_status status = compute_part(part, size, part_repeated);
+            computing += profile_time() - begun;
+            return status;
+        };
+        const int64_t begun = profile_time();
+        const ggml_status status = context.pruning.run(nodes, n, repeated, context.n_threads, compute);
+        add_profile_time("(planning what to prune)", profile_time() - begun - computing);
+        return status;
+    } catch (const std::bad_alloc &) {
+        log_line(log_error, "out of memory for activations; use a smaller n_ubatch");
+        return status_alloc_failed;
+    } catch (const std::exception &e) {
+        log_line(log_error, e.what());
+        return status_failed;
+    }
+}
+
+void backend_graph_optimize(ggml_backend *, ggml_cgraph *) {
+    probing_flash_attention = false;
+}
+
+uint8_t backend_guid[16] = {0x41, 0x47, 0x51, 0x34, 0x9d, 0x3b, 0x4c, 0x0e,
+                            0x8a, 0x61, 0x57, 0x2f, 0xc4, 0x18, 0xe3, 0x70};
+
+void set_n_threads(ggml_backend *backend, int n_threads) {
+    backend_context &context = context_of(backend);
+    context.n_threads = n_threads;
+    context.threads.resize(context.cpu, n_threads);
+    if (const auto set = reinterpret_cast<set_n_threads_fn>(cpu_function("ggml_backend_set_n_threads"))) {
+        set(context.cpu, n_threads);
+    }
+}
+
+void set_abort_callback(ggml_backend *backend, ggml_abort_callback callback, void *data) {
+    if (const auto set = reinterpret_cast<set_abort_callback_fn>(cpu_function("ggml_backend_set_abort_callback"))) {
+        set(context_of(backend).cpu, callback, data);
+    }
+}
+
+// ---- device ----
+
+const char *device_get_name(ggml_backend_device *) {
+    return backend_name;
+}
+
+const char *device_get_description(ggml_backend_device *) {
+    static const std::string text = std::string("Agile-Quant 4-bit kernels (") + active_kernel->name + ")";
+    return text.c_str();
+}
+
+void device_get_memory(ggml_backend_device *, size_t *free, size_t *total) {
+    host.ggml_backend_dev_memory(host.cpu, free, total);
+}
+
+int device_get_type(ggml_backend_device *) {
+    return device_accel;
+}
+
+void device_get_props(ggml_backend_device *device, ggml_backend_dev_props *props) {
+    props->name = device_get_name(device);
+    props->description = device_get_description(device);
+    device_get_memory(device, &props->memory_free, &props->memory_total);
+    props->type = device_get_type(device);
+    props->device_id = nullptr;
+    props->caps = {};
+    props->caps.buffer_from_host_ptr = true;
+}
+
+ggml_backend *device_init_backend(ggml_backend_device *device, const char *) {
+    try {
+        prune_settings pruning;
+        std::string error;
+        activation_settings activations;
+        const attention_kernel *attention = nullptr;
+        if (!parse_prune_settings(thread_pruning() ? *thread_pruning() : prune_option(), &pruning, &error) ||
+            !parse_activation_settings(activation_bits_option(), &activations, &error) ||
+            !parse_attention_option(attention_option(), &attention, &error)) {
+            log_line(log_error, error);
+            return nullptr;
+        }
+        if (pruning.given) pruning_asked_for.store(true, std::memory_order_relaxed);
+        ggml_backend *cpu = host.ggml_backend_dev_init(host.cpu, nullptr);
+        if (!cpu) return nullptr;
+        auto context = std::make_unique<backend_context>(cpu, pruning, activations, attention);
+        auto backend = std::make_unique<ggml_backend>();
+        *backend = {};
+        backend->guid = &backend_guid;
+        backend->iface.get_name = backend_get_name;
+        backend->iface.free = backend_free;
+        backend->iface.graph_compute = backend_graph_compute;
+        backend->iface.graph_optimize = backend_graph_optimize;
+        backend->device = device;
+        backend->context = context.release();
+        probing_flash_attention = true;
+        return backend.release();
+    } catch (const std::bad_alloc &) {
+        return nullptr;
+    }
+}
+
+ggml_backend_buffer_type *device_get_buffer_type(ggml_backend_device *) {
+    return host.ggml_backend_dev_buffer_type(host.cpu);
+}
+
+ggml_backend_buffer *device_buffer_from_host_ptr(ggml_backend_device *, void *data, size_t size, size_t max_tensor) {
+    return host.ggml_backend_dev_buffer_from_host_ptr(host.cpu, data, size, max_tensor);
+}
+
+bool device_supports_op(ggml_backend_device *, const ggml_tensor *op) {
+    if (uses_agq4(op)) {
+        agq4_seen.store(true, std::memory_order_relaxed);
+        return true;
+    }
+    if (!take_all && !agq4_seen.load(std::memory_order_relaxed) && !pruning_asked_for.load(std::memory_order_relaxed))
+        return false;
+    if (op->op == host.op_flash_attn_ext && probing_flash_attention && !take_all) return false;
+    return host.ggml_backend_dev_supports_op(host.cpu, op);
+}
+
+bool device_supports_buft(ggml_backend_device *, ggml_backend_buffer_type *type) {
+    return host.ggml_backend_dev_supports_buft(host.cpu, type);
+}
+
+// ---- registry ----
+
+const char *registry_get_name(ggml_backend_reg *) {
+    return backend_name;
+}
+
+size_t registry_get_device_count(ggml_backend_reg *) {
+    return 1;
+}
+
+ggml_backend_device *registry_get_device(ggml_backend_reg *registry, size_t) {
+    static ggml_backend_device device = [registry] {
+        ggml_backend_device d = {};
+        d.iface.get_name = device_get_name;
+        d.iface.get_description = device_get_description;
+        d.iface.get_memory = device_get_memory;
+        d.iface.get_type = device_get_type;
+        d.iface.get_props = device_get_props;
+        d.iface.init_backend = device_init_backend;
+        d.iface.get_buffer_type = device_get_buffer_type;
+        d.iface.buffer_from_host_ptr = device_buffer_from_host_ptr;
+        d.iface.supports_op = device_supports_op;
+        d.iface.supports_buft = device_supports_buft;
+        d.reg = registry;
+        return d;
+    }();
+    return &device;
+}
+
+void *registry_get_proc_address(ggml_backend_reg *, const char *name) {
+    if (std::strcmp(name, "ggml_backend_set_n_threads") == 0) return reinterpret_cast<void *>(set_n_threads);
+    if (std::strcmp(name, "ggml_backend_set_abort_callback") == 0) return reinterpret_cast<void *>(set_abort_callback);
+    return nullptr;
+}
+
+}  // namespace
+
+ggml_backend_reg *backend_registry(const kernel *kern, const options &chosen) {
+    active_kernel = kern;
+    fuse_rows = chosen.fuse;
+    take_all = chosen.take_all;
+    static ggml_backend_reg registry = [] {
+        ggml_backend_reg r = {};
+        r.api_version = ggml_backend_api_version;
+        r.iface.get_name = registry_get_name;
+        r.iface.get_device_count = registry_get_device_count;
+        r.iface.get_device = registry_get_device;
+        r.iface.get_proc_address = registry_get_proc_address;
+        return r;
+    }();
+    return &registry;
+}
+
+bool set_thread_pruning(const char *text, std::string *error) {
+    if (!text) {
+        thread_pruning().reset();
+        return true;
+    }
+    prune_settings ignored;
+    if (!parse_prune_settings(text, &ignored, error)) return false;
+    thread_pruning() = text;
+    return true;
+}
+
+}  // namespace agq

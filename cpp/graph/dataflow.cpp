@@ -1,0 +1,276 @@
+#include "graph/dataflow.h"
+
+#include <array>
+#include <atomic>
+#include <cstring>
+
+namespace agq {
+
+namespace {
+
+/// Operations that are treated alike.
+enum class family : uint8_t {
+    unresolved,
+    unknown,
+    elementwise,  ///< each element for itself
+    rowwise,      ///< along dimension 0
+    binary,       ///< the second operand may be broadcast
+    gated,        ///< one or two operands
+    lookup,
+    store,
+    product,
+    expert_product,
+    expert_bias,
+    flash_attention,
+    rope,
+    soft_max,
+    concat,
+    repeat,
+    permute,
+    transpose,
+    reshape,
+    view,
+};
+
+/// Numbers of operations differ between releases, so the name decides, once for each number.
+family family_of(int op) {
+    static std::array<std::atomic<family>, 512> known{};
+    if (op < 0 || op >= static_cast<int>(known.size())) return family::unknown;
+    auto &entry = known[static_cast<size_t>(op)];
+    if (const family f = entry.load(std::memory_order_relaxed); f != family::unresolved) return f;
+    const struct {
+        const char *name;
+        family value;
+    } table[] = {{"ADD", family::binary},
+                 {"SUB", family::binary},
+                 {"MUL", family::binary},
+                 {"DIV", family::binary},
+                 {"SCALE", family::elementwise},
+                 {"UNARY", family::elementwise},
+                 {"SQR", family::elementwise},
+                 {"SQRT", family::elementwise},
+                 {"LOG", family::elementwise},
+                 {"SIN", family::elementwise},
+                 {"COS", family::elementwise},
+                 {"CLAMP", family::elementwise},
+                 {"LEAKY_RELU", family::elementwise},
+                 {"NORM", family::rowwise},
+                 {"RMS_NORM", family::rowwise},
+                 {"L2_NORM", family::rowwise},
+                 {"SUM_ROWS", family::rowwise},
+                 {"MEAN", family::rowwise},
+                 {"ARGSORT", family::rowwise},
+                 {"TOP_K", family::rowwise},
+                 {"GLU", family::gated},
+                 {"GET_ROWS", family::lookup},
+                 {"SET_ROWS", family::store},
+                 {"MUL_MAT", family::product},
+                 {"MUL_MAT_ID", family::expert_product},
+                 {"ADD_ID", family::expert_bias},
+                 {"FLASH_ATTN_EXT", family::flash_attention},
+                 {"ROPE", family::rope},
+                 {"SOFT_MAX", family::soft_max},
+                 {"CONCAT", family::concat},
+                 {"REPEAT", family::repeat},
+                 {"PERMUTE", family::permute},
+                 {"TRANSPOSE", family::transpose},
+                 {"RESHAPE", family::reshape},
+                 {"CONT", family::reshape},
+                 {"VIEW", family::view}};
+    family found = family::unknown;
+    for (const auto &row : table) {
+        if (std::strcmp(row.name, host.ggml_op_name(op)) == 0) found = row.value;
+    }
+    entry.store(found, std::memory_order_relaxed);
+    return found;
+}
+
+/// What the rules look at: a node and the token dimensions of its sources.
+struct operands {
+    const ggml_tensor *node;
+    int64_t tokens;
+    token_dim src[ggml_max_src];
+
+    /// A result of which dimension `dim` counts the tokens; nothing if its extent says otherwise.
+    token_dim result(int dim, int64_t mult) const {
+        return dim >= 0 && dim < 4 && node->ne[dim] == mult * tokens ? token_dim{dim, mult} : token_dim{};
+    }
+    bool only_first() const {
+        for (int i = 1; i < ggml_max_src; ++i) {
+            if (src[i]) return false;
+        }
+        return bool(src[0]);
+    }
+};
+
+token_dim trace_binary(const operands &x) {
+    const token_dim a = x.src[0], b = x.src[1];
+    if (!a || (b ? !(a == b) : x.node->src[1]->ne[a.dim] != 1)) return {};
+    return x.result(a.dim, a.mult);
+}
+
+/// Elements in row-major order stay where they are: what lies below the token dimension keeps its size.
+token_dim trace_reshape(const operands &x) {
+    if (!x.only_first()) return {};
+    int64_t per_token = x.src[0].mult, below = 1;
+    for (int d = 0; d < x.src[0].dim; ++d) per_token *= x.node->src[0]->ne[d];
+    for (int d = 0; d < 4 && below <= per_token; ++d) {
+        if (per_token % below == 0 && x.node->ne[d] == per_token / below * x.tokens) return {d, per_token / below};
+        below *= x.node->ne[d];
+    }
+    return {};
+}
+
+/// A view of all tokens: one of its dimensions steps through the source's tokens, from the first one on.
+token_dim trace_view(const operands &x) {
+    if (!x.only_first()) return {};
+    const ggml_tensor *node = x.node, *source = node->src[0];
+    const size_t step = source->nb[x.src[0].dim] * static_cast<size_t>(x.src[0].mult);
+    const size_t offset =
+        static_cast<size_t>(static_cast<const char *>(node->data) - static_cast<const char *>(source->data));
+    if (offset % (step * static_cast<size_t>(x.tokens)) >= step) return {};
+    for (int d = 3; d >= 0; --d) {
+        if (node->nb[d] == 0 || step % node->nb[d] != 0) continue;
+        const int64_t mult = static_cast<int64_t>(step / node->nb[d]);
+        if (node->ne[d] == mult * x.tokens) return {d, mult};
+    }
+    return {};
+}
+
+token_dim trace_lookup(const operands &x) {
+    const token_dim a = x.src[0], b = x.src[1];
+    if (!a) return b.dim == 0 ? x.result(1, b.mult) : token_dim{};  // rows of a table, one for each token
+    if (a.dim == 2 && b.dim == 1 && a == token_dim{2, b.mult}) return x.result(2, a.mult);  // weights of the experts
+    return {};
+}
+
+token_dim trace_product(const operands &x) {
+    const token_dim a = x.src[0], b = x.src[1];
+    if (a || b.dim < 1 || x.src[2] || (b.dim >= 2 && x.node->src[0]->ne[b.dim] != 1)) return {};
+    return x.result(b.dim, b.mult);
+}
+
+token_dim trace_soft_max(const operands &x) {
+    const token_dim a = x.src[0], mask = x.src[1];
+    if (a.dim < 1 || x.src[2] || (x.node->src[1] && !(mask == token_dim{1, 1} && a == mask))) return {};
+    return x.result(a.dim, a.mult);
+}
+
+/// The token dimension of a node that has a token-indexed source; nothing if its operation is not understood.
+token_dim trace_node(const operands &x) {
+    const token_dim a = x.src[0], b = x.src[1];
+    switch (family_of(x.node->op)) {
+        case family::elementwise:
+            return x.only_first() ? x.result(a.dim, a.mult) : token_dim{};
+        case family::rowwise:
+            return x.only_first() && a.dim >= 1 ? x.result(a.dim, a.mult) : token_dim{};
+        case family::binary:
+            return trace_binary(x);
+        case family::gated:
+            return a.dim >= 1 && (!x.node->src[1] || a == b) ? x.result(a.dim, a.mult) : token_dim{};
+        case family::lookup:
+            return trace_lookup(x);
+        case family::product:
+            return trace_product(x);
+        case family::expert_product:
+            return !a && b == token_dim{2, 1} && x.src[2] == token_dim{1, 1} ? x.result(2, 1) : token_dim{};
+        case family::expert_bias:
+            return a == token_dim{2, 1} && !b && x.src[2] == token_dim{1, 1} ? x.result(2, 1) : token_dim{};
+        case family::flash_attention:
+            return a == token_dim{1, 1} && !b && !x.src[2] && x.src[3] == a && !x.src[4] ? x.result(2, 1) : token_dim{};
+        case family::rope:
+            return a == token_dim{2, 1} && b == token_dim{0, 1} && !x.src[2] ? x.result(2, 1) : token_dim{};
+        case family::soft_max:
+            return trace_soft_max(x);
+        case family::concat:
+            return a && a == b && x.node->op_params[0] != a.dim ? x.result(a.dim, a.mult) : token_dim{};
+        case family::repeat:
+            return x.only_first() ? x.result(a.dim, a.mult) : token_dim{};
+        case family::permute:
+            return x.only_first() ? x.result(x.node->op_params[a.dim], a.mult) : token_dim{};
+        case family::transpose:
+            return x.only_first() ? x.result(a.dim < 2 ? 1 - a.dim : a.dim, a.mult) : token_dim{};
+        case family::reshape:
+            return trace_reshape(x);
+        case family::view:
+            return trace_view(x);
+        case family::store:
+        case family::unknown:
+        case family::unresolved:
+            break;
+    }
+    return {};
+}
+
+/// Inputs are known by their names. Returns false if this one is not.
+bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t tokens, token_dim *dim,
+                 std::string *reason) {
+    *dim = {};
+    const std::string name = facts.input_name(leaf);
+    int wanted = -1;
+    if (name == "inp_tokens" || name == "inp_pos" || name == "attn_inp_k_idxs") wanted = 0;
+    if (name == "inp_embd" || name == "attn_inp_kq_mask") wanted = 1;
+    if (name == "inp_attn_scale" || name == "attn_scale") wanted = 2;
+    if (wanted >= 0) {
+        *dim = {wanted, 1};
+        if (leaf->ne[wanted] == tokens) return true;
+        *reason = name == "inp_pos" ? "positions have several dimensions (M-RoPE)"
+                                    : "the ubatch holds several streams of sequences";
+        return false;
+    }
+    if (name == "attn_inp_v_idxs") {
+        *dim = {0, leaf->ne[0] / tokens};
+        return leaf->ne[0] % tokens == 0;
+    }
+    const bool harmless = name == "out_ids" || name == "attn_inp_k_rot" || name == "attn_inp_v_rot";
+    if (!(leaf->flags & ggml_flag_input) || harmless) return true;
+    *reason = "the graph has an input '" + name + "' that the pruning pass does not know";
+    return false;
+}
+
+/// Nodes that take tokens in and give none out: K/V stores, and the choice of the tokens whose logits are wanted.
+bool is_exit(const operands &x, const graph_facts &facts) {
+    const token_dim a = x.src[0], b = x.src[1];
+    if (family_of(x.node->op) == family::store) {
+        return a.dim == 1 && b == token_dim{0, a.mult} && root_of(x.node)->op == host.op_none;
+    }
+    return family_of(x.node->op) == family::lookup && a == token_dim{1, 1} && x.node->src[1] == facts.out_ids;
+}
+
+}  // namespace
+
+bool is_view_op(const ggml_tensor *node) {
+    if (std::strcmp(host.ggml_op_name(node->op), "CONT") == 0) return false;
+    const family f = family_of(node->op);
+    return f == family::permute || f == family::transpose || f == family::reshape || f == family::view;
+}
+
+bool trace_tokens(const graph_facts &facts, int64_t tokens, std::vector<token_dim> *dims, std::string *reason) {
+    const size_t n = static_cast<size_t>(facts.n_nodes);
+    dims->assign(facts.tensors.size(), {});
+    for (size_t i = n; i < facts.tensors.size(); ++i) {
+        if (!trace_input(facts, facts.tensors[i], tokens, &(*dims)[i], reason)) {
+            if (reason->empty()) *reason = "an input has an unexpected shape";
+            return false;
+        }
+    }
+    for (size_t i = 0; i < n; ++i) {
+        operands x{facts.tensors[i], tokens, {}};
+        bool any = false;
+        for (int s = 0; s < ggml_max_src; ++s) {
+            if (!x.node->src[s]) continue;
+            x.src[s] = (*dims)[static_cast<size_t>(facts.number(x.node->src[s]))];
+            any = any || x.src[s];
+        }
+        if (!any || is_exit(x, facts)) continue;
+        (*dims)[i] = trace_node(x);
+        if (!(*dims)[i]) {
+            *reason = std::string("the operation ") + host.ggml_op_name(x.node->op) + " ('" + name_of(x.node) +
+                      "') is not covered by the pruning pass";
+            return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace agq

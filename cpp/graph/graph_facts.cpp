@@ -1,0 +1,175 @@
+#include "graph/graph_facts.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace agq {
+
+namespace {
+
+constexpr char cache_prefix[] = "cache_k_l";
+constexpr char mask_name[] = "attn_inp_kq_mask";
+constexpr char positions_name[] = "inp_pos";
+constexpr char k_cells_name[] = "attn_inp_k_idxs";
+constexpr char out_ids_name[] = "out_ids";
+
+float float_param(const ggml_tensor *node, int i) {
+    float value;
+    std::memcpy(&value, &node->op_params[i], sizeof(value));
+    return value;
+}
+
+bool begins(const ggml_tensor *t, const char *prefix) {
+    return std::strncmp(t->name, prefix, std::strlen(prefix)) == 0;
+}
+
+/// What newer releases call source `slot` of the node, if that is an input which tells by its use what it is, or null.
+const char *role_of(const ggml_tensor *node, int slot) {
+    const ggml_tensor *leaf = node->src[slot];
+    if (slot != 1 || leaf->op != host.op_none || !(leaf->flags & ggml_flag_input)) return nullptr;
+    if (node->op == host.op_set_rows) {
+        const ggml_tensor *root = root_of(node);
+        return begins(root, cache_prefix) ? k_cells_name : begins(root, "cache_v_l") ? "attn_inp_v_idxs" : nullptr;
+    }
+    // ggml gives numbers to what has no name.
+    if (leaf->name[0] != 0 && !begins(leaf, "leaf_")) return nullptr;
+    if (node->op == host.op_rope) return positions_name;
+    if (node->op != host.op_get_rows) return nullptr;
+    if (node->src[0]->op != host.op_none) return out_ids_name;
+    return is_named(node->src[0], "position_embd.weight") ? positions_name : nullptr;
+}
+
+bool is_mask(const ggml_tensor *t) {
+    return t && t->op == host.op_none && is_named(t, mask_name);
+}
+
+}  // namespace
+
+bool is_named(const ggml_tensor *t, const char *name) {
+    return std::strncmp(t->name, name, sizeof(t->name)) == 0;
+}
+
+std::string name_of(const ggml_tensor *t) {
+    return std::string(t->name, strnlen(t->name, sizeof(t->name)));
+}
+
+const ggml_tensor *root_of(const ggml_tensor *t) {
+    while (t->view_src) t = t->view_src;
+    return t;
+}
+
+const ggml_tensor *find_cache(const ggml_tensor *keys) {
+    // With a binary32 cache, flash attention gets a copy in binary16.
+    for (int step = 0; step < 2; ++step) {
+        const ggml_tensor *root = root_of(keys);
+        if (root->op == host.op_none) {
+            return std::strncmp(root->name, cache_prefix, sizeof(cache_prefix) - 1) == 0 ? keys : nullptr;
+        }
+        if (!root->src[0]) break;
+        keys = root->src[0];
+    }
+    return nullptr;
+}
+
+int cache_layer(const ggml_tensor *cache) {
+    return std::atoi(root_of(cache)->name + sizeof(cache_prefix) - 1);
+}
+
+void graph_facts::read(ggml_tensor **nodes, int n) {
+    *this = {};
+    n_nodes = n;
+    complete = true;
+    const size_t count = static_cast<size_t>(n);
+    tensors.assign(nodes, nodes + n);
+    numbers_.reserve(2 * count + 16);
+    for (int i = 0; i < n; ++i) numbers_.emplace(nodes[i], i);
+    last_use.assign(count, -1);
+    for (int i = 0; i < n; ++i) {
+        for (int slot = 0; slot < ggml_max_src; ++slot) {
+            ggml_tensor *src = nodes[i]->src[slot];
+            if (!src) continue;
+            const auto [entry, is_new] = numbers_.emplace(src, static_cast<int>(tensors.size()));
+            if (is_new) {
+                tensors.push_back(src);
+                last_use.push_back(-1);
+                if (src->op != host.op_none) complete = false;
+                find_input(nodes[i], slot);
+            }
+            last_use[static_cast<size_t>(entry->second)] = i;
+        }
+        // Cells that are written now must be known, or they would be taken for those of dropped tokens.
+        const bool stores = nodes[i]->op == host.op_set_rows && begins(root_of(nodes[i]), cache_prefix);
+        unknown_store = unknown_store || (stores && nodes[i]->src[1] != k_cells);
+        find_site(i);
+    }
+}
+
+std::string graph_facts::input_name(const ggml_tensor *leaf) const {
+    const auto known = roles_.find(leaf);
+    return known == roles_.end() ? name_of(leaf) : known->second;
+}
+
+/// Takes notice of an input, which is source `slot` of the node, the first that reads it.
+void graph_facts::find_input(const ggml_tensor *node, int slot) {
+    const ggml_tensor *leaf = node->src[slot];
+    if (const char *role = role_of(node, slot)) roles_.emplace(leaf, role);
+    const std::string name = input_name(leaf);
+    const struct {
+        const char *name;
+        const ggml_tensor **slot;
+    } known[] = {{mask_name, &mask},
+                 {"inp_tokens", &tokens},
+                 {positions_name, &positions},
+                 {k_cells_name, &k_cells},
+                 {out_ids_name, &out_ids}};
+    for (const auto &input : known) {
+        if (name != input.name) continue;
+        if (*input.slot) ambiguous = true;
+        *input.slot = leaf;
+    }
+}
+
+void graph_facts::find_site(int i) {
+    const ggml_tensor *node = tensors[static_cast<size_t>(i)];
+    if (node->op == host.op_flash_attn_ext) {
+        attention_site site;
+        site.cache = find_cache(node->src[1]);
+        if (!site.cache || !is_mask(node->src[3])) return;
+        site.layer = cache_layer(site.cache);
+        site.first = site.masked = site.last = i;
+        site.mask_slot = 3;
+        site.plain = true;
+        site.q = node->src[0];
+        site.k = node->src[1];
+        site.sinks = node->src[4];
+        site.scale = float_param(node, 0);
+        site.max_bias = float_param(node, 1);
+        site.soft_cap = float_param(node, 2);
+        sites.push_back(site);
+    } else if (node->op == host.op_soft_max && is_mask(node->src[1])) {
+        // The product may be followed by a soft cap: up to three nodes of scaling and tanh.
+        const ggml_tensor *scores = node->src[0];
+        for (int step = 0; step < 4 && scores && scores->op != host.op_mul_mat; ++step) scores = scores->src[0];
+        if (!scores || scores->op != host.op_mul_mat) return;
+        attention_site site;
+        site.cache = find_cache(scores->src[0]);
+        if (!site.cache) return;
+        site.layer = cache_layer(site.cache);
+        site.first = number(scores);
+        site.masked = i;
+        site.mask_slot = 1;
+        site.plain = scores == node->src[0];
+        site.q = scores->src[1];
+        site.k = scores->src[0];
+        site.sinks = node->src[2];
+        site.scale = float_param(node, 0);
+        site.max_bias = float_param(node, 1);
+        sites.push_back(site);
+    } else if (node->op == host.op_mul_mat && node->src[1]->op == host.op_soft_max) {
+        for (attention_site &site : sites) {
+            if (tensors[static_cast<size_t>(site.masked)] == node->src[1]) site.last = i;
+        }
+    }
+}
+
+}  // namespace agq

@@ -1,0 +1,82 @@
+// What the pruning pass has to know of a graph: numbers for its tensors, its inputs, and where its attentions are.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "host/host.h"
+
+namespace agq {
+
+/// One attention over the K/V cache.
+struct attention_site {
+    int layer = -1;
+    int first = -1;      ///< the node that reads queries and keys: the flash node, or the product of both
+    int masked = -1;     ///< the node that takes the mask: the flash node, or the soft-max
+    int last = -1;       ///< the node of the output: the flash node, or the product with the values
+    int mask_slot = 0;   ///< which source of `masked` the mask is
+    bool plain = false;  ///< whether there is nothing between product and soft-max, so that q and k tell the weights
+    const ggml_tensor *q = nullptr;
+    const ggml_tensor *k = nullptr;      ///< keys as attention reads them, [head, cell, kv head, stream]
+    const ggml_tensor *cache = nullptr;  ///< the same as a view of the cache, of which k may be a conversion
+    const ggml_tensor *sinks = nullptr;
+    float scale = 1, max_bias = 0, soft_cap = 0;
+};
+
+class graph_facts {
+  public:
+    /// Reads the graph; throws std::bad_alloc.
+    void read(ggml_tensor **nodes, int n);
+
+    /// Number of a tensor: its index if it is a node, n and up for leaves; -1 for strangers.
+    int number(const ggml_tensor *t) const {
+        const auto found = numbers_.find(t);
+        return found == numbers_.end() ? -1 : found->second;
+    }
+    int n_nodes = 0;
+    std::vector<ggml_tensor *> tensors;  ///< by number
+    std::vector<int> last_use;           ///< by number: the last node that reads it, or -1
+    std::vector<attention_site> sites;   ///< in graph order
+    bool complete = false;               ///< whether all sources are leaves or nodes of this graph
+
+    // Inputs, or null; `ambiguous` if there are several of a kind.
+    const ggml_tensor *mask = nullptr, *tokens = nullptr, *positions = nullptr, *k_cells = nullptr, *out_ids = nullptr;
+    bool ambiguous = false;
+    bool unknown_store = false;  ///< whether keys are stored to cells whose numbers are not an input
+
+    /// Tokens of the ubatch, 0 if the graph computes none.
+    int64_t n_tokens() const {
+        const ggml_tensor *input = k_cells ? k_cells : tokens ? tokens : positions;
+        return input ? input->ne[0] : 0;
+    }
+
+    /// What newer releases of the host call this input; older ones leave some without a name, which are known by what
+    /// they are for.
+    std::string input_name(const ggml_tensor *leaf) const;
+
+  private:
+    void find_input(const ggml_tensor *node, int slot);
+    void find_site(int i);
+
+    std::unordered_map<const ggml_tensor *, int> numbers_;
+    std::unordered_map<const ggml_tensor *, const char *> roles_;  ///< names of inputs by what they are for
+};
+
+/// Whether the tensor has exactly this name.
+bool is_named(const ggml_tensor *t, const char *name);
+
+/// The name, for messages.
+std::string name_of(const ggml_tensor *t);
+
+/// The tensor whose memory a view shows.
+const ggml_tensor *root_of(const ggml_tensor *t);
+
+/// The view of the cache of keys that `keys` are or were converted from, or null.
+const ggml_tensor *find_cache(const ggml_tensor *keys);
+
+/// The layer of a view of the cache of keys.
+int cache_layer(const ggml_tensor *cache);
+
+}  // namespace agq

@@ -1,0 +1,53 @@
+// Reading the mask of an attention: [cell, token, 1, stream], binary16 or binary32, -inf hides a cell from a token.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "host/host.h"
+
+namespace agq {
+
+constexpr uint16_t hidden_f16 = 0xFC00;
+
+/// One token's row.
+class mask_row {
+  public:
+    mask_row(const ggml_tensor *mask, int64_t token, int64_t stream)
+        : mask_row(static_cast<const char *>(mask->data) + static_cast<size_t>(stream) * mask->nb[3] +
+                       static_cast<size_t>(token) * mask->nb[1],
+                   mask->type == ggml_type_f16) {}
+    mask_row(const char *row, bool is_f16) : row_(row), is_f16_(is_f16) {}
+
+    bool hides(int64_t cell) const {
+        if (is_f16_) return reinterpret_cast<const uint16_t *>(row_)[cell] == hidden_f16;
+        return reinterpret_cast<const float *>(row_)[cell] == -INFINITY;
+    }
+    /// Sets `seen[c]` for every cell that can be seen.
+    void mark_visible(int64_t n, uint8_t *seen) const {
+        for (int64_t c = 0; c < n; ++c) seen[c] = seen[c] | !hides(c);
+    }
+    /// How many of the first `n` cells can be seen.
+    int64_t count_visible(int64_t n) const {
+        return is_f16_ ? count_other<uint16_t>(n, hidden_f16) : count_other<float>(n, -INFINITY);
+    }
+
+  private:
+    template <typename Element>
+    int64_t count_other(int64_t n, Element hidden) const {
+        const Element *row = reinterpret_cast<const Element *>(row_);
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; ++i) count += row[i] != hidden;
+        return count;
+    }
+
+    const char *row_;
+    bool is_f16_;
+};
+
+inline bool is_hidden(const ggml_tensor *mask, int64_t cell, int64_t token, int64_t stream) {
+    return mask_row(mask, token, stream).hides(cell);
+}
+
+}  // namespace agq

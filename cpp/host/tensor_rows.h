@@ -1,0 +1,21 @@
+// Addresses of rows in a tensor.
+#pragma once
+
+#include <cstdint>
+
+#include "host/host.h"
+
+namespace agq {
+
+inline char *row_address(const ggml_tensor *t, int64_t i1, int64_t i2, int64_t i3) {
+    return static_cast<char *>(t->data) + i1 * static_cast<int64_t>(t->nb[1]) + i2 * static_cast<int64_t>(t->nb[2]) +
+           i3 * static_cast<int64_t>(t->nb[3]);
+}
+
+/// Address of row `flat` when the rows of all upper dimensions are counted through.
+inline char *flat_row(const ggml_tensor *t, int64_t flat) {
+    const int64_t i1 = flat % t->ne[1], rest = flat / t->ne[1];
+    return row_address(t, i1, rest % t->ne[2], rest / t->ne[2]);
+}
+
+}  // namespace agq

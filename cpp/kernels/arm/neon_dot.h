@@ -1,0 +1,88 @@
+// Internal to the Arm kernels with SDOT: products of 4 rows x 4 columns with 4 activations of one token, straight from
+// the file's order. Packed activations hold 8 columns of a token together, two operands of 4.
+#pragma once
+
+#include "kernels/arm/neon_kernel.h"
+
+namespace agq {
+namespace {
+
+/// sum + the four rows of `u` times the four activations number `four` of `x`.
+inline int32x4_t dot(int32x4_t sum, int8x16_t u, int8x16_t x, int four) {
+    // The number is known when the loop over tokens is unrolled, but the intrinsic wants a constant.
+    switch (four) {
+        case 0:
+            return vdotq_laneq_s32(sum, u, x, 0);
+        case 1:
+            return vdotq_laneq_s32(sum, u, x, 1);
+        case 2:
+            return vdotq_laneq_s32(sum, u, x, 2);
+        default:
+            return vdotq_laneq_s32(sum, u, x, 3);
+    }
+}
+
+/// The next 8 columns of all n tokens: tokens 2 i and 2 i + 1 are x[i]. The part behind an odd last token is zero.
+template <int n>
+struct columns8 {
+    int8x16_t x[(n + 1) / 2];
+
+    explicit columns8(const int8_t *&q) {
+        load<n / 2>(q, x);
+        if (n % 2 == 0) return;
+        x[n / 2] = vcombine_s8(vld1_s8(q), vdup_n_s8(0));
+        advance(q, 8);
+    }
+};
+
+/// One panel straight from the file times n tokens, added to sums[t][row].
+template <int n, bool per_group>
+void stream_dot(const tile *w, int groups, int8x16_t codebook, const int8_t *q, const float *scale, float *sums) {
+    float32x4_t sum[n][4];
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) {
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) sum[t][i] = vdupq_n_f32(0);
+    }
+    for (int g = 0; g < groups; g++) {
+        int32x4_t acc[n][4];
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) {
+            AGQ_UNROLL
+            for (int i = 0; i < 4; i++) acc[t][i] = vdupq_n_s32(0);
+        }
+        const uint8_t *codes = w[g / 2].codes[8 * (g % 2)];
+        AGQ_UNROLL
+        for (int c = 0; c < 8; c++) {
+            const chunk u = look_up(codes, codebook);
+            const columns8<n> x(q);
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) {
+                AGQ_UNROLL
+                for (int i = 0; i < 4; i++) {
+                    acc[t][i] = dot(acc[t][i], u.low[i], x.x[t / 2], t % 2 * 2);
+                    acc[t][i] = dot(acc[t][i], u.high[i], x.x[t / 2], t % 2 * 2 + 1);
+                }
+            }
+        }
+        const float32x4x4_t d = row_scales(w[g / 2], g % 2);
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) {
+            AGQ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                float32x4_t product = vcvtq_f32_s32(acc[t][i]);
+                if (per_group) product = vmulq_n_f32(product, scale[t]);
+                sum[t][i] = vfmaq_f32(sum[t][i], product, d.val[i]);
+            }
+        }
+        if (per_group) scale += n;
+    }
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) {
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) vst1q_f32(sums + 16 * t + 4 * i, sum[t][i]);
+    }
+}
+
+}  // namespace
+}  // namespace agq

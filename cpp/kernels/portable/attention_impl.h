@@ -1,0 +1,88 @@
+// Attention in binary32, for all instruction sets that have nothing better. A file includes it once, as it does
+// vector_math.h.
+//
+// Running softmax over blocks of 64 keys ("Online normalizer calculation for softmax", Milakov and Gimelshein, 2018;
+// FlashAttention, Dao et al., 2022): scores of a block, new maximum of each row, exponentials, then the output so far
+// is scaled down to the new maximum and the block's values are added. Both products are tiles of 6 rows in registers.
+#include "kernels/attention.h"
+#include "kernels/portable/attention_few_impl.h"
+
+namespace agq {
+namespace {
+
+// Packed keys are [head_qk][64], packed values [64][head_v].
+
+inline size_t round_up(size_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
+
+size_t key_bytes(int head_qk) {
+    return static_cast<size_t>(head_qk) * attention_keys * sizeof(float);
+}
+
+size_t value_bytes(int head_v) {
+    return static_cast<size_t>(head_v) * attention_keys * sizeof(float);
+}
+
+/// Rows of outputs, of scores and of masks, and two numbers for each row.
+size_t scratch_bytes(int, int head_v) {
+    return round_up(sizeof(float) * attention_row_limit * (static_cast<size_t>(head_v) + 2 * attention_keys + 2));
+}
+
+void pack_keys(const float *rows, int n, int head_qk, void *packed) {
+    float *to = static_cast<float *>(packed);
+    for (int d = 0; d < head_qk; ++d, to += attention_keys) {
+        for (int i = 0; i < attention_keys; ++i) to[i] = i < n ? rows[static_cast<int64_t>(i) * head_qk + d] : 0.0f;
+    }
+}
+
+void pack_values(const float *rows, int n, int head_v, void *packed) {
+    const size_t given = sizeof(float) * static_cast<size_t>(n) * static_cast<size_t>(head_v);
+    std::memcpy(packed, rows, given);
+    std::memset(static_cast<char *>(packed) + given, 0, value_bytes(head_v) - given);
+}
+
+void attend(const attention_args &args) {
+    const int rows = args.n_tokens * args.group;
+    const int64_t head_v = args.head_v;
+    const float *keys = static_cast<const float *>(args.keys), *values = static_cast<const float *>(args.values);
+    float *out = static_cast<float *>(args.scratch), *scores = out + rows * head_v,
+          *maximum = scores + rows * attention_keys;
+    float *sum = maximum + rows, *masks = sum + rows;
+    std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows * head_v));
+    for (int r = 0; r < rows; ++r) {
+        maximum[r] = args.sinks ? args.sinks[r % args.group] : -INFINITY;
+        sum[r] = args.sinks ? 1.0f : 0.0f;
+    }
+    for (int64_t first = 0; first < args.n_keys; first += attention_keys) {
+        const auto [begin, end] = read_masks(args, first, masks);
+        if (begin >= end) continue;
+        const int64_t from = static_cast<int64_t>(begin) * args.group,
+                      n = static_cast<int64_t>(end) * args.group - from;
+        const int64_t block = first / attention_keys;
+        multiply<false>(args.q + from * args.head_qk, args.head_qk, keys + block * args.head_qk * attention_keys,
+                        attention_keys, scores + from * attention_keys, attention_keys, n, args.head_qk,
+                        attention_keys);
+        for (int64_t r = from; r < from + n; ++r) {
+            const float scale = weigh(scores + r * attention_keys, masks + r / args.group * attention_keys,
+                                      args.slopes[r % args.group], args.soft_cap, maximum + r, sum + r);
+            if (scale != 1) {
+                for (int64_t i = 0; i < head_v; i += AGQ_VECTOR)
+                    store(out + r * head_v + i, load(out + r * head_v + i) * scale);
+            }
+        }
+        multiply<true>(scores + from * attention_keys, attention_keys, values + block * attention_keys * head_v, head_v,
+                       out + from * head_v, head_v, n, attention_keys, head_v);
+    }
+    for (int r = 0; r < rows; ++r) {
+        const vec inverse = splat(sum[r] == 0 ? 0.0f : 1.0f / sum[r]);
+        float *to = args.out + r / args.group * args.out_token_stride + r % args.group * args.out_head_stride;
+        for (int64_t i = 0; i < head_v; i += AGQ_VECTOR) store(to + i, load(out + r * head_v + i) * inverse);
+    }
+}
+
+}  // namespace
+}  // namespace agq
+
+#define AGQ_ATTENTION_TABLE(weights, few) \
+    {key_bytes, value_bytes, scratch_bytes, pack_keys, pack_values, attend, f16_to_f32, weights, few}

@@ -1,0 +1,101 @@
+// The one implementation of the row kernels, in loops that compilers turn into vector instructions. A file includes it
+// once and is compiled for one instruction set.
+//
+// Everything is in an anonymous namespace, because each file is compiled with flags of its own and the linker must not
+// merge the copies. For the same reason no template or inline function of the standard library is used.
+#include <cmath>
+#include <cstring>
+
+#include "kernels/rows.h"
+
+namespace agq {
+namespace {
+
+constexpr int lanes = 32;  // partial sums, so that a sum is no chain of dependent additions
+
+double sum_of(const double (&parts)[lanes]) {
+    double sum = 0;
+    for (int i = 0; i < lanes; ++i) sum += parts[i];
+    return sum;
+}
+
+void add(const float *a, const float *b, int64_t n, float *y) {
+    for (int64_t i = 0; i < n; ++i) y[i] = a[i] + b[i];
+}
+
+void rms_norm(const float *x, const float *weight, float eps, int64_t n, float *y) {
+    double parts[lanes] = {};
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        for (int j = 0; j < lanes; ++j) parts[j] += static_cast<double>(x[i + j] * x[i + j]);
+    }
+    for (; i < n; ++i) parts[0] += static_cast<double>(x[i] * x[i]);
+    const float mean = static_cast<float>(sum_of(parts) / static_cast<double>(n));
+    const float scale = 1.0f / std::sqrt(mean + eps);
+    for (i = 0; i < n; ++i) y[i] = x[i] * scale * weight[i];
+}
+
+void layer_norm(const float *x, const float *weight, const float *bias, float eps, int64_t n, float *y) {
+    double parts[lanes] = {};
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        for (int j = 0; j < lanes; ++j) parts[j] += static_cast<double>(x[i + j]);
+    }
+    for (; i < n; ++i) parts[0] += static_cast<double>(x[i]);
+    const float mean = static_cast<float>(sum_of(parts)) / static_cast<float>(n);
+    std::memset(parts, 0, sizeof(parts));
+    for (i = 0; i + lanes <= n; i += lanes) {
+        for (int j = 0; j < lanes; ++j) {
+            const float centered = x[i + j] - mean;
+            parts[j] += static_cast<double>(centered * centered);
+        }
+    }
+    for (; i < n; ++i) {
+        const float centered = x[i] - mean;
+        parts[0] += static_cast<double>(centered * centered);
+    }
+    const float variance = static_cast<float>(sum_of(parts) / static_cast<double>(n));
+    const float scale = 1.0f / std::sqrt(variance + eps);
+    for (i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * weight[i];
+    // In a loop of its own: a product and a sum in one expression would be rounded once, and by the host twice.
+    for (i = 0; bias && i < n; ++i) y[i] += bias[i];
+}
+
+/// e^x for x of at most 87 in size.
+inline float exponential(float x) {
+    // 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the sum.
+    const float shifted = x * 1.44269504f + 12582912.0f;
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t power;
+    std::memcpy(&power, &shifted, 4);
+    power = static_cast<int32_t>(static_cast<uint32_t>(power) << 23) + 0x3F800000;
+    float factor;
+    std::memcpy(&factor, &power, 4);
+    return p * factor;
+}
+
+void swiglu(const float *gate, const float *up, int64_t n, float *y) {
+    constexpr int part = 256;
+    float e[part];
+    for (int64_t i = 0; i < n; i += part) {
+        // In steps of their own, because compilers turn one loop of all this into branches and two divisions.
+        const int count = static_cast<int>(n - i < part ? n - i : part);
+        for (int j = 0; j < count; ++j) e[j] = -gate[i + j] < -87.0f ? -87.0f : -gate[i + j];
+        for (int j = 0; j < count; ++j) e[j] = e[j] > 87.0f ? 87.0f : e[j];
+        for (int j = 0; j < count; ++j) e[j] = exponential(e[j]);
+        for (int j = 0; j < count; ++j) y[i + j] = gate[i + j] / (1.0f + e[j]) * up[i + j];
+    }
+}
+
+}  // namespace
+}  // namespace agq
+
+#define AGQ_ROWS_TABLE {add, rms_norm, layer_norm, swiglu}

@@ -1,0 +1,471 @@
+// AVX-512 with VNNI: VPDPBUSD multiplies 16 rows x 4 columns of unsigned codebook bytes with 4 signed activations that
+// are broadcast to all rows.
+//
+// Two loops share the work:
+//   stream_panel  one panel x 1..12 tokens, codes looked up on the way. For a single block of tokens, where reading the
+//                 weights from memory is the limit: it walks the tiles strictly in file order and prefetches ahead.
+//   pair_blocks   two panels x 1..12 tokens, 24 accumulators. For many tokens, where arithmetic is the limit: codes are
+//                 looked up once into a scratch that stays in L1 and is used for many blocks.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+// The headers of GCC 12 start many intrinsics from a variable that is initialized with itself (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels/kernel.h"
+#include "kernels/portable/unroll.h"
+#include "kernels/portable/vector_kernel.h"
+#include "kernels/x86/x86_cpu.h"
+
+namespace agq {
+namespace {
+
+constexpr int nr = 12;
+
+// integer arithmetic
+
+/// sum + the products of unsigned bytes `u` and signed bytes `x`, four neighbours added up.
+///
+/// GCC 12 compiles _mm512_dpbusd_epi32 in a block of 24 accumulators with a register copy for almost every product,
+/// which halves the speed. The accumulator as an in-out operand leaves it no choice.
+inline __m512i dot(__m512i sum, __m512i u, __m512i x) {
+#if defined(__GNUC__)
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
+    return sum;
+#else
+    return _mm512_dpbusd_epi32(sum, u, x);
+#endif
+}
+
+/// The 4 activations at `x`, for all rows.
+inline __m512i broadcast(const int8_t *x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+/// dot() with the 4 activations at `x`, broadcast by the instruction itself.
+inline __m512i dot_broadcast(__m512i sum, __m512i u, const int8_t *x) {
+#if defined(__GNUC__)
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+    return sum;
+#else
+    return dot(sum, u, broadcast(x));
+#endif
+}
+
+/// The codebook bytes of one chunk: `low` is columns 0..3 of its 8, `high` columns 4..7.
+struct chunk {
+    __m512i low, high;
+};
+
+inline chunk look_up(const uint8_t *codes, __m512i codebook) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i pairs = _mm512_loadu_si512(codes);
+    return {_mm512_shuffle_epi8(codebook, _mm512_and_si512(pairs, nibble)),
+            _mm512_shuffle_epi8(codebook, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble))};
+}
+
+/// The codebook in each of the four 128-bit lanes.
+inline __m512i load_codebook(const uint8_t *codebook) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codebook)));
+}
+
+/// The scales D of the 16 rows in one half of a tile: 12 bits, high byte and nibble, are a binary16 without its last
+/// four.
+inline __m512 row_scales(const tile &w, int half) {
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_hi[half]));
+    __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_lo));
+    if (half == 0) low = _mm_slli_epi16(low, 4);
+    low = _mm_and_si128(low, _mm_set1_epi8(static_cast<char>(0xF0)));
+    return _mm512_cvtph_ps(_mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high)));
+}
+
+/// sum + D * I, times the scale of (token, group) if there is one.
+template <bool per_group>
+inline __m512 add_group(__m512 sum, __m512 d, __m512i integers, const float *scale) {
+    const __m512 product = _mm512_cvtepi32_ps(integers);
+    if (per_group) return _mm512_fmadd_ps(_mm512_mul_ps(product, d), _mm512_set1_ps(*scale), sum);
+    return _mm512_fmadd_ps(product, d, sum);
+}
+
+// a single block of tokens: one panel at a time, at the speed of memory
+
+/// Fetches the line that stands 4 tiles behind `p` into the first-level cache, and the one 16 tiles behind into the
+/// second. Panels follow one another in the file, so this runs across their borders.
+///
+/// The first-level cache waits for a dozen lines at once, the second for several dozen: without its part, generation is
+/// a tenth slower on an Emerald Rapids.
+inline void prefetch_stream(const void *p) {
+    const char *line = static_cast<const char *>(p);
+    _mm_prefetch(line + 4 * sizeof(tile), _MM_HINT_T0);
+    _mm_prefetch(line + 16 * sizeof(tile), _MM_HINT_T1);
+}
+
+/// dst[t][0 .. 15] of one panel for a block of n tokens.
+template <int n, bool per_group>
+void stream_panel(const gemm_args &args, const tile *panel, const activation_block &block, float *const *dst, int row) {
+    const __m512i codebook = load_codebook(args.codebook);
+    const int8_t *q = block.q;
+    const int32_t *bias = block.bias;
+    const float *scale = block.scale;
+    __m512 sum[n];
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) sum[t] = _mm512_setzero_ps();
+
+    for (const tile *w = panel, *end = panel + args.k / tile_columns; w != end; w++) {
+        prefetch_stream(w->scale_hi);
+        for (int half = 0; half < 2; half++) {
+            // Separate sums of low and high nibbles halve the chain of dependent instructions.
+            __m512i low[n], high[n];
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) {
+                low[t] = _mm512_set1_epi32(bias[t]);
+                high[t] = _mm512_setzero_si512();
+            }
+            AGQ_UNROLL
+            for (int c = 0; c < 8; c++) {
+                prefetch_stream(w->codes[8 * half + c]);
+                const chunk u = look_up(w->codes[8 * half + c], codebook);
+                AGQ_UNROLL
+                for (int t = 0; t < n; t++) {
+                    low[t] = dot_broadcast(low[t], u.low, q + 4 * t);
+                    high[t] = dot_broadcast(high[t], u.high, q + 4 * (n + t));
+                }
+                q += 8 * n;
+            }
+            const __m512 d = row_scales(*w, half);
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) {
+                sum[t] = add_group<per_group>(sum[t], d, _mm512_add_epi32(low[t], high[t]), scale + t);
+            }
+            bias += n;
+            if (per_group) scale += n;
+        }
+    }
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) {
+        _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(sum[t], _mm512_set1_ps(final_factor(args, block, t))));
+    }
+}
+
+// many tokens: two panels at a time, codes looked up once for many blocks
+
+/// A group of 64 columns of two panels, ready for pair_block: codebook bytes and scales.
+struct pair_group {
+    uint8_t u[16][2][64];  ///< [4 columns][panel][16 rows x 4 columns]
+    float d[2][16];
+};
+
+constexpr int scratch_groups = 8;   ///< groups of a scratch: 17 KiB, half of the smallest L1
+constexpr int scratch_blocks = 43;  ///< token blocks that share one look-up: a batch of 512 tokens; 66 KiB of sums
+
+/// The f32 sums of a block of tokens for a pair of panels.
+using pair_sums = float[nr][2][16];
+
+void look_up_pair(const tile *first, const tile *second, int group, int groups, __m512i codebook, pair_group *out) {
+    for (int g = group; g < group + groups; g++, out++) {
+        const tile *w[2] = {first + g / 2, second + g / 2};
+        for (int p = 0; p < 2; p++) {
+            for (int c = 0; c < 8; c++) {
+                const chunk u = look_up(w[p]->codes[8 * (g % 2) + c], codebook);
+                _mm512_store_si512(out->u[2 * c][p], u.low);
+                _mm512_store_si512(out->u[2 * c + 1][p], u.high);
+            }
+            _mm512_store_ps(out->d[p], row_scales(*w[p], g % 2));
+        }
+    }
+}
+
+/// Adds D * I of two panels and one token to its sums.
+template <bool per_group>
+inline void add_pair(float sums[2][16], const pair_group &w, __m512i first, __m512i second, const float *scale) {
+    _mm512_store_ps(sums[0], add_group<per_group>(_mm512_load_ps(sums[0]), _mm512_load_ps(w.d[0]), first, scale));
+    _mm512_store_ps(sums[1], add_group<per_group>(_mm512_load_ps(sums[1]), _mm512_load_ps(w.d[1]), second, scale));
+}
+
+/// Adds the last D * I of two panels and one token to its sums, and writes the results to `out`.
+template <bool per_group>
+inline void finish_pair(const float sums[2][16], const pair_group &w, __m512i first, __m512i second, const float *scale,
+                        float factor, float *out) {
+    const __m512 f = _mm512_set1_ps(factor);
+    const __m512 a = add_group<per_group>(_mm512_load_ps(sums[0]), _mm512_load_ps(w.d[0]), first, scale);
+    const __m512 b = add_group<per_group>(_mm512_load_ps(sums[1]), _mm512_load_ps(w.d[1]), second, scale);
+    _mm512_storeu_ps(out, _mm512_mul_ps(f, a));
+    _mm512_storeu_ps(out + 16, _mm512_mul_ps(f, b));
+}
+
+/// Keeps the compiler from moving loads and stores, and what depends on the two sums, across this line.
+inline void stay_in_order(__m512i &a, __m512i &b) {
+#if defined(__GNUC__)
+    asm volatile("" : "+v"(a), "+v"(b) : : "memory");
+#else
+    (void)a, (void)b;
+#endif
+}
+
+/// The first products of a group: starts both sums of a token from its bias.
+inline void start_pair(__m512i &first, __m512i &second, __m512i u0, __m512i u1, const int8_t *q, int32_t bias) {
+    const __m512i four = broadcast(q);
+    first = second = _mm512_set1_epi32(bias);
+    first = dot(first, u0, four);
+    second = dot(second, u1, four);
+    stay_in_order(first, second);
+}
+
+/// What a pair_blocks call reads besides the scratch.
+struct pair_operands {
+    const int8_t *q;  ///< activations of the first block, at the scratch's first group
+    const int32_t *bias;
+    const float *scale;
+    const tile *next[2];  ///< tiles that the next scratch will be made of, for both panels: to be fetched; or null
+    float *const *dst;    ///< with the last scratch, [tokens of all blocks] where results go; else null
+    int row;              ///< of the first panel in dst
+};
+
+/// What is left to multiply the sum of a token with; counted from the first block.
+template <bool per_group>
+inline float pair_factor(const gemm_args &args, const pair_operands &x, int token) {
+    return per_group ? args.tensor_scale : args.tensor_scale * x.scale[token];
+}
+
+/// sums[b][t] += the groups of the scratch times n tokens, for each block b; with the last scratch, sums go out
+/// instead.
+///
+/// Zen 4 can start one 512-bit VPDPBUSD or one FMA per cycle, so the two FMAs per token and group cost 24 cycles next
+/// to the 384 of the products. Written group after group, the conversions, FMAs and stores at the end of each one fill
+/// the schedulers while they wait for one another, and cost 50 cycles more. So the end of a group is woven into the
+/// first products of the next one, token by token, and the loop goes on through all blocks. Results leave in the same
+/// way: a pass over the sums of all blocks at the end waits for memory, 1/6 of the time at 2048 columns on an Ice Lake.
+template <int n, bool per_group>
+void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blocks, pair_operands x, pair_sums *sums) {
+    const size_t k = args.k;
+    __m512i first[n], second[n];
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) first[t] = second[t] = _mm512_setzero_si512();
+    const pair_group *last_w = w;  // the group whose integers are complete but not yet added; at first zeros are added
+    const float *last_scale = x.scale;
+    float (*last_sums)[2][16] = sums[0];
+
+    for (int b = 0; b < blocks; b++) {
+        const int8_t *q = x.q + b * (n * k);
+        const int32_t *bias = x.bias + b * (n * k / group_columns);
+        const float *scale = x.scale + (per_group ? b * (n * k / group_columns) : 0);
+        for (int g = 0; g < groups; g++) {
+            // A group of the first block fetches one tile of 17 lines, so that 8 groups fetch what the next scratch
+            // will be made of. Later blocks fetch the activations and sums of the block behind them.
+            const bool fetch = b == 0 && x.next[0] != nullptr;
+            const char *ahead = fetch ? reinterpret_cast<const char *>(x.next[g % 2] + g / 2)
+                                      : reinterpret_cast<const char *>(q + n * k);
+            const char *ahead_sums = reinterpret_cast<const char *>(sums[b + 1]) + g * 192;
+            _mm_prefetch(ahead, _MM_HINT_T0);
+            _mm_prefetch(ahead_sums, _MM_HINT_T0);
+            _mm_prefetch(ahead_sums + 64, _MM_HINT_T0);
+            _mm_prefetch(ahead_sums + 128, _MM_HINT_T0);
+            __m512i u0 = _mm512_load_si512(w[g].u[0][0]);
+            __m512i u1 = _mm512_load_si512(w[g].u[0][1]);
+            if (x.dst != nullptr && g == 0 && b > 0) {
+                AGQ_UNROLL
+                for (int t = 0; t < n; t++) {
+                    finish_pair<per_group>(last_sums[t], *last_w, first[t], second[t], last_scale + t,
+                                           pair_factor<per_group>(args, x, (b - 1) * n + t),
+                                           x.dst[(b - 1) * n + t] + x.row);
+                    start_pair(first[t], second[t], u0, u1, q + 4 * t, bias[t]);
+                }
+            } else {
+                AGQ_UNROLL
+                for (int t = 0; t < n; t++) {
+                    add_pair<per_group>(last_sums[t], *last_w, first[t], second[t], last_scale + t);
+                    start_pair(first[t], second[t], u0, u1, q + 4 * t, bias[t]);
+                }
+            }
+            if (x.dst != nullptr) {
+                for (int t = g * n / groups; t < (g + 1) * n / groups; t++) {
+                    const char *out = reinterpret_cast<const char *>(x.dst[b * n + t] + x.row);
+                    _mm_prefetch(out, _MM_HINT_T0);
+                    _mm_prefetch(out + 64, _MM_HINT_T0);
+                }
+            }
+            q += 4 * n;
+            for (int i = 1; i < 16; i++) {
+                _mm_prefetch(ahead + 64 * i, _MM_HINT_T0);
+                u0 = _mm512_load_si512(w[g].u[i][0]);
+                u1 = _mm512_load_si512(w[g].u[i][1]);
+                AGQ_UNROLL
+                for (int t = 0; t < n; t++) {
+                    const __m512i four = broadcast(q + 4 * t);
+                    first[t] = dot(first[t], u0, four);
+                    second[t] = dot(second[t], u1, four);
+                }
+                q += 4 * n;
+            }
+            _mm_prefetch(ahead + 64 * 16, _MM_HINT_T0);
+            last_w = w + g;
+            last_sums = sums[b];
+            last_scale = scale;
+            bias += n;
+            if (per_group) scale += n;
+        }
+    }
+    if (x.dst != nullptr) {
+        const int b = blocks - 1;
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) {
+            finish_pair<per_group>(last_sums[t], *last_w, first[t], second[t], last_scale + t,
+                                   pair_factor<per_group>(args, x, b * n + t), x.dst[b * n + t] + x.row);
+        }
+    } else {
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) add_pair<per_group>(last_sums[t], *last_w, first[t], second[t], last_scale + t);
+    }
+}
+
+// the loops by number of tokens
+
+using stream_fn = void (*)(const gemm_args &, const tile *, const activation_block &, float *const *, int);
+using pair_fn = void (*)(const gemm_args &, const pair_group *, int, int, pair_operands, pair_sums *);
+
+#define AGQ_BY_TOKENS(name, mode)                                                                    \
+    {                                                                                                \
+        name<1, mode>, name<2, mode>, name<3, mode>, name<4, mode>,  name<5, mode>,  name<6, mode>,  \
+        name<7, mode>, name<8, mode>, name<9, mode>, name<10, mode>, name<11, mode>, name<12, mode>, \
+    }
+constexpr stream_fn stream_table[2][nr] = {AGQ_BY_TOKENS(stream_panel, false), AGQ_BY_TOKENS(stream_panel, true)};
+constexpr pair_fn pair_table[2][nr] = {AGQ_BY_TOKENS(pair_blocks, false), AGQ_BY_TOKENS(pair_blocks, true)};
+#undef AGQ_BY_TOKENS
+
+/// One panel times all blocks.
+void multiply_panel(const gemm_args &args, int panel, int block_begin, int block_end) {
+    const tile *w = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
+    for (int b = block_begin; b < block_end; b++) {
+        const activation_block block = block_at<nr>(args, b);
+        stream_table[args.per_group][block.n - 1](args, w, block, args.dst + b * nr, panel * panel_rows);
+    }
+}
+
+/// Two panels times some blocks, at most scratch_blocks of them.
+void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_end) {
+    alignas(64) pair_group scratch[scratch_groups];
+    alignas(64) pair_sums sums[scratch_blocks];
+    const __m512i codebook = load_codebook(args.codebook);
+    const int groups = args.k / group_columns;
+    const int full_blocks = args.n_tokens / nr;
+    const tile *first = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
+    const tile *second = first + args.k / tile_columns;
+
+    std::memset(sums, 0, sizeof(pair_sums) * (block_end - block_begin));
+    for (int g = 0; g < groups; g += scratch_groups) {
+        const int groups_here = groups - g < scratch_groups ? groups - g : scratch_groups;
+        look_up_pair(first, second, g, groups_here, codebook, scratch);
+
+        // The weights that come next are these panels' or, after their last, those of the next pair.
+        const int next = g + scratch_groups < groups ? (g + scratch_groups) / 2 : groups;
+        for (int b = block_begin; b < block_end;) {
+            const activation_block block = block_at<nr>(args, b);
+            const size_t skipped = static_cast<size_t>(g) * block.n;
+            pair_operands x = {block.q + skipped * group_columns,
+                               block.bias + skipped,
+                               block.scale + (args.per_group ? skipped : 0),
+                               {nullptr, nullptr},
+                               g + groups_here < groups ? nullptr : args.dst + b * nr,
+                               panel * panel_rows};
+            if (b == block_begin) x.next[0] = first + next, x.next[1] = second + next;
+            // All full blocks in one go, then the last one of the matrix if it is smaller.
+            const int count = block.n < nr ? 1 : (block_end < full_blocks ? block_end : full_blocks) - b;
+            pair_table[args.per_group][block.n - 1](args, scratch, groups_here, count, x, sums + (b - block_begin));
+            b += count;
+        }
+    }
+}
+
+void gemm(const gemm_args &args) {
+    const int blocks = (args.n_tokens + nr - 1) / nr;
+    // The outer loop is over tokens: their activations stay close while the weights, which are smaller, pass by.
+    const int parts = (blocks + scratch_blocks - 1) / scratch_blocks;
+    for (int i = 0; i < parts; i++) {
+        const int begin = static_cast<int>(static_cast<int64_t>(blocks) * i / parts);
+        const int end = static_cast<int>(static_cast<int64_t>(blocks) * (i + 1) / parts);
+        int panel = 0;
+        if (end - begin > 1) {
+            for (; panel + 2 <= args.panels; panel += 2) multiply_pair(args, panel, begin, end);
+        }
+        for (; panel < args.panels; panel++) multiply_panel(args, panel, begin, end);
+    }
+}
+
+// quantizer
+
+struct quantize_ops {
+    class maximum {
+      public:
+        void add(const float *x, float refine) {
+            for (int i = 0; i < group_columns; i += 16) {
+                const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(refine));
+                const __m512i bits = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7FFFFFFF));
+                found_ = _mm512_max_epi32(found_, bits);
+            }
+        }
+        int bits() const { return _mm512_reduce_max_epi32(found_); }
+
+      private:
+        __m512i found_ = _mm512_setzero_si512();
+    };
+
+    /// Sums and differences of lanes and their `partners`, those of the lanes in `second` being the second of their
+    /// pair.
+    static __m512 combine(__m512 v, __m512 partners, __mmask16 second) {
+        const __m512 signs = _mm512_mask_blend_ps(second, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+        return _mm512_fmadd_ps(v, signs, partners);  // the product is exact
+    }
+
+    static void rotate(const float *x, float refine, float *y) {
+        __m512 v[4];
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(refine));
+            v[i] = _mm512_mul_ps(v[i], _mm512_set1_ps(0.125f));
+            v[i] = combine(v[i], _mm512_permute_ps(v[i], 0xB1), 0xAAAA);
+            v[i] = combine(v[i], _mm512_permute_ps(v[i], 0x4E), 0xCCCC);
+            v[i] = combine(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0xB1), 0xF0F0);
+            v[i] = combine(v[i], _mm512_shuffle_f32x4(v[i], v[i], 0x4E), 0xFF00);
+        }
+        const __m512 a = _mm512_add_ps(v[0], v[1]), b = _mm512_sub_ps(v[0], v[1]);
+        const __m512 c = _mm512_add_ps(v[2], v[3]), d = _mm512_sub_ps(v[2], v[3]);
+        _mm512_store_ps(y, _mm512_add_ps(a, c));
+        _mm512_store_ps(y + 16, _mm512_add_ps(b, d));
+        _mm512_store_ps(y + 32, _mm512_sub_ps(a, c));
+        _mm512_store_ps(y + 48, _mm512_sub_ps(b, d));
+    }
+
+    static int quantize(const float *x, float refine, float factor, int limit, int n, int8_t *q) {
+        const __m512i high = _mm512_set1_epi32(limit);
+        const __m512i low = _mm512_set1_epi32(-limit);
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = 0; i < group_columns; i += 16) {
+            const __m512 refined = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(refine));
+            // The conversion rounds as the thread is set to: to nearest, ties to even.
+            const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(refined, _mm512_set1_ps(factor)));
+            const __m512i clamped = _mm512_max_epi32(low, _mm512_min_epi32(high, value));
+            sum = _mm512_add_epi32(sum, clamped);
+            alignas(16) int8_t bytes[16];
+            _mm_store_si128(reinterpret_cast<__m128i *>(bytes), _mm512_cvtepi32_epi8(clamped));
+            for (int j = 0; j < 4; j++) std::memcpy(q + (i / 4 + j) * n * 4, bytes + 4 * j, 4);
+        }
+        return _mm512_reduce_add_epi32(sum);
+    }
+};
+
+bool supported() {
+    return detect_x86().avx512vnni;
+}
+
+}  // namespace
+
+const kernel kernel_avx512vnni = {
+    "avx512vnni", supported,       nr, 2, quantize_block<quantize_ops>, gemm, AGQ_ATTENTION(attention_avx512vnni), 4, 0,
+    &rows_avx512, &rounding_avx512};
+
+}  // namespace agq

@@ -1,0 +1,59 @@
+// AVX-VNNI: VPDPBUSD on 256-bit registers in its VEX encoding, for CPUs without AVX-512.
+//
+// Built with AGQ_AVXVNNI_AS_EVEX the kernel uses the EVEX encoding of the same instruction, so that a CPU with AVX-512
+// VNNI but without AVX-VNNI can run the tests on it. The rest of the machine code is the same.
+#include "kernels/x86/x86_256.h"
+#include "kernels/x86/x86_cpu.h"
+
+namespace agq {
+namespace {
+
+#ifdef AGQ_AVXVNNI_AS_EVEX
+#define AGQ_VPDPBUSD "%{evex%} vpdpbusd %2, %1, %0"
+#else
+#define AGQ_VPDPBUSD "%{vex%} vpdpbusd %2, %1, %0"
+#endif
+
+struct dot4 {
+    static __m256i start(int32_t bias) { return _mm256_set1_epi32(bias); }
+    static void step(__m256i &rows0, __m256i &rows8, columns4 u, const int8_t *x) {
+        const __m256i four = broadcast(x);
+        rows0 = dot(rows0, u.rows0, four);
+        rows8 = dot(rows8, u.rows8, four);
+    }
+    static __m256i dot(__m256i sum, __m256i u, __m256i x) {
+#if defined(__GNUC__)
+        // Inline assembly for three reasons: GCC 12 copies the accumulators of the intrinsic around, older compilers do
+        // not know it, and the encoding is ours to choose.
+        asm(AGQ_VPDPBUSD : "+x"(sum) : "x"(u), "x"(x));
+        return sum;
+#else
+        return _mm256_dpbusd_avx_epi32(sum, u, x);
+#endif
+    }
+    static __m256i finish(__m256i sum, int32_t) { return sum; }
+};
+
+bool supported() {
+#ifdef AGQ_AVXVNNI_AS_EVEX
+    return detect_x86().avx512vnni;
+#else
+    return detect_x86().avxvnni;
+#endif
+}
+
+}  // namespace
+
+const kernel kernel_avxvnni = {"avxvnni",
+                               supported,
+                               nr,
+                               1,
+                               quantize_block<quantize_ops<0>>,
+                               multiply<dot4>,
+                               AGQ_ATTENTION(attention_avx2),
+                               4,
+                               0,
+                               &rows_avx2,
+                               &rounding_avx2};
+
+}  // namespace agq

@@ -1,0 +1,306 @@
+// Plans attention jobs, and runs those of many rows. The unit of work is a range of tokens of one key/value head: a
+// thread packs the head's keys and values once, into memory of its own, and then goes through its tokens in blocks.
+#include "nodes/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "host/tensor_rows.h"
+#include "nodes/decode_attention.h"
+
+namespace agq {
+
+namespace {
+
+// Below this many rows, packing the keys costs more than it saves.
+constexpr int64_t least_rows = 32;
+constexpr int64_t least_tokens = 4;
+
+using to_float_fn = void (*)(const void *, float *, int64_t);
+
+bool readable(const ggml_tensor *t) {
+    return t->type == ggml_type_f32 || t->type == ggml_type_f16 || host.ggml_get_type_traits(t->type)->to_float;
+}
+
+/// Conditions that both forms share; chooses how it is done.
+bool covered(attention_job *planned) {
+    const attention_job &job = *planned;
+    const ggml_tensor *q = job.q, *k = job.k, *v = job.v, *mask = job.mask;
+    const int64_t head_v = job.value_width(), n_keys = k->ne[1];
+    const ggml_type_traits *v_type = host.ggml_get_type_traits(v->type);
+    const bool shapes = k->ne[0] == q->ne[0] && q->ne[0] <= attention_head_limit &&
+                        (job.v_transposed ? v->ne[0] : v->ne[1]) == n_keys && k->ne[2] > 0 &&
+                        q->ne[2] % k->ne[2] == 0 && v->ne[2] == k->ne[2] && k->ne[3] == q->ne[3] &&
+                        v->ne[3] == q->ne[3] && head_v % 16 == 0 && q->ne[2] / k->ne[2] <= attention_row_limit;
+    const bool types = q->type == ggml_type_f32 && q->nb[0] == 4 && readable(k) && readable(v) &&
+                       k->nb[0] == host.ggml_get_type_traits(k->type)->type_size && v->nb[0] == v_type->type_size &&
+                       (!job.v_transposed || v_type->blck_size == 1);
+    const bool masked =
+        !mask || ((mask->type == ggml_type_f32 || mask->type == ggml_type_f16) && mask->ne[0] >= n_keys &&
+                  mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 && (mask->ne[3] == 1 || mask->ne[3] == q->ne[3]) &&
+                  mask->nb[0] == host.ggml_get_type_traits(mask->type)->type_size);
+    const bool sinks = !job.sinks || (job.sinks->type == ggml_type_f32 && job.sinks->ne[0] == q->ne[2]);
+    if (!shapes || !types || !masked || !sinks || (job.max_bias != 0 && !mask)) return false;
+    planned->few = suits_few(job);
+    return planned->few || job.any_length ||
+           (q->ne[1] >= least_tokens && q->ne[1] * (q->ne[2] / k->ne[2]) >= least_rows);
+}
+
+/// All keys of a head, packed by the kernel.
+void pack_keys(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
+    const int64_t width = job.k->ne[0], n_keys = job.n_keys();
+    const size_t block_bytes = job.kern->key_bytes(static_cast<int>(width));
+    for (int64_t first = 0; first < n_keys; first += attention_keys, packed += block_bytes) {
+        const int64_t n = std::min<int64_t>(attention_keys, n_keys - first);
+        for (int64_t i = 0; i < n; ++i) {
+            read_row(*job.kern, job.k, row_address(job.k, job.cell(first + i), head, stream), rows + i * width, width);
+        }
+        job.kern->pack_keys(rows, static_cast<int>(n), static_cast<int>(width), packed);
+    }
+}
+
+/// All values of a head, packed by the kernel.
+void pack_values(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
+    const ggml_tensor *v = job.v;
+    const int64_t n_keys = job.n_keys(), width = job.value_width();
+    const size_t block_bytes = job.kern->value_bytes(static_cast<int>(width));
+    float column[attention_keys];
+    for (int64_t first = 0; first < n_keys; first += attention_keys, packed += block_bytes) {
+        const int64_t n = std::min<int64_t>(attention_keys, n_keys - first);
+        for (int64_t d = 0; job.v_transposed && d < width; ++d) {
+            read_column(job, row_address(v, d, head, stream), first, n, column);
+            for (int64_t i = 0; i < n; ++i) rows[i * width + d] = column[i];
+        }
+        for (int64_t i = 0; !job.v_transposed && i < n; ++i) {
+            read_row(*job.kern, v, row_address(v, job.cell(first + i), head, stream), rows + i * width, width);
+        }
+        job.kern->pack_values(rows, static_cast<int>(n), static_cast<int>(width), packed);
+    }
+}
+
+/// Where a thread keeps what it needs of a head: bytes, multiples of a cache line.
+struct parts {
+    size_t scratch, keys, values, queries, rows;
+
+    explicit parts(const attention_job &job) {
+        const int width = static_cast<int>(job.q->ne[0]), head_v = static_cast<int>(job.value_width());
+        const size_t blocks = static_cast<size_t>((job.k->ne[1] + attention_keys - 1) / attention_keys);
+        const auto floats = [](int64_t n) { return (static_cast<size_t>(n) * sizeof(float) + 63) / 64 * 64; };
+        scratch = job.kern->scratch_bytes(width, head_v);
+        keys = blocks * job.kern->key_bytes(width);
+        values = blocks * job.kern->value_bytes(head_v);
+        queries = floats(attention_row_limit * width);
+        rows = floats(attention_keys * std::max(width, head_v));
+    }
+    size_t total() const { return scratch + keys + values + queries + rows; }
+};
+
+/// How the work is cut: streams x key/value heads x ranges of tokens.
+struct division {
+    int64_t heads, ranges, tokens_per_range, units;
+
+    division(const attention_job &job, int nth) {
+        const int64_t streams = job.q->ne[3], tokens = job.tokens(), group = job.q->ne[2] / job.k->ne[2];
+        heads = job.k->ne[2];
+        // Four units a thread balance the load; a range of fewer than 128 rows would not repay the packing.
+        const int64_t wanted = (4 * nth + heads * streams - 1) / (heads * streams);
+        const int64_t most = std::max<int64_t>(1, tokens * group / 128);
+        tokens_per_range = (tokens + std::min(wanted, most) - 1) / std::min(wanted, most);
+        ranges = (tokens + tokens_per_range - 1) / tokens_per_range;
+        units = streams * heads * ranges;
+    }
+};
+
+}  // namespace
+
+void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *from, float *to, int64_t n) {
+    if (t->type == ggml_type_f32) {
+        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+    } else if (t->type == ggml_type_f16) {
+        kern.f16_to_f32(reinterpret_cast<const uint16_t *>(from), to, n);
+    } else {
+        reinterpret_cast<to_float_fn>(host.ggml_get_type_traits(t->type)->to_float)(from, to, n);
+    }
+}
+
+void read_column(const attention_job &job, const char *row, int64_t first, int64_t n, float *column) {
+    const size_t element = host.ggml_get_type_traits(job.v->type)->type_size;
+    const int64_t begin = job.cell(first), span = job.cell(first + n - 1) + 1 - begin;
+    const char *from = row + static_cast<size_t>(begin) * element;
+    if (span == n) {
+        read_row(*job.kern, job.v, from, column, n);
+        return;
+    }
+    // Chosen keys are not far apart as a rule: convert all in between.
+    float between[4 * attention_keys];
+    if (span <= 4 * attention_keys) read_row(*job.kern, job.v, from, between, span);
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = job.cell(first + i) - begin;
+        if (span <= 4 * attention_keys) {
+            column[i] = between[at];
+        } else {
+            read_row(*job.kern, job.v, from + static_cast<size_t>(at) * element, column + i, 1);
+        }
+    }
+}
+
+const float *query(const attention_job &job, int64_t token, int64_t head, int64_t stream) {
+    if (job.saved_q) {
+        const ggml_tensor *q = job.q;
+        return job.saved_q + ((stream * q->ne[2] + head) * q->ne[1] + token) * q->ne[0];
+    }
+    return reinterpret_cast<const float *>(row_address(job.q, token, head, stream));
+}
+
+job_mask::job_mask(const attention_job &job, int64_t token, int64_t stream) {
+    if (!job.mask) return;
+    is_f16 = job.mask->type == ggml_type_f16;
+    if (const key_choice *choice = job.choice()) {
+        row = choice->mask + static_cast<size_t>(token) * choice->mask_stride;
+        stride = choice->mask_stride;
+    } else {
+        row = row_address(job.mask, token, 0, job.mask->ne[3] == 1 ? 0 : stream);
+        stride = job.mask->nb[1];
+    }
+}
+
+void read_slopes(const attention_job &job, int64_t first, int64_t group, float *slopes) {
+    const int64_t n_head = job.q->ne[2];
+    const double power = std::exp2(std::floor(std::log2(static_cast<double>(n_head))));
+    const double m0 = std::exp2(-job.max_bias / power), m1 = std::exp2(-job.max_bias / 2 / power);
+    for (int64_t g = 0; g < group; ++g) {
+        const double h = static_cast<double>(first + g);
+        const double slope = h < power ? std::pow(m0, h + 1) : std::pow(m1, 2 * (h - power) + 1);
+        slopes[g] = job.max_bias > 0 ? static_cast<float>(slope) : 1.0f;
+    }
+}
+
+bool parse_attention_option(const std::string &text, const attention_kernel **kern, std::string *error) {
+    *kern = nullptr;
+    if (text.empty()) return true;
+    if (text == "paper") *kern = AGQ_ATTENTION(attention_paper);
+    if (text == "paper-normalized") *kern = AGQ_ATTENTION(attention_paper_normalized);
+    if (*kern) return true;
+    *error = "AGQ_ATTENTION is '" + text + "'; wanted is paper or paper-normalized, in a build by GCC or Clang";
+    return false;
+}
+
+size_t attention_bytes(const attention_job &job) {
+    return job.few ? few_bytes(job) : parts(job).total();
+}
+
+int64_t saved_query_floats(const ggml_tensor *q) {
+    return q->ne[0] * q->ne[1] * q->ne[2] * q->ne[3];
+}
+
+bool plan_flash_attention(const ggml_tensor *node, attention_job *job) {
+    job->q = node->src[0];
+    job->k = node->src[1];
+    job->v = node->src[2];
+    job->mask = node->src[3];
+    job->sinks = node->src[4];
+    float params[3];
+    std::memcpy(params, node->op_params, sizeof(params));
+    job->scale = params[0];
+    job->max_bias = params[1];
+    job->soft_cap = params[2];
+    const auto floats = [node](int i) { return static_cast<int64_t>(node->nb[i] / sizeof(float)); };
+    job->out_head_stride = floats(1);
+    job->out_token_stride = floats(2);
+    job->out_stream_stride = floats(3);
+    for (int i = 5; i < ggml_max_src; ++i) {
+        if (node->src[i]) return false;  // something newer than this plugin
+    }
+    return node->type == ggml_type_f32 && covered(job);
+}
+
+bool plan_attention_chain(const ggml_tensor *scores, const ggml_tensor *soft_max, const ggml_tensor *output,
+                          attention_job *job) {
+    job->q = scores->src[1];
+    job->k = scores->src[0];
+    job->v = output->src[0];
+    job->v_transposed = true;
+    job->mask = soft_max->src[1];
+    job->sinks = soft_max->src[2];
+    float params[2];
+    std::memcpy(params, soft_max->op_params, sizeof(params));
+    job->scale = params[0];
+    job->max_bias = params[1];
+    const auto floats = [output](int i) { return static_cast<int64_t>(output->nb[i] / sizeof(float)); };
+    job->out_token_stride = floats(1);
+    job->out_head_stride = floats(2);
+    job->out_stream_stride = floats(3);
+    return output->type == ggml_type_f32 && covered(job);
+}
+
+void save_queries_node(ggml_tensor *, int ith, int nth, void *userdata) {
+    const attention_job &job = *static_cast<attention_job *>(userdata);
+    const ggml_tensor *q = job.q;
+    const int64_t rows = q->ne[1] * q->ne[2] * q->ne[3];
+    for (int64_t i = rows * ith / nth; i < rows * (ith + 1) / nth; ++i) {
+        const int64_t token = i % q->ne[1], head = i / q->ne[1] % q->ne[2], stream = i / q->ne[1] / q->ne[2];
+        std::memcpy(const_cast<float *>(query(job, token, head, stream)), row_address(q, token, head, stream),
+                    static_cast<size_t>(q->ne[0]) * sizeof(float));
+    }
+}
+
+void attention_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    attention_job &job = *static_cast<attention_job *>(userdata);
+    const ggml_tensor *q = job.q, *k = job.k;
+    const int64_t group = q->ne[2] / k->ne[2], width = q->ne[0], n_keys = job.n_keys();
+    const int64_t head_v = job.value_width();
+    const division cut(job, nth);
+    const int64_t block_tokens = std::max<int64_t>(1, attention_row_limit / group);
+
+    const parts size(job);
+    char *scratch = static_cast<char *>(job.memory->of(ith)), *keys = scratch + size.scratch;
+    char *values = keys + size.keys;
+    float *queries = reinterpret_cast<float *>(values + size.values);
+    float *rows = reinterpret_cast<float *>(values + size.values + size.queries);
+    float slopes[attention_row_limit];
+
+    int64_t packed = -1;
+    for (int64_t unit; (unit = job.next.fetch_add(1, std::memory_order_relaxed)) < cut.units;) {
+        const int64_t head = unit / cut.ranges % cut.heads, stream = unit / cut.ranges / cut.heads;
+        if (packed != unit / cut.ranges) {
+            pack_keys(job, head, stream, rows, keys);
+            pack_values(job, head, stream, rows, values);
+            read_slopes(job, head * group, group, slopes);
+            packed = unit / cut.ranges;
+        }
+        const int64_t first = unit % cut.ranges * cut.tokens_per_range;
+        const int64_t last = std::min(first + cut.tokens_per_range, job.tokens());
+        for (int64_t t = first; t < last; t += block_tokens) {
+            const int64_t n = std::min(block_tokens, last - t);
+            for (int64_t r = 0; r < n * group; ++r) {
+                const float *from = query(job, t + r / group, head * group + r % group, stream);
+                for (int64_t d = 0; d < width; ++d) queries[r * width + d] = from[d] * job.scale;
+            }
+            attention_args args = {};
+            args.n_tokens = static_cast<int>(n);
+            args.group = static_cast<int>(group);
+            args.head_qk = static_cast<int>(width);
+            args.head_v = static_cast<int>(head_v);
+            args.q = queries;
+            args.n_keys = n_keys;
+            args.keys = keys;
+            args.values = values;
+            const job_mask mask(job, t, stream);
+            args.mask = mask.row;
+            args.mask_stride = mask.stride;
+            args.mask_is_f16 = mask.is_f16;
+            args.slopes = slopes;
+            args.soft_cap = job.soft_cap;
+            args.sinks = job.sinks ? static_cast<const float *>(job.sinks->data) + head * group : nullptr;
+            args.out = static_cast<float *>(dst->data) + t * job.out_token_stride + head * group * job.out_head_stride +
+                       stream * job.out_stream_stride;
+            args.out_token_stride = job.out_token_stride;
+            args.out_head_stride = job.out_head_stride;
+            args.scratch = scratch;
+            job.kern->attend(args);
+        }
+    }
+}
+
+}  // namespace agq

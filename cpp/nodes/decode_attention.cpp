@@ -1,0 +1,243 @@
+// Reads the cache in chunks, and adds up what the chunks give. Chunks do not depend on the number of threads, nor does
+// the order in which they are put together, so results do not either.
+#include "nodes/decode_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "host/tensor_rows.h"
+
+namespace agq {
+
+namespace {
+
+/// Chunks of a job, at most: enough to balance some threads, few enough that the cache is read in long runs.
+constexpr int64_t most_chunks = 16;
+
+constexpr uint64_t all_keys = ~uint64_t{0};
+
+int64_t round_up(int64_t n, int64_t step) {
+    return (n + step - 1) / step * step;
+}
+
+/// Sizes of a job.
+struct few_shape {
+    int64_t heads, group, tokens, rows, width, head_v, chunk_keys, chunks;
+
+    explicit few_shape(const attention_job &job)
+        : heads(job.k->ne[2]),
+          group(job.q->ne[2] / heads),
+          tokens(job.q->ne[1]),
+          rows(tokens * group),
+          width(round_up(job.q->ne[0], few_width_step)),
+          head_v(job.value_width()),
+          // The pruning pass may choose fewer keys each time, so the number of chunks is that of all keys.
+          chunk_keys(round_up((job.k->ne[1] + most_chunks - 1) / most_chunks, attention_keys)),
+          chunks((job.k->ne[1] + chunk_keys - 1) / chunk_keys) {}
+
+    /// Of what a chunk gives for a head: sums of values, largest scores, sums of weights.
+    int64_t partial_floats() const { return rows * (head_v + 2); }
+};
+
+/// Where a thread keeps what it needs, all multiples of a cache line.
+struct few_memory {
+    float *q, *keys, *values, *masks, *scores;  ///< q [head][rows][width]
+    size_t bytes;
+
+    few_memory(void *memory, const few_shape &s) {
+        float *base = static_cast<float *>(memory), *next = base;
+        const auto take = [&next](int64_t n) {
+            float *at = next;
+            next += round_up(n, 16);
+            return at;
+        };
+        q = take(s.heads * s.rows * s.width);
+        keys = take(attention_keys * s.width);
+        values = take(attention_keys * s.head_v);
+        masks = take(s.tokens * attention_keys);
+        scores = take(s.rows * attention_keys);
+        bytes = static_cast<size_t>(next - base) * sizeof(float);
+    }
+};
+
+/// A block of keys in the cache, and where the next one begins.
+struct key_range {
+    int64_t first, next;
+    uint64_t seen;  ///< bit i: whether any of the tokens sees key first + i
+};
+
+uint64_t find_seen(const few_args &args, const few_block &block) {
+    uint64_t seen = 0;
+    for (int t = block.begin; t < block.end; ++t) {
+        for (int i = 0; i < block.n; ++i) {
+            seen |= static_cast<uint64_t>(args.masks[t * attention_keys + i] != -INFINITY) << i;
+        }
+    }
+    return seen;
+}
+
+/// Keys or values of a head as floats, `stride` floats apart; zeros where nobody looks, since a cell that is not in use
+/// may hold anything. The same rows of the next block are fetched ahead.
+void read_rows(const attention_job &job, const ggml_tensor *t, int64_t head, int64_t stream, const key_range &range,
+               int n, float *to, int64_t stride) {
+    const int64_t width = t->ne[0], first = range.first;
+    const bool at_once = t->type == ggml_type_f16 && job.cell(first + n - 1) - job.cell(first) == n - 1;
+    if (at_once) {
+        const char *from = row_address(t, job.cell(first), head, stream);
+        job.kern->few->read_f16(from, t->nb[1], n, static_cast<int>(width), to, stride,
+                                (range.next - first) * static_cast<int64_t>(t->nb[1]));
+        if (range.seen == all_keys && width == stride) return;
+    }
+    for (int i = 0; i < n; ++i) {
+        float *row = to + i * stride;
+        if (!(range.seen >> i & 1)) {
+            std::fill_n(row, width, 0.0f);
+        } else if (!at_once) {
+            read_row(*job.kern, t, row_address(t, job.cell(first + i), head, stream), row, width);
+        }
+        std::fill(row + width, row + stride, 0.0f);
+    }
+}
+
+/// The same for values whose keys lie side by side: [head_v][64].
+void read_columns(const attention_job &job, int64_t head, int64_t stream, const key_range &range, int n, float *to) {
+    for (int64_t d = 0; d < job.value_width(); ++d, to += attention_keys) {
+        read_column(job, row_address(job.v, d, head, stream), range.first, n, to);
+        for (int i = 0; range.seen != all_keys && i < attention_keys; ++i) {
+            if (!(range.seen >> i & 1)) to[i] = 0;
+        }
+    }
+}
+
+/// The queries of a stream, scaled.
+void read_queries(const attention_job &job, const few_shape &s, int64_t stream, float *to) {
+    const int64_t width = job.q->ne[0];
+    for (int64_t head = 0; head < s.heads; ++head) {
+        for (int64_t r = 0; r < s.rows; ++r, to += s.width) {
+            const float *from = query(job, r / s.group, head * s.group + r % s.group, stream);
+            for (int64_t d = 0; d < s.width; ++d) to[d] = d < width ? from[d] * job.scale : 0.0f;
+        }
+    }
+}
+
+/// One chunk of a stream, of keys `first` to `last`; `partial` is that of the first head. `after` is where the thread
+/// will go on, as far as one can tell.
+void attend_chunk(const attention_job &job, const few_shape &s, const few_memory &memory, int64_t stream, int64_t first,
+                  int64_t last, int64_t after, float *partial) {
+    few_args args = {};
+    args.n_tokens = static_cast<int>(s.tokens);
+    args.group = static_cast<int>(s.group);
+    args.width = static_cast<int>(s.width);
+    args.head_v = static_cast<int>(s.head_v);
+    args.n_keys = job.n_keys();
+    const job_mask mask(job, 0, stream);
+    args.mask = mask.row;
+    args.mask_stride = mask.stride;
+    args.mask_is_f16 = mask.is_f16;
+    args.soft_cap = job.soft_cap;
+    args.masks = memory.masks;
+    args.scores = memory.scores;
+    float slopes[weights_row_limit];
+    args.slopes = slopes;
+    for (int64_t head = 0; head < s.heads; ++head) {
+        float *at = partial + head * s.partial_floats();
+        std::fill_n(at, s.partial_floats(), 0.0f);
+        std::fill_n(at + s.rows * s.head_v, s.rows, -INFINITY);
+    }
+    for (; first < last; first += attention_keys) {
+        few_block block = {};
+        job.kern->few->read_masks(args, first, &block);
+        if (block.begin >= block.end) continue;
+        block.n = static_cast<int>(std::min<int64_t>(attention_keys, last - first));
+        block.keys = memory.keys;
+        block.values = memory.values;
+        block.transposed = job.v_transposed;
+        std::fill(memory.keys + block.n * s.width, memory.keys + attention_keys * s.width, 0.0f);
+        const key_range range = {first, first + attention_keys < last ? first + attention_keys : after,
+                                 find_seen(args, block)};
+        for (int64_t head = 0; head < s.heads; ++head) {
+            args.q = memory.q + head * s.rows * s.width;
+            args.out = partial + head * s.partial_floats();
+            args.maximum = args.out + s.rows * s.head_v;
+            args.sum = args.maximum + s.rows;
+            read_slopes(job, head * s.group, s.group, slopes);
+            read_rows(job, job.k, head, stream, range, block.n, memory.keys, s.width);
+            if (job.v_transposed) {
+                read_columns(job, head, stream, range, block.n, memory.values);
+            } else {
+                read_rows(job, job.v, head, stream, range, block.n, memory.values, s.head_v);
+            }
+            job.kern->few->attend(args, block);
+        }
+    }
+}
+
+/// Puts the chunks of a head together; `partial` is that of the first one.
+void combine(const attention_job &job, const few_shape &s, const float *partial, int64_t step, int64_t head,
+             int64_t stream, float *dst) {
+    const float *sinks = job.sinks ? static_cast<const float *>(job.sinks->data) + head * s.group : nullptr;
+    for (int64_t r = 0; r < s.rows; ++r) {
+        const int64_t token = r / s.group, g = r % s.group;
+        const auto maximum = [&](int64_t c) { return partial[c * step + s.rows * s.head_v + r]; };
+        float top = sinks ? sinks[g] : -INFINITY;
+        for (int64_t c = 0; c < s.chunks; ++c) top = std::max(top, maximum(c));
+        const auto weight = [&](float score) { return score == top ? 1.0f : std::exp(score - top); };
+        float total = sinks ? weight(sinks[g]) : 0.0f, weights[most_chunks];
+        for (int64_t c = 0; c < s.chunks; ++c) {
+            weights[c] = weight(maximum(c));
+            total += weights[c] * partial[c * step + s.rows * (s.head_v + 1) + r];
+        }
+        float *out = dst + token * job.out_token_stride + (head * s.group + g) * job.out_head_stride +
+                     stream * job.out_stream_stride;
+        std::fill_n(out, s.head_v, 0.0f);
+        if (total == 0) continue;
+        for (int64_t c = 0; c < s.chunks; ++c) {
+            const float factor = weights[c] / total, *from = partial + c * step + r * s.head_v;
+            for (int64_t d = 0; d < s.head_v; ++d) out[d] += factor * from[d];
+        }
+    }
+}
+
+}  // namespace
+
+bool suits_few(const attention_job &job) {
+    const few_shape s(job);
+    return job.kern->few && s.rows <= weights_row_limit && (s.rows < 32 || s.tokens < 4);
+}
+
+size_t few_bytes(const attention_job &job) {
+    alignas(64) float none[16];
+    return few_memory(none, few_shape(job)).bytes;  // addresses are computed, not used
+}
+
+int64_t few_partial_floats(const attention_job &job) {
+    const few_shape s(job);
+    return s.partial_floats() * s.heads * s.chunks * job.q->ne[3];
+}
+
+void few_attention_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    attention_job &job = *static_cast<attention_job *>(userdata);
+    const few_shape s(job);
+    const few_memory memory(job.memory->of(ith), s);
+    const int64_t streams = job.q->ne[3], n_keys = job.n_keys();
+    const int64_t stream_floats = s.heads * s.partial_floats(), step = streams * stream_floats;
+
+    int64_t read = -1;
+    for (int64_t unit; (unit = job.next.fetch_add(1, std::memory_order_relaxed)) < streams * s.chunks;) {
+        const int64_t stream = unit / s.chunks, chunk = unit % s.chunks, first = chunk * s.chunk_keys;
+        if (stream != read) read_queries(job, s, stream, memory.q);
+        read = stream;
+        attend_chunk(job, s, memory, stream, first, std::min(n_keys, first + s.chunk_keys), first + nth * s.chunk_keys,
+                     job.partial + chunk * step + stream * stream_floats);
+        // Who comes last sees what the others have written.
+        if (job.finished[static_cast<size_t>(stream)].fetch_add(1, std::memory_order_acq_rel) + 1 == s.chunks) {
+            const float *partial = job.partial + stream * stream_floats;
+            for (int64_t head = 0; head < s.heads; ++head, partial += s.partial_floats()) {
+                combine(job, s, partial, step, head, stream, static_cast<float *>(dst->data));
+            }
+        }
+    }
+}
+
+}  // namespace agq

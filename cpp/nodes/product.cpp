@@ -1,0 +1,229 @@
+// The work behind each custom node. Threads take units from a shared counter, so a core that is slow or busy takes
+// fewer.
+#include "nodes/product.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+#include "host/tensor_rows.h"
+
+namespace agq {
+
+namespace {
+
+constexpr size_t alignment = 64;
+
+size_t align_up(size_t bytes) {
+    return (bytes + alignment - 1) / alignment * alignment;
+}
+
+/// Row of the input that belongs to row `flat` of the product. With experts, the input may have one row per token for
+/// all expert slots.
+const float *input_row(const activation_set &set, int64_t flat) {
+    const char *row;
+    if (set.ids) {
+        const int64_t slots = set.ids->ne[0];
+        row = row_address(set.x, flat % slots % set.x->ne[1], flat / slots, 0);
+    } else {
+        row = flat_row(set.x, flat);
+    }
+    return reinterpret_cast<const float *>(row);
+}
+
+/// How many panels a thread takes at a time: small enough to balance the threads, large enough to amortize the packed
+/// activations that each unit streams through the cache. With few tokens a unit costs what is fetched ahead behind its
+/// end, with many its share in the time that threads wait for the last one.
+int64_t panels_per_unit(int64_t panels, int64_t step, int nth, int64_t tokens) {
+    const int64_t units = tokens < 64 ? 8 : 16;
+    const int64_t wanted = std::max<int64_t>(1, panels / (nth * units));
+    return std::max(step, wanted / step * step);
+}
+
+}  // namespace
+
+activation_buffer::~activation_buffer() {
+    ::operator delete(memory_, std::align_val_t(alignment));
+}
+
+activation_buffer::parts activation_buffer::split(int64_t rows, int64_t k) const {
+    const size_t values = static_cast<size_t>(rows * k), groups = static_cast<size_t>(rows * (k / group_columns));
+    unsigned char *bias = memory_ + align_up(values), *scale = bias + align_up(groups * sizeof(int32_t));
+    return {reinterpret_cast<int8_t *>(memory_), reinterpret_cast<int32_t *>(bias), reinterpret_cast<float *>(scale)};
+}
+
+void activation_buffer::reserve(int64_t rows, int64_t k) {
+    const size_t values = static_cast<size_t>(rows * k), groups = static_cast<size_t>(rows * (k / group_columns));
+    const size_t bytes = align_up(values) + align_up(groups * sizeof(int32_t)) + align_up(groups * sizeof(float));
+    if (bytes <= capacity_) return;
+    void *fresh = ::operator new(bytes, std::align_val_t(alignment));
+    ::operator delete(memory_, std::align_val_t(alignment));
+    memory_ = static_cast<unsigned char *>(fresh);
+    capacity_ = bytes;
+}
+
+int64_t activation_set::rows() const {
+    return ids ? ids->ne[0] * ids->ne[1] : x->ne[1] * x->ne[2] * x->ne[3];
+}
+
+int64_t activation_set::scale_stride() const {
+    const activation_format &f = (*attributes)[0]->format;
+    return f.per_group ? f.k / group_columns : 1;
+}
+
+activation_buffer::parts activation_set::packed(int64_t first) const {
+    const int64_t k = x->ne[0];
+    activation_buffer::parts p = buffer->split(rows(), k);
+    p.q += first * k;
+    p.bias += first * (k / group_columns);
+    p.scale += first * scale_stride();
+    return p;
+}
+
+void activation_set::route() {
+    segments.clear();
+    units.clear();
+    invalid.clear();
+    const int64_t total = rows();
+    order.resize(static_cast<size_t>(total));
+    if (!ids) {
+        // Rows with 4 bits come behind the others, as a segment of their own.
+        int64_t filled = 0;
+        const auto is_four = [&](int64_t i) { return four && (*four)[static_cast<size_t>(i)] != 0; };
+        for (const bool wanted : {false, true}) {
+            const int64_t first = filled;
+            for (int64_t i = 0; i < total; ++i) {
+                if (is_four(i) == wanted) order[static_cast<size_t>(filled++)] = i;
+            }
+            if (filled > first) segments.push_back({0, first, filled - first, wanted ? 4 : bits});
+        }
+    } else {
+        const int64_t n_matrices = static_cast<int64_t>(attributes->size()), slots = ids->ne[0];
+        const auto expert = [&](int64_t flat) {
+            const char *row = row_address(ids, flat / slots, 0, 0);
+            const int64_t e = *reinterpret_cast<const int32_t *>(row + flat % slots * static_cast<int64_t>(ids->nb[0]));
+            return e >= 0 && e < n_matrices ? e : -1;
+        };
+        std::vector<int64_t> begin(static_cast<size_t>(n_matrices) + 1, 0);
+        for (int64_t i = 0; i < total; ++i) {
+            const int64_t e = expert(i);
+            if (e < 0) {
+                invalid.push_back(i);
+            } else {
+                ++begin[static_cast<size_t>(e) + 1];
+            }
+        }
+        for (size_t e = 1; e < begin.size(); ++e) {
+            begin[e] += begin[e - 1];
+            if (begin[e] > begin[e - 1]) {
+                segments.push_back({static_cast<int>(e - 1), begin[e - 1], begin[e] - begin[e - 1], bits});
+            }
+        }
+        for (int64_t i = 0; i < total; ++i) {
+            const int64_t e = expert(i);
+            if (e >= 0) order[static_cast<size_t>(begin[static_cast<size_t>(e)]++)] = i;
+        }
+    }
+    for (const segment &s : segments) {
+        for (int64_t first = 0; first < s.count; first += kern->nr) {
+            units.push_back(
+                {s.matrix, s.first + first, static_cast<int>(std::min<int64_t>(kern->nr, s.count - first)), s.bits});
+        }
+    }
+}
+
+void route_node(ggml_tensor *, int ith, int, void *userdata) {
+    if (ith == 0) static_cast<activation_set *>(userdata)->route();
+}
+
+void quantize_node(ggml_tensor *, int ith, int, void *userdata) {
+    activation_set &set = *static_cast<activation_set *>(userdata);
+    const float *rows[64];
+    for (int64_t i; (i = set.next.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(set.units.size());) {
+        const activation_set::unit &u = set.units[static_cast<size_t>(i)];
+        activation_format format = (*set.attributes)[static_cast<size_t>(u.matrix)]->format;
+        if (u.bits != 0) format.bits = u.bits;
+        for (int t = 0; t < u.count; ++t) {
+            const int64_t flat = set.order[static_cast<size_t>(u.first + t)];
+            if (set.source) {
+                float *row = static_cast<float *>(set.memory->of(ith)) + t * set.x->ne[0];
+                set.source->compute(*set.kern->rows, flat, row);
+                rows[t] = row;
+            } else {
+                rows[t] = input_row(set, flat);
+            }
+        }
+        const activation_buffer::parts packed = set.packed(u.first);
+        set.kern->quantize(format, rows, {packed.q, packed.bias, packed.scale, u.count});
+    }
+}
+
+void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    product &p = *static_cast<product *>(userdata);
+    const activation_set &set = *p.set;
+    const int64_t k = p.weights->ne[0], panels = p.weights->ne[1] / panel_rows, tiles_per_panel = k / tile_columns;
+    const int64_t step = panels_per_unit(panels, set.kern->panel_step, nth, set.rows());
+    const int64_t units_per_segment = (panels + step - 1) / step;
+    const int64_t n_units = units_per_segment * static_cast<int64_t>(set.segments.size());
+
+    float **rows = static_cast<float **>(p.memory->of(ith));
+    int64_t current = -1;
+    for (int64_t i; (i = p.next.fetch_add(1, std::memory_order_relaxed)) < n_units;) {
+        const int64_t s = i / units_per_segment, first = i % units_per_segment * step;
+        const activation_set::segment &segment = set.segments[static_cast<size_t>(s)];
+        if (s != current) {
+            for (int64_t t = 0; t < segment.count; ++t) {
+                const char *row = flat_row(dst, set.order[static_cast<size_t>(segment.first + t)]);
+                rows[t] = const_cast<float *>(reinterpret_cast<const float *>(row));
+            }
+            current = s;
+        }
+        const activation_buffer::parts packed = set.packed(segment.first);
+        const matrix_attributes &a = *(*p.attributes)[static_cast<size_t>(segment.matrix)];
+        for (int64_t t = 0; t < segment.count; ++t) rows[t] += first * panel_rows;
+        gemm_args args;
+        args.weights = static_cast<const tile *>(p.weights->data) + (segment.matrix * panels + first) * tiles_per_panel;
+        args.k = static_cast<int>(k);
+        args.panels = static_cast<int>(std::min(step, panels - first));
+        args.codebook = a.codebook;
+        args.tensor_scale = a.header.tensor_scale;
+        args.per_group = a.format.per_group;
+        args.bits = segment.bits != 0 ? segment.bits : a.format.bits;
+        args.q = packed.q;
+        args.bias = packed.bias;
+        args.scale = packed.scale;
+        args.n_tokens = static_cast<int>(segment.count);
+        args.dst = rows;
+        set.kern->gemm(args);
+        for (int64_t t = 0; t < segment.count; ++t) rows[t] -= first * panel_rows;
+    }
+    if (ith == 0) {
+        for (int64_t flat : set.invalid) {
+            float *row = const_cast<float *>(reinterpret_cast<const float *>(flat_row(dst, flat)));
+            std::fill_n(row, p.weights->ne[1], std::numeric_limits<float>::quiet_NaN());
+        }
+    }
+}
+
+void row_lookup_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const row_lookup &lookup = *static_cast<row_lookup *>(userdata);
+    const ggml_tensor *numbers = dst->src[0], *weights = dst->src[1];
+    const matrix_attributes &a = *(*lookup.attributes)[0];
+    const int64_t total = numbers->ne[0] * numbers->ne[1] * numbers->ne[2];
+    for (int64_t i = ith; i < total; i += nth) {
+        const int64_t i0 = i % numbers->ne[0], i1 = i / numbers->ne[0] % numbers->ne[1],
+                      i2 = i / (numbers->ne[0] * numbers->ne[1]);
+        const char *number = row_address(numbers, i1, i2, 0) + i0 * static_cast<int64_t>(numbers->nb[0]);
+        const int64_t row = *reinterpret_cast<const int32_t *>(number);
+        float *out = const_cast<float *>(reinterpret_cast<const float *>(row_address(dst, i0, i1, i2)));
+        if (row >= 0 && row < weights->ne[1]) {
+            dequantize_row(a, static_cast<const tile *>(weights->data), row, out);
+        } else {
+            std::fill_n(out, weights->ne[0], std::numeric_limits<float>::quiet_NaN());
+        }
+    }
+}
+
+}  // namespace agq

@@ -1,0 +1,108 @@
+// Matrix products on AGQ4 weights as ggml custom nodes: route rows to matrices, quantize activations, multiply; and row
+// look-up. A node boundary is a barrier, so each step is a node of its own and may rely on the one before.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "base/thread_memory.h"
+#include "format/attributes.h"
+#include "host/host.h"
+#include "kernels/kernel.h"
+#include "nodes/row_source.h"
+
+namespace agq {
+
+/// Attributes of the matrices of one weight tensor (one, or one per expert).
+using tensor_attributes = std::vector<std::shared_ptr<const matrix_attributes>>;
+
+/// Memory for packed activations, shared by all products of a backend: it holds one activation set at a time.
+class activation_buffer {
+  public:
+    /// Where the parts of a set lie.
+    struct parts {
+        int8_t *q;
+        int32_t *bias;
+        float *scale;
+    };
+
+    activation_buffer() = default;
+    ~activation_buffer();
+    activation_buffer(const activation_buffer &) = delete;
+    activation_buffer &operator=(const activation_buffer &) = delete;
+
+    /// Makes room for `rows` rows of `k` columns; throws std::bad_alloc and stays as it was if there is none.
+    void reserve(int64_t rows, int64_t k);
+    /// The parts for a set for which room was reserved.
+    parts split(int64_t rows, int64_t k) const;
+
+  private:
+    unsigned char *memory_ = nullptr;
+    size_t capacity_ = 0;
+};
+
+/// Rows of one input tensor, quantized once and multiplied with one or several weights.
+struct activation_set {
+    /// Packed rows that meet the same matrix.
+    struct segment {
+        int matrix;
+        int64_t first, count;
+        int bits;  ///< of the activations; 0: what the matrix says
+    };
+    struct unit {
+        int matrix;
+        int64_t first;
+        int count;
+        int bits;
+    };
+
+    const ggml_tensor *x = nullptr;
+    const ggml_tensor *ids = nullptr;  ///< experts of each token, or null: all rows meet matrix 0
+    const kernel *kern = nullptr;
+    const tensor_attributes *attributes = nullptr;
+    const activation_buffer *buffer = nullptr;
+    const row_source *source = nullptr;          ///< how to compute the rows of x, or null: they are in memory
+    const thread_memory *memory = nullptr;       ///< with a source, room for a block of rows in each thread
+    int bits = 0;                                ///< of all rows; 0: what the matrices say
+    const std::vector<uint8_t> *four = nullptr;  ///< by row, whether it has 4 bits instead; null: none has
+
+    std::vector<segment> segments;
+    std::vector<unit> units;       ///< activation blocks, the unit of work
+    std::vector<int64_t> order;    ///< packed row -> row of the product (token-major, then expert slot)
+    std::vector<int64_t> invalid;  ///< rows of the product whose expert does not exist
+    std::atomic<int64_t> next{0};
+
+    int64_t rows() const;
+    /// Fills `segments`, `units`, `order` and `invalid`; with `ids` or `four` that needs what was computed before.
+    void route();
+    int64_t scale_stride() const;  ///< scales per row
+    /// Where the packed activations of the rows from `first` on lie.
+    activation_buffer::parts packed(int64_t first) const;
+};
+
+/// One weight tensor times an activation set.
+struct product {
+    activation_set *set = nullptr;
+    const ggml_tensor *weights = nullptr;
+    const tensor_attributes *attributes = nullptr;
+    const thread_memory *memory = nullptr;  ///< one pointer for each row of the set, in each thread
+    std::atomic<int64_t> next{0};
+};
+
+/// Rows of an AGQ4 tensor by number.
+struct row_lookup {
+    const ggml_tensor *weights = nullptr;
+    const tensor_attributes *attributes = nullptr;
+};
+
+// Functions of the custom nodes; `userdata` is an activation_set, an activation_set, a product and a row_lookup. A
+// product node writes to dst->data; a row_lookup node reads its numbers from dst->src[0] and its tensor from
+// dst->src[1].
+void route_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+void quantize_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+void product_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+void row_lookup_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+
+}  // namespace agq

@@ -1,0 +1,433 @@
+// The rewriting pass. The host's tensors are never changed: nodes that do not touch AGQ4 are passed through by address,
+// the others are replaced by custom nodes that write to the same memory.
+#include "rewrite/graph_rewrite.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "host/profile.h"
+#include "nodes/decode_attention.h"
+
+namespace agq {
+
+namespace {
+
+bool is_product(const ggml_tensor *node) {
+    return node->op == host.op_mul_mat || node->op == host.op_mul_mat_id;
+}
+
+std::string describe(const ggml_tensor *t) {
+    return "tensor '" + std::string(t->name, strnlen(t->name, sizeof(t->name))) + "'";
+}
+
+bool is_plain_rows(const ggml_tensor *t, int type) {
+    return t->type == type && t->nb[0] == 4;
+}
+
+/// Whether the weights are a whole tensor in host memory, in the shape the format demands.
+bool check_weights(const ggml_tensor *w, std::string *error) {
+    const bool shape = w->ne[0] > 0 && w->ne[0] % tile_columns == 0 && w->ne[1] > 0 && w->ne[1] % panel_rows == 0 &&
+                       w->ne[0] <= INT32_MAX && w->ne[3] == 1;
+    if (!shape) {
+        *error = describe(w) + " has a shape that AGQ4 cannot have; convert the model again";
+    } else if (w->view_src || !w->data) {
+        *error =
+            describe(w) + " is part of an AGQ4 tensor, which the plugin cannot take apart; convert it to another type";
+    } else {
+        return true;
+    }
+    return false;
+}
+
+/// Whether the product is one that the custom nodes compute.
+bool check_product(const ggml_tensor *node, std::string *error) {
+    const ggml_tensor *weights = node->src[0], *x = node->src[1], *ids = node->src[2];
+    const bool experts = node->op == host.op_mul_mat_id;
+    if (is_plain_rows(x, ggml_type_f32) && is_plain_rows(node, ggml_type_f32) && x->ne[0] == weights->ne[0] &&
+        (experts ? is_plain_rows(ids, ggml_type_i32) && x->ne[3] == 1 : weights->ne[2] == 1)) {
+        return true;
+    }
+    *error = describe(weights) + " is used in a product that the plugin does not cover; convert it to another type";
+    return false;
+}
+
+/// Whether `kept` was parsed from these weights. The header holds a checksum of the rest, so comparing it notices that
+/// other weights have come to the same address.
+bool is_intact(const ggml_tensor *weights, const tensor_attributes &kept) {
+    const tile *tiles = static_cast<const tile *>(weights->data);
+    const int64_t matrix_tiles = weights->ne[0] / tile_columns * (weights->ne[1] / panel_rows);
+    bool intact = kept.size() == static_cast<size_t>(weights->ne[2]);
+    for (size_t i = 0; intact && i < kept.size(); ++i) {
+        const attribute_header header = read_header(tiles + static_cast<int64_t>(i) * matrix_tiles);
+        intact = kept[i]->format.k == weights->ne[0] && std::memcmp(&header, &kept[i]->header, sizeof(header)) == 0;
+    }
+    return intact;
+}
+
+}  // namespace
+
+bool uses_agq4(const ggml_tensor *node) {
+    return node->src[0] && node->src[0]->type == ggml_type_id && (is_product(node) || node->op == host.op_get_rows);
+}
+
+graph_rewriter::~graph_rewriter() {
+    clear();
+}
+
+void graph_rewriter::clear() {
+    if (context_) host.ggml_free(context_);
+    context_ = nullptr;
+    graph_ = nullptr;
+    sets_.clear();
+    products_.clear();
+    lookups_.clear();
+    attentions_.clear();
+    jobs_.clear();
+    fusions_.clear();
+    clocks_.clear();
+    thread_bytes_ = 0;
+}
+
+bool graph_rewriter::weights_intact() const {
+    const auto intact = [](const ggml_tensor *weights, const tensor_attributes &a) { return is_intact(weights, a); };
+    return std::all_of(products_.begin(), products_.end(), [&](auto &p) { return intact(p.weights, *p.attributes); }) &&
+           std::all_of(lookups_.begin(), lookups_.end(), [&](auto &l) { return intact(l.weights, *l.attributes); });
+}
+
+ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, int n_threads, std::string *error) {
+    if (!repeated || !graph_ || profiled_ != profile_enabled() || !weights_intact()) {
+        clear();
+        if (!build(nodes, n, error)) {
+            clear();
+            return nullptr;
+        }
+    }
+    scratch_.reserve(thread_bytes_, n_threads);
+    mixed_.begin_call(n_threads);
+    for (activation_set &s : sets_) s.next.store(0, std::memory_order_relaxed);
+    for (product &p : products_) p.next.store(0, std::memory_order_relaxed);
+    for (attention_job &a : attentions_) {
+        a.next.store(0, std::memory_order_relaxed);
+        a.partial = partial_.data();
+        for (std::atomic<int> &n : a.finished) n.store(0, std::memory_order_relaxed);
+    }
+    return graph_;
+}
+
+void graph_rewriter::find_chain(ggml_tensor **nodes, int output,
+                                const std::unordered_map<const ggml_tensor *, int> &position,
+                                const std::unordered_map<const ggml_tensor *, int> &uses) {
+    const ggml_tensor *weights = nodes[output]->src[1];
+    if (!weights || weights->op != host.op_soft_max) return;
+    const ggml_tensor *scores = weights->src[0];
+    const auto at = [&](const ggml_tensor *t) {
+        const auto found = position.find(t);
+        return found == position.end() ? -1 : found->second;
+    };
+    const int soft_max_at = at(weights), scores_at = at(scores);
+    if (soft_max_at < 0 || scores_at < 0 || scores->op != host.op_mul_mat || scores->src[0]->type == ggml_type_id)
+        return;
+    // Nobody else may want what the chain leaves out.
+    if (uses.at(scores) != 1 || uses.at(weights) != 1 || (scores->flags | weights->flags) & ggml_flag_output) return;
+    // The keys are read where the output is computed, so they must be in the cache, not in memory that is used again by
+    // then.
+    const ggml_tensor *root = scores->src[0];
+    while (root->view_src) root = root->view_src;
+    if (root->op != host.op_none) return;
+    attention_job &job = new_attention();
+    if (!plan_attention_chain(scores, weights, nodes[output], &job)) {
+        attentions_.pop_back();
+        return;
+    }
+    const size_t floats = static_cast<size_t>(saved_query_floats(job.q));
+    if (saved_queries_.size() < floats) saved_queries_.resize(floats);
+    const auto assign = [&](int i, role r) {
+        roles_[static_cast<size_t>(i)] = r;
+        jobs_[i] = &job;
+    };
+    assign(scores_at, role::chain_scores);
+    assign(soft_max_at, role::chain_soft_max);
+    assign(output, role::chain_output);
+}
+
+void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
+    roles_.assign(static_cast<size_t>(n), role::keep);
+    if (!take_all_ && std::none_of(nodes, nodes + n, uses_agq4))
+        return;  // a stock model that is profiled stays as it is
+    bool has_soft_max = false;
+    for (int i = 0; i < n; ++i) {
+        role &r = roles_[static_cast<size_t>(i)];
+        if (uses_agq4(nodes[i])) {
+            r = nodes[i]->op == host.op_get_rows ? role::row_lookup : role::product;
+        } else if (nodes[i]->op == host.op_flash_attn_ext && attention_) {
+            attention_job &job = new_attention();
+            if (plan_flash_attention(nodes[i], &job)) {
+                r = role::flash_attention;
+                jobs_[i] = &job;
+            } else {
+                attentions_.pop_back();
+            }
+        } else if (nodes[i]->op == host.op_soft_max) {
+            has_soft_max = true;
+        }
+    }
+    if (fuse_) assign_fusions(nodes, n);
+    if (!has_soft_max || !attention_) return;
+    std::unordered_map<const ggml_tensor *, int> position, uses;
+    for (int i = 0; i < n; ++i) {
+        position[nodes[i]] = i;
+        for (const ggml_tensor *src : nodes[i]->src) {
+            if (src) ++uses[src];
+        }
+        if (nodes[i]->view_src) ++uses[nodes[i]->view_src];
+    }
+    for (int i = 0; i < n; ++i) {
+        if (nodes[i]->op == host.op_mul_mat && roles_[static_cast<size_t>(i)] == role::keep)
+            find_chain(nodes, i, position, uses);
+    }
+}
+
+bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
+    assign_roles(nodes, n);
+    // A product becomes at most three nodes: routing, quantization, multiplication.
+    const size_t n_replaced =
+        static_cast<size_t>(n) - static_cast<size_t>(std::count(roles_.begin(), roles_.end(), role::keep));
+    mixed_.plan(nodes, n);
+    profiled_ = profile_enabled();
+    const size_t n_clocks = profiled_ ? 2 * static_cast<size_t>(n) + 1 : 0;
+    const size_t n_nodes = static_cast<size_t>(n) + 2 * n_replaced + 2 + n_clocks;
+    const size_t bytes = host.ggml_tensor_overhead() * (3 * n_replaced + 2 + n_clocks) +
+                         host.ggml_graph_overhead_custom(n_nodes, false) + 1024;
+    if (memory_.size() < bytes) memory_.resize(bytes);
+    context_ = host.ggml_init({memory_.size(), memory_.data(), true});
+    if (!context_) throw std::bad_alloc();
+    graph_ = host.ggml_new_graph_custom(context_, n_nodes, false);
+    if (profiled_) add_clock("");
+    for (int i = 0; i < n; ++i) {
+        bool good = true;
+        if (i == mixed_.node()) {
+            add_custom(nodes[i], nullptr, 0, measure_importance_node, &mixed_);
+            add_custom(nodes[i], nullptr, 0, choose_bits_node, &mixed_);
+        }
+        switch (roles_[static_cast<size_t>(i)]) {
+            case role::keep:
+                host.ggml_graph_add_node(graph_, nodes[i]);
+                break;
+            case role::product:
+                good = add_product(nodes[i], i, error);
+                break;
+            case role::row_lookup:
+                good = add_row_lookup(nodes[i], error);
+                break;
+            case role::fused:
+                break;
+            case role::fused_source:
+                good = add_fused_source(nodes[i], fusions_.at(i), nodes, error);
+                break;
+            case role::flash_attention:
+            case role::chain_output:
+                add_attention(nodes[i], jobs_.at(i));
+                break;
+            case role::chain_scores: {
+                attention_job *job = jobs_.at(i);
+                job->saved_q = saved_queries_.data();
+                add_custom(nodes[i], &nodes[i]->src[1], 1, save_queries_node, job);
+                break;
+            }
+            case role::chain_soft_max:
+                break;
+        }
+        if (!good) return false;
+        const bool followed = i + 1 < n && nodes[i]->op == host.op_rms_norm && nodes[i + 1]->op == host.op_mul;
+        const bool ours =
+            roles_[static_cast<size_t>(i)] == role::fused || roles_[static_cast<size_t>(i)] == role::fused_source;
+        if (profiled_ && !is_empty_op(nodes[i]->op) && !followed && !ours) add_clock(profile_label(nodes[i]));
+    }
+    return true;
+}
+
+attention_job &graph_rewriter::new_attention() {
+    attention_job &job = attentions_.emplace_back();
+    job.kern = attention_;
+    job.any_length = any_length_;
+    return job;
+}
+
+void graph_rewriter::add_attention(ggml_tensor *node, attention_job *job) {
+    job->memory = &scratch_;
+    thread_bytes_ = std::max(thread_bytes_, attention_bytes(*job));
+    if (job->few) {
+        const size_t floats = static_cast<size_t>(few_partial_floats(*job));
+        if (partial_.size() < floats) partial_.resize(floats);
+        job->finished = std::vector<std::atomic<int>>(static_cast<size_t>(job->q->ne[3]));
+    }
+    ggml_tensor *args[4] = {const_cast<ggml_tensor *>(job->q), const_cast<ggml_tensor *>(job->k),
+                            const_cast<ggml_tensor *>(job->v), const_cast<ggml_tensor *>(job->mask)};
+    add_custom(node, args, job->mask ? 4 : 3, job->few ? few_attention_node : attention_node, job);
+}
+
+void graph_rewriter::add_clock(const std::string &label) {
+    clocks_.push_back(label.empty() ? -1 : profile_kind(label));
+    ggml_tensor *t =
+        host.ggml_custom_4d(context_, ggml_type_f32, 1, 1, 1, 1, nullptr, 0, clock_node, 1, &clocks_.back());
+    t->flags = ggml_flag_compute;
+    t->data = sink_;
+    host.ggml_graph_add_node(graph_, t);
+}
+
+void graph_rewriter::add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, ggml_custom_op function,
+                                void *userdata) {
+    const bool has_output = function != route_node && function != quantize_node && function != save_queries_node &&
+                            function != measure_importance_node && function != choose_bits_node;
+    ggml_tensor *t =
+        has_output ? host.ggml_custom_4d(context_, ggml_type_f32, replaced->ne[0], replaced->ne[1], replaced->ne[2],
+                                         replaced->ne[3], args, n_args, function, ggml_n_tasks_max, userdata)
+                   : host.ggml_custom_4d(context_, ggml_type_f32, 1, 1, 1, 1, args, n_args, function, ggml_n_tasks_max,
+                                         userdata);
+    t->flags = replaced->flags;
+    t->buffer = replaced->buffer;
+    t->data = has_output ? replaced->data : sink_;
+    if (has_output) {
+        std::copy_n(replaced->nb, 4, t->nb);
+        std::memcpy(t->name, replaced->name, sizeof(t->name));
+    }
+    host.ggml_graph_add_node(graph_, t);
+}
+
+const tensor_attributes *graph_rewriter::find_attributes(const ggml_tensor *weights, std::string *error) {
+    if (!check_weights(weights, error)) return nullptr;
+    const tile *tiles = static_cast<const tile *>(weights->data);
+    const int64_t matrix_tiles = weights->ne[0] / tile_columns * (weights->ne[1] / panel_rows);
+    tensor_attributes &kept = attributes_[weights->data];
+    if (is_intact(weights, kept)) return &kept;
+    kept.clear();
+    for (int64_t i = 0; i < weights->ne[2]; ++i) {
+        std::string reason;
+        auto a = parse_attributes(tiles + i * matrix_tiles, weights->ne[1], weights->ne[0], &reason);
+        if (a && i > 0 && a->format.per_group != kept[0]->format.per_group) {
+            reason = "its experts differ in how activations are scaled";
+            a = nullptr;
+        }
+        if (!a) {
+            *error = describe(weights) + ": " + reason;
+            attributes_.erase(weights->data);
+            return nullptr;
+        }
+        kept.push_back(std::move(a));
+    }
+    return &kept;
+}
+
+activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, int i, const tensor_attributes *attributes) {
+    ggml_tensor *x = node->src[1], *ids = node->op == host.op_mul_mat_id ? node->src[2] : nullptr;
+    const std::vector<uint8_t> *four = mixed_.covers(node, i) ? &mixed_.four() : nullptr;
+    // Only the latest set is still in the buffer.
+    if (!sets_.empty()) {
+        activation_set &last = sets_.back();
+        const auto same = [](const auto &a, const auto &b) { return a == b || a->same_activations(*b); };
+        // Rows that are computed on the way are nowhere else, so whoever reads them takes them as they are.
+        if (last.x == x && last.ids == ids && (last.source || last.four == four) &&
+            std::equal(attributes->begin(), attributes->end(), last.attributes->begin(), last.attributes->end(),
+                       same)) {
+            return &last;
+        }
+    }
+    return add_set(node, x, ids, attributes, nullptr, four);
+}
+
+activation_set *graph_rewriter::add_set(ggml_tensor *node, ggml_tensor *x, ggml_tensor *ids,
+                                        const tensor_attributes *attributes, const row_source *source,
+                                        const std::vector<uint8_t> *four) {
+    activation_set &set = sets_.emplace_back();
+    set.x = x;
+    set.ids = ids;
+    set.kern = kern_;
+    set.attributes = attributes;
+    set.buffer = &buffer_;
+    set.source = source;
+    set.memory = &scratch_;
+    if (source) {
+        const size_t row_bytes = static_cast<size_t>(x->ne[0]) * sizeof(float);
+        thread_bytes_ = std::max(thread_bytes_, static_cast<size_t>(kern_->nr) * row_bytes);
+    }
+    set.four = four;
+    if (activations_.mode == activation_settings::kind::all) set.bits = activations_.bits;
+    buffer_.reserve(set.rows(), x->ne[0]);
+    ggml_tensor *args[2] = {x, ids};
+    if (ids || four) {
+        add_custom(node, args, ids ? 2 : 1, route_node, &set);
+    } else {
+        set.route();
+    }
+    add_custom(node, args, ids ? 2 : 1, quantize_node, &set);
+    if (profiled_ && !source) add_clock("quantize");
+    return &set;
+}
+
+void graph_rewriter::assign_fusions(ggml_tensor **nodes, int n) {
+    std::vector<bool> is_product;
+    for (role r : roles_) is_product.push_back(r == role::product);
+    const auto same_format = [&](int i, int j) {
+        std::string error;  // will be found again, and reported, when the product is added
+        const tensor_attributes *a = find_attributes(nodes[i]->src[0], &error);
+        const tensor_attributes *b = find_attributes(nodes[j]->src[0], &error);
+        return a && b && (i == j || (*a)[0]->same_activations(*(*b)[0]));
+    };
+    for (fusion &f : find_fusions(nodes, n, is_product, same_format)) {
+        for (int i : f.replaced) roles_[static_cast<size_t>(i)] = role::fused;
+        const int last = f.replaced.back();
+        roles_[static_cast<size_t>(last)] = role::fused_source;
+        fusions_.emplace(last, std::move(f));
+    }
+}
+
+bool graph_rewriter::add_fused_source(ggml_tensor *node, const fusion &fused, ggml_tensor **nodes, std::string *error) {
+    const ggml_tensor *first = nodes[fused.products[0]];
+    const tensor_attributes *attributes = find_attributes(first->src[0], error);
+    if (!attributes || !check_product(first, error)) return false;
+    const bool mixed =
+        std::all_of(fused.products.begin(), fused.products.end(), [&](int i) { return mixed_.covers(nodes[i], i); });
+    add_set(node, node, nullptr, attributes, &fused.source, mixed ? &mixed_.four() : nullptr);
+    if (profiled_) {
+        std::string label;
+        for (int i : fused.replaced) label += std::string(host.ggml_op_name(nodes[i]->op)) + '+';
+        add_clock(label + "quantize");
+    }
+    return true;
+}
+
+bool graph_rewriter::add_product(ggml_tensor *node, int i, std::string *error) {
+    const ggml_tensor *weights = node->src[0];
+    const tensor_attributes *attributes = find_attributes(weights, error);
+    if (!attributes) return false;
+    if (!check_product(node, error)) return false;
+    product &p = products_.emplace_back();
+    p.weights = weights;
+    p.attributes = attributes;
+    p.memory = &scratch_;
+    p.set = find_or_add_set(node, i, attributes);
+    thread_bytes_ = std::max(thread_bytes_, static_cast<size_t>(p.set->rows()) * sizeof(float *));
+    ggml_tensor *args[2] = {node->src[1], node->src[0]};
+    add_custom(node, args, 2, product_node, &p);
+    return true;
+}
+
+bool graph_rewriter::add_row_lookup(ggml_tensor *node, std::string *error) {
+    const ggml_tensor *weights = node->src[0];
+    const tensor_attributes *attributes = find_attributes(weights, error);
+    if (!attributes) return false;
+    if (weights->ne[2] != 1 || !is_plain_rows(node->src[1], ggml_type_i32) || !is_plain_rows(node, ggml_type_f32)) {
+        *error =
+            describe(weights) + " is used in a row look-up that the plugin does not cover; convert it to another type";
+        return false;
+    }
+    row_lookup &lookup = lookups_.emplace_back();
+    lookup.weights = weights;
+    lookup.attributes = attributes;
+    ggml_tensor *args[2] = {node->src[1], node->src[0]};
+    add_custom(node, args, 2, row_lookup_node, &lookup);
+    return true;
+}
+
+}  // namespace agq

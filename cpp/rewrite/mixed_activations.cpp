@@ -1,0 +1,168 @@
+#include "rewrite/mixed_activations.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "base/thread_value.h"
+#include "prune/selection.h"
+
+namespace agq {
+
+namespace {
+
+constexpr int64_t min_tokens = 32;  ///< shortest prompt to mix: short ones are bound by reading weights
+
+/// Reads a whole text as a number; false if it is none.
+bool read_number(const std::string &text, double *value) {
+    char *end = nullptr;
+    *value = std::strtod(text.c_str(), &end);
+    return !text.empty() && *end == '\0' && std::isfinite(*value);
+}
+
+bool read_option(const std::string &text, activation_settings *settings) {
+    double number = 0;
+    if (text.compare(0, 6, "layer=") == 0) {
+        settings->layer = read_number(text.substr(6), &number) ? static_cast<int>(number) : -1;
+        return settings->layer >= 0 && settings->layer == number;
+    }
+    const struct {
+        const char *text;
+        prune_score score;
+    } scores[] = {{"score=first", prune_score::first},
+                  {"score=received", prune_score::received},
+                  {"score=recent", prune_score::recent}};
+    for (const auto &known : scores) {
+        if (text == known.text) {
+            settings->score = known.score;
+            return true;
+        }
+    }
+    return false;
+}
+
+/// "blk.N.attn_output.weight" and the like: the layer, or -1 if it is none of the products that take mixed tokens. The
+/// paper keeps 8 bits for the inputs of queries, keys and values.
+int layer_of_product(const ggml_tensor *weights) {
+    int layer = -1, length = 0;
+    const std::string name(weights->name, strnlen(weights->name, sizeof(weights->name)));
+    if (std::sscanf(name.c_str(), "blk.%d.%n", &layer, &length) != 1 || length == 0) return -1;
+    for (const char *part : {"attn_output.weight", "ffn_up.weight", "ffn_gate.weight", "ffn_down.weight"}) {
+        if (name.compare(static_cast<size_t>(length), std::string::npos, part) == 0) return layer;
+    }
+    return -1;
+}
+
+}  // namespace
+
+bool parse_activation_settings(const std::string &text, activation_settings *settings, std::string *error) {
+    *settings = {};
+    if (text.empty() || text == "file") return true;
+    if (text == "8" || text == "4") {
+        settings->mode = activation_settings::kind::all;
+        settings->bits = text == "4" ? 4 : 8;
+        return true;
+    }
+    bool good = text.compare(0, 6, "mixed:") == 0;
+    for (size_t begin = 6, end; good && begin <= text.size(); begin = end + 1) {
+        end = std::min(text.find(';', begin), text.size());
+        const std::string part = text.substr(begin, end - begin);
+        if (begin == 6) {
+            double share = 0;
+            good = read_number(part, &share) && share >= 0 && share <= 1;
+            settings->share = static_cast<float>(share);
+        } else {
+            good = read_option(part, settings);
+        }
+    }
+    settings->mode = activation_settings::kind::mixed;
+    if (!good) {
+        *error = "AGQ_ACT_BITS is '" + text +
+                 "'; wanted is 8, 4, or mixed:SHARE with a share of 0 to 1, then if need be ;layer=N and "
+                 ";score=first, received or recent";
+    }
+    return good;
+}
+
+void mixed_bits::plan(ggml_tensor **nodes, int n) {
+    node_ = -1;
+    active_ = false;
+    if (settings_.mode != activation_settings::kind::mixed) return;
+    facts_.read(nodes, n);
+    if (!facts_.k_cells || facts_.k_cells->ne[0] < min_tokens) return;
+    prune_stage stage;
+    stage.layer = settings_.layer;
+    stage.by_share = true;
+    stage.value = settings_.share;
+    stage.score = settings_.score;
+    // What keeps a graph from being cut here also keeps its tokens from being told apart.
+    const prune_plan plan = plan_pruning(facts_, {stage}, kern_);
+    if (!plan.obstacle.empty() || plan.cuts.empty()) return;
+    site_ = plan.cuts[0].site;
+    tokens_ = plan.tokens;
+    const attention_site &site = facts_.sites[static_cast<size_t>(site_)];
+    if (plan_importance(site, facts_.mask, kern_, &importance_.attention)) node_ = site.first;
+    four_.assign(static_cast<size_t>(tokens_), 0);
+}
+
+void mixed_bits::begin_call(int n_threads) {
+    if (node_ < 0) return;
+    std::fill(four_.begin(), four_.end(), uint8_t{0});
+    active_ = read_ubatch(facts_, &ubatch_).empty();
+    if (!active_) return;
+    protected_ = ubatch_.wanted;
+    if (ubatch_.position == 0) protected_[0] = 1;
+    if (settings_.score == prune_score::recent) {
+        const size_t recent = std::min<size_t>(recent_queries, protected_.size());
+        std::fill(protected_.end() - static_cast<std::ptrdiff_t>(recent), protected_.end(), uint8_t{1});
+    }
+    importance_.score = settings_.score;
+    importance_.rows.resize(static_cast<size_t>(tokens_));
+    for (size_t i = 0; i < importance_.rows.size(); ++i) importance_.rows[i] = static_cast<int32_t>(i);
+    importance_.cells = ubatch_.cells;
+    importance_.first_cell = ubatch_.first_cell;
+    importance_.prepare(n_threads);
+}
+
+bool mixed_bits::covers(const ggml_tensor *product, int i) const {
+    const ggml_tensor *x = product->src[1];
+    return node_ >= 0 && i > node_ && product->op == host.op_mul_mat && x->ne[1] == tokens_ && x->ne[2] == 1 &&
+           x->ne[3] == 1 && layer_of_product(product->src[0]) >= settings_.layer;
+}
+
+std::vector<uint8_t> &mixed_bits::last_call() {
+    return thread_value<std::vector<uint8_t>, mixed_bits>();
+}
+
+void mixed_bits::record() const {
+    if (node_ >= 0 && active_) {
+        last_call() = four_;
+    } else {
+        last_call().clear();
+    }
+}
+
+void measure_importance_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    mixed_bits &mixed = *static_cast<mixed_bits *>(userdata);
+    if (mixed.active_) importance_node(dst, ith, nth, &mixed.importance_);
+}
+
+void choose_bits_node(ggml_tensor *, int ith, int, void *userdata) {
+    mixed_bits &mixed = *static_cast<mixed_bits *>(userdata);
+    if (ith != 0 || !mixed.active_) return;
+    prune_stage stage;
+    stage.by_share = true;
+    stage.value = mixed.settings_.share;
+    try {
+        for (int32_t t : choose_dropped(stage, mixed.importance_.result(), mixed.protected_)) {
+            mixed.four_[static_cast<size_t>(t)] = 1;
+        }
+    } catch (const std::bad_alloc &) {
+        // All tokens keep 8 bits.
+    }
+}
+
+}  // namespace agq
