@@ -1,4 +1,4 @@
-"""Agile-Quant for GGUF: quantize models to AGQ4 and run them in the stock llama-cpp-python.
+"""Agile-Quant for GGUF: quantize models to AGQ4 and run them in the stock llama.cpp.
 
 Importing this package is light: it loads neither torch nor llama_cpp. If ``gguf`` is installed it learns the type AGQ4,
 so that ``gguf.GGUFReader`` and ``gguf.quants.dequantize`` read our files.
@@ -16,32 +16,68 @@ from agq_gguf.native import backend_path
 from agq_gguf.runtime.plugin import last_pruned, options, register
 
 if TYPE_CHECKING:
+    from agq_gguf.calibration.imatrix import load_imatrix
+    from agq_gguf.calibration.stats import InputStats, WeightStats
+    from agq_gguf.import_hf import import_checkpoint
+    from agq_gguf.inspection.inspect import inspect_file
     from agq_gguf.inspection.verify import verify
+    from agq_gguf.matrix.options import MatrixOptions
+    from agq_gguf.measure.bench import bench
+    from agq_gguf.measure.evaluate import evaluate
+    from agq_gguf.pruning.calibrate import calibrate_pruning
+    from agq_gguf.pruning.options import PruneOptions
+    from agq_gguf.quantization.options import QuantizeOptions, activation_options
     from agq_gguf.quantization.packing import pack_agq4
-    from agq_gguf.quantization.pipeline import quantize
+    from agq_gguf.quantization.pipeline import plan_file, quantize
+
+# Where the public names live that load torch or llama_cpp; they are imported when they are first used.
+_LAZY = {
+    "InputStats": "calibration.stats",
+    "MatrixOptions": "matrix.options",
+    "PruneOptions": "pruning.options",
+    "QuantizeOptions": "quantization.options",
+    "WeightStats": "calibration.stats",
+    "activation_options": "quantization.options",
+    "bench": "measure.bench",
+    "calibrate_pruning": "pruning.calibrate",
+    "evaluate": "measure.evaluate",
+    "import_checkpoint": "import_hf",
+    "inspect_file": "inspection.inspect",
+    "load_imatrix": "calibration.imatrix",
+    "pack_agq4": "quantization.packing",
+    "plan_file": "quantization.pipeline",
+    "quantize": "quantization.pipeline",
+    "verify": "inspection.verify",
+}
 
 __all__ = [
     "AgqError",
     "FormatError",
     "HostError",
     "InputError",
+    "InputStats",
+    "MatrixOptions",
     "OutputError",
+    "PruneOptions",
+    "QuantizeOptions",
+    "WeightStats",
     "__version__",
+    "activation_options",
     "backend_path",
+    "bench",
+    "calibrate_pruning",
+    "evaluate",
+    "import_checkpoint",
+    "inspect_file",
     "last_pruned",
+    "load_imatrix",
     "options",
     "pack_agq4",
+    "plan_file",
     "quantize",
     "register",
     "verify",
 ]
-
-# What loads torch or llama_cpp is imported from here when it is first used.
-_LAZY = {
-    "quantize": ".quantization.pipeline",
-    "pack_agq4": ".quantization.packing",
-    "verify": ".inspection.verify",
-}
 
 gguf_package.extend()
 
@@ -49,5 +85,5 @@ gguf_package.extend()
 def __getattr__(name: str) -> Any:
     """Loads what is heavy only when it is asked for."""
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
+        return getattr(import_module(f"agq_gguf.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

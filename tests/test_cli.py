@@ -25,7 +25,7 @@ from agq_gguf.gguf_io.reader import open_gguf
 
 def test_help_is_light() -> None:
     code = (
-        "import sys\nfrom agq_gguf import cli\n"
+        "import sys\nfrom agq_gguf.cli import app as cli\n"
         "try:\n    cli.main()\nexcept SystemExit as e:\n    assert e.code == 0\n"
         "heavy = {'torch', 'llama_cpp', 'transformers'} & set(sys.modules)\nassert not heavy, heavy\n"
     )

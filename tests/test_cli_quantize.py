@@ -102,7 +102,7 @@ def test_quantize_refuses(
 
 
 def test_quantize_without_torch(small: Path, tmp_path: Path) -> None:
-    code = "import sys\nsys.modules['torch'] = None\nfrom agq_gguf import cli\ncli.main()\n"
+    code = "import sys\nsys.modules['torch'] = None\nfrom agq_gguf.cli.app import main\nmain()\n"
     arguments = ["quantize", small, tmp_path / "out.gguf"]
     shown = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],

@@ -96,10 +96,10 @@ def test_files_without_digests_are_refused(source: Path, tmp_path: Path) -> None
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from agq_gguf.convert import QuantizeOptions, quantize
+from agq_gguf import QuantizeOptions, quantize
 from agq_gguf.errors import InputError
-from agq_gguf.quantizer import MatrixOptions
-from agq_gguf.verification import verify
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.inspection.verify import verify
 
 source, folder, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 options = QuantizeOptions(threads=1, split_size=size, matrix=MatrixOptions(learn_codebook=False))
@@ -146,7 +146,7 @@ def test_killed_at_any_time(source: Path, tmp_path: Path, size: int) -> None:
 
 LIMITED = """
 import resource, sys
-from agq_gguf import cli
+from agq_gguf.cli import app as cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 sys.argv = ["agq-gguf", "quantize", *sys.argv[1:]]
 cli.main()
@@ -283,9 +283,9 @@ def test_two_at_once_do_not_disturb_each_other(source: Path, tmp_path: Path) -> 
 
 def test_interrupt_signal_removes_temporary_files(source: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys\nfrom agq_gguf import convert\nfrom agq_gguf.errors import OutputError\n"
+        "import os, signal, sys\nfrom agq_gguf import quantize\nfrom agq_gguf.errors import OutputError\n"
         "def stop(phase, done, *rest):\n    if done: os.kill(os.getpid(), signal.SIGINT)\n"
-        "convert.quantize(sys.argv[1], sys.argv[2], progress=stop)\n"
+        "quantize(sys.argv[1], sys.argv[2], progress=stop)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(source), str(tmp_path / "out.gguf")],

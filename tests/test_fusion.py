@@ -29,7 +29,7 @@ TOKENS = np.random.default_rng(5).integers(3, 250, 24).astype(np.int32)
 
 LOGITS_OF = """
 import sys, numpy
-from agq_gguf.host import Batch, Model
+from agq_gguf.runtime.model import Batch, Model
 tokens = numpy.load(sys.argv[2])
 with Model(sys.argv[1]) as model, model.context(64, threads=2, n_ubatch=16) as context:
     batch = Batch(tokens, first_logits=0)

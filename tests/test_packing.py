@@ -94,7 +94,7 @@ def test_public_names_are_lazy() -> None:
     code = (
         "import sys, agq_gguf\n"
         "heavy = {'torch', 'llama_cpp'} & set(sys.modules)\nassert not heavy, heavy\n"
-        "from agq_gguf.verification import verify\n"
+        "from agq_gguf.inspection.verify import verify\n"
         "for name in agq_gguf.__all__:\n    assert getattr(agq_gguf, name) is not None\n"
         "assert callable(agq_gguf.quantize) and callable(agq_gguf.pack_agq4) and agq_gguf.verify is verify\n"
     )

@@ -115,7 +115,7 @@ def test_long_prompts_with_own_attention(name: str, options: dict[str, Any], req
 LOGITS_OF = """
 import sys, numpy, test_plugin, agq_gguf
 from pathlib import Path
-from agq_gguf.host import quiet_log
+from agq_gguf.runtime.log import quiet_log
 agq_gguf.register()
 with quiet_log():
     numpy.save(sys.argv[2], test_plugin.all_logits(Path(sys.argv[1]))[1])
@@ -267,7 +267,7 @@ def test_abort_callback_stops_a_prompt_and_leaves_the_context_usable(dense: Path
 THREADS_OF = """
 import os, sys, test_plugin, agq_gguf
 from pathlib import Path
-from agq_gguf.host import quiet_log
+from agq_gguf.runtime.log import quiet_log
 agq_gguf.register()
 with quiet_log():
     n = int(sys.argv[2])
@@ -366,7 +366,7 @@ def test_random_damage_never_crashes(dense: Path, tmp_path: Path) -> None:
     """Whatever the tensors hold, a context gives logits (perhaps NaN) or an error."""
     code = """
 import sys, json, agq_gguf, llama_cpp
-from agq_gguf.host import quiet_log
+from agq_gguf.runtime.log import quiet_log
 agq_gguf.register()
 outcomes = []
 with quiet_log():
@@ -452,7 +452,7 @@ def test_a_second_load_says_that_it_is_the_second() -> None:
     """Programs may load all backends twice; the first stays, and the message does not mislead."""
     code = """
 import ctypes, os, agq_gguf
-from agq_gguf import plugin
+from agq_gguf.runtime import plugin
 agq_gguf.register()
 library = plugin._host()
 with plugin._silenced(library):

@@ -121,7 +121,7 @@ import re, resource, sys
 from pathlib import Path
 import numpy as np
 from agq_gguf.errors import HostError
-from agq_gguf.host import Batch, Model
+from agq_gguf.runtime.model import Batch, Model
 
 def size():
     return int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
@@ -167,7 +167,7 @@ def test_no_memory_for_scratch_is_an_error_and_the_context_stays_usable(wide: Pa
 FORKED = """
 import os, sys
 import numpy as np
-from agq_gguf.host import Batch, Model
+from agq_gguf.runtime.model import Batch, Model
 
 prompt = np.random.default_rng(0).integers(3, 400, 64)
 with Model(sys.argv[1]) as model, model.context(256, threads=1) as context:
@@ -243,7 +243,7 @@ GROWTH = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from agq_gguf.host import Batch, Model
+from agq_gguf.runtime.model import Batch, Model
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -1,7 +1,7 @@
-"""The AGQ4 format in numpy: pack, unpack, check, dequantize, multiply.
+"""The AGQ4 format in numpy: pack, unpack, check.
 
-This is the reference twin of ``cpp/format/blocks.h`` and of the C++ kernels; ``docs/format.md`` is the text that both follow.
-Everything here is a pure function of arrays and imports numpy only.
+This is the reference twin of ``cpp/format/blocks.h``; ``docs/format.md`` is the text that both follow. All of it is
+pure functions of arrays that import numpy only.
 """
 
 from __future__ import annotations

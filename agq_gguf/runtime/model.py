@@ -1,8 +1,8 @@
-"""A thin layer over the installed llama-cpp-python: models, contexts and batches, with clear errors and a silent log.
+"""Models, contexts and batches of the installed llama.cpp, with clear errors and a silent log.
 
-Files are checked by `agq_gguf.reader` before llama.cpp sees them, and the plugin is registered when a file holds AGQ4
-tensors, so that a model either opens or fails with one sentence. While a model is open (or inside `quiet_log`), what
-llama.cpp logs goes to the Python logger ``agq_gguf.llama``.
+A file is checked before llama.cpp sees it, and the plugin is registered if the file holds AGQ4 tensors, so that a model
+either opens or fails with one sentence. While a model is open, llama.cpp's log goes to the Python logger
+``agq_gguf.llama``.
 """
 
 from __future__ import annotations
