@@ -7,4 +7,8 @@ from collections.abc import Callable, Iterable
 
 PathName = str | os.PathLike[str]
 Text = PathName | Iterable[str]  # the path of a text file, or strings of text
-Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
+Progress = Callable[[str, int, int, str], None]  # phase, units done, units in all, what is being worked on
+
+
+def no_progress(phase: str, done: int, total: int, what: str) -> None:
+    """A `Progress` that shows nothing."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from agq_gguf.arguments import Progress
+from agq_gguf.arguments import Progress, no_progress
 from agq_gguf.errors import HostError
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.bench import bench
-from agq_gguf.measure.evaluate import evaluate, read_text
+from agq_gguf.measure.evaluate import evaluate
 from agq_gguf.runtime.stock_quantize import quantize_stock
 from agq_gguf.runtime.text import generated_text, open_llama
+from agq_gguf.text import DATA, PACKAGED_CALIBRATION, PACKAGED_EVALUATION, read_text
 
-DATA = Path(__file__).parent / "data"
-MODEL, CALIBRATION, EVALUATION = (DATA / name for name in ("story-f16.gguf", "calibration.txt", "evaluation.txt"))
+MODEL, CALIBRATION, EVALUATION = DATA / "story-f16.gguf", PACKAGED_CALIBRATION, PACKAGED_EVALUATION
 PROMPT = "Once upon a time"
 _CHUNKS = 40  # of the evaluation text
 _PROMPT_TOKENS, _GENERATED_TOKENS, _REPETITIONS = 256, 64, 5
@@ -44,20 +44,19 @@ class Demonstration:
     rows: list[Row]
 
 
-def run(folder: Path, *, threads: int = 0, progress: Progress | None = None) -> Demonstration:
+def run(folder: Path, *, threads: int = 0, progress: Progress = no_progress) -> Demonstration:
     """Makes the AGQ4 and the Q4_0 model in `folder` (which exists), compares them. Raises AgqError."""
     try:
         from agq_gguf.quantization.options import QuantizeOptions
         from agq_gguf.quantization.pipeline import quantize
     except ImportError as e:
         raise HostError(f"the demo quantizes, which needs {e.name}: pip install 'agq-gguf[convert]'") from e
-    report = progress or (lambda phase, done, total, what: None)
     missing = [path.name for path in (MODEL, CALIBRATION, EVALUATION) if not path.is_file()]
     if missing:
         raise HostError(f"the package has no {', '.join(missing)} in {DATA}; install it again")
     paths = {"F16": MODEL, "Q4_0": folder / "story-q4_0.gguf", "AGQ4": folder / "story-agq4.gguf"}
 
-    quantize(MODEL, paths["AGQ4"], calibration=CALIBRATION, options=QuantizeOptions(threads=threads), progress=report)
+    quantize(MODEL, paths["AGQ4"], calibration=CALIBRATION, options=QuantizeOptions(threads=threads), progress=progress)
     quantize_stock(MODEL, paths["Q4_0"], "q4_0", threads)
 
     text = read_text(EVALUATION)
@@ -68,7 +67,7 @@ def run(folder: Path, *, threads: int = 0, progress: Progress | None = None) -> 
             text,
             chunks=_CHUNKS,
             threads=threads,
-            progress=lambda done, total, name=name: report(f"evaluate {name}", done, total, ""),  # type: ignore[misc]
+            progress=_renamed(progress, f"evaluate {name}"),
         )
         for name in ("Q4_0", "AGQ4")
     }
@@ -82,7 +81,7 @@ def run(folder: Path, *, threads: int = 0, progress: Progress | None = None) -> 
         repetitions=_REPETITIONS,
         threads=threads,
         starts=False,
-        progress=lambda done, total, what: report("bench", done, total, what),
+        progress=progress,
     )
     rows = []
     for (name, path), speed in zip(paths.items(), speeds, strict=True):
@@ -100,6 +99,11 @@ def run(folder: Path, *, threads: int = 0, progress: Progress | None = None) -> 
             )
         )
     return Demonstration(PROMPT, _generate(paths["AGQ4"], threads), rows)
+
+
+def _renamed(progress: Progress, phase: str) -> Progress:
+    """Progress that is shown under another name, so that two evaluations have a line each."""
+    return lambda _, done, total, what: progress(phase, done, total, what)
 
 
 def _generate(path: Path, threads: int) -> str:

@@ -1,21 +1,82 @@
-"""Reads texts that users give."""
+"""Reads the texts that users give: for calibration, evaluation, pruning and reports."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from agq_gguf.arguments import Text
 from agq_gguf.errors import InputError
 
+DATA = Path(__file__).parent / "data"
+PACKAGED_CALIBRATION = DATA / "calibration.txt"
+PACKAGED_EVALUATION = DATA / "evaluation.txt"
 
-def read_text(source: Text) -> Iterator[str]:
-    """Strings of text from a path or from an iterable. Raises InputError when the file cannot be read."""
-    if not isinstance(source, (str, os.PathLike)):
-        yield from source
-        return
+# What files that are no UTF-8 text begin with. The marks of UTF-32 come before those of UTF-16, which they begin with.
+_SIGNATURES = (
+    (b"\xff\xfe\x00\x00", "UTF-32 text; convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
+    (b"\x00\x00\xfe\xff", "UTF-32 text; convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16 text; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16 text; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"),
+    (b"\x1f\x8b", "gzip data; unpack it first, for example with gunzip"),
+    (b"BZh", "bzip2 data; unpack it first, for example with bunzip2"),
+    (b"\xfd7zXZ\x00", "xz data; unpack it first, for example with unxz"),
+    (b"\x28\xb5\x2f\xfd", "zstd data; unpack it first, for example with unzstd"),
+    (b"PK\x03\x04", "a zip archive; unpack it first"),
+    (b"PAR1", "a Parquet file; export its text column as a UTF-8 text file"),
+    (b"%PDF", "a PDF document; export its text as a UTF-8 text file"),
+    (b"GGUF", "a GGUF model; give a text file here"),
+)
+
+
+@dataclass(frozen=True)
+class LoadedText:
+    """A text in memory; iterating gives its pieces. So a pipe is read once, whoever needs the text afterwards."""
+
+    name: str  # for people: the file's name, or "text"
+    pieces: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pieces)
+
+    @property
+    def whole(self) -> str:
+        """All pieces as one string."""
+        return "".join(self.pieces)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The content of a UTF-8 text file, without a byte-order mark.
+
+    Raises InputError if the file cannot be read, is empty or is not UTF-8 text; the message names what was found.
+    """
     try:
-        yield Path(source).read_text("utf-8", "surrogateescape")
+        raw = Path(path).read_bytes()
     except OSError as e:
-        raise InputError(f"{source}: the calibration text cannot be read: {e.strerror}") from e
+        raise InputError(f"{path}: the text cannot be read: {e.strerror}") from e
+    for signature, what in _SIGNATURES:
+        if raw.startswith(signature):
+            raise InputError(f"{path}: not a UTF-8 text but {what}")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        found = raw[e.start]
+        raise InputError(
+            f"{path}: not UTF-8 text: byte {e.start} is 0x{found:02X}; convert the file to UTF-8 first"
+        ) from e
+    if (zero := raw.find(b"\0")) >= 0:
+        raise InputError(f"{path}: not a text: byte {zero} is zero, as in a binary file or in UTF-16 without a mark")
+    if not text.strip():
+        raise InputError(f"{path}: the text is empty")
+    return text
+
+
+def load_text(source: Text) -> LoadedText:
+    """Reads a text file, or collects strings of text. Raises InputError as `read_text` does."""
+    if isinstance(source, LoadedText):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return LoadedText(Path(source).name, (read_text(source),))
+    return LoadedText("text", tuple(source))

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import agq_gguf
 from agq_gguf.logits import compare
-from agq_gguf.measure.evaluate import read_text
 from agq_gguf.runtime.log import quiet_log
 from agq_gguf.runtime.model import Batch, Context, Model
+from agq_gguf.text import read_text
 
 PROMPT, REST = 448, 64
 

@@ -24,9 +24,9 @@ import agq_gguf
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.logits import log_softmax
-from agq_gguf.measure.evaluate import read_text
 from agq_gguf.pruning.plan import STAYED, Work, work_of
 from agq_gguf.runtime.model import Batch, Context, Model
+from agq_gguf.text import read_text
 
 FOLLOWING = 64
 ANSWER = 24  # tokens, at most

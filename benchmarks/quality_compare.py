@@ -24,7 +24,7 @@ from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.evaluate import evaluate
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import quiet_log
-from agq_gguf.text import read_text
+from agq_gguf.text import load_text
 
 FILE_TYPES = {"Q4_0": 2, "Q4_K_S": 14, "IQ4_XS": 30, "IQ4_NL": 25, "Q4_K_M": 15, "Q5_K_S": 16, "Q8_0": 7}
 Q8_0 = 8  # ggml_type
@@ -34,7 +34,7 @@ def importance(model: Path, text: Path, tokens: int, threads: int) -> dict[str, 
     """Mean squares of every matrix's input, [experts * K] float32."""
     with open_gguf(model) as reader:
         wanted = {t.name: t.shape for t in reader.tensors.values() if len(t.shape) > 1 and t.name.endswith(".weight")}
-    with Calibrator(model, read_text(text), wanted, max_tokens=tokens, threads=threads) as calibrator:
+    with Calibrator.open(model, load_text(text), wanted, max_tokens=tokens, threads=threads) as calibrator:
         inputs = calibrator.inputs
         found = calibrator.collect(inputs, 1 << 30, lambda done: None, hessians=False)
     return {

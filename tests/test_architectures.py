@@ -184,7 +184,7 @@ def test_calibration_of_encoder_and_decoder_in_several_passes(tmp_path: Path, wo
     source = tiny_architectures.write_t5(tmp_path / "t5.gguf")
     with open_gguf(source) as reader:
         wanted = {name: tensor.shape for name, tensor in reader.tensors.items() if name.endswith("_q.weight")}
-    with Calibrator(source, [words], wanted, max_tokens=512, threads=1) as calibrator:
+    with Calibrator.open(source, [words], wanted, max_tokens=512, threads=1) as calibrator:
         assert [len(found.weights) for found in calibrator.inputs] == [1] * 6
         together = calibrator.collect(calibrator.inputs, 1 << 30, lambda done: None)
         parts = calibrator.passes(2 * 4 * 128**2)

@@ -67,7 +67,7 @@ def test_all_figures(llama_f16: Path, llama_agq: Path) -> None:
         generation=8,
         threads=1,
         repetitions=3,
-        progress=lambda done, total, what: steps.append((done, total)),
+        progress=lambda phase, done, total, what: steps.append((done, total)),
     )
     assert [Path(r.model) for r in results] == [llama_f16, llama_agq]
     for result in results:

@@ -14,7 +14,7 @@ from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.gguf_io.writer import Writer, layout
 from agq_gguf.runtime import ggml
 from agq_gguf.runtime.ggml import GgmlTensor
-from agq_gguf.text import read_text
+from agq_gguf.text import load_text
 
 TEXT = ["the red key in the box and the blue door to a cat, a dog. ", "Where was the king? "] * 15
 BIG = 1 << 30
@@ -30,7 +30,7 @@ def gather(
 ) -> tuple[dict[str, WeightStats], list[np.ndarray], list[tuple[str, ...]]]:
     """Statistics by weight, the chunks that ran, which weights share."""
     found: dict[str, WeightStats] = {}
-    with Calibrator(path, TEXT, wanted(path), context=64, threads=1, **options) as calibrator:
+    with Calibrator.open(path, TEXT, wanted(path), context=64, threads=1, **options) as calibrator:
         for part in calibrator.passes(memory):
             for one, stats in zip(part, calibrator.collect(part, memory, lambda _: None), strict=True):
                 found |= dict.fromkeys(one.weights, stats)
@@ -110,7 +110,7 @@ def assert_same(a: InputStats, b: InputStats) -> None:
 
 
 def test_many_passes_find_the_same(llama: Path, gathered) -> None:
-    with Calibrator(llama, TEXT, wanted(llama), context=64, threads=1) as calibrator:
+    with Calibrator.open(llama, TEXT, wanted(llama), context=64, threads=1) as calibrator:
         assert len(calibrator.passes(BIG)) == 1
         assert len(calibrator.passes(2 * 4 * 128**2)) > 3
         assert calibrator.passes(1) == [[one] for one in calibrator.inputs]
@@ -148,7 +148,7 @@ def test_experts_see_their_tokens(moe: Path) -> None:
     down = "blk.0.ffn_down_exps.weight"
     np.testing.assert_allclose(pooled[down].whole.mean_square, found[down].whole.mean_square, rtol=1e-4)
     np.testing.assert_allclose(pooled[down].whole.abs_max, found[down].whole.abs_max)
-    with Calibrator(moe, TEXT, wanted(moe), context=64, threads=1) as calibrator:
+    with Calibrator.open(moe, TEXT, wanted(moe), context=64, threads=1) as calibrator:
         assert calibrator.pooled(BIG) == []
         assert set(calibrator.pooled(4 * 128**2)) == {n for n in found if "_exps" in n}
 
@@ -169,12 +169,12 @@ def test_other_architectures(tmp_path: Path, arch: str) -> None:
 def test_too_little_text(llama: Path) -> None:
     for text in ([], [""], ["two words"]):
         with pytest.raises(InputError, match="tokens, at least 64 are needed"):
-            Calibrator(llama, text, wanted(llama), threads=1)
+            Calibrator.open(llama, text, wanted(llama), threads=1)
 
 
 def test_too_small_a_context(llama: Path) -> None:
     with pytest.raises(InputError, match="context of 8 tokens is too small"):
-        Calibrator(llama, TEXT, wanted(llama), context=8, threads=1)
+        Calibrator.open(llama, TEXT, wanted(llama), context=8, threads=1)
 
 
 def test_a_model_without_tokenizer(llama: Path, tmp_path: Path) -> None:
@@ -185,19 +185,20 @@ def test_a_model_without_tokenizer(llama: Path, tmp_path: Path) -> None:
             for name in source.tensors:
                 writer.write(name, [source.raw(name)])
     with pytest.raises(InputError, match="has no tokenizer"):
-        Calibrator(tmp_path / "m.gguf", TEXT, wanted(llama), threads=1)
+        Calibrator.open(tmp_path / "m.gguf", TEXT, wanted(llama), threads=1)
 
 
 def test_unreadable_text(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="calibration text cannot be read: No such file"):
-        list(read_text(tmp_path / "none.txt"))
+    with pytest.raises(InputError, match="text cannot be read: No such file"):
+        load_text(tmp_path / "none.txt")
     (tmp_path / "t").write_bytes(b"caf\xe9 ok")
-    assert list(read_text(tmp_path / "t")) == ["caf\udce9 ok"]
-    assert list(read_text(iter(["a", "b"]))) == ["a", "b"]
+    with pytest.raises(InputError, match="byte 3 is 0xE9"):
+        load_text(tmp_path / "t")
+    assert list(load_text(iter(["a", "b"]))) == ["a", "b"]
 
 
 def test_errors_in_the_callback_arrive(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Calibrator(llama, TEXT, wanted(llama), context=64, threads=1) as calibrator:
+    with Calibrator.open(llama, TEXT, wanted(llama), context=64, threads=1) as calibrator:
 
         def fail(*_: object) -> None:
             raise KeyboardInterrupt

@@ -191,7 +191,7 @@ def test_imatrix(models, tmp_path: Path) -> None:
     with open_gguf(src) as reader:
         shapes = {p.source.name: p.source.shape for p in plan(reader) if p.type_name == "agq4"}
     found = {}
-    with collect.Calibrator(src, [TEXT], shapes, context=64, threads=1) as calibrator:
+    with collect.Calibrator.open(src, [TEXT], shapes, context=64, threads=1) as calibrator:
         for one, stats in zip(
             calibrator.inputs, calibrator.collect(calibrator.inputs, 1 << 30, lambda _: None), strict=True
         ):

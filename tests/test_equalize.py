@@ -104,7 +104,7 @@ def test_norms_are_found_in_the_graph(name: str, tmp_path: Path, words: str) -> 
             for n, t in reader.tensors.items()
             if n.startswith("blk.0") and "norm" not in n and len(t.shape) > 1
         }
-    with Calibrator(path, [words], wanted, context=64, max_tokens=64, threads=1) as calibrator:
+    with Calibrator.open(path, [words], wanted, context=64, max_tokens=64, threads=1) as calibrator:
         found = {entry.weights[0]: entry.norms for entry in calibrator.inputs if entry.norms}
     assert found == EXPECTED[name]
 
@@ -113,7 +113,7 @@ def test_a_router_keeps_its_input(tmp_path: Path, words: str) -> None:
     path = tiny_models.write_llama(tmp_path / "moe.gguf", n_layer=1, n_expert=4, n_expert_used=2)
     with open_gguf(path) as reader:
         wanted = {n: t.shape for n, t in reader.tensors.items() if "_exps" in n}
-    with Calibrator(path, [words], wanted, context=64, max_tokens=64, threads=1) as calibrator:
+    with Calibrator.open(path, [words], wanted, context=64, max_tokens=64, threads=1) as calibrator:
         assert [entry.norms for entry in calibrator.inputs] == [()] * len(calibrator.inputs)
 
 

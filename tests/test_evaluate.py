@@ -8,11 +8,12 @@ import pytest
 
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.logits import compare, log_softmax
-from agq_gguf.measure.evaluate import evaluate, read_text, summarize
+from agq_gguf.measure.evaluate import evaluate, summarize
 from agq_gguf.runtime.library import default_threads
 from agq_gguf.runtime.log import quiet_log
 from agq_gguf.runtime.model import Batch, Model
 from agq_gguf.runtime.stock_quantize import quantize_stock
+from agq_gguf.text import read_text
 
 CONTEXT = 64
 CHUNKS = 3

@@ -14,13 +14,13 @@ from reference_pruning import PrunedReference
 from agq_gguf.errors import InputError
 from agq_gguf.format.pruning_record import Direction
 from agq_gguf.inspection.inspect import inspect_file
-from agq_gguf.measure.evaluate import read_text
 from agq_gguf.pruning.calibrate import calibrate_pruning
 from agq_gguf.pruning.learn import Fit, Seen, learn_directions, normalized, worth_keeping
 from agq_gguf.pruning.options import PruneOptions
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.runtime.model import Model
+from agq_gguf.text import read_text
 
 
 def test_worth_is_attention_times_change() -> None:

@@ -25,7 +25,7 @@ from agq_gguf.graphs.registry import graph_of as open_graph
 from agq_gguf.graphs.registry import why_not
 from agq_gguf.logits import compare
 from agq_gguf.matrix.options import MatrixOptions
-from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
+from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.matrix.simulate import Rounder, restored
 from agq_gguf.quantization import pipeline, resume
 from agq_gguf.quantization.best import sequential, tune
@@ -84,7 +84,7 @@ def test_graph_gives_the_logits_of_llama_cpp(graph_of: Opener, name: str, tmp_pa
         assert why_not(reader) == ""
         shape = reader.tensors["blk.0.attn_output.weight"].shape
     tokens = some_tokens(1, 48)[0].numpy().astype(np.int32)
-    with Calibrator(path, ["a" * 200], {"blk.0.attn_output.weight": shape}, context=64, threads=1) as calibrator:
+    with Calibrator.open(path, ["a" * 200], {"blk.0.attn_output.weight": shape}, context=64, threads=1) as calibrator:
         theirs = calibrator.logits(tokens)
     ours = run_graph(graph_of(path), torch.from_numpy(tokens.astype(np.int64))[None])[0].numpy()
     assert compare(theirs, ours, tokens)[:, 2].max() < 1e-4
@@ -228,20 +228,18 @@ def test_simulation_is_the_reference(bits: int, scale: str) -> None:
 # sequential quantization
 
 
-def final_error(graph: LlamaGraph, tokens: torch.Tensor, matrices: dict, run: sequential.Sequential) -> float:
+def final_error(graph: LlamaGraph, tokens: torch.Tensor, matrices: dict, norms: dict[str, torch.Tensor]) -> float:
     rounders = {n: Rounder(m.matrix.parameters, m.matrix.codes.shape[1]) for n, m in matrices.items()}
     weights = {n: restored(m.matrix, rounders[n]) for n, m in matrices.items()}
     exact = approximate = graph.embed(tokens)
     for layer in range(graph.shape.n_layer):
-        graph.replaced = {}
         exact = graph.block(layer, exact, graph.linear)
-        graph.replaced = run.norms
-        approximate = graph.block(
-            layer,
-            approximate,
-            lambda name, x: functional.linear(rounders[f"{name}.weight"](x), weights[f"{name}.weight"]),
-        )
-    graph.replaced = {}
+        with graph.replacing(norms):
+            approximate = graph.block(
+                layer,
+                approximate,
+                lambda name, x: functional.linear(rounders[f"{name}.weight"](x), weights[f"{name}.weight"]),
+            )
     return float((exact - approximate).square().mean() / exact.square().mean())
 
 
@@ -257,11 +255,13 @@ def test_levelled_matrices_are_the_same_function(graph_of: Opener, tmp_path: Pat
     expected = run_graph(graph, tokens)
     names = {name for name in graph._reader.tensors if name.startswith("blk.") and "norm" not in name}
     run = sequential.Sequential(graph, [tokens], names, Sensitivity(), MatrixOptions())
-    graph.replaced = run._levelled(0)
-    assert set(graph.replaced) == {f"blk.0.{name}.weight" for name in ("attn_v", "attn_output", "ffn_up", "ffn_down")}
-    torch.testing.assert_close(run_graph(graph, tokens), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    levelled = run._levelled(0)
+    assert set(levelled) == {f"blk.0.{name}.weight" for name in ("attn_v", "attn_output", "ffn_up", "ffn_down")}
+    with graph.replacing(levelled):
+        found = run_graph(graph, tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     for name in ("attn_output", "ffn_down"):
-        size = graph.tensor(f"blk.0.{name}.weight").square().mean(0)
+        size = levelled[f"blk.0.{name}.weight"].square().mean(0)
         size = size.view(n_kv, n_head // n_kv, -1).mean(1).flatten() if name == "attn_output" else size
         torch.testing.assert_close(size[size > 0], size[size > 0].mean().expand_as(size[size > 0]), rtol=1e-3, atol=0)
 
@@ -282,7 +282,9 @@ def test_taking_errors_back_helps(graph_of: Opener, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(sequential, "_TAKEN_BACK", share)
         run = sequential.Sequential(graph, batches, names, Sensitivity(), MatrixOptions())
         with torch.no_grad():
-            errors.append(final_error(graph, unseen, dict(run.run(resume.Journal(None), lambda done, name: None)), run))
+            matrices: dict[str, QuantizedMatrix] = {}
+            norms = run.run(resume.Journal(None), lambda done, name: None, matrices.__setitem__)
+            errors.append(final_error(graph, unseen, matrices, norms))
     assert errors[1] < 0.93 * errors[0] < 0.02
 
 
@@ -300,22 +302,23 @@ def test_tuning_keeps_only_what_is_better(graph_of: Opener, tmp_path: Path, monk
     names = {name for name in graph._reader.tensors if name.startswith("blk.") and "norm" not in name}
     batches = [some_tokens(4, 64, seed) for seed in range(16)]
     run = sequential.Sequential(graph, batches, names, Sensitivity(), MatrixOptions(error_feedback=False))
-    matrices = dict(run.run(resume.Journal(None), lambda done, name: None))
+    matrices: dict[str, QuantizedMatrix] = {}
+    norms = run.run(resume.Journal(None), lambda done, name: None, matrices.__setitem__)
     steps: list[tuple[int, int]] = []
 
-    def tune() -> tune.Tuned:
+    def tuned_now() -> tune.Tuned:
         return tune.tune(
             graph,
             batches,
             matrices,
-            run.norms,
+            norms,
             embedding=None,
             output=None,
             epochs=4,
             progress=lambda done, total: steps.append((done, total)),
         )
 
-    tuned = tune()
+    tuned = tuned_now()
     assert tuned.after < 0.98 * tuned.before and steps[-1] == (56, 56)
     assert set(tuned.matrices) == names and set(tuned.norms) == set(graph.norms)
     for name, result in tuned.matrices.items():
@@ -323,7 +326,7 @@ def test_tuning_keeps_only_what_is_better(graph_of: Opener, tmp_path: Path, monk
         assert np.array_equal(scales, blocks.round_scale(scales))
         assert np.array_equal(result.matrix.codes, matrices[name].matrix.codes)
     monkeypatch.setattr(tune, "_RATE", 1.0)
-    worse = tune()
+    worse = tuned_now()
     assert worse.after > worse.before and not worse.norms and not worse.matrices
 
 
@@ -366,7 +369,7 @@ def test_best_without_tuning(llama_f16: Path, words: str, tmp_path: Path) -> Non
 
 def test_best_where_it_cannot_be(gpt2_f16: Path, words: str, tmp_path: Path) -> None:
     report = quantize(gpt2_f16, tmp_path / "out.gguf", calibration=[words], options=BEST)
-    assert "balanced was used: architecture gpt2" in report.warnings[0]
+    assert "does not support this model (architecture gpt2" in report.warnings[0]
     assert sum(t.type_name == "agq4" for t in report.tensors) == 8
 
 

@@ -14,7 +14,7 @@ from browser import Browser, needs_chromium
 from command_line import run
 
 from agq_gguf.errors import InputError, OutputError
-from agq_gguf.gguf_io.metadata import ERROR_TENSORS, ERROR_VALUES
+from agq_gguf.gguf_io.metadata import error_table
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.gguf_io.writer import Writer, layout
 from agq_gguf.inspection import plots, report
@@ -52,8 +52,7 @@ def with_errors(llama_agq: Path) -> Path:
         names = [name for name, tensor in reader.tensors.items() if tensor.type_name == "agq4"]
         added = {
             "general.name": "</script><b>y",
-            ERROR_TENSORS: names,
-            ERROR_VALUES: np.linspace(0.001, 0.01, len(names), dtype=np.float32),
+            **error_table(dict(zip(names, np.linspace(0.001, 0.01, len(names)).tolist(), strict=True))),
         }
         placed = layout((t.name, t.type_name, t.shape) for t in reader.tensors.values())
         with Writer(path, reader.metadata, added, placed) as writer:
@@ -87,11 +86,11 @@ def test_ranges_are_those_of_the_activations(llama_agq: Path, words_file: Path) 
     from reference_model import ReferenceModel
 
     from agq_gguf.calibration.collect import Calibrator
-    from agq_gguf.text import read_text
+    from agq_gguf.text import load_text
 
     data = report.gather(llama_agq, text=words_file, tokens=256, threads=1)
     assert len(data.ranges) == 2 * 4  # q/k/v, output, gate/up, down; the output matrix is Q8_0
-    with Calibrator(llama_agq, read_text(words_file), {}, max_tokens=256, threads=1) as calibrator:
+    with Calibrator.open(llama_agq, load_text(words_file), {}, max_tokens=256, threads=1) as calibrator:
         chunks = calibrator.chunks
     seen: dict[str, list[np.ndarray]] = {}
 

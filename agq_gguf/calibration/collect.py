@@ -13,22 +13,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.calibration.accumulate import SAMPLE_ROWS, Accumulator, finish
+from agq_gguf.calibration.session import Session
 from agq_gguf.calibration.stats import WeightStats
-from agq_gguf.errors import InputError
 from agq_gguf.runtime.ggml import Ggml, GgmlTensor, ggml
-from agq_gguf.runtime.library import llama_api
-from agq_gguf.runtime.model import Batch, Model
+from agq_gguf.runtime.model import Batch
 
-MIN_TOKENS = 64  # less text than this says nothing
-_MIN_CHUNK = 16
-_NO_TOKENIZER = 0  # LLAMA_VOCAB_TYPE_NONE
 # The first token of a text is where attention rests that is needed nowhere (arXiv 2309.17453): all tokens read its key
 # and its value, which then matter 28 to 470 times as much as others', by the gradients of SmolLM2-135M.
 _SINK_WEIGHT = 100.0
@@ -51,14 +46,38 @@ class Input:
 
 
 class Calibrator:
-    """A model open for calibration; a context manager.
+    """Runs the chunks of a session's text and looks at the inputs of weights; a context manager.
 
-    `wanted` are the names of the weights to learn about. Raises InputError when llama.cpp cannot load the model or the
-    text is too short, HostError when the installed llama.cpp is not laid out as expected.
+    `wanted` maps the names of the weights to learn about to their shapes. Raises InputError when `context` is too
+    small, HostError when the installed llama.cpp is not laid out as expected.
     """
 
     def __init__(
         self,
+        session: Session,
+        wanted: Mapping[str, tuple[int, ...]],
+        *,
+        context: int = 512,
+        max_tokens: int = 32768,
+        threads: int = 0,
+    ):
+        self._wanted, self._model = wanted, session.model
+        self._visit: Callable[[GgmlTensor, bool], bool] = lambda node, ask: False
+        self._failure: BaseException | None = None
+        self._stopped = False  # whether the callback ended the graph that ran last
+        self._ggml: Ggml = ggml()
+        size = session.chunk_size(context)
+        self.chunks = session.chunks(size, max_tokens)
+        with ExitStack() as stack:
+            self._context = stack.enter_context(
+                self._model.context(size, n_ubatch=size, threads=threads, eval_callback=self._on_node)
+            )
+            self.inputs = self._discover()
+            self._open = stack.pop_all()
+
+    @classmethod
+    def open(
+        cls,
         path: str | os.PathLike[str],
         text: Iterable[str],
         wanted: Mapping[str, tuple[int, ...]],
@@ -66,24 +85,14 @@ class Calibrator:
         context: int = 512,
         max_tokens: int = 32768,
         threads: int = 0,
-    ):
-        self._path, self._wanted = Path(path), wanted
-        self._visit: Callable[[GgmlTensor, bool], bool] = lambda node, ask: False
-        self._failure: BaseException | None = None
-        self._stopped = False  # whether the callback ended the graph that ran last
-        self._ggml: Ggml = ggml()
+    ) -> Calibrator:
+        """A calibrator with a session of its own, which it closes. Raises InputError or HostError, as both do."""
         with ExitStack() as stack:
-            model = stack.enter_context(Model(path))
-            self._model = model
-            if llama_api().llama_vocab_type(model._vocabulary) == _NO_TOKENIZER:  # llama.cpp would abort the process
-                raise InputError(f"{path}: has no tokenizer, so text cannot calibrate it; use an imatrix, or neither")
-            size = min(context, model.n_ctx_train or context)
-            self.chunks = _chunks(model, text, size, max_tokens)
-            self._context = stack.enter_context(
-                model.context(size, n_ubatch=size, threads=threads, eval_callback=self._on_node)
-            )
-            self.inputs = self._discover()
-            self._open = stack.pop_all()
+            session = stack.enter_context(Session(path, text))
+            made = cls(session, wanted, context=context, max_tokens=max_tokens, threads=threads)
+            stack.push(made._open)
+            made._open = stack.pop_all()
+        return made
 
     @property
     def n_tokens(self) -> int:
@@ -263,7 +272,7 @@ class Calibrator:
     # closing
 
     def close(self) -> None:
-        """Frees the model."""
+        """Frees the context, and the session if it is its own."""
         self._open.close()
 
     def __enter__(self) -> Calibrator:
@@ -271,20 +280,3 @@ class Calibrator:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def _chunks(model: Model, text: Iterable[str], size: int, max_tokens: int) -> list[NDArray[np.int32]]:
-    """Tokens in chunks of `size` with the special tokens that the model wants around, evenly spread over the text."""
-    tokens = np.concatenate([np.empty(0, np.int32), *(model.tokenize(piece, add_special=False) for piece in text)])
-    if len(tokens) < MIN_TOKENS:
-        raise InputError(f"the calibration text has {len(tokens)} tokens, at least {MIN_TOKENS} are needed")
-    around = model.tokenize("")
-    first, last = np.split(around, [int(model.add_bos and len(around) > 0)])
-    body = size - len(around)
-    if body < _MIN_CHUNK:
-        raise InputError(f"a context of {size} tokens is too small for calibration, at least {_MIN_CHUNK} are needed")
-    bodies = [tokens[i : i + body] for i in range(0, len(tokens), body)]
-    if len(bodies) > 1 and len(bodies[-1]) < body // 4:
-        bodies.pop()  # a few words without context are not what the model usually sees
-    n_chunks = max(1, min(len(bodies), max_tokens // size))
-    return [np.concatenate([first, bodies[i * len(bodies) // n_chunks], last]) for i in range(n_chunks)]

@@ -53,7 +53,7 @@ def bench(
             repetitions=repetitions,
             flash_attention=flash_attention.value,
             profile=profile,
-            progress=lambda done, total, what: view.update("bench", done, total, what),
+            progress=view.update,
         )
     if plot is not None:
         plots.plot_bench(results, plot)

@@ -11,6 +11,7 @@ import typer
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Flash, FlashOption, Json, ModelArgument, PlotOption, Quiet, Threads
 from agq_gguf.inspection import plots
+from agq_gguf.text import read_text
 
 if TYPE_CHECKING:
     from agq_gguf.measure.evaluate import Evaluation
@@ -36,7 +37,6 @@ def evaluate(
     shorter than a chunk is left out. Both models run at the same time, chunk by chunk.
     """
     from agq_gguf.measure.evaluate import evaluate as run
-    from agq_gguf.measure.evaluate import read_text
 
     content = read_text(text)
     if plot is not None:
@@ -50,7 +50,7 @@ def evaluate(
             chunks=chunks or None,
             threads=threads,
             flash_attention=flash_attention.value,
-            progress=lambda done, total: view.update("evaluate", done, total, ""),
+            progress=view.update,
         )
     if plot is not None:
         plots.plot_evaluation(found, model.name, plot)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 import unicodedata
@@ -17,6 +16,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+
+from agq_gguf.gguf_io.tensor_names import split_name
 
 _PLAIN_WIDTH = 200  # of tables in a file or a pipe, where nothing needs folding
 _LINES = 10  # of plain progress, for a phase
@@ -85,7 +86,6 @@ def _duration(seconds: float) -> str:
 
 
 _UNITS = {"calibrate": "tokens", "quantize": "weights", "verify": "B"}  # what a phase counts, where people care
-_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def resident() -> int:
@@ -112,8 +112,8 @@ def _rate(phase: str, done: int, seconds: float) -> str:
 
 def _place(what: str) -> str:
     """A tensor of a layer as people say it: ``layer 3, attn_q.weight``."""
-    found = _LAYER.fullmatch(what)
-    return f"layer {found[1]}, {found[2]}" if found else what
+    layer, rest = split_name(what)
+    return what if layer is None else f"layer {layer}, {rest}"
 
 
 class ProgressView:

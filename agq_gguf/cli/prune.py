@@ -18,6 +18,7 @@ from agq_gguf.errors import AgqError
 if TYPE_CHECKING:
     from agq_gguf.inspection.inspect import PruningInfo
     from agq_gguf.pruning.calibrate import PruneReport
+    from agq_gguf.text import LoadedText
 
 # What left early is the reddest; layers beyond the list share its last colour.
 _COLOURS = ("red", "dark_orange", "yellow", "green", "cyan", "blue")
@@ -112,7 +113,7 @@ def calibrate_pruning(
 
 
 def prune_new(
-    model: Path, share: float, calibration: Path | None, threads: int, view: show.ProgressView
+    model: Path, share: float, calibration: LoadedText | None, threads: int, view: show.ProgressView
 ) -> PruneReport | None:
     """Calibrates a model that was just made, in place; if that fails the model stays as it is."""
     from agq_gguf.pruning.calibrate import calibrate_pruning as run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,9 @@ from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Json, Quality, Quiet, Threads, parse_size
 from agq_gguf.cli.prune import prune_new, show_calibration
 from agq_gguf.errors import HostError, InputError
+from agq_gguf.gguf_io.tensor_names import kind_of
 from agq_gguf.quantization.options import QuantizeOptions, activation_options
+from agq_gguf.text import load_text
 
 if TYPE_CHECKING:
     from agq_gguf.quantization.report import Report, TensorReport
@@ -113,10 +114,11 @@ def quantize(
         show_plan(pipeline.plan_file(source, options, calibration=calibration, imatrix=imatrix))
         return
     with show.ProgressView(quiet=quiet or as_json) as view:
+        text = None if calibration is None else load_text(calibration)
         report = pipeline.quantize(
-            source, target, calibration=calibration, imatrix=imatrix, options=options, progress=view.update
+            source, target, calibration=text, imatrix=imatrix, options=options, progress=view.update
         )
-        pruned = prune_new(target, prune, calibration, threads, view) if prune else None
+        pruned = prune_new(target, prune, text, threads, view) if prune else None
     if as_json:
         show.write_json({**asdict(report), "pruning": asdict(pruned) if pruned else None})
         return
@@ -173,7 +175,7 @@ def _by_kind(worst: list[TensorReport]) -> dict[str, tuple[list[float], str]]:
     """Kind of tensor -> its errors and the name of the worst; `worst` is sorted that way."""
     found: dict[str, tuple[list[float], str]] = {}
     for tensor in worst:
-        kind = re.sub(r"^blk\.\d+\.|\.weight$", "", tensor.name)
+        kind = kind_of(tensor.name)
         found.setdefault(kind, ([], tensor.name))[0].append(tensor.error or 0.0)
     return found
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf.errors import InputError
+from agq_gguf.errors import FormatError, InputError
 from agq_gguf.format import blocks
 
 ALIGNMENT_KEY = "general.alignment"
@@ -72,6 +72,11 @@ class Tensor:
     def n_elements(self) -> int:
         """Weights in the tensor."""
         return math.prod(self.shape)
+
+    @property
+    def n_matrices(self) -> int:
+        """Matrices in the tensor: one for each expert, one if it is an ordinary matrix."""
+        return math.prod(self.shape[:-2])
 
 
 def decode_text(raw: bytes) -> str:
@@ -170,6 +175,26 @@ class Reader:
         """The bytes of a tensor, mapped from the file: for looking at a few of them."""
         tensor = self.tensors[name]
         return memoryview(self._map)[tensor.offset : tensor.offset + tensor.n_bytes]
+
+    def matrices(self, name: str) -> NDArray[np.uint8]:
+        """The stored rows of a tensor, uint8 [experts, rows, bytes of a row], mapped from the file as `raw` is.
+
+        Raises FormatError for a tensor of one dimension.
+        """
+        tensor = self.tensors[name]
+        if len(tensor.shape) < 2:
+            raise FormatError(f"one-dimensional, shape {tensor.shape}: AGQ4 holds matrices")
+        return np.frombuffer(self.raw(name), np.uint8).reshape(tensor.n_matrices, tensor.shape[-2], -1)
+
+    def parameters(self, name: str) -> blocks.Parameters:
+        """What the attribute stream of an AGQ4 tensor says, of its first matrix if it holds experts.
+
+        Only the pages with attributes are read. Raises FormatError, which names the file and the tensor.
+        """
+        try:
+            return blocks.read_parameters(self.matrices(name)[0])
+        except FormatError as e:
+            raise FormatError(f"{self.path}: tensor {name}: {e}") from e
 
     def read_bytes(self, name: str, begin: int, end: int) -> bytearray:
         """Bytes `begin` to `end` of a tensor, read from the file.

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from agq_gguf.errors import OutputError
 from agq_gguf.format.blocks import TYPE_NAME
+from agq_gguf.gguf_io.metadata import HASH_PREFIX, METADATA_HASH, TENSOR_HASHES
 from agq_gguf.gguf_io.reader import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, TYPE_IDS, TYPES, Field, Tensor, encode_text
 from agq_gguf.gguf_io.shards import MAX_PARTS, part_path
 
@@ -32,7 +33,6 @@ except ImportError:  # Windows, where an open file cannot be removed anyway
 
 ALIGNMENT = 64  # of files with AGQ4, a cache line: tiles of a mapped file then begin on one. Of others it is the
 # default, because llama.cpp's quantizer writes damaged files from sources with another one.
-HASHES, METADATA_HASH = "agq.hash.sha256", "agq.hash.metadata"
 _NO_HASH = "0" * 64
 
 Value = str | bool | int | float | np.generic | Sequence[str] | NDArray[Any]
@@ -95,7 +95,7 @@ def metadata_digest(metadata: Mapping[str, bytes], tensors: Iterable[Tensor]) ->
     """
     digest = hashlib.sha256()
     for key in sorted(metadata):
-        if not key.startswith(("agq.hash.", "split.")) and key != ALIGNMENT_KEY:
+        if not key.startswith((HASH_PREFIX, "split.")) and key != ALIGNMENT_KEY:
             digest.update(_text(key) + metadata[key])
     for tensor in tensors:
         digest.update(
@@ -263,8 +263,8 @@ class Writer:
         if alignment == DEFAULT_ALIGNMENT:
             values.pop(ALIGNMENT_KEY, None)
         self._alignment_key = {} if alignment == DEFAULT_ALIGNMENT else {ALIGNMENT_KEY: encode_value(alignment)}
-        values |= {HASHES: b"", METADATA_HASH: encode_value(_NO_HASH), **self._alignment_key}
-        values[HASHES] = self._hashes()
+        values |= {TENSOR_HASHES: b"", METADATA_HASH: encode_value(_NO_HASH), **self._alignment_key}
+        values[TENSOR_HASHES] = self._hashes()
         later = self._metadata_of_part(values, 1, 2)
         parts = _cut(tensors, split, (_size(values | later), _size(later)), alignment)
         if len(parts) > MAX_PARTS:
@@ -363,7 +363,7 @@ class Writer:
         if self._missing:
             raise ValueError(f"tensors without data: {sorted(self._missing)}")
         values = self._files[0].values
-        values[HASHES] = self._hashes()
+        values[TENSOR_HASHES] = self._hashes()
         values[METADATA_HASH] = encode_value(metadata_digest(values, self._tensors))
         self._files[0].write_header()
         for file in self._files:

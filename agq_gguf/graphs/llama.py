@@ -10,7 +10,8 @@ does. Everything is float32, [batch, tokens, channels].
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ class LlamaGraph:
     def __init__(self, reader: Reader, cache: int):
         self._reader, self._room = reader, cache
         self._cache: dict[str, torch.Tensor] = {}
-        self.replaced: dict[str, torch.Tensor] = {}  # tensors to use in place of the file's: norms under training
+        self._replaced: dict[str, torch.Tensor] = {}  # tensors to use in place of the file's
         arch = reader.architecture
 
         def value(key: str, default: float) -> float:
@@ -109,8 +110,8 @@ class LlamaGraph:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the file in float32, or what replaces it."""
-        if name in self.replaced:
-            return self.replaced[name]
+        if name in self._replaced:
+            return self._replaced[name]
         if name in self._cache:
             return self._cache[name]
         found = torch.from_numpy(self._reader.read(name))
@@ -118,6 +119,15 @@ class LlamaGraph:
             self._room -= found.nbytes
             self._cache[name] = found
         return found
+
+    @contextmanager
+    def replacing(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside the block these tensors take the place of the file's: norms under training, levelled matrices."""
+        before, self._replaced = self._replaced, dict(tensors)
+        try:
+            yield
+        finally:
+            self._replaced = before
 
     def has(self, name: str) -> bool:
         """Whether the file holds the tensor."""

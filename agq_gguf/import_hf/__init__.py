@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agq_gguf.arguments import Progress, no_progress
 from agq_gguf.errors import InputError
 from agq_gguf.gguf_io.reader import Field, open_gguf
 from agq_gguf.gguf_io.writer import Writer, layout
@@ -31,8 +32,6 @@ FAMILIES = {name: family.plan for family in (llama, opt, bloom) for name in fami
 OUTTYPES = {"f32": (0, torch.float32), "f16": (1, torch.float16), "bf16": (32, torch.bfloat16)}  # llama_ftype, dtype
 _BLOCK = 1 << 24  # values converted at a time: bounds memory
 _POSITIONS = "position_embd.weight"  # small, and added to everything: stays F32
-
-Progress = Callable[[str, int, int, str], None]  # phase, done, total, what is being worked on
 
 logging.getLogger("gguf").addHandler(logging.NullHandler())  # what it warns of, we check ourselves
 
@@ -54,7 +53,7 @@ def import_checkpoint(
     *,
     outtype: str = "f16",
     allow_pickle: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> ImportReport:
     """Writes the checkpoint in `folder` as a GGUF file, its matrices in `outtype` (f32, f16 or bf16), the rest in F32.
 
@@ -78,7 +77,7 @@ def import_checkpoint(
             warnings = plan.warnings + vocabulary.warnings + tokenizer_warnings(header, source, vocabulary)
             with open_gguf(header) as reader:
                 metadata = reader.metadata
-        return _write(target, plan, checkpoint, names, metadata, outtype, warnings, progress or (lambda *_: None))
+        return _write(target, plan, checkpoint, names, metadata, outtype, warnings, progress)
 
 
 def _choose(config: Config) -> Callable[[Config], Plan]:

@@ -11,12 +11,12 @@ import numpy as np
 
 from agq_gguf.errors import FormatError
 from agq_gguf.format import blocks, pruning_record
+from agq_gguf.gguf_io import metadata
 from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.gguf_io.shards import open_model, paths_of
 from agq_gguf.pruning.file import PruningInfo, pruning_info
 
-_PREFIX = "agq."
-_NOT_SHOWN = ("agq.hash.", "agq.error.")  # for `verify`, and shown with the tensors
+_NOT_SHOWN = (metadata.HASH_PREFIX, metadata.ERROR_PREFIX)  # for `verify`, and shown with the tensors
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ModelInfo:
 def inspect_file(path: str | os.PathLike[str]) -> ModelInfo:
     """Reads header and AGQ4 attributes only. Raises InputError; damaged AGQ4 tensors are told in the result."""
     with open_model(path) as reader:
-        errors = _errors(reader)
+        errors = metadata.read_errors(reader)
         tensors = [_tensor_info(reader, tensor, errors.get(tensor.name)) for tensor in reader.tensors.values()]
         elements = [tensor.n_elements for tensor in reader.tensors.values()]
         n_bytes = sum(tensor.bytes for tensor in tensors)
@@ -97,7 +97,7 @@ def inspect_file(path: str | os.PathLike[str]) -> ModelInfo:
             tensor_bytes=n_bytes,
             bits_per_weight=8 * n_bytes / max(sum(elements), 1),
             types=_types(reader.tensors.values()),
-            metadata=_scalars(reader, _PREFIX),
+            metadata=_scalars(reader, metadata.PREFIX),
             hyperparameters=_scalars(reader, f"{reader.architecture}."),
             tensors=tensors,
             pruning=pruning_info(reader),
@@ -126,17 +126,6 @@ def _scalars(reader: Reader, prefix: str) -> dict[str, Any]:
     return found
 
 
-def _errors(reader: Reader) -> dict[str, float]:
-    """Error of each tensor, from the metadata; empty where that is missing or does not fit together."""
-    names, values = reader.get(f"{_PREFIX}error.tensors"), reader.get(f"{_PREFIX}error.values")
-    if names is None or values is None or np.ndim(names) != 1 or np.shape(names) != np.shape(values):
-        return {}
-    numbers = np.asarray(values)
-    if not np.issubdtype(numbers.dtype, np.floating):
-        return {}
-    return {str(name): float(value) for name, value in zip(names, numbers, strict=True) if np.isfinite(value)}
-
-
 def _tensor_info(reader: Reader, tensor: Tensor, error: float | None) -> TensorInfo:
     attributes, problem = None, ""
     if tensor.type_name == blocks.TYPE_NAME:
@@ -148,11 +137,7 @@ def _tensor_info(reader: Reader, tensor: Tensor, error: float | None) -> TensorI
 
 
 def _attributes(reader: Reader, tensor: Tensor) -> AgqAttributes:
-    if len(tensor.shape) < 2:
-        raise FormatError(f"one-dimensional, shape {tensor.shape}: AGQ4 holds matrices")
-    row_bytes = tensor.n_bytes * tensor.shape[-1] // tensor.n_elements
-    data = np.frombuffer(reader.raw(tensor.name), np.uint8).reshape(-1, tensor.shape[-2], row_bytes)
-    found = [blocks.read_parameters(matrix) for matrix in data]
+    found = [blocks.read_parameters(matrix) for matrix in reader.matrices(tensor.name)]
     exponents = np.concatenate([parameters.exponents for parameters in found])
     first = found[0]
     return AgqAttributes(

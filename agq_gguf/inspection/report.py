@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf.arguments import Progress
-from agq_gguf.errors import FormatError, InputError
+from agq_gguf.arguments import Progress, no_progress
+from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
-from agq_gguf.gguf_io.metadata import ERROR_TENSORS, ERROR_VALUES
+from agq_gguf.gguf_io.metadata import PRUNE_LAYERS, read_errors
 from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.gguf_io.tensor_names import kind_of, layer_of
 from agq_gguf.inspection.inspect import ModelInfo, inspect_file
+from agq_gguf.text import PACKAGED_CALIBRATION, LoadedText, load_text
 
-PACKAGED_TEXT = Path(__file__).parent.parent / "data" / "calibration.txt"
 _PROMPT_TOKENS = 384
-_LAYER = re.compile(r"blk\.(\d+)\.(.+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def gather(
     threads: int = 0,
     bench: Sequence[str | os.PathLike[str]] = (),
     evaluations: Sequence[str | os.PathLike[str]] = (),
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> ReportData:
     """Reads the model and runs `tokens` tokens of a text through it (the one in the package by default; 0: none).
 
@@ -96,9 +95,10 @@ def gather(
         [entry for file in evaluations for entry in _entries(file, None)],
     )
     with open_model(path) as reader:
-        ranges = _ranges(reader, model, text or PACKAGED_TEXT, tokens, threads, progress) if tokens else []
-        errors = _errors(reader)
-        prompt = _sample_prompt(reader, text or PACKAGED_TEXT, threads) if tokens else None
+        loaded = load_text(text or PACKAGED_CALIBRATION)
+        ranges = _ranges(reader, model, loaded, tokens, threads, progress) if tokens else []
+        errors = read_errors(reader)
+        prompt = _sample_prompt(reader, loaded, threads) if tokens else None
     source = "the text in the package" if text is None else Path(text).name
     return ReportData(model, ranges, f"{tokens} tokens of {source}" if ranges else "", errors, prompt, measured)
 
@@ -119,19 +119,11 @@ def _entries(path: str | os.PathLike[str], key: str | None) -> list[dict[str, An
     raise InputError(f"{path}: not what `agq-gguf {wanted} --json` prints")
 
 
-def _errors(reader: Reader) -> dict[str, float]:
-    names, values = reader.get(ERROR_TENSORS), reader.get(ERROR_VALUES)
-    if not isinstance(names, list) or not isinstance(values, np.ndarray) or len(names) != len(values):
-        return {}
-    return {str(name): float(value) for name, value in zip(names, values, strict=True)}
-
-
-def _sample_prompt(reader: Reader, text: str | os.PathLike[str], threads: int) -> SamplePrompt | None:
+def _sample_prompt(reader: Reader, text: LoadedText, threads: int) -> SamplePrompt | None:
     """The beginning of a text as a prompt, if the model says behind which layers it drops tokens."""
-    layers = reader.get("agq.prune.layers")
+    layers = reader.get(PRUNE_LAYERS)
     if not isinstance(layers, np.ndarray) or not layers.size or layers.dtype.kind not in "iu":
         return None
-    from agq_gguf.measure.evaluate import read_text
     from agq_gguf.runtime.model_file import prepare
     from agq_gguf.runtime.plugin import options
     from agq_gguf.runtime.pruned import last_importance, read_prompt
@@ -140,7 +132,7 @@ def _sample_prompt(reader: Reader, text: str | os.PathLike[str], threads: int) -
     prepare(reader.path)
     llama = open_llama(reader.path, context=_PROMPT_TOKENS, threads=threads)
     try:
-        tokens = llama.tokenize(read_text(text)[: 16 * _PROMPT_TOKENS].encode())[:_PROMPT_TOKENS]
+        tokens = llama.tokenize(text.whole[: 16 * _PROMPT_TOKENS].encode())[:_PROMPT_TOKENS]
         pieces, _ = read_prompt(llama, tokens)
     finally:
         llama.close()
@@ -160,33 +152,31 @@ def _sample_prompt(reader: Reader, text: str | os.PathLike[str], threads: int) -
 
 
 def _ranges(
-    reader: Reader, model: ModelInfo, text: str | os.PathLike[str], tokens: int, threads: int, progress: Progress | None
+    reader: Reader, model: ModelInfo, text: LoadedText, tokens: int, threads: int, progress: Progress
 ) -> list[InputRange]:
     """What the inputs of the AGQ4 weights look like, in the order of the graph."""
     from agq_gguf.calibration.collect import Calibrator
-    from agq_gguf.text import read_text
 
     shapes = {t.name: tuple(t.shape) for t in model.tensors if t.agq is not None}
     if not shapes:
         return []
     found = []
-    with Calibrator(reader.path, read_text(text), shapes, max_tokens=tokens, threads=threads) as calibrator:
+    with Calibrator.open(reader.path, text, shapes, max_tokens=tokens, threads=threads) as calibrator:
         (part,) = calibrator.passes(0, hessians=False)
         total = calibrator.n_tokens
 
         def report(done: int) -> None:
-            if progress is not None:
-                progress("report", done, total, "")
+            progress("report", done, total, "")
 
         for one, stats in zip(part, calibrator.collect(part, 0, report, hessians=False), strict=True):
             whole, name = stats.whole, one.weights[0]
-            match = _LAYER.fullmatch(name)
-            parameters = _parameters(reader, name)
+            layer = layer_of(name)
+            parameters = reader.parameters(name)
             assert whole.abs_max is not None
             found.append(
                 InputRange(
-                    int(match[1]) if match else -1,
-                    match[2] if match else name.removesuffix(".weight"),
+                    -1 if layer is None else layer,
+                    kind_of(name),
                     one.weights,
                     whole.abs_max,
                     np.sqrt(whole.mean_square),
@@ -195,14 +185,3 @@ def _ranges(
                 )
             )
     return found
-
-
-def _parameters(reader: Reader, name: str) -> blocks.Parameters:
-    """Parameters of a weight, of its first expert if it has several."""
-    tensor = reader.tensors[name]
-    row_bytes = tensor.n_bytes * tensor.shape[-1] // tensor.n_elements
-    data = np.frombuffer(reader.raw(name), np.uint8).reshape(-1, tensor.shape[-2], row_bytes)
-    try:
-        return blocks.read_parameters(data[0])
-    except FormatError as e:
-        raise FormatError(f"{reader.path}: tensor {name}: {e}") from e

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
+from agq_gguf.arguments import Progress, no_progress
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.format import blocks
+from agq_gguf.gguf_io.metadata import METADATA_HASH, TENSOR_HASHES
 from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.gguf_io.shards import open_model
-from agq_gguf.gguf_io.writer import HASHES, METADATA_HASH, metadata_digest
+from agq_gguf.gguf_io.writer import metadata_digest
 
 
 @dataclass(frozen=True)
@@ -25,15 +24,17 @@ class Verification:
     problems: list[str]  # one line each
 
 
-def verify(path: str | os.PathLike[str], progress: Callable[[str, int, int, str], None] | None = None) -> Verification:
+def verify(path: str | os.PathLike[str], progress: Progress = no_progress) -> Verification:
     """Reads the whole model, in one file or several, and compares it with its digests (SHA-256) and checksums.
 
     Raises InputError if the file cannot be read, or holds no digests.
     """
     with open_model(path) as reader:
-        wanted = reader.get(HASHES)
+        wanted = reader.get(TENSOR_HASHES)
         if not isinstance(wanted, list) or not all(isinstance(digest, str) for digest in wanted):
-            raise InputError(f"{path}: holds no digests ({HASHES}); only files that agq-gguf wrote can be verified")
+            raise InputError(
+                f"{path}: holds no digests ({TENSOR_HASHES}); only files that agq-gguf wrote can be verified"
+            )
         problems = []
         if len(wanted) != len(reader.tensors):
             problems.append(f"{len(wanted)} digests for {len(reader.tensors)} tensors")
@@ -42,14 +43,12 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str, int, int, str]
             problems.append("the metadata was edited or damaged")
         total, done = sum(tensor.n_bytes for tensor in reader.tensors.values()), 0
         for tensor, digest in zip(reader.tensors.values(), wanted, strict=False):
-            if progress is not None:
-                progress("verify", done, total, tensor.name)
+            progress("verify", done, total, tensor.name)
             problem = _problem(reader, tensor, digest)
             if problem:
                 problems.append(f"tensor {tensor.name}: {problem}")
             done += tensor.n_bytes
-        if progress is not None:
-            progress("verify", done, total, "")
+        progress("verify", done, total, "")
         return Verification(len(reader.tensors), total, problems)
 
 
@@ -68,11 +67,7 @@ def attribute_problem(reader: Reader, tensor: Tensor) -> str:
     if tensor.type_name != blocks.TYPE_NAME:
         return ""
     try:
-        if len(tensor.shape) < 2:
-            raise FormatError(f"one-dimensional, shape {tensor.shape}: AGQ4 holds matrices")
-        row_bytes = tensor.n_bytes * tensor.shape[-1] // tensor.n_elements
-        data = np.frombuffer(reader.raw(tensor.name), np.uint8).reshape(-1, tensor.shape[-2], row_bytes)
-        for matrix in data:
+        for matrix in reader.matrices(tensor.name):
             blocks.read_parameters(matrix)
     except FormatError as e:
         return str(e)

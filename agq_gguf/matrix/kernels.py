@@ -5,27 +5,10 @@ Matrices of weights are transposed here, [64, n]: one group of columns of n rows
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-
 import torch
 
 from agq_gguf.format.blocks import GROUP_COLUMNS
-from agq_gguf.native import backend_path
-
-_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    """The plugin; these functions of it need no llama.cpp."""
-    library = ctypes.CDLL(str(backend_path()))
-    library.agq_search_scales.argtypes = [_POINTER, _POINTER, _POINTER, ctypes.c_int32, _COUNT, _POINTER]
-    for function in (library.agq_feed_back, library.agq_descend):
-        function.argtypes = [_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _POINTER, _POINTER]
-    for function in (library.agq_search_scales, library.agq_feed_back, library.agq_descend):
-        function.restype = None
-    return library
+from agq_gguf.native import plugin_library
 
 
 def _address(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
@@ -41,7 +24,7 @@ def search_scales(values: torch.Tensor, weights: torch.Tensor, h: torch.Tensor) 
     """
     n, each = weights.shape[1], h.ndim == 2
     scales = torch.empty(n)
-    _library().agq_search_scales(
+    plugin_library().agq_search_scales(
         _address(values, (16,)),
         _address(weights, (GROUP_COLUMNS, n)),
         _address(h, (GROUP_COLUMNS, n) if each else (GROUP_COLUMNS,)),
@@ -61,7 +44,7 @@ def feed_back(
     """
     n = weights.shape[1]
     codes, scales, errors = torch.empty(weights.shape, dtype=torch.uint8), torch.empty(n), torch.empty_like(weights)
-    _library().agq_feed_back(
+    plugin_library().agq_feed_back(
         _address(values, (16,)),
         _address(upper, (GROUP_COLUMNS, GROUP_COLUMNS)),
         _address(weights, (GROUP_COLUMNS, n)),
@@ -82,7 +65,7 @@ def descend(
     """
     n = slope.shape[1]
     change = torch.empty_like(slope)
-    _library().agq_descend(
+    plugin_library().agq_descend(
         _address(values, (16,)),
         _address(inside, (GROUP_COLUMNS, GROUP_COLUMNS)),
         _address(slope, (GROUP_COLUMNS, n)),

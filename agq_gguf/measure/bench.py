@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from agq_gguf import errors
+from agq_gguf.arguments import Progress, no_progress
 from agq_gguf.errors import AgqError, HostError, InputError
 from agq_gguf.runtime.library import default_threads, llama_api
 from agq_gguf.runtime.model import Batch, Context, FlashAttention, Model
 from agq_gguf.runtime.model_file import prepare
 from agq_gguf.runtime.profile import NodeTime, profiled
 
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is measured
 _UBATCH = 512
 _WARM_UP_TOKENS = 8
 _START_CONTEXT = 512
@@ -134,7 +134,7 @@ def bench(
     flash_attention: FlashAttention = "auto",
     starts: bool = True,
     profile: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[Result]:
     """Measures all models; `prompt` or `generation` 0 leaves that part out, `starts` False the fresh processes.
 
@@ -151,25 +151,24 @@ def bench(
         raise InputError("wanted: at least one repetition of a prompt or a generation of at least one token")
     threads = threads or default_threads()
     # Fresh processes first: the models loaded here would take memory from them.
-    report = progress or (lambda done, total, what: None)
     total = len(paths) * (repetitions + 1 + starts)
     started: list[Start | None] = []
     for index, path in enumerate(paths):
         prepare(path)
         if starts:
-            report(index, total, f"start of {Path(path).name}")
+            progress("bench", index, total, f"start of {Path(path).name}")
         started.append(measure_start(path, threads, flash_attention) if starts else None)
     done = len(paths) if starts else 0
     times: list[dict[str, list[float]]] = [{"prompt": [], "generation": []} for _ in paths]
     with ExitStack() as stack:
         runners = []
         for path in paths:
-            report(done, total, f"warm-up of {Path(path).name}")
+            progress("bench", done, total, f"warm-up of {Path(path).name}")
             runners.append(_load(stack, path, prompt, generation, depth, sequences, threads, flash_attention))
             done += 1
         for repetition in range(repetitions):
             for runner, seconds in zip(runners, times, strict=True):
-                report(done, total, f"repetition {repetition + 1}, {runner.model.path.name}")
+                progress("bench", done, total, f"repetition {repetition + 1}, {runner.model.path.name}")
                 if prompt:
                     seconds["prompt"].append(runner.time_prompt())
                 if generation:
@@ -181,7 +180,7 @@ def bench(
                     seconds["generation"].append(runner.time_generation())
                 done += 1
         profiles = [runner.profiles(prompt, generation) if profile else ([], []) for runner in runners]
-        report(total, total, "")
+        progress("bench", total, total, "")
         facts = [(r.model.path.stat().st_size, r.model.size, r.model.n_params) for r in runners]
     results = []
     for path, (file_bytes, weight_bytes, n_params), own, start, nodes in zip(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agq_gguf.arguments import Progress, no_progress
 from agq_gguf.errors import InputError
 from agq_gguf.logits import compare
 from agq_gguf.runtime.model import Batch, Context, FlashAttention, Model, check_same_tokens
 
-Progress = Callable[[int, int], None]  # chunks done, chunks in all
 DEFAULT_CONTEXT = 512
 _ROWS = 32  # positions whose logits are held in binary64 at a time: 33 MB for a vocabulary of 128k
 
@@ -38,19 +37,6 @@ class Evaluation:
     top1_agreement: float  # share of positions where both models find the same token most likely
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Content of a UTF-8 text file. Raises InputError if it is missing, empty or not text."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text (byte {e.start})") from e
-    if not text.strip():
-        raise InputError(f"{path}: the text is empty")
-    return text
-
-
 def evaluate(
     model_path: str | os.PathLike[str],
     reference_path: str | os.PathLike[str],
@@ -60,7 +46,7 @@ def evaluate(
     chunks: int | None = None,
     threads: int = 0,
     flash_attention: FlashAttention = "auto",
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Compares two models on a text, chunk by chunk, so that memory does not grow with the text.
 
@@ -83,11 +69,9 @@ def evaluate(
         ]
         scored = []
         for done, piece in enumerate(pieces):
-            if progress is not None:
-                progress(done, len(pieces))
+            progress("evaluate", done, len(pieces), "")
             scored.append(np.concatenate(list(_score_chunk(contexts, piece, models[0]))))
-        if progress is not None:
-            progress(len(pieces), len(pieces))
+        progress("evaluate", len(pieces), len(pieces), "")
     return summarize(np.concatenate(scored), size, len(pieces))
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf.arguments import Progress
+from agq_gguf.arguments import Progress, Text, no_progress
 from agq_gguf.errors import AgqError, FormatError, HostError, InputError
 from agq_gguf.format import pruning_record
+from agq_gguf.gguf_io.metadata import PRUNE_LAYERS, PRUNE_PREFIX
 from agq_gguf.gguf_io.shards import open_model
-from agq_gguf.measure.evaluate import read_text
 from agq_gguf.pruning.file import carriers, write_plan
 from agq_gguf.pruning.learn import learn_directions
 from agq_gguf.pruning.options import PruneOptions
@@ -35,6 +35,7 @@ from agq_gguf.pruning.plan import (
 from agq_gguf.pruning.search import Point, choose
 from agq_gguf.pruning.trial import CALL_TOKENS, Example, Runtime, examples_of
 from agq_gguf.runtime.model import Model
+from agq_gguf.text import load_text
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,17 @@ def calibrate_pruning(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    calibration: str | os.PathLike[str] | None = None,
+    calibration: Text | None = None,
     choice: PruneOptions | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> PruneReport | None:
     """Chooses what the AGQ4 model `src` prunes so that the wanted share is saved, and writes it, with that, to `dst`.
 
-    `dst` may be `src`; it is replaced when all went well. `calibration` is a text file, ideally like what the model
-    will read. With a share of 0 the model's pruning is removed, which needs no text, and nothing is returned. Raises
-    InputError, FormatError, HostError or OutputError; `dst` is untouched then.
+    `dst` may be `src`; it is replaced when all went well. `calibration` is the path of a text file, or strings of
+    text, ideally like what the model will read. With a share of 0 the model's pruning is removed, which needs no text,
+    and nothing is returned. Raises InputError, FormatError, HostError or OutputError; `dst` is untouched then.
     """
-    choice, progress = choice or PruneOptions(), progress or _silent
+    choice = choice or PruneOptions()
     with open_model(src) as reader:
         held_by = carriers(reader)
         if choice.share == 0:
@@ -83,7 +84,8 @@ def calibrate_pruning(
     allowed = sorted(layer for layer in held_by if layer < work.n_layer - 1)
     if choice.layers and (missing := sorted(set(choice.layers) - set(allowed))):
         raise InputError(f"{src}: layer {missing[0]} cannot be a pruning layer; possible are {allowed}")
-    text = read_text(calibration)
+    loaded = load_text(calibration)
+    text = loaded.whole
     found: list[tuple[tuple[Point, list[Point], float], _Holders]] = []
     refused: list[AgqError] = []
     with Model(src) as model, ExitStack() as stack:
@@ -104,7 +106,7 @@ def calibrate_pruning(
         if not found:
             raise refused[0]
         (chosen, curve, nll), holders = min(found, key=lambda tried: tried[0][0].kl + tried[0][0].echo_kl)
-    origin = f"{Path(calibration).name}, {len(examples)} prompts of {len(examples[0].prompt)} tokens"
+    origin = f"{loaded.name}, {len(examples)} prompts of {len(examples[0].prompt)} tokens"
     report = PruneReport(chosen, curve, nll, origin, {layer: holders.tensors[layer] for layer in chosen.plan.layers})
     with open_model(src) as reader:
         write_plan(reader, dst, holders.records(chosen.plan), metadata_of(report), progress)
@@ -161,7 +163,7 @@ def _taught(
         copy = Path(folder) / "model.gguf"
         with open_model(src) as reader:
             everywhere = way.plan(*((layer, 0.0) for layer in holders.directions))
-            write_plan(reader, copy, holders.records(everywhere), {}, _silent)
+            write_plan(reader, copy, holders.records(everywhere), {}, no_progress)
         with Model(copy) as model:
             yield model
 
@@ -196,22 +198,18 @@ def metadata_of(report: PruneReport) -> dict[str, Any]:
     """The keys ``agq.prune.*`` that tell people and tools what the records in the tensors say, and the curve."""
     plan, curve = report.chosen.plan, report.curve
     return {
-        "agq.prune.score": plan.score,
-        "agq.prune.keep": plan.keep,
-        "agq.prune.reach": plan.reach,
-        "agq.prune.reuse": int(plan.reuse),
-        "agq.prune.layers": np.array(plan.layers, np.int32),
-        "agq.prune.thresholds": np.array([value for _, value in plan.thresholds], np.float32),
-        "agq.prune.saving": report.chosen.saving,
-        "agq.prune.calibration": report.origin,
-        "agq.prune.nll": report.nll,
-        "agq.prune.curve.saving": np.array([p.saving for p in curve], np.float32),
-        "agq.prune.curve.kl": np.array([p.kl for p in curve], np.float32),
-        "agq.prune.curve.nll": np.array([p.nll for p in curve], np.float32),
-        "agq.prune.curve.echo_kl": np.array([p.echo_kl for p in curve], np.float32),
-        "agq.prune.curve.thresholds": np.array([v for p in curve for _, v in p.plan.thresholds], np.float32),
+        f"{PRUNE_PREFIX}score": plan.score,
+        f"{PRUNE_PREFIX}keep": plan.keep,
+        f"{PRUNE_PREFIX}reach": plan.reach,
+        f"{PRUNE_PREFIX}reuse": int(plan.reuse),
+        PRUNE_LAYERS: np.array(plan.layers, np.int32),
+        f"{PRUNE_PREFIX}thresholds": np.array([value for _, value in plan.thresholds], np.float32),
+        f"{PRUNE_PREFIX}saving": report.chosen.saving,
+        f"{PRUNE_PREFIX}calibration": report.origin,
+        f"{PRUNE_PREFIX}nll": report.nll,
+        f"{PRUNE_PREFIX}curve.saving": np.array([p.saving for p in curve], np.float32),
+        f"{PRUNE_PREFIX}curve.kl": np.array([p.kl for p in curve], np.float32),
+        f"{PRUNE_PREFIX}curve.nll": np.array([p.nll for p in curve], np.float32),
+        f"{PRUNE_PREFIX}curve.echo_kl": np.array([p.echo_kl for p in curve], np.float32),
+        f"{PRUNE_PREFIX}curve.thresholds": np.array([v for p in curve for _, v in p.plan.thresholds], np.float32),
     }
-
-
-def _silent(phase: str, done: int, total: int, what: str) -> None:
-    """Progress nobody asked for."""

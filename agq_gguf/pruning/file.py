@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 from agq_gguf.arguments import Progress
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.format import blocks, pruning_record
+from agq_gguf.gguf_io.metadata import PRUNE_PREFIX
 from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.gguf_io.shards import ShardedReader, paths_of
+from agq_gguf.gguf_io.tensor_names import layer_of
 from agq_gguf.gguf_io.writer import Writer, layout
 from agq_gguf.pruning.plan import Plan
 
-PREFIX = "agq.prune."
-_LAYER = re.compile(r"blk\.(\d+)\.")
 _PREFERRED = "attn_output.weight"
 
 
@@ -49,7 +48,7 @@ def pruning_info(reader: Reader) -> PruningInfo | None:
     """The curve of calibration in the metadata; None if there is none, or none that makes sense."""
 
     def value(key: str) -> Any:
-        found = reader.get(PREFIX + key)
+        found = reader.get(PRUNE_PREFIX + key)
         return found.tolist() if isinstance(found, np.ndarray) else found
 
     layers, saving = value("layers"), value("curve.saving")
@@ -72,12 +71,6 @@ def pruning_info(reader: Reader) -> PruningInfo | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return PruningInfo(str(value("calibration")), *numbers, points)
-
-
-def layer_of(name: str) -> int | None:
-    """The layer of a tensor, from its name ``blk.N.*``."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found else None
 
 
 def carriers(reader: Reader, channels: int = 0) -> dict[int, str]:
@@ -103,18 +96,10 @@ def _matrix(reader: Reader, tensor: Tensor) -> NDArray[np.uint8]:
     return np.frombuffer(reader.read_bytes(tensor.name, 0, tensor.n_bytes), np.uint8).reshape(tensor.shape[0], -1)
 
 
-def _parameters(reader: Reader, tensor: Tensor) -> blocks.Parameters:
-    try:
-        # Of the mapped file only the pages with attributes are looked at.
-        return blocks.read_parameters(np.frombuffer(reader.raw(tensor.name), np.uint8).reshape(tensor.shape[0], -1))
-    except FormatError as e:
-        raise FormatError(f"{reader.path}: {tensor.name}: {e}") from e
-
-
 def _can_carry(reader: Reader, tensor: Tensor, channels: int) -> bool:
     if not _is_matrix(tensor):
         return False
-    listed = _parameters(reader, tensor).listed.size
+    listed = reader.parameters(tensor.name).listed.size
     needed = blocks.parameters_bytes(tensor.shape[1], listed, pruning_record.pruning_bytes(channels))
     return needed <= blocks.stream_bytes(*tensor.shape)
 
@@ -132,7 +117,7 @@ def write_plan(
     """
     if isinstance(reader, ShardedReader) and any(Path(dst).resolve() == path.resolve() for path in paths_of(reader)):
         raise InputError(f"{dst}: one of several files of a model; write to another file, which will be a single one")
-    kept = {key: value for key, value in reader.metadata.items() if not key.startswith(PREFIX)}
+    kept = {key: value for key, value in reader.metadata.items() if not key.startswith(PRUNE_PREFIX)}
     tensors = list(reader.tensors.values())
     placed = layout((t.name, t.type_name, t.shape) for t in tensors)
     total = sum(t.n_bytes for t in tensors)
@@ -152,7 +137,7 @@ def _content(
     """The bytes of a tensor, with its record replaced."""
     if not _is_matrix(tensor) or layer_of(tensor.name) is None:
         return reader.chunks(tensor.name)
-    if _parameters(reader, tensor).pruning == record:
+    if reader.parameters(tensor.name).pruning == record:
         return reader.chunks(tensor.name)
     try:
         return [blocks.with_pruning(_matrix(reader, tensor), record)]

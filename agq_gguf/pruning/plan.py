@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.format import pruning_record
+from agq_gguf.gguf_io.tensor_names import layer_of
 
 STAYED = -1  # "left behind no layer", in arrays that tell where tokens left
 MIN_PROMPT = 64  # tokens of a call; the runtime does not prune shorter ones
@@ -86,7 +87,7 @@ def work_of(sizes: dict[str, int], reuse: bool = False) -> Work:
 
     With `reuse`, dropped tokens still take the products that make keys and values.
     """
-    per_layer = {name: int(name.split(".")[1]) for name in sizes if name.startswith("blk.") and name.count(".") > 1}
+    per_layer = {name: layer for name in sizes if (layer := layer_of(name)) is not None}
     if not per_layer:
         raise ValueError("no tensor is called blk.N.*")
     ffn = sum(sizes[name] for name in per_layer if ".ffn" in name)

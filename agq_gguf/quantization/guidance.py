@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -11,17 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agq_gguf._version import __version__
-from agq_gguf.arguments import PathName, Progress, Text
+from agq_gguf.arguments import PathName, Progress
 from agq_gguf.calibration.imatrix import load_imatrix
 from agq_gguf.calibration.stats import WeightStats, check_shapes
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import Reader, Tensor
+from agq_gguf.gguf_io.tensor_names import EMBEDDING
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.resume import Journal, digest, folder_of
-from agq_gguf.quantization.type_plan import EMBEDDING, TensorPlan
+from agq_gguf.quantization.type_plan import TensorPlan
 
 if TYPE_CHECKING:
-    from agq_gguf.quantization.best.run import Refined
+    from agq_gguf.calibration.session import Session
+    from agq_gguf.quantization.best.run import BestRun
 
 
 _FEW_TOKENS = 4096  # of calibration text; less is worth a warning
@@ -40,14 +41,14 @@ class Group:
 class Guide:
     """Where statistics come from. `groups` yields the weights to quantize, those with the same input together.
 
-    What `refined` yields needs no statistics any more; its norms take the place of the file's.
+    What `best` quantizes needs no statistics; its norms take the place of the file's.
     """
 
     origin: str
     groups: Iterator[Group]
     warnings: list[str]
     journal: Journal = field(default_factory=lambda: Journal(None))
-    refined: Refined | None = None
+    best: BestRun | None = None
 
 
 def unguided(wanted: dict[str, Tensor]) -> Guide:
@@ -70,22 +71,23 @@ def from_text(
     stack: ExitStack,
     reader: Reader,
     plans: list[TensorPlan],
-    text: Text,
+    session: Session,
+    source: str,
     options: QuantizeOptions,
     dst: Path,
     progress: Progress,
 ) -> Guide:
-    """Statistics of a text that llama.cpp runs while groups are quantized; `stack` closes the model."""
-    from agq_gguf.calibration.collect import Calibrator
-    from agq_gguf.quantization.best.run import Refined, Setting, refine
-    from agq_gguf.text import read_text
+    """Statistics of a text that llama.cpp runs while groups are quantized; `source` names the text for the report.
 
-    progress("calibrate", 0, 1, "loading the model")
+    `stack` closes what is opened here.
+    """
+    from agq_gguf.calibration.collect import Calibrator
+    from agq_gguf.quantization.best.run import BestRun, Setting, prepare
+
     wanted = [p.source.name for p in plans if p.type_name == blocks.TYPE_NAME]
     calibrator = stack.enter_context(
         Calibrator(
-            reader.path,
-            read_text(text),
+            session,
             {name: reader.tensors[name].shape for name in wanted},
             context=options.context,
             max_tokens=options.calibration_tokens,
@@ -96,15 +98,15 @@ def from_text(
     if options.resume:
         decisive = replace(options, threads=0, resume=False, split_size=0)
         journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
-    warnings, refined = [], None
+    warnings, best = [], None
     if options.quality == "best":
         setting = Setting(options.matrix, options.memory, options.tune, journal, progress)
-        found = refine(reader, calibrator, plans, setting)
-        if isinstance(found, Refined):
-            refined = found
-            wanted = [name for name in wanted if name not in refined.names]
+        found = prepare(reader, calibrator, plans, setting)
+        if isinstance(found, BestRun):
+            best = found
+            wanted = [name for name in wanted if name not in best.names]
         else:
-            warnings.append(f"quality best is not to be had for this model, balanced was used: {found}")
+            warnings.append(f'falling back to quality "balanced": "best" does not support this model ({found})')
     hessians = options.matrix.error_feedback
     left = set(wanted)
     parts = [
@@ -127,7 +129,6 @@ def from_text(
                     yield Group(found.weights, stats, found.norms if _plain(reader, found.norms) else ())
         yield from (Group((name,)) for name in unseen)
 
-    source = Path(text).name if isinstance(text, (str, os.PathLike)) else "text"
     warnings += _unseen([name for name in unseen if name != EMBEDDING])  # a table to look up multiplies with nothing
     if hessians and (pooled := calibrator.pooled(options.memory)):
         warnings.append(
@@ -135,7 +136,7 @@ def from_text(
         )
     if calibrator.n_tokens < _FEW_TOKENS:
         warnings.append(f"calibrated on {calibrator.n_tokens} tokens only; {_FEW_TOKENS} or more give better results")
-    return Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings, journal, refined)
+    return Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings, journal, best)
 
 
 def _plain(reader: Reader, norms: tuple[str, ...]) -> bool:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agq_gguf.arguments import PathName, Progress, Text
+from agq_gguf.arguments import PathName, Progress, Text, no_progress
 from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
-from agq_gguf.gguf_io.metadata import ERROR_TENSORS, ERROR_VALUES
+from agq_gguf.gguf_io import metadata
 from agq_gguf.gguf_io.reader import Reader, Tensor, check_source
 from agq_gguf.gguf_io.shards import open_model, paths_of
 from agq_gguf.gguf_io.writer import Writer, layout
@@ -31,12 +31,12 @@ from agq_gguf.quantization.report import REPLACED, Report, TensorReport
 from agq_gguf.quantization.resume import Journal
 from agq_gguf.quantization.type_plan import TensorPlan, plan
 from agq_gguf.runtime.library import default_threads
+from agq_gguf.text import LoadedText, load_text
+
+if TYPE_CHECKING:
+    from agq_gguf.calibration.session import Session
 
 _STOCK_ROWS = 4096  # converted at a time: bounds memory
-
-
-def _silent(phase: str, done: int, total: int, what: str) -> None:
-    """Progress nobody asked for."""
 
 
 def plan_file(
@@ -45,18 +45,19 @@ def plan_file(
     *,
     calibration: Text | None = None,
     imatrix: PathName | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[TensorPlan]:
     """What `quantize` would do with each tensor, without doing it; text and matrix matter under a target only."""
     options = options or QuantizeOptions()
-    with open_model(src) as reader, _torch_threads(options.threads):
+    with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         check_source(reader)
-        return _plans(reader, calibration, imatrix, options, progress or _silent)
+        session = None if calibration is None else _opener(stack, reader, load_text(calibration), progress)
+        return _plans(reader, session, imatrix, options, progress)
 
 
 def _plans(
     reader: Reader,
-    calibration: Text | None,
+    session: Callable[[], Session] | None,
     imatrix: PathName | None,
     options: QuantizeOptions,
     progress: Progress,
@@ -65,7 +66,7 @@ def _plans(
         return plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
     from agq_gguf.quantization.budget.choose import choose_types
 
-    return choose_types(reader, calibration, imatrix, options, progress)
+    return choose_types(reader, session, imatrix, options, progress)
 
 
 def quantize(
@@ -75,7 +76,7 @@ def quantize(
     calibration: Text | None = None,
     imatrix: PathName | None = None,
     options: QuantizeOptions | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Quantizes the model `src` (F32, F16 or BF16 GGUF) into `dst`.
 
@@ -83,20 +84,32 @@ def quantize(
     used where no text is given. Without both, all activations count alike, which costs quality and is reported.
     Raises InputError, FormatError or OutputError; `dst` is untouched then.
     """
-    options, progress = options or QuantizeOptions(), progress or _silent
+    options = options or QuantizeOptions()
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         check_source(reader)
-        if calibration is not None and not isinstance(calibration, (str, os.PathLike)):
-            calibration = list(calibration)  # it may be read twice
-        plans = _plans(reader, calibration, imatrix, options, progress)
+        text = None if calibration is None else load_text(calibration)
+        session = None if text is None else _opener(stack, reader, text, progress)
+        plans = _plans(reader, session, imatrix, options, progress)
         wanted = {p.source.name: p.source for p in plans if p.type_name == blocks.TYPE_NAME}
-        if calibration is not None and wanted:
-            guide = from_text(stack, reader, plans, calibration, options, Path(dst), progress)
+        if text is not None and session is not None and wanted:
+            guide = from_text(stack, reader, plans, session(), text.name, options, Path(dst), progress)
         elif imatrix is not None and wanted:
             guide = from_imatrix(wanted, imatrix)
         else:
             guide = unguided(wanted)
         return _write(reader, Path(dst), plans, guide, options, progress)
+
+
+def _opener(stack: ExitStack, reader: Reader, text: LoadedText, progress: Progress) -> Callable[[], Session]:
+    """Opens the model with its text when it is first asked for, and gives the same session from then on."""
+    from agq_gguf.calibration.session import Session
+
+    @cache
+    def session() -> Session:
+        progress("calibrate", 0, 1, "loading the model")
+        return stack.enter_context(Session(reader.path, text))
+
+    return session
 
 
 @contextmanager
@@ -107,9 +120,6 @@ def _torch_threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-# what guides the quantization
 
 
 # writing
@@ -133,11 +143,12 @@ def _write(
             results[name] = result
             done += reader.tensors[name].n_elements
 
-        if guide.refined is not None:
-            for name, matrix in guide.refined.results:
-                finish(name, _Quantized([blocks.pack(matrix.matrix)], matrix.error, matrix.note))
-            norms |= guide.refined.norms
-            guide.warnings.extend(guide.refined.notes)
+        if guide.best is not None:
+            outcome = guide.best.run(
+                lambda name, made: finish(name, _Quantized([blocks.pack(made.matrix)], made.error, made.note))
+            )
+            norms |= outcome.norms
+            guide.warnings.extend(outcome.notes)
         for group in guide.groups:
             progress("quantize", done, total, group.names[0])
             made = _finished(guide.journal, group.names)
@@ -159,8 +170,9 @@ def _write(
                 done += p.source.n_elements
                 progress("quantize", done, total, name)
         reader.check_unchanged()
-        if results:
-            writer.replace(ERROR_VALUES, np.array([results[name].error for name in added[ERROR_TENSORS]], np.float32))
+        errors = {p.source.name: results[p.source.name].error for p in plans if p.type_name == blocks.TYPE_NAME}
+        for key, value in metadata.error_table(errors).items():
+            writer.replace(key, value)
         progress("quantize", done, total, "")
     guide.journal.close()
     reports = []
@@ -215,7 +227,7 @@ def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Ma
     """Quantizes weights that share an input, expert by expert, so that what belongs to the input is prepared once."""
     names, stats = group.names, group.stats
     shapes = [reader.tensors[name].shape for name in names]
-    experts = shapes[0][0] if len(shapes[0]) == 3 else 1
+    experts = reader.tensors[names[0]].n_matrices
     capacity = min(blocks.listable(*shape[-2:]) for shape in shapes)
     found: dict[str, list[QuantizedMatrix]] = {name: [] for name in names}
     packed: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in names}
@@ -259,15 +271,14 @@ def _stock(reader: Reader, tensor: Tensor, type_name: str) -> Iterator[NDArray[A
 def _metadata(plans: list[TensorPlan], guidance: str, options: QuantizeOptions) -> dict[str, Any]:
     counts = Counter(p.type_name for p in plans)
     names = [p.source.name for p in plans if p.type_name == blocks.TYPE_NAME]
-    errors = {ERROR_TENSORS: names, ERROR_VALUES: np.zeros(len(names), np.float32)} if names else {}
     return {
         "general.quantization_version": 2,  # ggml's GGML_QNT_VERSION, which stock quantized files carry
         "general.file_type": 100 + blocks.TYPE_ID,  # no stock number; programs show it as unknown
-        "agq.version": blocks.VERSION,
-        "agq.calibration": guidance,
-        "agq.quality": options.quality,
-        "agq.activation_bits": options.matrix.activation_bits,
-        "agq.activation_scale": options.matrix.activation_scale,
-        **{f"agq.tensors.{type_name}": n for type_name, n in sorted(counts.items())},
-        **errors,
+        metadata.VERSION: blocks.VERSION,
+        metadata.CALIBRATION: guidance,
+        metadata.QUALITY: options.quality,
+        metadata.ACTIVATION_BITS: options.matrix.activation_bits,
+        metadata.ACTIVATION_SCALE: options.matrix.activation_scale,
+        **{f"{metadata.TENSOR_COUNT}{type_name}": n for type_name, n in sorted(counts.items())},
+        **metadata.error_table(dict.fromkeys(names, 0.0)),
     }

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES, Reader, Tensor
+from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
 
-OUTPUT = "output.weight"
-EMBEDDING = "token_embd.weight"
 TARGET_TYPES = (blocks.TYPE_NAME, "q6_K", "q8_0", "f16", "f32")
 
 # Two-dimensional tensors that are no plain matrix product: looked up, added, convolved, or too small and too sensitive.

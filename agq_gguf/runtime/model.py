@@ -82,16 +82,16 @@ class Model(_Closable):
         except BaseException:
             redirect.release()
             raise
-        self._vocabulary = api.llama_model_get_vocab(self._model)
-        self.n_vocab = int(api.llama_vocab_n_tokens(self._vocabulary))
+        self.vocabulary = api.llama_model_get_vocab(self._model)
+        self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary))
         self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model))
         self.n_params = int(api.llama_model_n_params(self._model))
         self.size = int(api.llama_model_size(self._model))  # bytes of all tensors
-        self.add_bos = bool(api.llama_vocab_get_add_bos(self._vocabulary))
-        self.bos = int(api.llama_vocab_bos(self._vocabulary))
+        self.add_bos = bool(api.llama_vocab_get_add_bos(self.vocabulary))
+        self.bos = int(api.llama_vocab_bos(self.vocabulary))
         self.has_encoder = bool(api.llama_model_has_encoder(self._model))
         self.has_decoder = bool(api.llama_model_has_decoder(self._model))
-        self.eos = int(api.llama_vocab_eos(self._vocabulary))
+        self.eos = int(api.llama_vocab_eos(self.vocabulary))
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of the text."""
@@ -100,7 +100,7 @@ class Model(_Closable):
         while True:
             tokens = np.empty(room, np.int32)
             pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-            n = self._api.llama_tokenize(self._vocabulary, raw, len(raw), pointer, room, add_special, parse_special)
+            n = self._api.llama_tokenize(self.vocabulary, raw, len(raw), pointer, room, add_special, parse_special)
             if n >= 0:
                 return tokens[:n]
             if -n <= room:
@@ -120,7 +120,7 @@ class Model(_Closable):
         room = 8 * len(ids) + 16
         while True:
             raw = ctypes.create_string_buffer(room)
-            n = self._api.llama_detokenize(self._vocabulary, pointer, len(ids), raw, room, False, True)
+            n = self._api.llama_detokenize(self.vocabulary, pointer, len(ids), raw, room, False, True)
             if n >= 0:
                 return raw.raw[:n].decode("utf-8", "replace")
             room = -n

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from agq_gguf import native
 from agq_gguf.errors import HostError, InputError
-from agq_gguf.native import backend_path
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _lock = threading.Lock()
@@ -79,28 +79,18 @@ def register() -> None:
     with _lock:
         if is_registered():
             return
-        path = backend_path()
-        library = _host()
-        try:
-            plugin = ctypes.CDLL(str(path))  # ggml unloads a plugin that refuses, and with it the reason
-        except OSError as error:
-            raise HostError(f"the plugin {path} cannot be loaded: {error}") from error
+        path, library = native.backend_path(), _host()
+        plugin = native.plugin_library()  # held open: ggml unloads a plugin that refuses, and with it the reason
         with _silenced(library):
             loaded = library.ggml_backend_load(os.fsencode(path))
         if not loaded:
-            plugin.agq_last_error.restype = ctypes.c_char_p
             raise HostError(f"the plugin {path} did not load: {plugin.agq_last_error().decode()}")
 
 
-def plugin_library() -> ctypes.CDLL:
-    """The plugin library itself, registered."""
+def registered_library() -> ctypes.CDLL:
+    """The plugin library, registered. Raises HostError as `register` does."""
     register()
-    library = ctypes.CDLL(str(backend_path()))
-    library.agq_set_prune.restype = ctypes.c_char_p
-    library.agq_set_prune.argtypes = [ctypes.c_char_p]
-    library.agq_last_pruned.restype = ctypes.c_int32
-    library.agq_last_pruned.argtypes = [ctypes.POINTER(ctypes.c_int32), ctypes.c_int32]
-    return library
+    return native.plugin_library()
 
 
 class _ThreadOptions(threading.local):
@@ -118,7 +108,7 @@ def options(*, prune: str | None) -> Iterator[None]:
     ``"3:0.5"`` (behind layer 3 drop half of the prompt's tokens), ...; None: what AGQ_PRUNE does hold. Contexts keep
     their options when the block ends. Raises InputError if the text is not understood, HostError as ``register``.
     """
-    library = plugin_library()
+    library = registered_library()
     before = _thread_options.prune
     _set_prune(library, prune)
     try:
@@ -139,7 +129,7 @@ def last_pruned() -> list[int]:
 
     For each position the layer behind which its token was dropped, or -1 if it was kept.
     """
-    library = plugin_library()
+    library = registered_library()
     n = library.agq_last_pruned(None, 0)
     layers = (ctypes.c_int32 * n)()
     library.agq_last_pruned(layers, n)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from agq_gguf.errors import HostError
-from agq_gguf.native import backend_path
+from agq_gguf.native import plugin_library
 from agq_gguf.runtime.plugin import is_registered
 
 
@@ -31,7 +31,7 @@ def profiled(*, cpu_time: bool = False) -> Iterator[list[NodeTime]]:
     """
     if not is_registered():
         raise HostError("the plugin is not registered, it cannot measure nodes")
-    plugin = ctypes.CDLL(str(backend_path()))
+    plugin = plugin_library()
     found: list[NodeTime] = []
     plugin.agq_profile(2 if cpu_time else 1)
     try:

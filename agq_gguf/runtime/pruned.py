@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf.runtime.plugin import last_pruned, plugin_library
+from agq_gguf.runtime.plugin import last_pruned, registered_library
 
 
 def last_importance(layer: int) -> NDArray[np.float32]:
@@ -20,8 +20,7 @@ def last_importance(layer: int) -> NDArray[np.float32]:
 
     NaN: the token had left before; infinite: it was protected. Empty if the layer was no pruning layer.
     """
-    function = plugin_library().agq_last_importance
-    function.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_float), ctypes.c_int32]
+    function = registered_library().agq_last_importance
     n = function(layer, None, 0)
     values = np.full(n, np.nan, np.float32)
     function(layer, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), n)

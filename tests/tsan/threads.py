@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from agq_gguf.runtime import plugin
+from agq_gguf import native
 from agq_gguf.runtime.model import Batch, Model
 
 
 def main() -> None:
     """Prompts and single tokens in four Python threads."""
-    plugin.backend_path = lambda: Path(sys.argv[1])
+    native.backend_path = lambda: Path(sys.argv[1])
     with Model(sys.argv[2]) as model:
 
         def work(i: int) -> None:

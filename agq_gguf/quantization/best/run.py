@@ -1,14 +1,13 @@
 """The quality `best`: token weights, quantization stage by stage, tuned norms and scales; for models whose graph
 `graphs` has.
 
-Three steps of their own modules: `sensitivity`, `sequential`, `distill`. Here they are given their text, their memory
+Three steps with modules of their own: `fisher`, `sequential`, `tune`. Here they are given their text, their memory
 and each other's results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from agq_gguf.arguments import Progress
 from agq_gguf.calibration.collect import Calibrator
 from agq_gguf.format.blocks import TYPE_NAME
 from agq_gguf.gguf_io.reader import Reader
+from agq_gguf.gguf_io.tensor_names import EMBEDDING, in_layer, layer_of
 from agq_gguf.graphs.batches import batches_of
 from agq_gguf.graphs.llama import LlamaGraph
 from agq_gguf.graphs.registry import graph_of, why_not
@@ -28,9 +28,9 @@ from agq_gguf.matrix.simulate import Rounder, restored
 from agq_gguf.quantization import stock_types
 from agq_gguf.quantization.best import tune
 from agq_gguf.quantization.best.fisher import affordable, measure
-from agq_gguf.quantization.best.sequential import Sequential
+from agq_gguf.quantization.best.sequential import Finish, Sequential
 from agq_gguf.quantization.resume import Journal
-from agq_gguf.quantization.type_plan import EMBEDDING, TensorPlan
+from agq_gguf.quantization.type_plan import TensorPlan
 
 _BATCH_TOKENS = 2048  # run through the graph at a time
 _TUNE_TOKENS = 512  # of a step of training
@@ -50,20 +50,40 @@ class Setting:
     progress: Progress
 
 
-@dataclass
-class Refined:
-    """What `refine` makes. `norms` and `notes` are complete when `results` is exhausted."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves besides the matrices."""
 
-    names: set[str]  # of the matrices that `results` yields
-    results: Iterator[tuple[str, QuantizedMatrix]]
-    norms: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    norms: dict[str, NDArray[np.float32]]  # that take the place of the file's
+    notes: list[str]  # for the report
 
 
-def refine(reader: Reader, calibrator: Calibrator, plans: list[TensorPlan], setting: Setting) -> Refined | str:
-    """Quantizes all AGQ4 matrices of the blocks (and an embedding that is only looked up).
+class BestRun:
+    """A run over one model that `prepare` found to be possible."""
 
-    Returns the reason instead where the model is not one that this can be done with.
+    def __init__(
+        self, graph: LlamaGraph, chunks: list[NDArray[np.int32]], plans: list[TensorPlan], setting: Setting
+    ) -> None:
+        self._graph, self._chunks, self._plans, self._setting = graph, chunks, plans, setting
+        self.names = {  # of the matrices that `run` quantizes
+            plan.source.name
+            for plan in plans
+            if plan.type_name == TYPE_NAME
+            and (
+                layer_of(plan.source.name) is not None
+                or (plan.source.name == EMBEDDING and graph.output_name != EMBEDDING)
+            )
+        }
+
+    def run(self, finish: Finish) -> Outcome:
+        """Quantizes every matrix of `names`; `finish` gets each when it is done."""
+        return _run(self._graph, self._chunks, self._plans, self._setting, self.names, finish)
+
+
+def prepare(reader: Reader, calibrator: Calibrator, plans: list[TensorPlan], setting: Setting) -> BestRun | str:
+    """A run over all AGQ4 matrices of the layers, and an embedding that is only looked up.
+
+    Returns the reason instead where this model is not supported.
     """
     reason = why_not(reader)
     if reason:
@@ -71,12 +91,7 @@ def refine(reader: Reader, calibrator: Calibrator, plans: list[TensorPlan], sett
     graph = graph_of(reader, setting.memory // 4)
     if _differs(graph, calibrator):
         return "our graph of this architecture does not give the logits of llama.cpp"
-    names = {plan.source.name for plan in plans if plan.type_name == TYPE_NAME and plan.source.name.startswith("blk.")}
-    if graph.output_name != EMBEDDING and any((p.source.name, p.type_name) == (EMBEDDING, TYPE_NAME) for p in plans):
-        names.add(EMBEDDING)
-    refined = Refined(names, iter(()))
-    refined.results = _run(graph, calibrator.chunks, plans, setting, refined)
-    return refined
+    return BestRun(graph, calibrator.chunks, plans, setting)
 
 
 def _differs(graph: LlamaGraph, calibrator: Calibrator) -> bool:
@@ -94,18 +109,24 @@ def _differs(graph: LlamaGraph, calibrator: Calibrator) -> bool:
 
 
 def _run(
-    graph: LlamaGraph, chunks: list[NDArray[np.int32]], plans: list[TensorPlan], setting: Setting, refined: Refined
-) -> Iterator[tuple[str, QuantizedMatrix]]:
+    graph: LlamaGraph,
+    chunks: list[NDArray[np.int32]],
+    plans: list[TensorPlan],
+    setting: Setting,
+    names: set[str],
+    finish: Finish,
+) -> Outcome:
     options, memory, journal, progress = setting.options, setting.memory, setting.journal, setting.progress
+    notes: list[str] = []
     types = {plan.source.name: plan.type_name for plan in plans}
-    chunks = _affordable(graph, chunks, memory, refined.notes)
+    chunks = _affordable(graph, chunks, memory, notes)
     batches = batches_of(chunks, _BATCH_TOKENS)
     n_tokens = sum(map(len, chunks))
-    inside = [plan.source for plan in plans if plan.source.name in refined.names - {EMBEDDING}]
+    inside = [plan.source for plan in plans if plan.source.name in names - {EMBEDDING}]
     rows = {tensor.name.removesuffix(".weight"): tensor.shape[-2] for tensor in inside}
     grams = affordable(rows, memory // 4)
     if len(grams) < len(rows):
-        refined.notes.append(
+        notes.append(
             f"rows of {len(rows) - len(grams)} of {len(rows)} matrices do not make up for each other's errors; "
             "more memory would let all"
         )
@@ -115,8 +136,8 @@ def _run(
 
     embedding, looked_up = _embedding(graph, types, options)
     if looked_up is not None:
-        yield EMBEDDING, looked_up
-    run = Sequential(graph, batches, refined.names, sensitivity, options, embedding)
+        finish(EMBEDDING, looked_up)
+    run = Sequential(graph, batches, names, sensitivity, options, embedding)
     stages = 4 * graph.shape.n_layer
 
     def report(done: int, name: str) -> None:
@@ -125,38 +146,41 @@ def _run(
     needed = tune.bytes_needed(sum(plan.source.n_elements for plan in plans))
     if not setting.tune or needed > memory:
         if setting.tune:
-            refined.notes.append(
+            notes.append(
                 f"norms and scales were not tuned: that takes {needed >> 20} MiB, --memory allows {memory >> 20}"
             )
-        yield from run.run(journal, report)
-        refined.norms.update({name: norm.numpy() for name, norm in run.norms.items()})
-        return
-    matrices = dict(run.run(journal, report))
-    refined.norms.update({name: norm.numpy() for name, norm in run.norms.items()})
+        return Outcome(_arrays(run.run(journal, report, finish)), notes)
+    matrices: dict[str, QuantizedMatrix] = {}
+    norms = run.run(journal, report, matrices.__setitem__)
     tuned = tune.tune(
         graph,
         batches_of(chunks, _TUNE_TOKENS),
         matrices,
-        run.norms,
+        norms,
         embedding=embedding,
         output=_stored(graph.tensor(graph.output_name), types[graph.output_name]),
         epochs=_EPOCHS,
         progress=lambda done, total: progress("tune", done, total, "norms and scales"),
     )
     if tuned.matrices:
-        matrices = tuned.matrices
-        refined.norms.update({name: norm.numpy() for name, norm in tuned.norms.items()})
+        matrices, norms = tuned.matrices, norms | tuned.norms
     else:
-        refined.notes.append("tuning norms and scales did not help on text kept aside, so they stay")
-    yield from matrices.items()
+        notes.append("tuning norms and scales did not help on text kept aside, so they stay")
+    for name, matrix in matrices.items():
+        finish(name, matrix)
+    return Outcome(_arrays(norms), notes)
+
+
+def _arrays(norms: dict[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
+    return {name: norm.numpy() for name, norm in norms.items()}
 
 
 def _affordable(
     graph: LlamaGraph, chunks: list[NDArray[np.int32]], memory: int, notes: list[str]
 ) -> list[NDArray[np.int32]]:
     """As many chunks, evenly chosen, as both streams find memory for."""
-    width = graph.tensor("token_embd.weight").shape[1]
-    inner = max(graph.tensor(f"blk.{i}.ffn_down.weight").shape[1] for i in range(min(1, graph.shape.n_layer)))
+    width = graph.tensor(EMBEDDING).shape[1]
+    inner = max(graph.tensor(in_layer(i, "ffn_down.weight")).shape[1] for i in range(min(1, graph.shape.n_layer)))
     token_bytes = 4 * (2 * (width + inner) + 2 * inner)
     total = sum(map(len, chunks))
     room = max(memory // 2 // token_bytes, len(chunks[0]))

@@ -9,7 +9,7 @@ stream, so this takes two passes through the model and as many Hessians as the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_ma
 from agq_gguf.matrix.simulate import Rounder, restored
 from agq_gguf.quantization.best.fisher import Sensitivity
 from agq_gguf.quantization.resume import Journal
+
+Finish = Callable[[str, QuantizedMatrix], None]  # takes the name of a matrix, and the matrix when it is done
 
 _SAMPLE_ROWS = 256
 _NORMS = ("attn_norm", "", "ffn_norm", "")  # what makes the input of a stage
@@ -51,24 +53,23 @@ class Sequential:
     ):
         self._graph, self._wanted, self._sensitivity, self._options = graph, wanted, sensitivity, options
         self._row_factors: dict[str, torch.Tensor] = {}  # that rows of matrices of this layer were multiplied by
-        self.norms: dict[str, torch.Tensor] = {}  # equalized; complete when `run` is
+        self._norms: dict[str, torch.Tensor] = {}  # equalized
         self._float: list[State] = [(graph.embed(tokens), None) for tokens in batches]
         self._rounded: list[State] = [(graph.embed(tokens, embedding), None) for tokens in batches]
 
     @torch.no_grad()
-    def run(self, journal: Journal, progress: Callable[[int, str], None]) -> Iterator[tuple[str, QuantizedMatrix]]:
-        """Yields every wanted weight of the blocks when it is done, in the order of the graph.
+    def run(self, journal: Journal, progress: Callable[[int, str], None], finish: Finish) -> dict[str, torch.Tensor]:
+        """Quantizes every wanted weight of the layers in the order of the graph; returns the norms that changed.
 
-        `journal` has those that an earlier run has finished, and gets the others; `progress` gets the stages done and
-        a name.
+        `finish` gets each matrix when it is done. `journal` has those that an earlier run has finished, and gets the
+        others; `progress` gets the stages done and a name.
         """
         for layer in range(self._graph.shape.n_layer):
-            if self._options.equalize:
-                self._graph.replaced = self._levelled(layer)
-            for stage, names in enumerate(self._graph.stages):
-                progress(layer * len(self._graph.stages) + stage, f"blk.{layer}.{names[0]}.weight")
-                yield from self._stage(layer, stage, journal)
-            self._graph.replaced = {}
+            with self._graph.replacing(self._levelled(layer) if self._options.equalize else {}):
+                for stage, names in enumerate(self._graph.stages):
+                    progress(layer * len(self._graph.stages) + stage, f"blk.{layer}.{names[0]}.weight")
+                    self._stage(layer, stage, journal, finish)
+        return self._norms
 
     def _take_gram(self, name: str) -> torch.Tensor | None:
         """G of a matrix, whose rows may have been levelled; it is needed once, and large."""
@@ -97,7 +98,7 @@ class Sequential:
             self._row_factors[f"blk.{layer}.{front}"] = factors
         return found
 
-    def _stage(self, layer: int, stage: int, journal: Journal) -> Iterator[tuple[str, QuantizedMatrix]]:
+    def _stage(self, layer: int, stage: int, journal: Journal, finish: Finish) -> None:
         graph = self._graph
         names = [f"blk.{layer}.{name}" for name in graph.stages[stage]]
         float_in = [graph.stage_input(layer, stage, state) for state in self._float]
@@ -109,7 +110,7 @@ class Sequential:
             factors = self._factors(rounded_in, [weight.numpy() for weight in weights.values()])
             if factors is not None:
                 bias = norm.removesuffix("weight") + "bias"
-                self.norms |= {name: graph.tensor(name) / factors for name in (norm, bias) if graph.has(name)}
+                self._norms |= {name: graph.tensor(name) / factors for name in (norm, bias) if graph.has(name)}
                 weights = {name: weight * factors for name, weight in weights.items()}
                 float_in, rounded_in = ([x / factors for x in inputs] for inputs in (float_in, rounded_in))
         done = {name: result for name in wanted if (result := journal.get_matrix(f"refined {name}")) is not None}
@@ -138,7 +139,8 @@ class Sequential:
             )
             for state, x in zip(self._rounded, rounded_in, strict=True)
         ]
-        yield from ((f"{name}.weight", done[name]) for name in wanted)
+        for name in wanted:
+            finish(f"{name}.weight", done[name])
 
     def _factors(self, inputs: list[torch.Tensor], weights: list[np.ndarray]) -> torch.Tensor | None:
         """What equalization moves from the norm into the matrices, if anything."""

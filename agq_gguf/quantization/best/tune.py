@@ -79,14 +79,11 @@ class _Student:
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits with the norms of the student."""
-        self.graph.replaced = self.norms()
-        try:
+        with self.graph.replacing(self.norms()):
             x = self.graph.embed(tokens, self.embedding)
             for layer in range(self.graph.shape.n_layer):
                 x = self.graph.block(layer, x, self._linear)
             return self.graph.logits(x, self.output)
-        finally:
-            self.graph.replaced = {}
 
 
 def bytes_needed(n_parameters: int) -> int:

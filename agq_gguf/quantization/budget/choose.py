@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from agq_gguf.arguments import PathName, Progress, Text
+from agq_gguf.arguments import PathName, Progress
 from agq_gguf.calibration.imatrix import load_imatrix
 from agq_gguf.calibration.stats import InputStats
 from agq_gguf.gguf_io.reader import Reader
+from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
 from agq_gguf.graphs.registry import graph_of, why_not
 from agq_gguf.quantization.budget import costs, knapsack
-from agq_gguf.quantization.type_plan import EMBEDDING, OUTPUT, TensorPlan, plan
+from agq_gguf.quantization.type_plan import TensorPlan, plan
 
 if TYPE_CHECKING:
+    from agq_gguf.calibration.session import Session
     from agq_gguf.quantization.options import QuantizeOptions
 
 # Tokens that gradients are taken of, as a few chunks. Logits are held for all of them.
@@ -27,7 +29,7 @@ _CHUNK = 256
 
 def choose_types(
     reader: Reader,
-    calibration: Text | None,
+    session: Callable[[], Session] | None,
     imatrix: PathName | None,
     options: QuantizeOptions,
     progress: Progress,
@@ -39,49 +41,44 @@ def choose_types(
     output = OUTPUT if OUTPUT in reader.tensors else EMBEDDING
     fixed = {"output_type": options.output_type, "embedding_type": options.embedding_type}
     plans = plan(reader, **{key: "agq4" if value == "auto" else value for key, value in fixed.items()})
-    ends = {EMBEDDING: options.embedding_type == "auto", output: options.output_type == "auto"}
-    types = knapsack.open_types(plans, ends)
+    open_ends = {EMBEDDING: options.embedding_type == "auto", output: options.output_type == "auto"}
+    types = knapsack.open_types(plans, open_ends)
     knapsack.choose(plans, {}, options.target_bpw)  # refuses before the work begins
 
     def report(done: int, total: int, name: str) -> None:
         progress("weigh tensors", done, total, name)
 
-    if calibration is None or why_not(reader):
-        stats = _mean_squares(reader, calibration, imatrix, options, types)
+    if session is None or why_not(reader):
+        stats = _mean_squares(reader, session, imatrix, options, types)
         cost = costs.by_errors(reader, output, stats, types, options.matrix, report)
     else:
         graph = graph_of(reader, options.memory // 4)
-        cost = costs.by_gradients(graph, _tokens(reader, calibration, options), types, options.matrix, report)
+        cost = costs.by_gradients(graph, _tokens(session(), options), types, options.matrix, report)
     return knapsack.choose(plans, cost, options.target_bpw)
 
 
-def _tokens(reader: Reader, text: Text, options: QuantizeOptions) -> torch.Tensor:
+def _tokens(session: Session, options: QuantizeOptions) -> torch.Tensor:
     """Some chunks of the text, [batch, n] int64."""
-    from agq_gguf.calibration.collect import Calibrator
-    from agq_gguf.text import read_text
-
-    size = min(_CHUNK, options.context)
-    with Calibrator(reader.path, read_text(text), {}, context=size, max_tokens=_TOKENS, threads=options.threads) as c:
-        length = min(map(len, c.chunks))
-        return torch.from_numpy(np.stack([chunk[:length] for chunk in c.chunks]).astype(np.int64))
+    chunks = session.chunks(session.chunk_size(min(_CHUNK, options.context)), _TOKENS)
+    length = min(map(len, chunks))
+    return torch.from_numpy(np.stack([chunk[:length] for chunk in chunks]).astype(np.int64))
 
 
 def _mean_squares(
     reader: Reader,
-    text: Text | None,
+    session: Callable[[], Session] | None,
     imatrix: PathName | None,
     options: QuantizeOptions,
     types: Iterable[str],
 ) -> dict[str, InputStats]:
     """Statistics of the inputs, of what there is; experts count together."""
-    if text is None:
+    if session is None:
         return {} if imatrix is None else {name: found.whole for name, found in load_imatrix(Path(imatrix)).items()}
     from agq_gguf.calibration.collect import Calibrator
-    from agq_gguf.text import read_text
 
     shapes = {name: reader.tensors[name].shape for name in types}
     few = {"context": options.context, "max_tokens": 4 * _TOKENS, "threads": options.threads}
-    with Calibrator(reader.path, read_text(text), shapes, **few) as calibrator:
+    with Calibrator(session(), shapes, **few) as calibrator:
         collected = calibrator.collect(calibrator.inputs, options.memory, lambda done: None, hessians=False)
         return {
             name: stats.whole

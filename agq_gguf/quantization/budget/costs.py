@@ -21,6 +21,7 @@ from agq_gguf.calibration.stats import InputStats
 from agq_gguf.format.blocks import TYPE_NAME, listable
 from agq_gguf.format.reference import dequantize
 from agq_gguf.gguf_io.reader import Reader, Tensor
+from agq_gguf.gguf_io.tensor_names import EMBEDDING, layer_of
 from agq_gguf.graphs.gradients import block_gradients, logits_gradient
 from agq_gguf.graphs.llama import LlamaGraph
 from agq_gguf.matrix.options import MatrixOptions
@@ -81,9 +82,9 @@ def by_gradients(
         gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
         for product in products:
             add(f"{product.name}.weight", product.given, product.gradient)
-    rows = graph.tensor("token_embd.weight")[tokens].requires_grad_()
+    rows = graph.tensor(EMBEDDING)[tokens].requires_grad_()
     (by_rows,) = torch.autograd.grad(graph.enter(rows), rows, gradient)
-    add("token_embd.weight", None, by_rows.flatten(0, 1))
+    add(EMBEDDING, None, by_rows.flatten(0, 1))
     progress(len(types), len(types), "")
     return found
 
@@ -103,7 +104,7 @@ def by_errors(
 ) -> Damage:
     """Relative errors of the products; `output` is the name of the matrix that yields the logits."""
     found: Damage = {}
-    blocks = sum(name.startswith("blk.") for name in types)
+    blocks = sum(layer_of(name) is not None for name in types)
     for name, wanted in types.items():
         progress(len(found), len(types), name)
         tensor, known = reader.tensors[name], stats.get(name)

@@ -1,0 +1,38 @@
+"""What the names of a model's tensors say. gguf's own tables map Hugging Face names to these."""
+
+from __future__ import annotations
+
+import re
+
+OUTPUT = "output.weight"
+EMBEDDING = "token_embd.weight"
+
+_IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)", re.DOTALL)
+_SUFFIX = ".weight"
+
+
+def in_layer(layer: int, kind: str) -> str:
+    """The name of a layer's tensor: ``blk.3.attn_q.weight`` of 3 and ``attn_q.weight``."""
+    return f"blk.{layer}.{kind}"
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor; None outside the layers."""
+    found = _IN_LAYER.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """Layer and the rest of the name: (3, ``attn_q.weight``); the layer is None outside the layers."""
+    found = _IN_LAYER.fullmatch(name)
+    return (int(found[1]), found[2]) if found else (None, name)
+
+
+def kind_of(name: str) -> str:
+    """The name without its layer and without ``.weight``, such as ``attn_q``."""
+    return split_name(name)[1].removesuffix(_SUFFIX)
+
+
+def without_suffix(name: str) -> str:
+    """The name without ``.weight``."""
+    return name.removesuffix(_SUFFIX)
