@@ -19,6 +19,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "agq_last_error": (_TEXT, []),
     "agq_set_prune": (_TEXT, [_TEXT]),
     "agq_last_pruned": (_INT, [ctypes.POINTER(_INT), _INT]),
+    "agq_last_bits": (_INT, [ctypes.POINTER(_INT), _INT]),
     "agq_last_importance": (_INT, [_INT, ctypes.POINTER(ctypes.c_float), _INT]),
     "agq_profile": (None, [_INT]),
     "agq_profile_report": (_INT, [_TEXT, _INT]),

@@ -198,14 +198,14 @@ def test_record_says_whether_states_are_used_again(reuse: bool) -> None:
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [
-        (Pruning("newest", 0.5), "score for pruning is 'newest'"),
+        (Pruning("newest", 0.5), "pruning score is 'newest'"),
         (Pruning("first", -0.5), "threshold for pruning is -0.5"),
         (Pruning("first", float("nan")), "threshold for pruning is nan"),
         (Pruning("first", 1e39), "threshold for pruning is inf"),
         (Pruning("first", 1, keep=256), "keep the last 256 tokens"),
         (Pruning("first", 1, reach=16), "reach of importance for pruning is 16"),
-        (Pruning("learned", 1), "a direction is what the score 'learned'"),
-        (Pruning("recent", 1, direction=pruning_record.Direction(1, (1,))), "a direction is what the score 'learned'"),
+        (Pruning("learned", 1), "'learned' needs a direction"),
+        (Pruning("recent", 1, direction=pruning_record.Direction(1, (1,))), "'recent' has no direction"),
         (
             Pruning("learned", 1, direction=pruning_record.Direction(-1, (1,))),
             "factor of the direction for pruning is -1",

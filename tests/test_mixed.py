@@ -11,7 +11,7 @@ import pytest
 from low_level import PROMPT, LowModel, log, quick_agq4
 from reference_mixed import MixedReference
 
-from agq_gguf.runtime.plugin import plugin_library
+from agq_gguf.runtime.plugin import registered_library
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def chosen() -> np.ndarray:
     """Whether each token of the last call had 4 bits; empty if it was not mixed."""
-    library = plugin_library()
+    library = registered_library()
     n = library.agq_last_bits(None, 0)
     bits = (ctypes.c_int32 * n)()
     library.agq_last_bits(bits, n)

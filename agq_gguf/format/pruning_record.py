@@ -13,12 +13,33 @@ from agq_gguf.errors import FormatError
 MAX_KEEP, MAX_REACH = 255, 15  # of a pruning record
 
 
-SCORES = (
-    "first",
-    "received",
-    "recent",
-    "learned",
-)  # how the importance of a token is measured; the index is what is stored
+@dataclass(frozen=True)
+class Score:
+    """A way to measure the importance of a token (docs/pruning.md); cpp/scores computes it."""
+
+    name: str
+    keep: int = 64  # tokens at the end of a prompt that always stay, if the user does not say
+    reach: int = 2  # how far the importance of a token spreads to its neighbours, if the user does not say
+    is_tried: bool = False  # by calibration, if the user names no score
+    has_direction: bool = False  # learned by calibration and stored in the record
+
+
+# The position in this table is what files store.
+SCORE_TABLE = (
+    Score("first"),
+    Score("received"),
+    Score("recent", is_tried=True),
+    Score("learned", keep=32, reach=0, is_tried=True, has_direction=True),
+)
+SCORES = tuple(score.name for score in SCORE_TABLE)
+_BY_NAME = {score.name: score for score in SCORE_TABLE}
+
+
+def score_named(name: str) -> Score:
+    """The score of this name. Raises FormatError if there is none."""
+    if name not in _BY_NAME:
+        raise FormatError(f"the pruning score is {name!r}; known scores are {', '.join(SCORES)}")
+    return _BY_NAME[name]
 
 
 RECORD = struct.Struct("<BBBBf")
@@ -70,8 +91,7 @@ def pruning_bytes(channels: int = 0) -> int:
 
 def check_pruning(pruning: Pruning) -> None:
     """Raises FormatError unless every value of the record can be stored."""
-    if pruning.score not in SCORES:
-        raise FormatError(f"the score for pruning is {pruning.score!r}, known are {', '.join(SCORES)}")
+    score = score_named(pruning.score)
     with np.errstate(over="ignore"):
         threshold = np.float32(pruning.threshold)
     if not (np.isfinite(threshold) and threshold >= 0):
@@ -80,8 +100,9 @@ def check_pruning(pruning: Pruning) -> None:
         raise FormatError(f"pruning is to keep the last {pruning.keep} tokens, the most are {MAX_KEEP}")
     if not 0 <= pruning.reach <= MAX_REACH:
         raise FormatError(f"the reach of importance for pruning is {pruning.reach}, the largest is {MAX_REACH}")
-    if (pruning.direction is not None) != (pruning.score == "learned"):
-        raise FormatError("a direction is what the score 'learned' for pruning needs, and no other score has one")
+    if (pruning.direction is not None) != score.has_direction:
+        wanted = "needs a direction" if score.has_direction else "has no direction"
+        raise FormatError(f"the pruning score {pruning.score!r} {wanted}")
     if pruning.direction is not None:
         _check_direction(pruning.direction)
 
@@ -104,7 +125,7 @@ def decode_pruning(record: bytes) -> Pruning:
     score, keep, reach, flags, threshold = RECORD.unpack_from(record)
     if score >= len(SCORES) or flags > 1:
         raise FormatError(f"unknown pruning record (score {score}, flags {flags})")
-    direction = _decode_direction(record[RECORD.size :]) if SCORES[score] == "learned" else None
+    direction = _decode_direction(record[RECORD.size :]) if SCORE_TABLE[score].has_direction else None
     return Pruning(SCORES[score], threshold, keep, reach, bool(flags), direction)
 
 

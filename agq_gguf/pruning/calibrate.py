@@ -96,7 +96,7 @@ def calibrate_pruning(
         for way in ways:
             try:
                 holders = _Holders(held_by, {})
-                if way.score == "learned":
+                if way.score and pruning_record.score_named(way.score).has_direction:
                     holders = _learned(src, model, model.tokenize(text), allowed, way, progress)
                     run.model = stack.enter_context(_taught(src, dst, holders, way))
                 layers = sorted(set(allowed) & set(holders.tensors))

@@ -10,8 +10,6 @@ from agq_gguf.pruning.plan import (
     Plan,
 )
 
-_SUITS = {"learned": (32, 0)}  # keep and reach, where they are not (64, 2)
-
 
 @dataclass(frozen=True)
 class PruneOptions:
@@ -46,22 +44,19 @@ class PruneOptions:
 
     def plan(self, *thresholds: tuple[int, float]) -> Plan:
         """With these thresholds by layer."""
-        score = self.score or "recent"
-        keep, reach = _SUITS.get(score, (64, 2))
+        score = pruning_record.score_named(self.score or Plan.score)
         return Plan(
             thresholds,
-            score,
-            keep if self.keep is None else self.keep,
-            reach if self.reach is None else self.reach,
+            score.name,
+            score.keep if self.keep is None else self.keep,
+            score.reach if self.reach is None else self.reach,
             bool(self.reuse),
         )
 
     def ways(self) -> list[PruneOptions]:
         """What is left open, decided in each way that is worth a try."""
-        scores = (self.score,) if self.score else ("recent", "learned")
+        scores = [s for s in pruning_record.SCORE_TABLE if (s.name == self.score if self.score else s.is_tried)]
         reuse = (False, True) if self.reuse is None else (self.reuse,)
-        # What states are still good for is what a learned score tells.
-        tried = [
-            (score, again) for score in scores for again in reuse if score != "learned" or again or len(reuse) == 1
-        ]
-        return [replace(self, score=score, reuse=again) for score, again in tried]
+        # A learned direction says what the states of dropped tokens are still good for: without reuse it is no use.
+        tried = [(s.name, again) for s in scores for again in reuse if not s.has_direction or again or len(reuse) == 1]
+        return [replace(self, score=name, reuse=again) for name, again in tried]

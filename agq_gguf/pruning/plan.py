@@ -26,7 +26,7 @@ class Plan:
     """Which tokens of a prompt are dropped: behind these layers, those whose importance is below the threshold."""
 
     thresholds: tuple[tuple[int, float], ...]  # (layer, threshold), layers ascending
-    score: str = "recent"  # one of blocks.SCORES
+    score: str = "recent"  # one of pruning_record.SCORES
     keep: int = 0  # the last so many tokens of a call stay
     reach: int = 0  # a token counts as much as the best one at most so many places away
     reuse: bool = False  # later layers still get keys and values of dropped tokens, from the state in which they left
