@@ -74,7 +74,7 @@ def test_dry_run_writes_nothing(small: Path, tmp_path: Path) -> None:
         ("same file", 2, "is the model that is read"),
         ("no folder", 5, "cannot write there"),
         ("output type", 2, "unknown output type 'q3_k'"),
-        ("empty text", 2, "calibration text"),
+        ("empty text", 2, "the text is empty"),
         ("missing text", 2, "none.txt"),
         ("missing imatrix", 2, "none.gguf"),
         ("quantized source", 2, "already quantized"),

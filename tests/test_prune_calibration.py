@@ -271,7 +271,10 @@ def test_damage_is_named(llama_agq: Path, tmp_path: Path) -> None:
     raw = bytearray(llama_agq.read_bytes())
     raw[at] ^= 1
     (tmp_path / "bad.gguf").write_bytes(raw)
-    with open_gguf(tmp_path / "bad.gguf") as reader, pytest.raises(FormatError, match=r"bad.gguf: blk.1.ffn_up.weight"):
+    with (
+        open_gguf(tmp_path / "bad.gguf") as reader,
+        pytest.raises(FormatError, match=r"bad.gguf: tensor blk.1.ffn_up.weight"),
+    ):
         carriers(reader)
 
 

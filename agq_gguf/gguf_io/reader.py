@@ -12,6 +12,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -256,7 +257,9 @@ class Reader:
 
     def close(self) -> None:
         """Closes the file."""
-        self._map.close()
+        # An error on its way may hold views of the mapping in its traceback; it matters more, and frees them later.
+        with suppress(BufferError):
+            self._map.close()
         self._file.close()
 
     def __enter__(self) -> Reader:
