@@ -1,17 +1,19 @@
-"""Draws the pictures of docs/how-it-works.md as SVG; readable on light and dark pages.
+"""Draws the pictures of docs/how-it-works.md and README.md as SVG; readable on light and dark pages.
 
 python docs/figures/make_figures.py
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
+RESEARCH = HERE.parent / "research"
 STYLE = (
     "<style>text{font:14px system-ui,sans-serif;fill:#333}.box{fill:#e8f0fe;stroke:#4a6fa5;stroke-width:1.5}"
     ".out{fill:#fde7d3;stroke:#c77d2e;stroke-width:1.5}.line{stroke:#777;stroke-width:1.5;fill:none;marker-end:url(#a)}"
-    ".small{font-size:12px}</style>"
+    ".small{font-size:12px}.axis{stroke:#777;stroke-width:1.5;fill:none}</style>"
     '<defs><marker id="a" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
     '<path d="M0 0L10 5L0 10z" fill="#777"/></marker></defs>'
 )
@@ -96,6 +98,81 @@ def tile() -> str:
     return svg(820, 200, parts)
 
 
+def rows(page: str, header: str) -> dict[str, list[str]]:
+    """The rows of the first table of a research page whose header contains ``header``: first cell -> the others."""
+    lines = iter((RESEARCH / page).read_text(encoding="utf-8").splitlines())
+    if not any(line.startswith("|") and header in line for line in lines):
+        raise ValueError(f"docs/research/{page} has no table with {header!r} in its header")
+    next(lines)  # |---|
+    found = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        first, *others = (cell.strip(" *`") for cell in line.strip("|").split("|"))
+        found[first.replace("`", "")] = others
+    return found
+
+
+def between(cell: str) -> tuple[float, float]:
+    """The two ends of "4.53 to 4.56"; the same number twice if there is only one."""
+    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cell.split("±")[0])]
+    return numbers[0], numbers[-1]
+
+
+def comparison() -> str:
+    """Size against divergence, and speed, of stock types and AGQ4; the numbers come from docs/research."""
+    return svg(960, 410, [*_divergence(), *_speed()])
+
+
+def _divergence() -> list[str]:
+    sizes, measured = rows("quality.md", "bits per weight of the block"), rows("quality.md", "20400 positions")
+    points = [
+        *((name, name, f"{name}, both tables Q8_0", "box") for name in ("Q4_0", "Q4_K_S", "IQ4_XS")),
+        *((f"AGQ4 {q}", "AGQ4", f"AGQ4 {q}", "out") for q in ("fast", "balanced", "best")),
+    ]
+    parts = [
+        text(20, 24, "Divergence from the float model against size", ""),
+        '<path class="axis" d="M60 50V330H410"/>',
+        text(66, 58, "KL divergence x 1000 (lower is better)"),
+        text(190, 366, "bits per weight of the block matrices"),
+    ]
+    parts += [text(30, 334 - 1.6 * tick, f"{tick}") for tick in (0, 50, 100, 150)]
+    parts += [text(60 + (tick - 4.2) * 800 - 13, 348, f"{tick}") for tick in (4.25, 4.35, 4.45, 4.55)]
+    for label, size, row, kind in points:
+        x = 60 + (sum(between(sizes[size][0])) / 2 - 4.2) * 800
+        kl, _ = between(measured[row][3])
+        y = 330 - 1.6 * kl
+        parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
+        parts.append(text(round(x + 11, 1), round(y + 4, 1), f"{label}: {kl:g}"))
+    parts.append(text(20, 386, "SmolLM2-135M, rotated and zero-padded copy, WikiText-2. Token embedding and"))
+    parts.append(text(20, 402, "output matrix: Q8_0. Stock types: with an importance matrix. best: twice the text."))
+    return parts
+
+
+def _speed() -> list[str]:
+    measured = rows("performance.md", "prompt of 512, tokens/s")
+    parts = [
+        text(530, 24, "Speed, tokens/s (higher is better)", ""),
+        text(630, 50, "prompt of 512 tokens"), text(835, 50, "generation"),
+    ]  # fmt: skip
+    for i, name in enumerate(("AGQ4", "stock IQ4_XS", "stock Q4_K_S", "stock Q4_0", "stock Q8_0", "stock F16")):
+        y = 66 + 46 * i
+        parts.append(text(530, y + 18, name))
+        for x, width, cell in ((630, 0.32, measured[name][0]), (835, 0.9, measured[name][1])):
+            low, high = between(cell)
+            kind = "out" if name == "AGQ4" else "box"
+            parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{low * width:.1f}" height="26"/>')
+            if high > low:  # the range that was seen
+                parts.append(f'<path class="axis" d="M{x + low * width:.1f} {y + 13}H{x + high * width:.1f}m0 -6v12"/>')
+            shown = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            parts.append(text(round(x + high * width + 5, 1), y + 18, shown))
+    parts.append(text(530, 386, "1.1B LLaMA shape, random weights, every matrix in one type,"))
+    parts.append(text(530, 402, "2 threads, 2-core Zen 4 server with AVX-512 VNNI, 28 November 2026"))
+    return parts
+
+
+FIGURES = {"pipeline": pipeline, "trip": trip, "tile": tile, "comparison": comparison}
+
 if __name__ == "__main__":
-    for name, draw in (("pipeline", pipeline), ("trip", trip), ("tile", tile)):
+    for name, draw in FIGURES.items():
         (HERE / f"{name}.svg").write_text(draw(), encoding="utf-8")
