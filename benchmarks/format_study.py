@@ -2,7 +2,7 @@
 
 Every figure is a distance to the same model in f32, on text that calibration has not seen: the KL divergence of the
 next token for a language model (the demo model), 1 - cosine of sentence embeddings for an encoder (BERT in Hugging
-Face's files), both times 1000. The tables of docs/format-study.md come from
+Face's files), both times 1000. The tables of docs/research/format-study.md come from
 
     python benchmarks/format_study.py story --calibration calibration.txt --test evaluation.txt  (of agq_gguf/data)
     python benchmarks/format_study.py bert --model FOLDER --calibration A.txt --test B.txt

@@ -6,7 +6,7 @@
 MODEL is AGQ4 and was calibrated (``agq-gguf calibrate-pruning``). Its own setting is compared with no pruning, with
 random pruning and the paper's score behind the same layers, with and without states used again, and with leaving out
 the oldest tokens of the prompt, all at the same saving of work. --needles is for chat models (needles.py), --recall for
-the story model. The tables of docs/pruning.md are from here.
+the story model. The tables of docs/research/pruning.md are from here.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Settings take turns in one run, "off" first; medians. Prompts are random tokens: give shares, not thresholds. "decode"
 is one token behind a prompt; its overhead is the planning of a step (the scan for dropped tokens, masks), measured
-inside the plugin, so that it does not hide in the noise of the steps. docs/pruning.md, "Speed", is from here.
+inside the plugin, so that it does not hide in the noise of the steps. docs/research/pruning.md, "Speed", is from here.
 """
 
 from __future__ import annotations

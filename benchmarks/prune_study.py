@@ -2,7 +2,7 @@
 
 Tokens are physically removed behind the pruning layers, as the plugin does it. What follows a prompt is measured: its
 negative log-likelihood (NLL), the KL divergence to the model that keeps everything, and whether facts of the prompt are
-still answered. Ways that the plugin does not know can be tried, too. The tables of docs/pruning.md come from
+still answered. Ways that the plugin does not know can be tried, too. The tables of docs/research/pruning.md come from
 
     python benchmarks/prune_study.py scores MODEL --plan 2:0.4 [--recall SEED] [--text TEXT]
     python benchmarks/prune_study.py outliers MODEL --plan 2:0.4 --text TEXT

@@ -7,7 +7,7 @@ New channels of the residual stream and of the feed-forward network are zero eve
 RMS norms count the new zeros, so their weights and epsilon are scaled by what the mean of squares loses. Quantized
 tensors are dequantized to F16, so a model that exists only in a quantized type can serve as the float model of a
 comparison (say so: that type's grid is then exact for it, others' are not). Used for the real checkpoint of
-docs/quality.md and docs/pruning.md.
+docs/research/quality.md and docs/research/pruning.md.
 """
 
 from __future__ import annotations

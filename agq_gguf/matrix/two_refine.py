@@ -48,10 +48,10 @@ def choose(sample: NDArray[np.float32], capacity: int, bits: int, scale: str, en
     """Best refinement for an input of which `sample` [n, K] holds some rows; at most `capacity` channels are listed.
 
     `scale` is one of `blocks.ACTIVATION_SCALES`. Where nearly all channels can be listed they are, by descending
-    energy: channels of like energy then share a group, and with it the scale of their weights, which lowers the error
-    of weights (docs/format-study.md), and outliers are together. A shorter list mixes the others badly, so it holds
-    outliers only, and only if activations gain by it. Rotation makes the channels of a group alike: exponents bring
-    nothing then, and order takes away (docs/quality.md), so there are none.
+    energy: channels of similar energy then share a group, and with it the scale of their weights, which lowers the
+    error of weights (docs/research/format-study.md), and outliers are together. A shorter list mixes the others badly,
+    so it holds outliers only, and only if activations gain by it. Rotation makes the channels of a group alike: then
+    exponents bring nothing and an order makes it worse (docs/research/quality.md), so there are none.
     """
     x, columns = sample.astype(np.float64), sample.shape[1]
     plain = none(columns)

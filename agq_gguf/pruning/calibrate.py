@@ -3,7 +3,7 @@
 Prompts are cut from the text. Every second one ends with the beginning of an earlier part of it, as a question ends a
 prompt. The model runs them with pruning as it will run later, inside the plugin, and what it then says about the 64
 tokens that follow, or about the rest of the repeated part, is compared with what it says when nothing is dropped. See
-docs/pruning.md, "Calibration".
+docs/pruning-design.md, "How calibration chooses".
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def plan(
 
     `output_type` is for the matrix that yields the logits: `output.weight`, or the embedding when there is none and the
     model shares it; "auto" means Q8_0. `embedding_type` is for an embedding that is only looked up; "auto" means Q8_0
-    below 1024 columns, where it is a large part of what 4 bits lose, and costs little (docs/format-study.md).
+    below 1024 columns, where it is a large part of what 4 bits lose, and costs little (docs/research/format-study.md).
     """
     for option, name in (("output type", output_type), ("embedding type", embedding_type), ("type", default_type)):
         if name not in TARGET_TYPES and (option == "type" or name != "auto"):

@@ -5,7 +5,7 @@ rounded tensor changes in its product, g the gradient of -log p of a token drawn
 Tensors are rounded one at a time and on their own, without error feedback, which helps all alike.
 
 Elsewhere it is the relative squared error of the product. Blocks then count alike, and the output matrix as all of them
-together: about what was measured where the graph is known (docs/quality.md).
+together: about what was measured where the graph is known (docs/research/quality.md).
 """
 
 from __future__ import annotations
