@@ -19,15 +19,18 @@ from agq_gguf.cli.app import app
 TARGET = Path(__file__).parent / "commands.md"
 HEAD = """# Commands
 
-Made from the program itself by `docs/make_commands.py`. `agq-gguf --version` shows the versions of all that matters,
-`agq-gguf --debug COMMAND` tracebacks and the log of llama.cpp. Exit codes: 0 all went well, 2 a file or an option
-cannot be used, 3 damaged AGQ4 data, 4 the installed llama-cpp-python cannot be used, 5 the result cannot be written.
+`docs/make_commands.py` writes this page from the program itself. `agq-gguf --version` shows the versions of this
+package and of the packages it needs. `agq-gguf --debug COMMAND` shows tracebacks and llama.cpp's log. Exit codes:
+0 success, 2 a file or an option cannot be used, 3 damaged AGQ4 data, 4 the installed llama-cpp-python cannot be used or
+a package is missing, 5 the result cannot be written.
 """
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any, Any]]:
-    """Name, type, typer's description and default of each parameter; read from the signature, not from typer's inside,
-    which differs between releases."""
+    """Name, type, typer's description and default of each parameter.
+
+    They come from the signature, because typer's internals differ between releases.
+    """
     hints = typing.get_type_hints(function, include_extras=True)
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -37,7 +40,7 @@ def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any, Any]]
 
 
 def _value(kind: Any, described: Any) -> str:
-    """What stands for an option's value."""
+    """The placeholder for an option's value."""
     if described.metavar:
         return str(described.metavar)
     plain = [part for part in typing.get_args(kind) if part is not type(None)] or [kind]
@@ -47,10 +50,15 @@ def _value(kind: Any, described: Any) -> str:
     return {int: "N", float: "X", Path: "FILE", str: "TEXT"}.get(inner[0], "VALUE")
 
 
+def _argument(name: str, kind: Any, described: Any) -> str:
+    """An argument's name, with dots if it may be repeated."""
+    return (described.metavar or name.upper()) + ("..." if typing.get_origin(kind) is list else "")
+
+
 def _row(name: str, kind: Any, described: Any, default: Any) -> str:
     help_text = " ".join((described.help or "").split()).replace("|", "\\|")
     if isinstance(described, ArgumentInfo):
-        return f"| `{described.metavar or name.upper()}` | {help_text} | |"
+        return f"| `{_argument(name, kind, described)}` | {help_text} | |"
     # Inside Annotated, the first name stands where the default would be.
     declared = [described.default] if isinstance(described.default, str) else []
     names = [part for text in [*declared, *(described.param_decls or ())] for part in text.split("/")]
@@ -73,7 +81,7 @@ def reference() -> str:
     }
     for name, function in sorted(commands.items()):
         parameters = _parameters(function)
-        arguments = " ".join(d.metavar or n.upper() for n, _, d, _ in parameters if isinstance(d, ArgumentInfo))
+        arguments = " ".join(_argument(n, k, d) for n, k, d, _ in parameters if isinstance(d, ArgumentInfo))
         options = " [OPTIONS]" if any(isinstance(d, OptionInfo) for _, _, d, _ in parameters) else ""
         parts += ["", f"## {name}", "", inspect.cleandoc(function.__doc__ or "")]
         parts += ["", f"    agq-gguf {name} {arguments}".rstrip() + options]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from command_line import COMMAND, environment, heeding_interrupts, process, run
 
 import agq_gguf
@@ -37,11 +38,21 @@ def test_help_is_light() -> None:
         assert "Usage: agq-gguf" in shown.stdout
 
 
-def test_every_command_has_help() -> None:
-    names = {command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands}
-    assert names >= {"quantize", "inspect", "evaluate", "bench", "generate", "chat", "backend-path", "demo"}
-    for name in names:
-        assert "Usage" in run(name, "--help").stdout
+def test_help_at_80_columns() -> None:
+    """No option name and no summary is cut, and no line is longer."""
+    commands = typer.main.get_command(cli.app).commands
+    assert set(commands) >= {"quantize", "inspect", "evaluate", "bench", "generate", "chat", "backend-path", "demo"}
+    narrow = {"COLUMNS": "80", "TERM": "dumb"}
+    summaries = run("--help", env=narrow).stdout
+    assert "..." not in summaries.split("Commands:")[1] and "…" not in summaries
+    for name, command in commands.items():
+        assert re.search(rf"^  {name} +\S", summaries, re.MULTILINE)
+        shown = run(name, "--help", env=narrow).stdout
+        assert max(map(len, shown.splitlines())) <= 80, name
+        assert "Usage" in shown and "…" not in shown
+        options = [name for parameter in command.params for name in parameter.opts + parameter.secondary_opts]
+        for option in options:
+            assert not option.startswith("-") or re.search(rf"(?<!\S){option}(?![\w-])", shown), (name, option)
 
 
 def test_version() -> None:
@@ -310,4 +321,4 @@ def test_demo(shown_demo: list[Path], tmp_path: Path) -> None:
     assert shown_demo[1] == tmp_path / "a" / "b"
     assert shown_demo[1].is_dir()
     (tmp_path / "file").write_text("")
-    assert "cannot be used as a folder" in run("demo", "--keep", tmp_path / "file", code=2).stderr
+    assert "cannot create this folder" in run("demo", "--keep", tmp_path / "file", code=2).stderr

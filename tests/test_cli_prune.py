@@ -118,7 +118,7 @@ def test_json(unpruned: Path, words_file: Path, tmp_path: Path) -> None:
     [
         ([], 2, "needs a text; give one with --calibration"),
         (["--calibration", "{words}", "--layers", "3"], 2, "layer 3 cannot be a pruning layer; possible are [0, 1, 2]"),
-        (["--calibration", "{words}", "--layers", "1,x"], 2, "wanted layers"),
+        (["--calibration", "{words}", "--layers", "1,x"], 2, "expected layer numbers such as 3,7, got '1,x'"),
         (["--calibration", "{words}", "--score", "newest"], 2, "unknown score 'newest'"),
         (["--calibration", "{words}", "--share", "0.8", "--keep", "255"], 2, "out of reach"),
         (["--calibration", "{short}"], 2, "at least 512 are needed"),

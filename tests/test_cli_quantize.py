@@ -13,6 +13,7 @@ import pytest
 import typer
 from command_line import CONTROL, environment, run
 
+from agq_gguf import errors
 from agq_gguf.cli.options import parse_size
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.matrix.options import MatrixOptions
@@ -112,7 +113,8 @@ def test_quantize_without_torch(small: Path, tmp_path: Path) -> None:
         env=environment(),
     )
     assert (shown.returncode, shown.stdout) == (4, "")
-    assert shown.stderr == "error: quantizing needs torch: pip install 'agq-gguf[convert]'\n"
+    wanted = errors.install_command("convert", "torch")
+    assert shown.stderr == f"error: quantizing needs torch, which is not installed; install it with: {wanted}\n"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_sizes(text: str, n_bytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4 Q", "1e9", "nan"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is no size"):
+    with pytest.raises(typer.BadParameter, match="expected a size such as 4G"):
         parse_size(text)
 
 

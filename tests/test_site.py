@@ -120,5 +120,5 @@ def test_tutorial(tmp_path: Path) -> None:
         env=environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "whole (" in result.stdout
+    assert "intact (" in result.stdout
     assert (tmp_path / "work" / "report.html").stat().st_size > 1 << 20

@@ -20,8 +20,8 @@ from agq_gguf.cli import bench, chat, demo, evaluate, import_hf, inspect, prune,
 from agq_gguf.cli import output as show
 from agq_gguf.errors import AgqError, HostError
 
-_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
-_BROKEN_PIPE = 141  # as shells report a process whose reader went away
+_INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+_BROKEN_PIPE = 141  # what shells report for a process whose output pipe was closed
 
 
 class _Commands(TyperGroup):
@@ -39,7 +39,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted", _INTERRUPTED)
         except BrokenPipeError:
-            # Nobody reads any more: the flush at the end of the process must not complain either.
+            # The reader of stdout has gone. Redirect stdout, so that the flush at the end of the process succeeds.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(_BROKEN_PIPE) from None
         except (OSError, MemoryError) as e:
@@ -55,6 +55,7 @@ def _fail(message: str, exit_code: int) -> None:
 
 app = typer.Typer(
     cls=_Commands,
+    rich_markup_mode=None,  # plain help: rich's tables cut option names in a terminal of 80 columns
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -64,7 +65,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of ``agq-gguf``."""
-    # A polite request to end cleans up like Ctrl-C: half-written files are removed.
+    # SIGTERM cleans up as Ctrl-C does: half-written files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="agq-gguf")
 
@@ -89,12 +90,12 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log of llama.cpp.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and llama.cpp's log.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show versions and exit.")
     ] = False,
 ) -> None:
-    """Quantize GGUF models to AGQ4 (4.25 bits per weight) and run them in the stock llama-cpp-python."""
+    """Quantize GGUF models to AGQ4 (4.25 bits per weight) and run them in stock llama-cpp-python."""
     if debug:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
 

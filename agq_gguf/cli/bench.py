@@ -18,23 +18,26 @@ if TYPE_CHECKING:
 
 
 def bench(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="GGUF files.", show_default=False)],
-    prompt: Annotated[int, typer.Option("-p", "--prompt", min=0, help="Tokens of the prompt; 0: none.")] = 512,
-    generation: Annotated[int, typer.Option("-n", "--generate", min=0, help="Tokens to generate; 0: none.")] = 128,
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="GGUF files.", show_default=False)],
+    prompt: Annotated[int, typer.Option("-p", "--prompt", min=0, help="Tokens in the prompt; 0: no prompt.")] = 512,
+    generation: Annotated[
+        int, typer.Option("-n", "--generate", min=0, help="Tokens to generate; 0: no generation.")
+    ] = 128,
     threads: Threads = 0,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Turns of each model.")] = 5,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Runs of each model.")] = 5,
     flash_attention: FlashOption = Flash.auto,
-    depth: Annotated[int, typer.Option(min=0, help="Tokens in the cache before the generation begins.")] = 0,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences that generate side by side.")] = 1,
-    profile: Annotated[bool, typer.Option("--profile", help="Also print the time per kind of node.")] = False,
+    depth: Annotated[int, typer.Option(min=0, help="Tokens in the cache before generation begins.")] = 0,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences that generate at the same time.")] = 1,
+    profile: Annotated[bool, typer.Option("--profile", help="Also print the time per kind of graph node.")] = False,
     plot: PlotOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure speed, memory and start, the models taking turns.
+    """Measure speed, memory use and load time of models.
 
-    Prints medians and quartiles of tokens/s and ratios to the first model; the memory and the time from opening the
-    file to the first token are those of a fresh process for each model.
+    The models alternate in one run, so that other work on the machine slows all of them. Prints the median and the
+    quartiles of tokens/s, and the ratio to the first model. Memory use, and the time from opening the file to the
+    first token, are measured in a fresh process for each model.
     """
     from agq_gguf.measure.bench import bench as run
     from agq_gguf.runtime.library import default_threads
@@ -63,12 +66,12 @@ def bench(
         return
     show_bench(results)
     show_profiles(results)
-    show.say("tokens/s: median ± half the distance of the quartiles; ratio: to the first model")
+    show.say("tokens/s: median ± half the interquartile range; ratio: to the first model")
     show.say(f"{threads} threads, flash attention {flash_attention.value}, {repetitions} repetitions")
 
 
 def show_bench(results: list[Result]) -> None:
-    """Speeds, one line for each model."""
+    """Prints speeds, one line for each model."""
     columns = ["model", ">file"]
     for part in ("prompt", "generation"):
         speed = getattr(results[0], part)
@@ -94,7 +97,7 @@ def _speed(speed: Speed | None) -> tuple[str, str]:
 
 
 def show_profiles(results: list[Result]) -> None:
-    """Where the time goes, for results that know."""
+    """Prints the time per kind of node, for results that have it."""
     for result in results:
         for part, times in (("prompt", result.prompt_profile), ("generation", result.generation_profile)):
             if times:

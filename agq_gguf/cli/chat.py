@@ -15,17 +15,21 @@ from agq_gguf.cli.prune import pruning, read_prompt
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue.", show_default=False)],
-    tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Tokens to generate, at most.")] = 128,
+    tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Maximum number of tokens to generate.")] = 128,
     temperature: Temperature = 0.8,
     seed: Seed = -1,
     context: Context = 0,
     threads: Threads = 0,
     prune: Annotated[
         str | None,
-        typer.Option(help="What to prune, such as off or 3:0.5; none: what the file says.", show_default=False),
+        typer.Option(
+            help="Pruning, such as off, or 3:0.5 (drop half of the prompt's tokens after layer 3); "
+            "default: what the file says.",
+            show_default=False,
+        ),
     ] = None,
     show_pruned: Annotated[
-        bool, typer.Option("--show-pruned", help="Print the prompt first, with the tokens that were dropped marked.")
+        bool, typer.Option("--show-pruned", help="First print the prompt and mark the dropped tokens.")
     ] = False,
 ) -> None:
     """Continue a text."""
@@ -42,14 +46,17 @@ def generate(
 
 def chat(
     model: ModelArgument,
-    system: Annotated[str, typer.Option(help="What the model is told first.", show_default=False)] = "",
-    tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Tokens of an answer, at most.")] = 512,
+    system: Annotated[str, typer.Option(help="System prompt.", show_default=False)] = "",
+    tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Maximum number of tokens per answer.")] = 512,
     temperature: Temperature = 0.8,
     seed: Seed = -1,
     context: Context = 0,
     threads: Threads = 0,
 ) -> None:
-    """Talk with a model, line by line; end with Ctrl-D. Lines may also come from a pipe."""
+    """Chat with a model, line by line; end with Ctrl-D.
+
+    Lines may also come from a pipe.
+    """
     from agq_gguf.runtime.text import chat_answer, open_llama
 
     llama = open_llama(model, context=context, threads=threads)
@@ -72,7 +79,7 @@ def chat(
 
 
 def _stream(pieces: Any) -> str:
-    """Prints pieces of text as they come, and a line end; returns the whole."""
+    """Prints pieces of text as they come, then a line end; returns the whole text."""
     whole = []
     for piece in pieces:
         whole.append(piece)

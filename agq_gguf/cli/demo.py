@@ -19,26 +19,32 @@ if TYPE_CHECKING:
 
 
 def backend_path() -> None:
-    """Print the path of the plugin, for GGML_BACKEND_PATH of llama-bench, llama-cli, llama-server."""
+    """Print the path of the plugin.
+
+    Set GGML_BACKEND_PATH to it, and llama-bench, llama-cli and llama-server load the plugin.
+    """
     from agq_gguf.native import backend_path as locate
 
     show.say(str(locate()))
 
 
 def demo(
-    keep: Annotated[Path | None, typer.Option(help="Folder for the models made.", show_default=False)] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep the models in this folder.", show_default=False)] = None,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize the small model in this package, run it, and compare it with stock Q4_0."""
+    """Quantize a small model, run it, compare it with Q4_0.
+
+    The model is part of this package. Q4_0 is llama.cpp's own 4-bit type, made from the same file.
+    """
     from agq_gguf import demo as demonstration
 
     if keep is not None:
         try:
             keep.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise InputError(f"{keep}: cannot be used as a folder: {e.strerror}") from e
+            raise InputError(f"{keep}: cannot create this folder: {e.strerror}") from e
     with (
         tempfile.TemporaryDirectory(prefix="agq-gguf-") if keep is None else nullcontext(str(keep)) as folder,
         show.ProgressView(quiet=quiet or as_json) as view,
@@ -53,8 +59,8 @@ def demo(
 
 
 def show_demonstration(shown: Demonstration) -> None:
-    """The text and the one table."""
-    show.say(f"\nThe AGQ4 model, asked to continue {shown.prompt!r}:\n\n{shown.text}\n")
+    """Prints the generated text and the table of results."""
+    show.say(f"\nThe AGQ4 model continues {shown.prompt!r}:\n\n{shown.text}\n")
     show.table(
         ["model", ">file", ">bits per weight", ">KL to F16", ">perplexity", ">prompt tokens/s", ">generation tokens/s"],
         [

@@ -19,22 +19,23 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: ModelArgument,
-    reference: Annotated[Path, typer.Option(help="The model to compare with, usually F16.", show_default=False)],
-    text: Annotated[Path, typer.Option(help="UTF-8 text file.", show_default=False)],
+    reference: Annotated[Path, typer.Option(help="Model to compare with, usually F16.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file to score.", show_default=False)],
     context: Annotated[
-        int, typer.Option("--ctx", "-c", min=0, help="Tokens of a chunk; 0: 512, or less if the models need it.")
+        int, typer.Option("--ctx", "-c", min=0, help="Tokens per chunk; 0: 512, or fewer if a model allows only fewer.")
     ] = 0,
-    chunks: Annotated[int, typer.Option(min=0, help="Use only the first chunks; 0: all.")] = 0,
+    chunks: Annotated[int, typer.Option(min=0, help="Score only the first N chunks; 0: all.")] = 0,
     threads: Threads = 0,
     flash_attention: FlashOption = Flash.auto,
     plot: PlotOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare a model with its reference: perplexity, KL divergence, agreement on the likeliest token.
+    """Compare a model with its reference model.
 
-    The text is cut into chunks of --ctx tokens and the second half of each is scored, as llama-perplexity does; a rest
-    shorter than a chunk is left out. Both models run at the same time, chunk by chunk.
+    Prints perplexity, KL divergence, and how often both models find the same token most likely. The text is cut into
+    chunks of --ctx tokens. As in llama-perplexity, the second half of each chunk is scored, and a last chunk that is
+    too short is left out. Both models run at the same time, chunk by chunk.
     """
     from agq_gguf.measure.evaluate import evaluate as run
 
@@ -61,7 +62,7 @@ def evaluate(
 
 
 def show_evaluation(found: Evaluation) -> None:
-    """The figures of a comparison."""
+    """Prints the figures of a comparison."""
     show.table(
         ["", ">value"],
         [
@@ -69,9 +70,9 @@ def show_evaluation(found: Evaluation) -> None:
             ["perplexity of the reference", f"{found.reference_perplexity:.4f}"],
             ["KL divergence, mean", f"{found.mean_kl:.6f} ± {found.mean_kl_error:.6f}"],
             ["KL divergence, median", f"{found.median_kl:.6f}"],
-            ["KL divergence, 99.9%", f"{found.kl_999:.6f}"],
+            ["KL divergence, 99.9th percentile", f"{found.kl_999:.6f}"],
             ["KL divergence, maximum", f"{found.max_kl:.6f}"],
-            ["same likeliest token", f"{found.top1_agreement:.2%}"],
+            ["same most likely token", f"{found.top1_agreement:.2%}"],
         ],
     )
     show.say(f"{found.positions} positions scored, in {found.chunks} chunks of {found.context} tokens")

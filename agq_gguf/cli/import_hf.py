@@ -10,7 +10,7 @@ import typer
 
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Quiet
-from agq_gguf.errors import HostError
+from agq_gguf.errors import missing_package
 
 
 class OutType(str, Enum):
@@ -23,26 +23,28 @@ class OutType(str, Enum):
 
 def import_hf(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Folder with config.json and weights.", show_default=False)
+        Path,
+        typer.Argument(metavar="CHECKPOINT_DIR", help="Folder with config.json and the weights.", show_default=False),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="GGUF file to write; replaced when all went well.", show_default=False)
+        Path,
+        typer.Argument(metavar="OUT", help="GGUF file to write; replaced only when complete.", show_default=False),
     ],
-    outtype: Annotated[OutType, typer.Option(help="Type of the matrices.")] = OutType.f16,
+    outtype: Annotated[OutType, typer.Option(help="Type of the matrices in the file.")] = OutType.f16,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Run the code in PyTorch files; only if you trust their author.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Import a Hugging Face checkpoint of LLaMA, OPT or BLOOM as a float GGUF.
+    """Convert a Hugging Face checkpoint to a float GGUF.
 
-    Stock llama.cpp runs the result, and `quantize` takes it. For all other models use convert_hf_to_gguf.py of
-    llama.cpp.
+    Supports LLaMA, OPT and BLOOM. Stock llama.cpp runs the result, and `quantize` accepts it. For all other models use
+    llama.cpp's convert_hf_to_gguf.py.
     """
     try:
         from agq_gguf.import_hf import import_checkpoint
     except ImportError as e:
-        raise HostError(f"importing needs {e.name}: pip install 'agq-gguf[convert]'") from e
+        raise missing_package("importing", e, "convert") from e
     with show.ProgressView(quiet=quiet) as view:
         report = import_checkpoint(
             checkpoint, target, outtype=outtype.value, allow_pickle=allow_pickle, progress=view.update

@@ -28,7 +28,7 @@ def inspect(model: ModelArgument, as_json: Json = False) -> None:
 
 
 def show_model(info: ModelInfo) -> None:
-    """What is in a file."""
+    """Prints what is in a file."""
     show.say(f"{info.path}: {info.name or 'unnamed'}, architecture {info.architecture or 'unknown'}")
     show.say(
         f"{info.parameters / 1e6:.2f} million parameters, {show.size(info.file_bytes)}, "
@@ -53,19 +53,22 @@ def show_model(info: ModelInfo) -> None:
 
 
 def _attributes(tensor: TensorInfo) -> str:
-    """One line about the parameters inside an AGQ4 tensor."""
+    """The parameters of an AGQ4 tensor in one line."""
     if tensor.problem:
         return f"DAMAGED: {tensor.problem}"
     found = tensor.agq
     if found is None:
         return ""
     experts = f"{found.matrices} experts, " if found.matrices > 1 else ""
-    pruning = f", drops tokens with {found.pruning.score} < {found.pruning.threshold:.4g}" if found.pruning else ""
+    pruning = (
+        f", drops tokens with score {found.pruning.score} < {found.pruning.threshold:.4g}" if found.pruning else ""
+    )
     activations = f"{experts}{found.activation_bits}-bit activations, scale: {found.activation_scale}"
     refined = ""
     if found.exponent_max or found.listed_channels:
         refined = (
-            f", exponents {found.exponent_min}..{found.exponent_max} ({found.exponents_nonzero:.0%} refined), "
-            f"order of {found.listed_channels}"
+            f", exponents {found.exponent_min}..{found.exponent_max} "
+            f"({found.exponents_nonzero:.0%} of groups refined), "
+            f"{found.listed_channels} channels reordered"
         )
     return activations + refined + pruning

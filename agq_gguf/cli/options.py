@@ -11,11 +11,11 @@ import typer
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as ``4G``, ``512M``, ``1.5GiB`` or ``1000000``; units are binary."""
+    """Bytes in a size such as ``4G``, ``512M``, ``1.5GiB`` or ``1000000``; units are binary."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
     n_bytes = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
     if n_bytes <= 0:
-        raise typer.BadParameter(f"{text!r} is no size; wanted something like 4G or 512M")
+        raise typer.BadParameter(f"expected a size such as 4G or 512M, got {text!r}")
     return n_bytes
 
 
@@ -35,7 +35,9 @@ class Flash(str, Enum):
     off = "off"
 
 
-ModelArgument = Annotated[Path, typer.Argument(help="GGUF file, AGQ4 or any other type.", show_default=False)]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="GGUF file of type AGQ4 or any other.", show_default=False)
+]
 
 
 Threads = Annotated[int, typer.Option("--threads", "-t", min=0, help="CPU threads; 0: all.")]
@@ -47,17 +49,19 @@ FlashOption = Annotated[Flash, typer.Option("--flash-attn", help="Flash attentio
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-Context = Annotated[int, typer.Option("--ctx", "-c", min=0, help="Context in tokens; 0: the model's, at most 4096.")]
+Context = Annotated[
+    int, typer.Option("--ctx", "-c", min=0, help="Context length in tokens; 0: the model's, at most 4096.")
+]
 
 
-Temperature = Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0: always the likeliest token.")]
+Temperature = Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0: always the most likely token.")]
 
 
-Seed = Annotated[int, typer.Option("--seed", "-s", min=-1, help="Seed of the random choice; -1: another each time.")]
+Seed = Annotated[int, typer.Option("--seed", "-s", min=-1, help="Random seed; -1: a new one each time.")]
 
 
 PlotOption = Annotated[
-    Path | None, typer.Option("--plot", help="Picture to draw, such as FILE.png.", show_default=False)
+    Path | None, typer.Option("--plot", help="Draw a picture into this file, such as FILE.png.", show_default=False)
 ]
 
 

@@ -1,4 +1,4 @@
-"""How the command line shows things: tables, progress, sizes."""
+"""What the command line prints: tables, progress, sizes."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from rich.table import Column, Table
 
 from agq_gguf.gguf_io.tensor_names import split_name
 
-_PLAIN_WIDTH = 200  # of tables in a file or a pipe, where nothing needs folding
-_LINES = 10  # of plain progress, for a phase
+_PLAIN_WIDTH = 200  # columns of a table in a file or a pipe
+_LINES = 10  # lines of plain progress for each phase
 
 
 def safe(text: object) -> str:
-    """Text fit for the terminal: names in a file may hold escape sequences, bytes that are no text, or any script."""
+    """Text that is safe to print. Names in a file may hold escape sequences, or characters the terminal lacks."""
     clean = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in str(text))
     encoding = sys.stdout.encoding or "utf-8"
     return clean.encode(encoding, "replace").decode(encoding)
 
 
 class _Console(Console):
-    """Leaves a reader that went away to the caller, as plain writes do."""
+    """A console that raises when the output pipe is closed, as plain writes do."""
 
     def on_broken_pipe(self) -> None:
-        """Raises what rich would turn into a silent end of the process."""
+        """Raises BrokenPipeError; rich would end the process silently."""
         raise BrokenPipeError
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console on the present stdout or stderr that takes text as it is."""
+    """A console on the current stdout or stderr that prints text unchanged."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=None if terminal else _PLAIN_WIDTH)
 
@@ -60,7 +60,7 @@ def write_json(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints a table to stdout; a name that begins with ``>`` is that of a column aligned right, as numbers are."""
+    """Prints a table to stdout; columns whose name begins with ``>`` are aligned right, as for numbers."""
     out = console()
     style = box.SIMPLE_HEAD if out.is_terminal else None
     shown = Table(box=style, pad_edge=False, header_style="bold")
@@ -72,7 +72,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for people, in binary units."""
+    """A number of bytes as text, in binary units."""
     for unit in ("B", "KiB", "MiB"):
         if abs(n_bytes) < 1024:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
@@ -85,11 +85,11 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-_UNITS = {"calibrate": "tokens", "quantize": "weights", "verify": "B"}  # what a phase counts, where people care
+_UNITS = {"calibrate": "tokens", "quantize": "weights", "verify": "B"}  # what a phase counts; others show no speed
 
 
 def resident() -> int:
-    """Bytes of memory that this process occupies; 0 where the system does not tell."""
+    """Bytes of memory that this process occupies; 0 if the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
@@ -97,7 +97,7 @@ def resident() -> int:
 
 
 def _rate(phase: str, done: int, seconds: float) -> str:
-    """Speed of a phase in its own unit, '' if it has none or nothing is done yet."""
+    """Speed of a phase in its own unit; '' if it has none or nothing is done yet."""
     unit = _UNITS.get(phase)
     if unit is None or done <= 0 or seconds <= 0:
         return ""
@@ -111,7 +111,7 @@ def _rate(phase: str, done: int, seconds: float) -> str:
 
 
 def _place(what: str) -> str:
-    """A tensor of a layer as people say it: ``layer 3, attn_q.weight``."""
+    """A tensor name in words: ``layer 3, attn_q.weight``."""
     layer, rest = split_name(what)
     return what if layer is None else f"layer {layer}, {rest}"
 
@@ -126,8 +126,8 @@ class ProgressView:
         self._quiet = quiet
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._begun: dict[str, tuple[float, int]] = {}  # when and where a phase began
-        self._lines: dict[str, int] = {}  # the last one shown of each phase
+        self._begun: dict[str, tuple[float, int]] = {}  # time and units done when a phase began
+        self._lines: dict[str, int] = {}  # number of the last line shown for each phase
 
     def __enter__(self) -> ProgressView:
         """Starts the display."""
@@ -146,12 +146,12 @@ class ProgressView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        """Leaves the terminal as it was."""
+        """Restores the terminal."""
         if self._bars is not None:
             self._bars.stop()
 
     def update(self, phase: str, done: int, total: int, what: str) -> None:
-        """Takes note that `done` of `total` units of a phase are done, and shows it."""
+        """Shows that `done` of `total` units of a phase are done."""
         if self._quiet:
             return
         begun, first = self._begun.setdefault(phase, (time.monotonic(), done))

@@ -1,4 +1,4 @@
-"""The command `calibrate-pruning`, and how prompts with dropped tokens are shown."""
+"""The command `calibrate-pruning`, and the display of prompts with dropped tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from agq_gguf.pruning.calibrate import PruneReport
     from agq_gguf.text import LoadedText
 
-# What left early is the reddest; layers beyond the list share its last colour.
+# One colour for each pruning layer, the earliest first; further layers share the last colour.
 _COLOURS = ("red", "dark_orange", "yellow", "green", "cyan", "blue")
 
 
@@ -28,25 +28,25 @@ def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise typer.BadParameter(f"{text!r}: wanted layers, such as 3,7") from None
+        raise typer.BadParameter(f"expected layer numbers such as 3,7, got {text!r}") from None
 
 
 def calibrate_pruning(
-    model: Annotated[Path, typer.Argument(help="AGQ4 model.", show_default=False)],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="AGQ4 model.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; none: MODEL itself.", show_default=False)
+        Path | None, typer.Option("--output", "-o", help="File to write; default: MODEL itself.", show_default=False)
     ] = None,
     share: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of a long prompt's work to save; 0: never drop tokens.")
     ] = 0.3,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text file, ideally like what the model will read.", show_default=False)
+        Path | None, typer.Option(help="Text file similar to what the model will read.", show_default=False)
     ] = None,
     score: Annotated[
         str | None,
         typer.Option(
-            help="What makes a token important: recent, received, first or learned; none: the better of recent and "
-            "learned.",
+            help="How to measure the importance of a token: recent, received, first or learned; default: the better "
+            "of recent and learned.",
             show_default=False,
         ),
     ] = None,
@@ -55,7 +55,7 @@ def calibrate_pruning(
         typer.Option(
             min=0,
             max=255,
-            help="So many tokens at the end always stay; none: 64, or 32 if learned.",
+            help="Always keep the last N tokens; default: 64, or 32 for the score learned.",
             show_default=False,
         ),
     ] = None,
@@ -64,7 +64,7 @@ def calibrate_pruning(
         typer.Option(
             min=0,
             max=15,
-            help="Neighbours so far from an important token stay; none: 2, or 0 if learned.",
+            help="Each token gets the highest importance within N places; default: 2, or 0 for the score learned.",
             show_default=False,
         ),
     ] = None,
@@ -72,21 +72,24 @@ def calibrate_pruning(
         bool | None,
         typer.Option(
             "--reuse/--no-reuse",
-            help="Later layers can still look at dropped tokens as they were; none: chosen on the text.",
+            help="Let later layers still attend to dropped tokens, as they were when dropped; default: chosen by "
+            "calibration.",
             show_default=False,
         ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Pruning layers, such as 3,7; none: chosen on the text.", show_default=False)
+        str | None,
+        typer.Option(help="Pruning layers, such as 3,7; default: chosen by calibration.", show_default=False),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts to try on.")] = 16,
+    prompts: Annotated[int, typer.Option(min=2, help="Number of calibration prompts.")] = 16,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose which tokens of long prompts a model drops on their way, so that a share of the work is saved.
+    """Choose which tokens of long prompts a model drops.
 
-    Layers and thresholds are those that change the text behind the prompts least. The weights stay as they are.
+    Dropping tokens after some layers saves a share of the work. Calibration finds the layers and thresholds that change
+    the model's predictions after the prompts least. The weights do not change.
     """
     from agq_gguf.pruning.calibrate import calibrate_pruning as run
     from agq_gguf.pruning.options import PruneOptions
@@ -115,7 +118,7 @@ def calibrate_pruning(
 def prune_new(
     model: Path, share: float, calibration: LoadedText | None, threads: int, view: show.ProgressView
 ) -> PruneReport | None:
-    """Calibrates a model that was just made, in place; if that fails the model stays as it is."""
+    """Calibrates a model that was just made, in place; if that fails the model does not change."""
     from agq_gguf.pruning.calibrate import calibrate_pruning as run
     from agq_gguf.pruning.options import PruneOptions
 
@@ -127,17 +130,17 @@ def prune_new(
 
 
 def show_calibration(report: PruneReport) -> None:
-    """The curve, and what was chosen."""
+    """Prints the curve of savings, and the setting that was chosen."""
     chosen = report.chosen
     rows = [
         _row(point.saving, point.kl, point.nll, report.nll, point.plan.spec(), point is chosen)
         for point in report.curve
     ]
     show.table(_COLUMNS, rows)
-    show.say(f"measured on {report.origin}; unpruned NLL {report.nll:.4f}; * is what the file does")
+    show.say(f"measured on {report.origin}; unpruned NLL {report.nll:.4f}; * marks the setting in the file")
 
 
-_COLUMNS = ["", ">work saved", ">KL", ">NLL", ">change", "setting (AGQ_PRUNE)"]
+_COLUMNS = ["", ">work saved", ">KL", ">NLL", ">NLL change", "setting (AGQ_PRUNE)"]
 
 
 def _row(saving: float, kl: float, nll: float, unpruned: float, spec: str, chosen: bool) -> list[str]:
@@ -146,14 +149,14 @@ def _row(saving: float, kl: float, nll: float, unpruned: float, spec: str, chose
 
 
 def show_pruning(info: PruningInfo) -> None:
-    """What a file says about its pruning."""
+    """Prints what a file says about its pruning."""
     rows = [_row(p.saving, p.kl, p.nll, info.nll, p.spec, abs(p.saving - info.saving) < 1e-6) for p in info.curve]
     show.table(_COLUMNS, rows)
-    show.say(f"pruning calibrated on {info.calibration}; unpruned NLL {info.nll:.4f}; * is what the file does")
+    show.say(f"pruning calibrated on {info.calibration}; unpruned NLL {info.nll:.4f}; * marks the setting in the file")
 
 
 def pruning(spec: str | None) -> AbstractContextManager[None]:
-    """The block in which to open a model that is to prune as `spec` says; None: as its file does."""
+    """A block in which opened models prune as `spec` says; None: as their file says."""
     if spec is None:
         return nullcontext()
     from agq_gguf.runtime.plugin import options
@@ -162,7 +165,7 @@ def pruning(spec: str | None) -> AbstractContextManager[None]:
 
 
 def read_prompt(llama: Any, model: Path, prompt: str) -> list[int]:
-    """Reads a prompt, shows which of its tokens were dropped, and returns the tokens to go on from."""
+    """Reads a prompt, shows which of its tokens were dropped, and returns the prompt's tokens."""
     from agq_gguf.gguf_io.shards import open_model
     from agq_gguf.pruning.plan import work_of
     from agq_gguf.runtime.pruned import read_prompt as read
@@ -176,7 +179,7 @@ def read_prompt(llama: Any, model: Path, prompt: str) -> list[int]:
 
 
 def show_prompt(pieces: list[tuple[str, int]], saving: float) -> None:
-    """A prompt as pieces of text with the layer where each left, -1 if it stayed; and a line about the sum."""
+    """Prints a prompt, given as pieces of text with the layer that dropped each (-1: kept), and the work saved."""
     out = show.console()
     layers = sorted({layer for _, layer in pieces if layer >= 0})
     text = Text()
@@ -192,7 +195,7 @@ def show_prompt(pieces: list[tuple[str, int]], saving: float) -> None:
     out.print(text, soft_wrap=True)
     if layers:
         show.complain(
-            f"dropped tokens are marked with the layer behind which they left; {saving:.0%} of the work saved"
+            f"each dropped token is marked with the layer after which it was dropped; {saving:.0%} of the work saved"
         )
     else:
         show.complain("no token of this prompt was dropped")

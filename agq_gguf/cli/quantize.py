@@ -11,7 +11,7 @@ import typer
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Json, Quality, Quiet, Threads, parse_size
 from agq_gguf.cli.prune import prune_new, show_calibration
-from agq_gguf.errors import HostError, InputError
+from agq_gguf.errors import InputError, missing_package
 from agq_gguf.gguf_io.tensor_names import kind_of
 from agq_gguf.quantization.options import QuantizeOptions, activation_options
 from agq_gguf.text import load_text
@@ -24,43 +24,52 @@ if TYPE_CHECKING:
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN", help="GGUF model in F32, F16 or BF16.", show_default=False)],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="File to write; replaced when all went well.", show_default=False)
+        Path, typer.Argument(metavar="OUT", help="File to write; replaced only when complete.", show_default=False)
     ],
     calibration: Annotated[
-        Path | None, typer.Option(help="Text file, ideally like what the model will read.", show_default=False)
+        Path | None, typer.Option(help="Text file similar to what the model will read.", show_default=False)
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="Importance matrix (GGUF) to use in place of a text.", show_default=False)
+        Path | None, typer.Option(help="Importance matrix (GGUF) to use instead of a text.", show_default=False)
     ] = None,
     quality: Annotated[
-        Quality, typer.Option(help="How much work: docs/quality.md has what each costs and brings.")
+        Quality, typer.Option(help="How much work to do; docs/quality.md compares the choices.")
     ] = Quality.balanced,
     output_type: Annotated[
-        str, typer.Option(help="Type of the output matrix: agq4, q6_K, q8_0, f16, f32, or auto (q8_0).")
+        str, typer.Option(help="Type of the output matrix: agq4, q6_K, q8_0, f16, f32 or auto (q8_0).")
     ] = "auto",
     embedding_type: Annotated[
-        str, typer.Option(help="Type of the token embedding: as above, or auto (q8_0 below 1024 columns, else agq4).")
+        str,
+        typer.Option(
+            help="Type of the token embedding: agq4, q6_K, q8_0, f16, f32 or auto (q8_0 below 1024 columns, else agq4)."
+        ),
     ] = "auto",
     target_bpw: Annotated[
         float,
-        typer.Option(min=0, help="Bits per weight of the whole model, at most; sensitive tensors get more than 4."),
+        typer.Option(
+            min=0, help="Maximum bits per weight of the whole model; sensitive tensors get more bits. 0: no target."
+        ),
     ] = 0.0,
-    act_bits: Annotated[int, typer.Option("--act-bits", help="Bits of activations: 8, or 4 (far less exact).")] = 8,
+    act_bits: Annotated[int, typer.Option("--act-bits", help="Activation bits: 8, or 4 (far less accurate).")] = 8,
     act_scale: Annotated[
         str,
         typer.Option(
-            help="Activations have one scale per token, per group of 64 channels, or per group after it was rotated."
+            help="Which activations share a scale: token (all channels), group (64 channels) or rotated (64 channels, "
+            "rotated before rounding)."
         ),
     ] = "rotated",
     keep_norms: Annotated[
-        bool, typer.Option("--keep-norms", help="Do not equalize norms: for LoRA adapters made for the source.")
+        bool,
+        typer.Option("--keep-norms", help="Do not change the norms, so that LoRA adapters for the source still fit."),
     ] = False,
     calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=64, help="Tokens of the calibration text to use, at most.")
+        int, typer.Option("--calibration-tokens", min=64, help="Maximum number of calibration tokens.")
     ] = 32768,
     tune: Annotated[
         bool,
-        typer.Option("--tune/--no-tune", help="Let best train norms and scales in the end, which takes longest."),
+        typer.Option(
+            "--tune/--no-tune", help="With quality best, train norms and scales last; this is the slowest step."
+        ),
     ] = True,
     threads: Threads = 0,
     memory: Annotated[
@@ -72,29 +81,29 @@ def quantize(
             "--split-max-size",
             parser=parse_size,
             metavar="SIZE",
-            help="Write files of at most this size, such as 8G; each holds one tensor at least.",
+            help="Write several files of at most this size, such as 8G; each holds at least one tensor.",
             show_default=False,
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what is finished beside OUT, and go on from there next time.")
+        bool, typer.Option("--resume", help="Keep finished parts beside OUT and continue from them next time.")
     ] = False,
     prune: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of a long prompt's work to save by dropping tokens.")
     ] = 0.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantize a model to AGQ4.
 
-    Without --calibration or --imatrix all activations count alike, which costs quality. An existing OUT is replaced
-    only by a complete new file.
+    Without --calibration or --imatrix all activations get the same weight, which costs quality. An existing OUT is
+    replaced only when the new file is complete.
     """
     try:
         from agq_gguf.quantization import options, pipeline
     except ImportError as e:
-        raise HostError(f"quantizing needs {e.name}: pip install 'agq-gguf[convert]'") from e
+        raise missing_package("quantizing", e, "convert") from e
     options = QuantizeOptions(
         quality=quality.value,
         resume=resume,
@@ -108,8 +117,10 @@ def quantize(
         split_size=split_size or 0,
         matrix=replace(activation_options(act_bits, act_scale), equalize=not keep_norms),
     )
-    if prune and (calibration is None or split_size):
-        raise InputError("--prune needs a text, with --calibration, and one file, without --split-max-size")
+    if prune and calibration is None:
+        raise InputError("--prune needs a text; give one with --calibration")
+    if prune and split_size:
+        raise InputError("--prune does not support several files; leave out --split-max-size")
     if dry_run:
         show_plan(pipeline.plan_file(source, options, calibration=calibration, imatrix=imatrix))
         return
@@ -128,7 +139,7 @@ def quantize(
 
 
 def show_plan(plans: list[TensorPlan]) -> None:
-    """What would become of each tensor."""
+    """Prints the type that each tensor would get."""
     from agq_gguf.gguf_io.writer import layout
 
     placed = layout((plan.source.name, plan.type_name, plan.source.shape) for plan in plans)
@@ -145,7 +156,7 @@ def show_plan(plans: list[TensorPlan]) -> None:
 
 
 def show_report(report: Report) -> None:
-    """What became of the tensors, and which could not be AGQ4."""
+    """Prints the types and errors of the tensors, and why some are not AGQ4."""
     by_type = [
         [name, count, show.size(n_bytes), f"{bits:.2f}"] for name, (count, n_bytes, bits) in report.by_type().items()
     ]
@@ -161,7 +172,7 @@ def show_report(report: Report) -> None:
     if worst:
         rows = [[kind, f"{min(errors):.3%}", f"{_median(errors):.3%}", f"{max(errors):.3%}", name]
                 for kind, (errors, name) in _by_kind(worst).items()]  # fmt: skip
-        show.table(["error of the output", ">least", ">median", ">most", "in"], rows)
+        show.table(["output error", ">lowest", ">median", ">highest", "highest in"], rows)
     for tensor in report.tensors:
         if tensor.note:
             show.complain(f"note: {tensor.name}: {tensor.note}")
@@ -172,7 +183,7 @@ def show_report(report: Report) -> None:
 
 
 def _by_kind(worst: list[TensorReport]) -> dict[str, tuple[list[float], str]]:
-    """Kind of tensor -> its errors and the name of the worst; `worst` is sorted that way."""
+    """Kind of tensor -> its errors and the name of the worst tensor; `worst` has the largest error first."""
     found: dict[str, tuple[list[float], str]] = {}
     for tensor in worst:
         kind = kind_of(tensor.name)

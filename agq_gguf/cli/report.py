@@ -9,37 +9,42 @@ import typer
 
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Quiet, Threads
-from agq_gguf.errors import HostError, OutputError
+from agq_gguf.errors import OutputError, missing_package
 
 
 def report(
-    model: Annotated[Path, typer.Argument(help="GGUF file, best an AGQ4 one.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="GGUF file, preferably of type AGQ4.", show_default=False)
+    ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Page to write; else MODEL with .html.", show_default=False)
+        Path | None,
+        typer.Option("-o", "--output", help="Page to write; default: the model's name with .html.", show_default=False),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text to run through the model; else one in the package.", show_default=False)
+        Path | None,
+        typer.Option(help="Text to run through the model; default: the one in the package.", show_default=False),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=0, help="Tokens of the text; 0: do not run the model.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens of the text to run; 0: do not run the model.")] = 2048,
     bench: Annotated[
-        list[Path] | None, typer.Option(help="What `bench --json` printed; may be repeated.", show_default=False)
+        list[Path] | None, typer.Option(help="Output of `bench --json`; may be repeated.", show_default=False)
     ] = None,
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option("--evaluate", help="What `evaluate --json` printed; may be repeated.", show_default=False),
+        typer.Option("--evaluate", help="Output of `evaluate --json`; may be repeated.", show_default=False),
     ] = None,
     threads: Threads = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Write a page about a model: its activations, outliers and refinement, errors, sizes, speed and quality.
+    """Write an HTML page about a model.
 
-    The page is one HTML file that needs no network.
+    It shows activations, outliers and their refinement, errors, sizes, speed and quality. The page is one file and
+    needs no network.
     """
     try:
         from agq_gguf.inspection.report import gather
         from agq_gguf.inspection.report_page import render
     except ImportError as e:
-        raise HostError(f"reports need {e.name}: pip install 'agq-gguf[report]'") from e
+        raise missing_package("the report", e, "report") from e
     target = output or Path(f"{model.name.removesuffix('.gguf')}.html")
     with show.ProgressView(quiet=quiet) as view:
         data = gather(

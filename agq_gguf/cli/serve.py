@@ -15,15 +15,16 @@ from agq_gguf.cli.options import Context, Threads
 def serve(
     models: Annotated[
         list[Path],
-        typer.Argument(metavar="MODEL...", help="GGUF files; the first is the default.", show_default=False),
+        typer.Argument(metavar="MODEL", help="GGUF files; the first is the default.", show_default=False),
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free port.")] = 8000,
     context: Context = 0,
     threads: Threads = 0,
-    flash_attention: Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Flash attention.")] = True,
+    flash_attention: Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.")] = True,
     api_key: Annotated[
-        str, typer.Option(envvar="AGQ_API_KEY", help="Key that clients must send; none: all may.", show_default=False)
+        str,
+        typer.Option(envvar="AGQ_API_KEY", help="Key that clients must send; default: no key.", show_default=False),
     ] = "",
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Allow requests for log probabilities.")] = False,
     settings: Annotated[
@@ -31,9 +32,10 @@ def serve(
         typer.Option("--set", metavar="NAME=VALUE", help="Any setting of llama_cpp.server.", show_default=False),
     ] = None,
 ) -> None:
-    """Serve models with llama-cpp-python's OpenAI-compatible server; end with Ctrl-C.
+    """Serve models with an OpenAI-compatible API.
 
-    Clients find the models at http://HOST:PORT/v1 under their file names without .gguf; /docs describes all routes.
+    Runs llama-cpp-python's server; end with Ctrl-C. Clients find the models at http://HOST:PORT/v1 under their file
+    names without .gguf; /docs describes all routes.
     """
     from agq_gguf.integrations.server import serve as run
 
@@ -47,11 +49,11 @@ def serve(
     for entry in settings or []:
         name, separator, value = entry.partition("=")
         if not separator:
-            raise typer.BadParameter(f"--set {entry}: wanted NAME=VALUE")
+            raise typer.BadParameter(f"--set expects NAME=VALUE, got {entry!r}")
         chosen[name] = _value(value)
     run(models, host=host, port=port, settings=chosen, ready=lambda url: show.say(f"serving at {url}/v1"))
 
 
 def _value(text: str) -> Any:
-    """Lists and objects are given as JSON; all else the server converts by itself."""
+    """A value for a setting: lists and objects are JSON; the server converts other text itself."""
     return json.loads(text) if text.startswith(("[", "{")) else text

@@ -14,13 +14,15 @@ from agq_gguf.errors import FormatError
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(help="AGQ4 file, or any part of a split one.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="AGQ4 file, or any part of a split file.", show_default=False)
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that a model is, byte for byte, what quantize wrote.
+    """Check that a model is exactly what quantize wrote.
 
-    Reads the whole file and compares every tensor and the metadata with the digests in it.
+    Reads the whole file and compares every tensor and the metadata with the digests stored in it.
     """
     from agq_gguf.inspection.verify import verify as run
 
@@ -31,6 +33,6 @@ def verify(
     if found.problems:
         for problem in found.problems if not as_json else ():
             show.complain(problem)
-        raise FormatError(f"{model}: damaged; make or download it again ({len(found.problems)} problems)")
+        raise FormatError(f"{model}: damaged ({len(found.problems)} problems); make or download it again")
     if not as_json:
-        show.say(f"{model}: whole ({found.tensors} tensors, {show.size(found.bytes)})")
+        show.say(f"{model}: intact ({found.tensors} tensors, {show.size(found.bytes)})")
