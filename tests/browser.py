@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import select
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+needs_chromium = pytest.mark.needs("chromium")
 
 
 class Browser:

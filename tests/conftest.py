@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import needed
 import pytest
 import tiny_models
 
@@ -25,6 +26,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed.check(item)
 
 
 def pytest_unconfigure() -> None:
@@ -104,6 +109,12 @@ def llama_agq(llama_f16: Path, words_file: Path) -> Path:
     options = QuantizeOptions(threads=1, calibration_tokens=1024, matrix=MatrixOptions(learn_codebook=False))
     quantize(llama_f16, path, calibration=words_file, options=options)
     return path
+
+
+@pytest.fixture(scope="session")
+def ggml_sources() -> Path:
+    """Folder of the sources of llama.cpp that the installed llama-cpp-python holds."""
+    return needed.ggml_sources()
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,7 @@ TOOLCHAIN = ROOT / "cmake" / "aarch64-linux-gnu.cmake"
 COMPILER, EMULATOR, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
 KERNELS = ["neon_i8mm", "neon_dotprod", "neon"]
 
-MISSING = [tool for tool in (COMPILER, EMULATOR) if not shutil.which(tool)]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (docs/arm.md)"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.needs(COMPILER, EMULATOR)]
 
 
 def build(source: Path, folder: Path, targets: list[str], *options: str) -> Path:
@@ -110,15 +106,12 @@ def test_rows_of_mixed_bits(programs: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ggml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ggml(ggml_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of stock ggml's libraries for aarch64, built from the sources in AGQ_GGML_SOURCES; takes minutes."""
-    sources = os.environ.get("AGQ_GGML_SOURCES")
-    if not sources:
-        pytest.skip("AGQ_GGML_SOURCES does not name the folder of llama.cpp's sources (docs/arm.md)")
     options = ["-DGGML_NATIVE=OFF", "-DGGML_OPENMP=OFF", "-DBUILD_SHARED_LIBS=ON", "-DCMAKE_BUILD_TYPE=Release"]
     options += [f"-DLLAMA_BUILD_{part}=OFF" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
     options.append("-DGGML_CPU_ARM_ARCH=armv8-a")
-    folder = build(Path(sources), tmp_path_factory.mktemp("ggml"), ["ggml"], *options)
+    folder = build(ggml_sources, tmp_path_factory.mktemp("ggml"), ["ggml"], *options)
     return next(folder.rglob("libggml-cpu.so")).parent
 
 

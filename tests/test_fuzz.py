@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import needed
 import pytest
 from command_line import environment
 
@@ -45,8 +46,10 @@ def test_hostile_files_stay_refused(path: Path) -> None:
 def replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C++ parser with whatever sanitizers the compiler has."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
-    if compiler is None or os.name == "nt":
-        pytest.skip("needs a C++ compiler of the POSIX kind")
+    if os.name == "nt":
+        pytest.skip("the flags below are those of POSIX compilers")
+    if compiler is None:
+        needed.missing("not installed: c++")
     program = tmp_path_factory.mktemp("replay") / "attributes_replay"
     base = [compiler, "-std=c++17", "-O1", f"-I{HERE.parent / 'cpp'}", *map(str, SOURCES), "-o", str(program)]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -103,7 +106,7 @@ def test_hostile_streams_stay_refused(path: Path, replay: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang")
+@pytest.mark.needs("clang++")
 def test_libfuzzer(tmp_path: Path) -> None:
     sources = [HERE / "fuzz" / "attributes_fuzz.cpp", SOURCES[1]]
     command = ["clang++", "-std=c++17", "-O1", "-g", f"-I{HERE.parent / 'cpp'}", *map(str, sources)]
@@ -112,7 +115,7 @@ def test_libfuzzer(tmp_path: Path) -> None:
         [*command, *sanitizers, "-o", str(tmp_path / "fuzz")], capture_output=True, text=True, check=False
     )
     if built.returncode != 0:
-        pytest.skip(f"this clang has no libFuzzer: {built.stderr[-200:]}")
+        needed.missing(f"this clang has no libFuzzer: {built.stderr[-200:]}")
     (tmp_path / "corpus").mkdir()
     for i, seed in enumerate(mutate.attribute_seeds()):
         (tmp_path / "corpus" / str(i)).write_bytes(seed)

@@ -6,9 +6,7 @@ llama-cpp-python ships no RPC. `AGQ_GGML_SOURCES` names the sources of the llama
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import needed
 import numpy as np
 import pytest
 import tiny_models
@@ -27,30 +26,31 @@ from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.runtime.library import ggml_version
 
 HERE = Path(__file__).parent
-SOURCE = Path(os.environ.get("AGQ_GGML_SOURCES", ""))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("AGQ_GGML_SOURCES" not in os.environ, reason="needs AGQ_GGML_SOURCES, see docs/distributed.md"),
-    pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux"),
+    pytest.mark.skipif(sys.platform != "linux", reason="builds programs for Linux"),
+    pytest.mark.needs("g++"),
 ]
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def programs(ggml_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with ggml-rpc-server and, where it looks for it, libggml-rpc.so."""
     import llama_cpp
 
-    numbers = re.findall(r"GGML_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", (SOURCE / "ggml/CMakeLists.txt").read_text())
+    numbers = re.findall(
+        r"GGML_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", (ggml_sources / "ggml/CMakeLists.txt").read_text()
+    )
     if ".".join(numbers) != ggml_version():
-        pytest.skip(f"the sources are ggml {'.'.join(numbers)}, installed is {ggml_version()}")
+        needed.missing(f"the sources are ggml {'.'.join(numbers)}, installed is {ggml_version()}")
     folder = tmp_path_factory.mktemp("rpc")
     libraries = Path(llama_cpp.__file__).parent / "lib"
-    command = ["g++", "-O1", "-std=c++17", f"-I{SOURCE / 'ggml/include'}", f"-I{SOURCE / 'ggml/src'}"]
+    command = ["g++", "-O1", "-std=c++17", f"-I{ggml_sources / 'ggml/include'}", f"-I{ggml_sources / 'ggml/src'}"]
     link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", f"-Wl,-rpath-link,{libraries}"]
     loadable = ["-fPIC", "-shared", "-DGGML_BACKEND_DL", "-DGGML_BACKEND_BUILD", "-DGGML_BACKEND_SHARED"]
-    backend = SOURCE / "ggml/src/ggml-rpc"
+    backend = ggml_sources / "ggml/src/ggml-rpc"
     rpc = [p for p in (backend / "ggml-rpc.cpp", backend / "transport.cpp") if p.exists()]
-    server = next(p for p in sorted((SOURCE / "tools/rpc").glob("*.cpp")))
+    server = next(p for p in sorted((ggml_sources / "tools/rpc").glob("*.cpp")))
     for arguments in (
         [*loadable, *map(str, rpc), "-o", str(folder / "libggml-rpc.so"), *link, "-lggml-base"],
         [str(server), "-o", str(folder / "ggml-rpc-server"), *link, "-lggml", "-lggml-base"],

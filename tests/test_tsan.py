@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import needed
 import pytest
 import tiny_models
 from command_line import environment
@@ -21,7 +22,8 @@ from agq_gguf.quantization.pipeline import quantize
 HERE = Path(__file__).parent
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs gcc on Linux"),
+    pytest.mark.skipif(sys.platform != "linux", reason="ThreadSanitizer and LD_PRELOAD"),
+    pytest.mark.needs("gcc", "setarch"),
 ]
 # Each of these puts a race where memory of a thread's own or an atomic flag is now; both must be seen in a report.
 RACES = [
@@ -51,7 +53,7 @@ def run(plugin: Path, model: Path, shim: Path, threads: int) -> subprocess.Compl
     found = subprocess.run(["gcc", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
     library = Path(found.stdout.strip()).resolve()
     if not library.is_absolute() or not library.exists():
-        pytest.skip("gcc has no ThreadSanitizer here")
+        needed.missing("gcc has no ThreadSanitizer here")
     options = f"exitcode=66 report_signal_unsafe=0 suppressions={HERE / 'tsan' / 'suppressions.txt'}"
     return subprocess.run(
         ["setarch", "-R", sys.executable, str(HERE / "tsan" / "threads.py"), str(plugin), str(model), str(threads)],
