@@ -1,85 +1,86 @@
-# The flags table: which kernel files this processor builds, and the compile flags of each.
+# Which kernel files are built, and with which flags.
 #
-#   agq_add_kernels(<target>)   adds cpp/kernels/*/*.cpp to the target
+#   agq_add_kernels()   defines the target agq_kernels, which brings the objects of all kernels to whoever links it
 #
-# Flags for instruction sets go on kernel files only, and these are never built with link-time optimization or -ffast-math:
-# the rest of the program must run on every CPU, and NaN must stay NaN.
+# There is one object library for each instruction set. It carries the flags, so the files in cpp/kernels/portable/ are
+# compiled once for each. No kernel is built with link-time optimization or -ffast-math: the rest of the program must
+# run on every CPU, and NaN must stay NaN.
 
-function(agq_kernel target file flags flags_msvc)
-    set(path "${PROJECT_SOURCE_DIR}/cpp/kernels/${file}")
-    if(MSVC AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
-        set(flags "${flags_msvc}")
+if(MSVC AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+    set(AGQ_IS_MSVC TRUE)
+else()
+    set(AGQ_IS_MSVC FALSE)
+endif()
+
+# agq_isa(<name> [VECTOR <floats of a register> TILE <registers of a tile row>] [FLAGS ...] [MSVC_FLAGS ...]
+#         FILES ... [VECTOR_FILES ...])
+# FILES are those of cpp/kernels/ that are compiled for this instruction set. VECTOR_FILES are written with vector types
+# that MSVC does not have; there, the host's attention serves.
+function(agq_isa name)
+    cmake_parse_arguments(PARSE_ARGV 1 isa "" "VECTOR;TILE" "FLAGS;MSVC_FLAGS;FILES;VECTOR_FILES")
+    if(NOT AGQ_IS_MSVC)
+        list(APPEND isa_FILES ${isa_VECTOR_FILES})
+    endif()
+    list(TRANSFORM isa_FILES PREPEND "${PROJECT_SOURCE_DIR}/cpp/kernels/")
+    add_library(agq_${name} OBJECT ${isa_FILES})
+    target_compile_definitions(agq_${name} PRIVATE AGQ_ISA=${name})
+    if(isa_VECTOR)
+        target_compile_definitions(agq_${name} PRIVATE AGQ_VECTOR=${isa_VECTOR} AGQ_TILE_COLUMNS=${isa_TILE})
+    endif()
+    if(AGQ_IS_MSVC)
+        target_compile_options(agq_${name} PRIVATE /fp:precise ${isa_MSVC_FLAGS})
     else()
         # -O3 unrolls the loops over tokens, without which their accumulators would not stay in registers.
-        set(flags -O3 -fno-lto -fno-fast-math ${flags})
+        target_compile_options(agq_${name} PRIVATE -O3 -fno-lto -fno-fast-math ${isa_FLAGS})
     endif()
-    set_source_files_properties("${path}" PROPERTIES COMPILE_OPTIONS "${flags}")
-    target_sources(${target} PRIVATE "${path}")
+    target_sources(agq_kernels INTERFACE $<TARGET_OBJECTS:agq_${name}>)
 endfunction()
 
-function(agq_add_kernels target)
+# Flags that a file needs whatever it is compiled for.
+function(agq_file_flags file)
+    if(NOT AGQ_IS_MSVC)
+        set_source_files_properties("${PROJECT_SOURCE_DIR}/cpp/kernels/${file}" PROPERTIES COMPILE_OPTIONS "${ARGN}")
+    endif()
+endfunction()
+
+function(agq_add_kernels)
     # Universal macOS builds and cross builds name the target here; otherwise it is the machine's own.
     string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" processor)
     if(APPLE AND CMAKE_OSX_ARCHITECTURES)
         string(TOLOWER "${CMAKE_OSX_ARCHITECTURES}" processor)
     endif()
 
-    # The attention kernels are written with vector types that MSVC does not have; the host's attention serves there.
-    set(vector_types TRUE)
-    if(MSVC AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
-        set(vector_types FALSE)
-    endif()
-
-    agq_kernel(${target} portable/scalar.cpp "" "")
     # -fno-math-errno lets square roots be instructions, and -fno-trapping-math comparisons be selections; neither changes
     # a result.
-    set(rows "-fno-math-errno;-fno-trapping-math")
-    agq_kernel(${target} portable/rows_generic.cpp "${rows}" "/fp:precise")
+    agq_file_flags(portable/rows.cpp -fno-math-errno -fno-trapping-math)
     # Without fused multiply-adds, which not all have, the converter rounds alike on all processors.
-    set(rounding "${rows};-ffp-contract=off")
-    agq_kernel(${target} portable/rounding_generic.cpp "${rounding}" "/fp:precise")
-    if(vector_types)
-        agq_kernel(${target} portable/attention_generic.cpp "" "")
-        agq_kernel(${target} portable/attention_paper.cpp "-fno-math-errno" "")
-        agq_kernel(${target} portable/softmax_weights_generic.cpp "" "")
+    agq_file_flags(portable/rounding.cpp -fno-math-errno -fno-trapping-math -ffp-contract=off)
+    agq_file_flags(portable/attention_paper.cpp -fno-math-errno)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+        # GCC's scheduler before register allocation moves so many loads ahead that accumulators are spilled: up to a
+        # quarter more instructions.
+        foreach(kernel neon neon_dotprod neon_i8mm)
+            agq_file_flags(arm/${kernel}.cpp -fno-schedule-insns)
+        endforeach()
     endif()
+
+    add_library(agq_kernels OBJECT "${PROJECT_SOURCE_DIR}/cpp/kernels/select.cpp")
+    set(rows_and_rounding portable/rows.cpp portable/rounding.cpp)
+    set(few portable/attention_few.cpp portable/softmax_weights.cpp)
+    agq_isa(generic VECTOR 4 TILE 2 FILES portable/scalar.cpp ${rows_and_rounding}
+            VECTOR_FILES portable/attention.cpp portable/attention_paper.cpp ${few})
     if(processor MATCHES "^(x86_64|amd64|x64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
-        agq_kernel(${target} x86/avx2.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
-        agq_kernel(${target} x86/avxvnni.cpp "-mavx2;-mfma;-mf16c" "/arch:AVX2")
-        agq_kernel(${target} x86/avx512vnni.cpp
-                   "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512"
-                   "/arch:AVX512")
-        agq_kernel(${target} x86/rows_avx2.cpp "-mavx2;-mfma;${rows}" "/arch:AVX2;/fp:precise")
-        agq_kernel(${target} x86/rounding_avx2.cpp "-mavx2;${rounding}" "/arch:AVX2;/fp:precise")
-        agq_kernel(${target} x86/rows_avx512.cpp
-                   "-mavx2;-mfma;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512;${rows}"
-                   "/arch:AVX512;/fp:precise")
-        agq_kernel(${target} x86/rounding_avx512.cpp
-                   "-mavx2;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512;${rounding}"
-                   "/arch:AVX512;/fp:precise")
-        if(vector_types)
-            agq_kernel(${target} x86/attention_avx2.cpp "-mavx2;-mfma;-mf16c" "")
-            agq_kernel(${target} x86/softmax_weights_avx2.cpp "-mavx2;-mfma;-mf16c" "")
-            agq_kernel(${target} x86/softmax_weights_avx512.cpp
-                       "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512" "")
-            agq_kernel(${target} x86/attention_few_avx512.cpp
-                       "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mprefer-vector-width=512" "")
-            agq_kernel(${target} x86/attention_avx512vnni.cpp
-                       "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512" "")
-        endif()
+        # The accumulators of attention, 6 rows of a tile, fill 12 of 16 registers with AVX2, and 24 of 32 with AVX-512.
+        set(avx2 -mavx2 -mfma -mf16c)
+        set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mprefer-vector-width=512)
+        agq_isa(avx2 VECTOR 8 TILE 2 FLAGS ${avx2} MSVC_FLAGS /arch:AVX2
+                FILES x86/avx2.cpp x86/avxvnni.cpp ${rows_and_rounding} VECTOR_FILES portable/attention.cpp ${few})
+        agq_isa(avx512vnni VECTOR 16 TILE 4 FLAGS ${avx512} MSVC_FLAGS /arch:AVX512
+                FILES x86/avx512vnni.cpp ${rows_and_rounding} VECTOR_FILES x86/attention_avx512vnni.cpp ${few})
     elseif(processor MATCHES "^(aarch64|arm64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
-        # MSVC offers the intrinsics without flags. GCC's scheduler before register allocation moves so many loads ahead
-        # that accumulators are spilled: up to a quarter more instructions.
-        set(order "")
-        if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-            set(order -fno-schedule-insns)
-        endif()
-        agq_kernel(${target} arm/neon.cpp "${order}" "")
-        agq_kernel(${target} arm/neon_dotprod.cpp "-march=armv8.2-a+dotprod;${order}" "")
-        agq_kernel(${target} arm/neon_i8mm.cpp "-march=armv8.2-a+dotprod+i8mm;${order}" "")
-        if(vector_types)
-            agq_kernel(${target} arm/attention_neon.cpp "" "")
-        endif()
+        # MSVC offers the intrinsics without flags. `generic` is built for NEON already, but for the size of tiles.
+        agq_isa(neon VECTOR 4 TILE 4 FILES arm/neon.cpp VECTOR_FILES portable/attention.cpp ${few})
+        agq_isa(neon_dotprod FLAGS -march=armv8.2-a+dotprod FILES arm/neon_dotprod.cpp)
+        agq_isa(neon_i8mm FLAGS -march=armv8.2-a+dotprod+i8mm FILES arm/neon_i8mm.cpp)
     endif()
-    target_sources(${target} PRIVATE "${PROJECT_SOURCE_DIR}/cpp/kernels/select.cpp")
 endfunction()

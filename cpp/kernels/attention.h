@@ -63,11 +63,7 @@ struct attention_kernel {
 #define AGQ_ATTENTION(name) nullptr  // no vector types, no kernel
 #endif
 
-extern const attention_kernel attention_generic;
 extern const attention_kernel attention_paper;             ///< queries, keys, values in 8 bits, softmax in 4
 extern const attention_kernel attention_paper_normalized;  ///< the same, with weights that add up to 1
-extern const attention_kernel attention_avx2;
-extern const attention_kernel attention_avx512vnni;
-extern const attention_kernel attention_neon;
 
 }  // namespace agq

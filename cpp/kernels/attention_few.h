@@ -56,6 +56,4 @@ struct few_kernel {
     void (*read_f16)(const char *from, size_t stride, int n, int width, float *to, int64_t to_stride, int64_t ahead);
 };
 
-extern const few_kernel few_generic, few_avx2, few_avx512, few_neon;
-
 }  // namespace agq

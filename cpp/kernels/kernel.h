@@ -8,9 +8,7 @@
 
 #include "format/activation_format.h"
 #include "format/blocks.h"
-#include "kernels/attention.h"
-#include "kernels/rounding.h"
-#include "kernels/rows.h"
+#include "kernels/isa.h"
 
 namespace agq {
 
@@ -57,7 +55,7 @@ struct gemm_args {
 
 using gemm_fn = void (*)(const gemm_args &args);
 
-/// One kernel. Adding one is a file, a row in select.cpp and a flags row in cmake/kernels.cmake.
+/// One kernel. Adding one is a file, a row of the table below and a line in cmake/kernels.cmake.
 struct kernel {
     const char *name;
     bool (*supported)();  ///< whether this CPU and operating system can run it
@@ -68,16 +66,21 @@ struct kernel {
     const attention_kernel *attention;  ///< null where the compiler has no vector types: the host's attention is kept
     int kr = 4;                         ///< columns of a token that lie together in a packed block: 4, 8, 16 or 32
     int offset4 = 0;                    ///< what q holds on top of the value when it was quantized to 4 bits: 0 or 8
-    const row_kernel *rows = &rows_generic;
-    const rounding_kernel *rounding = &rounding_generic;
+    const row_kernel *rows = &isa::generic::rows;
+    const rounding_kernel *rounding = &isa::generic::rounding;
 };
 
-extern const kernel kernel_scalar;
-extern const kernel kernel_avx2;
-extern const kernel kernel_avxvnni;
-extern const kernel kernel_avx512vnni;
-extern const kernel kernel_neon;
-extern const kernel kernel_neon_dotprod;
-extern const kernel kernel_neon_i8mm;
+/// The kernels of a build, best first; scalar is the last. Row NAME is `kernel_NAME`, which a file of its own defines.
+#if defined(__x86_64__) || defined(_M_X64)
+#define AGQ_KERNELS(row) row(avx512vnni) row(avxvnni) row(avx2) row(scalar)
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define AGQ_KERNELS(row) row(neon_i8mm) row(neon_dotprod) row(neon) row(scalar)
+#else
+#define AGQ_KERNELS(row) row(scalar)
+#endif
+
+#define AGQ_DECLARE_KERNEL(name) extern const kernel kernel_##name;
+AGQ_KERNELS(AGQ_DECLARE_KERNEL)
+#undef AGQ_DECLARE_KERNEL
 
 }  // namespace agq

@@ -27,8 +27,4 @@ struct rounding_kernel {
                     float *scales, float *change);
 };
 
-extern const rounding_kernel rounding_generic;
-extern const rounding_kernel rounding_avx2;
-extern const rounding_kernel rounding_avx512;
-
 }  // namespace agq

@@ -21,8 +21,4 @@ struct row_kernel {
     void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
 };
 
-extern const row_kernel rows_generic;
-extern const row_kernel rows_avx2;
-extern const row_kernel rows_avx512;
-
 }  // namespace agq

@@ -23,18 +23,9 @@ const kernel *find(const std::string &name) {
 }  // namespace
 
 const std::vector<const kernel *> &compiled_kernels() {
-    static const std::vector<const kernel *> table = {
-#if defined(__x86_64__) || defined(_M_X64)
-        &kernel_avx512vnni,
-        &kernel_avxvnni,
-        &kernel_avx2,
-#elif defined(__aarch64__) || defined(_M_ARM64)
-        &kernel_neon_i8mm,
-        &kernel_neon_dotprod,
-        &kernel_neon,
-#endif
-        &kernel_scalar,
-    };
+#define AGQ_ADDRESS(name) &kernel_##name,
+    static const std::vector<const kernel *> table = {AGQ_KERNELS(AGQ_ADDRESS)};
+#undef AGQ_ADDRESS
     return table;
 }
 

@@ -35,8 +35,4 @@ struct softmax_weights_args {
 /// n_tokens * group must not exceed weights_row_limit. A row whose keys are all hidden becomes 0.
 using softmax_weights_fn = void (*)(const softmax_weights_args &args);
 
-void softmax_weights_generic(const softmax_weights_args &args);
-void softmax_weights_avx2(const softmax_weights_args &args);
-void softmax_weights_avx512(const softmax_weights_args &args);
-
 }  // namespace agq

@@ -19,7 +19,7 @@ namespace {
 /// Whether the kernel works in 16-bit integers.
 bool in_integers(const agq::attention_kernel *kern) {
 #if defined(__x86_64__)
-    return kern == &agq::attention_avx512vnni;
+    return kern == agq::kernel_avx512vnni.attention;
 #else
     (void)kern;
     return false;
@@ -165,7 +165,7 @@ bool check_conversion(const agq::attention_kernel &kern) {
         }
     }
     kern.f16_to_f32(from.data(), to.data(), 65536 - 3);
-    agq::attention_generic.f16_to_f32(from.data(), wanted.data(), 65536 - 3);
+    agq::kernel_scalar.attention->f16_to_f32(from.data(), wanted.data(), 65536 - 3);
     for (size_t i = 0; i < from.size() - 3; ++i) {
         const bool nan = (i & 0x7C00) == 0x7C00 && (i & 1023);
         if (nan ? to[i] == to[i] : to[i] != wanted[i]) return false;

@@ -245,8 +245,13 @@ bool supported() {
 
 }  // namespace
 
-const kernel kernel_neon = {
-    "neon", supported, neon::nr, 1, quantize_block<quantize_ops<16>, 16>, multiply<neon>, AGQ_ATTENTION(attention_neon),
-    16};
+const kernel kernel_neon = {"neon",
+                            supported,
+                            neon::nr,
+                            1,
+                            quantize_block<quantize_ops<16>, 16>,
+                            multiply<neon>,
+                            AGQ_ATTENTION(isa::neon::attention),
+                            16};
 
 }  // namespace agq

@@ -136,7 +136,7 @@ const kernel kernel_neon_dotprod = {"neon_dotprod",
                                     1,
                                     quantize_block<quantize_ops<8>, 8>,
                                     multiply<dotprod>,
-                                    AGQ_ATTENTION(attention_neon),
+                                    AGQ_ATTENTION(isa::neon::attention),
                                     8};
 
 }  // namespace agq

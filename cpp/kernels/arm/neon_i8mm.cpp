@@ -185,7 +185,7 @@ const kernel kernel_neon_i8mm = {"neon_i8mm",
                                  1,
                                  quantize_block<quantize_ops<8>, 8>,
                                  multiply<i8mm>,
-                                 AGQ_ATTENTION(attention_neon),
+                                 AGQ_ATTENTION(isa::neon::attention),
                                  8};
 
 }  // namespace agq

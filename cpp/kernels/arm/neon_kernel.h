@@ -17,6 +17,9 @@
 #include "kernels/portable/vector_kernel.h"
 
 namespace agq {
+
+AGQ_DECLARE_ISA(neon)  // its attention serves the other kernels, too
+
 namespace {
 
 // loads

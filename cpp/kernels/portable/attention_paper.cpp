@@ -4,9 +4,7 @@
 // The integers are held in binary32: codes are at most 127 and vectors have at most 1024 of them, so the products of
 // queries and keys stay below 2^24 and are exact in any order. Weights are powers of two, which need the sum of the
 // whole row, so the keys are gone through twice: for maxima and sums, then for weights and values.
-#define AGQ_VECTOR 4
-#define AGQ_TILE_COLUMNS 2
-#include "kernels/attention.h"
+#include "kernels/isa.h"
 #include "kernels/portable/score_rows.h"
 
 namespace agq {
@@ -210,10 +208,12 @@ void attend(const attention_args &args) {
 
 }  // namespace
 
-const attention_kernel attention_paper = {block_bytes,   block_bytes, scratch_bytes,           pack_keys, pack_values,
-                                          attend<false>, f16_to_f32,  softmax_weights_generic, nullptr};
-const attention_kernel attention_paper_normalized = {block_bytes, block_bytes,  scratch_bytes, pack_keys,
-                                                     pack_values, attend<true>, f16_to_f32,    softmax_weights_generic,
-                                                     nullptr};
+const attention_kernel attention_paper = {block_bytes, block_bytes,   scratch_bytes, pack_keys,
+                                          pack_values, attend<false>, f16_to_f32,    isa::generic::softmax_weights,
+                                          nullptr};
+const attention_kernel attention_paper_normalized = {
+    block_bytes, block_bytes,  scratch_bytes, pack_keys,
+    pack_values, attend<true>, f16_to_f32,    isa::generic::softmax_weights,
+    nullptr};
 
 }  // namespace agq

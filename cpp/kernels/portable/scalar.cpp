@@ -151,6 +151,6 @@ bool supported() {
 
 }  // namespace
 
-const kernel kernel_scalar = {"scalar", supported, nr, 1, quantize, gemm, AGQ_ATTENTION(attention_generic)};
+const kernel kernel_scalar = {"scalar", supported, nr, 1, quantize, gemm, AGQ_ATTENTION(isa::generic::attention)};
 
 }  // namespace agq

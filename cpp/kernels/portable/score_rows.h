@@ -1,5 +1,5 @@
-// Scores of a block of 64 keys on their way into a softmax, in binary32: masks, ALiBi and soft cap. A file includes
-// it once, as it does vector_math.h.
+// Scores of a block of 64 keys on their way into a softmax, in binary32: masks, ALiBi and soft cap. A .cpp file
+// includes it once, as it does vector_math.h.
 #include "kernels/portable/vector_math.h"
 #include "kernels/softmax_weights.h"
 

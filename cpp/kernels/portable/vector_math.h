@@ -1,5 +1,5 @@
-// What the kernels in binary32 share, written with the compiler's vector types. A file includes it once, after it has
-// defined AGQ_VECTOR (floats per register) and AGQ_TILE_COLUMNS (registers of a tile row), and is compiled for one
+// What the kernels in binary32 share, written with the compiler's vector types. A .cpp file includes it once.
+// cmake/kernels.cmake defines AGQ_VECTOR (floats per register) and AGQ_TILE_COLUMNS (registers of a tile row) for each
 // instruction set.
 #include <cmath>
 #include <cstdint>

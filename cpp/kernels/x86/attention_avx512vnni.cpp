@@ -7,8 +7,8 @@
 // Softmax is running, over blocks of 64 keys ("Online normalizer calculation for softmax", Milakov and Gimelshein,
 // 2018; FlashAttention, Dao et al., 2022), with powers of two instead of e. Six rows at a time go through all three
 // steps of a block, so that scores stay in registers and weights in L1.
+#include "kernels/isa.h"
 #include "kernels/portable/unroll.h"
-#include "kernels/softmax_weights.h"
 #include "kernels/x86/attention_avx512vnni_pack.h"
 
 namespace agq {
@@ -396,7 +396,11 @@ void attend(const attention_args &args) {
 
 }  // namespace
 
-const attention_kernel attention_avx512vnni = {key_bytes, value_bytes, scratch_bytes,          pack_keys,  pack_values,
-                                               attend,    f16_to_f32,  softmax_weights_avx512, &few_avx512};
+namespace isa::avx512vnni {
+
+const attention_kernel attention = {key_bytes, value_bytes, scratch_bytes,   pack_keys, pack_values,
+                                    attend,    f16_to_f32,  softmax_weights, &few};
+
+}  // namespace isa::avx512vnni
 
 }  // namespace agq

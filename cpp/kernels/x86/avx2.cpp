@@ -83,10 +83,10 @@ const kernel kernel_avx2 = {"avx2",
                             1,
                             quantize_block<quantize_ops<activation_offset>, 4, activation_offset>,
                             gemm,
-                            AGQ_ATTENTION(attention_avx2),
+                            AGQ_ATTENTION(isa::avx2::attention),
                             4,
                             activation_offset,
-                            &rows_avx2,
-                            &rounding_avx2};
+                            &isa::avx2::rows,
+                            &isa::avx2::rounding};
 
 }  // namespace agq

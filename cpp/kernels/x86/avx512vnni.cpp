@@ -464,8 +464,16 @@ bool supported() {
 
 }  // namespace
 
-const kernel kernel_avx512vnni = {
-    "avx512vnni", supported,       nr, 2, quantize_block<quantize_ops>, gemm, AGQ_ATTENTION(attention_avx512vnni), 4, 0,
-    &rows_avx512, &rounding_avx512};
+const kernel kernel_avx512vnni = {"avx512vnni",
+                                  supported,
+                                  nr,
+                                  2,
+                                  quantize_block<quantize_ops>,
+                                  gemm,
+                                  AGQ_ATTENTION(isa::avx512vnni::attention),
+                                  4,
+                                  0,
+                                  &isa::avx512vnni::rows,
+                                  &isa::avx512vnni::rounding};
 
 }  // namespace agq

@@ -50,10 +50,10 @@ const kernel kernel_avxvnni = {"avxvnni",
                                1,
                                quantize_block<quantize_ops<0>>,
                                multiply<dot4>,
-                               AGQ_ATTENTION(attention_avx2),
+                               AGQ_ATTENTION(isa::avx2::attention),
                                4,
                                0,
-                               &rows_avx2,
-                               &rounding_avx2};
+                               &isa::avx2::rows,
+                               &isa::avx2::rounding};
 
 }  // namespace agq

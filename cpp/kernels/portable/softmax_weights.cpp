@@ -1,4 +1,5 @@
-// The one implementation of the softmax weights. A file includes it once, as it does vector_math.h.
+// The one implementation of the softmax weights.
+#include "kernels/isa.h"
 #include "kernels/portable/score_rows.h"
 
 namespace agq {
@@ -19,7 +20,11 @@ inline void normalize(float *row, int64_t n, int64_t padded, float maximum, cons
     if (n < padded) std::memset(row + n, 0, sizeof(float) * static_cast<size_t>(padded - n));
 }
 
-inline void softmax_weights(const softmax_weights_args &args) {
+}  // namespace
+
+namespace isa::AGQ_ISA {
+
+void softmax_weights(const softmax_weights_args &args) {
     const int64_t padded = (args.n_keys + attention_keys - 1) / attention_keys * attention_keys;
     const int rows = args.n_tokens * args.group;
     float maximum[weights_row_limit], masks[weights_row_limit * attention_keys];
@@ -55,5 +60,5 @@ inline void softmax_weights(const softmax_weights_args &args) {
     }
 }
 
-}  // namespace
+}  // namespace isa::AGQ_ISA
 }  // namespace agq

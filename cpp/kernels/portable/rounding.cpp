@@ -1,13 +1,12 @@
-// The one implementation of the rounding kernels, in loops over rows that compilers turn into vector instructions. A
-// file includes it once and is compiled for one instruction set.
+// The one implementation of the rounding kernels, in loops over rows that compilers turn into vector instructions.
 //
 // Rows are taken in tiles of `lanes`, so that a group of them stays in the first cache; the last tile is filled up with
-// zeros. Everything is in an anonymous namespace, for the reasons that rows_impl.h gives.
+// zeros. Everything but the table is in an anonymous namespace, for the reasons that rows.cpp gives.
 #include <cfloat>
 #include <cmath>
 #include <cstring>
 
-#include "kernels/rounding.h"
+#include "kernels/isa.h"
 
 namespace agq {
 namespace {
@@ -290,6 +289,10 @@ void descend(const float *values, const float *inside, const float *slope, int64
 }
 
 }  // namespace
-}  // namespace agq
 
-#define AGQ_ROUNDING_TABLE {search_scales, feed_back, descend}
+namespace isa::AGQ_ISA {
+
+const rounding_kernel rounding = {search_scales, feed_back, descend};
+
+}  // namespace isa::AGQ_ISA
+}  // namespace agq

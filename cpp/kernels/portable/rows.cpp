@@ -1,12 +1,12 @@
-// The one implementation of the row kernels, in loops that compilers turn into vector instructions. A file includes it
-// once and is compiled for one instruction set.
+// The one implementation of the row kernels, in loops that compilers turn into vector instructions.
 //
-// Everything is in an anonymous namespace, because each file is compiled with flags of its own and the linker must not
-// merge the copies. For the same reason no template or inline function of the standard library is used.
+// Everything but the table is in an anonymous namespace, because this file is compiled for several instruction sets and
+// the linker must not merge the copies. For the same reason no template or inline function of the standard library is
+// used.
 #include <cmath>
 #include <cstring>
 
-#include "kernels/rows.h"
+#include "kernels/isa.h"
 
 namespace agq {
 namespace {
@@ -96,6 +96,10 @@ void swiglu(const float *gate, const float *up, int64_t n, float *y) {
 }
 
 }  // namespace
-}  // namespace agq
 
-#define AGQ_ROWS_TABLE {add, rms_norm, layer_norm, swiglu}
+namespace isa::AGQ_ISA {
+
+const row_kernel rows = {add, rms_norm, layer_norm, swiglu};
+
+}  // namespace isa::AGQ_ISA
+}  // namespace agq

@@ -1,6 +1,5 @@
-// Attention for few rows (attention_few.h), with vectors of AGQ_VECTOR floats. A file includes it once, as it does
-// vector_math.h.
-#include "kernels/attention_few.h"
+// Attention for few rows (kernels/attention_few.h), with vectors of AGQ_VECTOR floats.
+#include "kernels/isa.h"
 #include "kernels/portable/score_rows.h"
 
 namespace agq {
@@ -99,6 +98,10 @@ void few_read_f16(const char *from, size_t stride, int n, int width, float *to, 
 }
 
 }  // namespace
-}  // namespace agq
 
-#define AGQ_FEW_TABLE {few_read_masks, few_attend, few_read_f16}
+namespace isa::AGQ_ISA {
+
+const few_kernel few = {few_read_masks, few_attend, few_read_f16};
+
+}  // namespace isa::AGQ_ISA
+}  // namespace agq

@@ -1,11 +1,10 @@
-// Attention in binary32, for all instruction sets that have nothing better. A file includes it once, as it does
-// vector_math.h.
+// Attention in binary32, for all instruction sets that have nothing better.
 //
 // Running softmax over blocks of 64 keys ("Online normalizer calculation for softmax", Milakov and Gimelshein, 2018;
 // FlashAttention, Dao et al., 2022): scores of a block, new maximum of each row, exponentials, then the output so far
 // is scaled down to the new maximum and the block's values are added. Both products are tiles of 6 rows in registers.
-#include "kernels/attention.h"
-#include "kernels/portable/attention_few_impl.h"
+#include "kernels/isa.h"
+#include "kernels/portable/score_rows.h"
 
 namespace agq {
 namespace {
@@ -82,7 +81,11 @@ void attend(const attention_args &args) {
 }
 
 }  // namespace
-}  // namespace agq
 
-#define AGQ_ATTENTION_TABLE(weights, few) \
-    {key_bytes, value_bytes, scratch_bytes, pack_keys, pack_values, attend, f16_to_f32, weights, few}
+namespace isa::AGQ_ISA {
+
+const attention_kernel attention = {key_bytes, value_bytes, scratch_bytes,   pack_keys, pack_values,
+                                    attend,    f16_to_f32,  softmax_weights, &few};
+
+}  // namespace isa::AGQ_ISA
+}  // namespace agq

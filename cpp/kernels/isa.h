@@ -1,0 +1,27 @@
+// What the files of portable/ define, once for each instruction set: CMake compiles them with AGQ_ISA as its name
+// (cmake/kernels.cmake). A kernel takes those of its instruction set, or of `generic`, which runs everywhere.
+#pragma once
+
+#include "kernels/attention.h"
+#include "kernels/attention_few.h"
+#include "kernels/rounding.h"
+#include "kernels/rows.h"
+#include "kernels/softmax_weights.h"
+
+namespace agq {
+
+#define AGQ_DECLARE_ISA(name)                               \
+    namespace isa::name {                                   \
+    extern const row_kernel rows;                           \
+    extern const rounding_kernel rounding;                  \
+    extern const attention_kernel attention;                \
+    extern const few_kernel few;                            \
+    void softmax_weights(const softmax_weights_args &args); \
+    }
+
+AGQ_DECLARE_ISA(generic)
+#ifdef AGQ_ISA
+AGQ_DECLARE_ISA(AGQ_ISA)
+#endif
+
+}  // namespace agq
