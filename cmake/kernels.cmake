@@ -74,9 +74,14 @@ function(agq_add_kernels)
         set(avx2 -mavx2 -mfma -mf16c)
         set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mprefer-vector-width=512)
         agq_isa(avx2 VECTOR 8 TILE 2 FLAGS ${avx2} MSVC_FLAGS /arch:AVX2
-                FILES x86/avx2.cpp x86/avxvnni.cpp ${rows_and_rounding} VECTOR_FILES portable/attention.cpp ${few})
+                FILES x86/avx2.cpp
+                      x86/avxvnni.cpp
+                      ${rows_and_rounding}
+                VECTOR_FILES portable/attention.cpp ${few})
         agq_isa(avx512vnni VECTOR 16 TILE 4 FLAGS ${avx512} MSVC_FLAGS /arch:AVX512
-                FILES x86/avx512vnni.cpp ${rows_and_rounding} VECTOR_FILES x86/attention_avx512vnni.cpp ${few})
+                FILES x86/avx512vnni.cpp
+                      ${rows_and_rounding}
+                VECTOR_FILES x86/attention_avx512vnni.cpp ${few})
     elseif(processor MATCHES "^(aarch64|arm64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
         # MSVC offers the intrinsics without flags. `generic` is built for NEON already, but for the size of tiles.
         agq_isa(neon VECTOR 4 TILE 4 FILES arm/neon.cpp VECTOR_FILES portable/attention.cpp ${few})
