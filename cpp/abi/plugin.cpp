@@ -9,9 +9,11 @@
 #include "base/environment.h"
 #include "base/thread_value.h"
 #include "host/host.h"
+#include "host/loaded_library.h"
 #include "host/profile.h"
 #include "host/type_registry.h"
 #include "kernels/select.h"
+#include "proof/abi_proof.h"
 #include "prune/history.h"
 #include "rewrite/mixed_activations.h"
 
@@ -19,15 +21,43 @@ namespace {
 
 std::string last_error;
 
-const agq::kernel *prepare() {
-    if (!agq::connect_host(&last_error)) return nullptr;
-    if (agq::host.ggml_backend_reg_by_name("AGQ")) {
+/// Whether the plugin works in a host already; the reason why it cannot be loaded again goes to the last error.
+bool is_in_use(const agq::loaded_library &library) {
+    using find_fn = agq::ggml_backend_reg *(*)(const char *);
+    if (const auto find = reinterpret_cast<find_fn>(library.find("ggml_backend_reg_by_name")); find && find("AGQ")) {
         last_error = "the AGQ plugin is loaded already";
+        return true;
+    }
+    const void *known = reinterpret_cast<const void *>(agq::host.ggml_version);
+    const std::string path = known ? agq::library_path(known) : "";  // empty if that host has been unloaded
+    if (path.empty() || known == library.find("ggml_version") || !agq::host.ggml_backend_reg_by_name("AGQ")) {
+        return false;
+    }
+    last_error = "the AGQ plugin is loaded already, into the ggml of " + path +
+                 "; one copy of the plugin serves one ggml, so load a copy of its file into the other";
+    return true;
+}
+
+/// `caller`: an address in the library that asks for the plugin.
+const agq::kernel *prepare(const void *caller) {
+    last_error.clear();
+    const auto library = agq::loaded_library::offering("ggml_version", caller);
+    if (is_in_use(library) || !agq::connect_host(library, &last_error) || !agq::prove_abi(library, &last_error)) {
         return nullptr;
     }
     const std::string forced = agq::read_options().force_isa;
     const agq::kernel *kern = agq::select_kernel(forced.empty() ? nullptr : forced.c_str(), &last_error);
-    return kern && agq::register_type(&last_error) ? kern : nullptr;
+    if (!kern || !agq::register_type(&last_error)) return nullptr;
+    if (!agq::prove_registered_type(&last_error)) {
+        agq::unregister_type();
+        return nullptr;
+    }
+    if (agq::is_untested_host()) {
+        agq::log_line(agq::log_warn, std::string("ggml ") + agq::host.ggml_version() +
+                                         " is newer than the releases that AGQ4 was tested with; its layout passed all " +
+                                         std::to_string(agq::abi_proofs().size()) + " proofs");
+    }
+    return kern;
 }
 
 }  // namespace
@@ -35,7 +65,7 @@ const agq::kernel *prepare() {
 /// Called by ggml_backend_load: the registry, or null if this host cannot be used; the reason goes to the host's log
 /// and to agq_last_error.
 AGQ_EXPORT agq::ggml_backend_reg *ggml_backend_init() {
-    const agq::kernel *kern = prepare();
+    const agq::kernel *kern = prepare(AGQ_CALLER);
     if (!kern) {
         agq::log_line(agq::log_error, last_error);
         return nullptr;
@@ -46,6 +76,21 @@ AGQ_EXPORT agq::ggml_backend_reg *ggml_backend_init() {
 /// Why the last ggml_backend_init returned null; empty if it did not.
 AGQ_EXPORT const char *agq_last_error() {
     return last_error.c_str();
+}
+
+/// What the plugin found out about the host when it was loaded last, one proof for each index from 0 on: its name, what
+/// was found (valid until the next ggml_backend_init), whether it passed (1 or 0), and the time it took in microseconds.
+/// Any pointer may be null. Returns 1, or 0 if there is no proof of this index. After a proof that failed there are none.
+AGQ_EXPORT int32_t agq_abi_proof(int32_t index, const char **name, const char **found, int32_t *passed,
+                                 double *microseconds) {
+    const std::vector<agq::abi_proof> &proofs = agq::abi_proofs();
+    if (index < 0 || static_cast<size_t>(index) >= proofs.size()) return 0;
+    const agq::abi_proof &proof = proofs[static_cast<size_t>(index)];
+    if (name) *name = proof.name;
+    if (found) *found = proof.found.c_str();
+    if (passed) *passed = proof.passed;
+    if (microseconds) *microseconds = proof.microseconds;
+    return 1;
 }
 
 /// Switches the profile on (with all times zero) or off, for all contexts of this process: 0 off, 1 wall clock, 2 CPU

@@ -6,9 +6,11 @@
 #include <atomic>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <optional>
+#include <vector>
 
 #include "backend/graph_snapshot.h"
 #include "base/thread_value.h"
@@ -94,6 +96,7 @@ struct backend_context {
 
     ggml_backend *cpu;
     thread_pool threads;
+    std::vector<ggml_tensor *> computed;  ///< the nodes of a graph in which not all are
     graph_snapshot snapshot;
     graph_rewriter rewriter;
     pruner pruning;
@@ -130,12 +133,23 @@ ggml_status compute_nodes(backend_context &context, ggml_tensor **nodes, int n, 
     return status_failed;
 }
 
+/// The nodes that the host computes. Graphs also hold the branches that were not chosen: their inputs have no values.
+ggml_tensor **find_computed(backend_context &context, ggml_cgraph *graph, int *n) {
+    ggml_tensor **nodes = host.ggml_graph_nodes(graph);
+    *n = host.ggml_graph_n_nodes(graph);
+    if (std::all_of(nodes, nodes + *n, is_computed)) return nodes;
+    context.computed.clear();
+    std::copy_if(nodes, nodes + *n, std::back_inserter(context.computed), is_computed);
+    *n = static_cast<int>(context.computed.size());
+    return context.computed.data();
+}
+
 ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
     probing_flash_attention = false;
     backend_context &context = context_of(backend);
     try {
-        ggml_tensor **nodes = host.ggml_graph_nodes(graph);
-        const int n = host.ggml_graph_n_nodes(graph);
+        int n = 0;
+        ggml_tensor **nodes = find_computed(context, graph, &n);
         const bool repeated = context.snapshot.is_repeated(nodes, n);
         const bool has_agq4 = take_all || std::any_of(nodes, nodes + n, uses_agq4);
         context.may_prune = context.may_prune || has_agq4;
@@ -316,13 +330,13 @@ ggml_backend_reg *backend_registry(const kernel *kern, const options &chosen) {
     take_all = chosen.take_all;
     static ggml_backend_reg registry = [] {
         ggml_backend_reg r = {};
-        r.api_version = ggml_backend_api_version;
         r.iface.get_name = registry_get_name;
         r.iface.get_device_count = registry_get_device_count;
         r.iface.get_device = registry_get_device;
         r.iface.get_proc_address = registry_get_proc_address;
         return r;
     }();
+    registry.api_version = host.api_version;
     return &registry;
 }
 

@@ -1,15 +1,17 @@
 // The part of ggml's ABI that the plugin uses, declared here so that it builds without ggml's headers and one build
-// serves a range of ggml releases. Every function is looked up at load time; host.cpp proves that the running host is
-// laid out as declared.
+// serves all ggml releases from the oldest in tested_hosts.h on. Every function is looked up at load time, and
+// abi_proof.cpp proves that the running host is laid out as declared.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
 
+#include "host/loaded_library.h"
+
 namespace agq {
 
-// ---- public structs of ggml.h, equal in all supported releases ----
+// ---- public structs of ggml.h ----
 
 struct ggml_context;
 struct ggml_cgraph;
@@ -58,14 +60,22 @@ struct ggml_backend_feature {
 };
 
 using ggml_custom_op = void (*)(ggml_tensor *dst, int ith, int nth, void *userdata);
+/// What ggml keeps in `op_params` of a CUSTOM node.
+struct ggml_custom_params {
+    ggml_custom_op function;
+    int n_tasks;
+    void *userdata;
+};
 using ggml_log_callback = void (*)(int level, const char *text, void *user_data);
 using ggml_abort_callback = bool (*)(void *data);
 
 constexpr int ggml_type_f32 = 0;
 constexpr int ggml_type_f16 = 1;
 constexpr int ggml_type_i32 = 26;
+constexpr int ggml_type_i64 = 27;
 constexpr int ggml_type_bf16 = 30;
 constexpr int ggml_type_q4_0 = 2;
+constexpr int ggml_type_q8_0 = 8;
 constexpr int ggml_flag_input = 1;
 constexpr int ggml_flag_output = 2;
 constexpr int ggml_flag_compute = 16;
@@ -76,7 +86,11 @@ enum ggml_status { status_alloc_failed = -2, status_failed = -1, status_success 
 enum ggml_log_level { log_info = 2, log_warn = 3, log_error = 4 };
 enum ggml_device_type { device_cpu = 0, device_accel = 3 };
 
-// ---- private tables of ggml-backend-impl.h (API version 2) ----
+// ---- private tables of ggml-backend-impl.h ----
+
+/// Versions of these tables that the plugin can be part of. What changed from 2 to 3, the table of buffer types, is not
+/// declared here.
+constexpr int oldest_api_version = 2, newest_api_version = 3;
 
 struct ggml_backend_dev_caps {
     bool async, host_buffer, buffer_from_host_ptr, events, mmap_support;
@@ -101,7 +115,7 @@ struct ggml_backend_i {
     unused_fn graph_plan_create, graph_plan_free, graph_plan_update, graph_plan_compute;
     ggml_status (*graph_compute)(ggml_backend *, ggml_cgraph *);
     unused_fn event_record, event_wait;
-    /// Releases differ in the parameters behind the second; all supported calling conventions let a callee ignore them.
+    /// Releases differ in the parameters behind the second; all calling conventions in use let a callee ignore them.
     void (*graph_optimize)(ggml_backend *, ggml_cgraph *);
 };
 
@@ -146,8 +160,6 @@ struct ggml_backend_reg {
     ggml_backend_reg_i iface;
     void *context;
 };
-
-constexpr int ggml_backend_api_version = 2;
 
 // ---- functions, looked up by name in the libraries that are already loaded ----
 
@@ -197,17 +209,30 @@ struct host_api {
 
     ggml_backend_device *cpu = nullptr;  ///< the device that runs all that is not ours
     bool openmp = false;                 ///< whether the CPU backend keeps its threads in OpenMP
+    int api_version = 0;                 ///< of the backend tables, which our registry must answer
+    void (*ggml_log_get)(ggml_log_callback *, void **) = nullptr;  ///< null in a host that keeps its log to itself
 };
 
 /// The one host of this process; valid after `connect_host` returned true.
 extern host_api host;
 
-/// Finds the host's functions and checks its version and layout. On failure `*error` says what was found and what
-/// works.
-bool connect_host(std::string *error);
+/// Finds the host's functions and its CPU device. May be called again for the same host. On failure `*error` says what
+/// was found, what was expected and what to do.
+bool connect_host(const loaded_library &library, std::string *error);
+
+/// Whether this host's ggml is newer than all with which the plugin was tested.
+bool is_untested_host();
+
+/// What to do about a host that cannot be used, as the end of a message.
+std::string advice();
 
 /// Whether the node does nothing when a graph is run.
 bool is_empty_op(int op);
+
+/// Whether the host runs the node: graphs also hold branches that were not chosen.
+inline bool is_computed(const ggml_tensor *node) {
+    return node->flags & ggml_flag_compute;
+}
 
 /// A function of the CPU backend that its registry offers by name, or null.
 void *cpu_function(const char *name);

@@ -22,6 +22,10 @@ namespace {
 
 const char type_name[] = "agq4";
 
+/// What the slot held before it was filled.
+ggml_type_traits retired = {};
+bool is_filled = false;
+
 bool write_constant(const void *target, const void *source, size_t bytes) {
 #ifdef _WIN32
     DWORD before;
@@ -59,16 +63,23 @@ bool register_type(std::string *error) {
     // The conversion functions stay null, because a row of AGQ4 is not contiguous: stock tools then say that the type
     // cannot be dequantized instead of reading garbage.
     ggml_type_traits ours = {};
-    // The name must outlive the plugin, should the host unload it: the slot stays filled. So it is never freed.
+    // The name must outlive the plugin, should the host unload it: somebody may have kept a pointer. So it is never freed.
     ours.type_name = std::strcpy(new char[sizeof(type_name)], type_name);
     ours.blck_size = ggml_block_size;
     ours.type_size = ggml_block_bytes;
     ours.is_quantized = true;
+    retired = *slot;
     if (!write_constant(slot, &ours, sizeof(ours))) {
         *error = "the operating system does not let the plugin write to ggml's type table";
         return false;
     }
+    is_filled = true;
     return true;
+}
+
+void unregister_type() {
+    if (is_filled) write_constant(host.ggml_get_type_traits(ggml_type_id), &retired, sizeof(retired));
+    is_filled = false;
 }
 
 }  // namespace agq

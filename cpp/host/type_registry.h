@@ -9,4 +9,7 @@ namespace agq {
 /// anything else, or if the table cannot be made writable, returns false and `*error` says what was found.
 bool register_type(std::string *error);
 
+/// Empties the slot again, if `register_type` has filled it.
+void unregister_type();
+
 }  // namespace agq

@@ -6,12 +6,7 @@
 namespace agq {
 
 ggml_tensor *tensor_arena::custom(ggml_custom_op function, void *userdata, ggml_backend_buffer *buffer) {
-    const struct {
-        ggml_custom_op function;
-        int n_tasks;
-        void *userdata;
-    } params = {function, ggml_n_tasks_max, userdata};
-    static_assert(sizeof(params) <= sizeof(ggml_tensor::op_params), "ggml keeps this struct there");
+    const ggml_custom_params params = {function, ggml_n_tasks_max, userdata};
     ggml_tensor &t = tensors_.emplace_back();
     t = {};
     t.type = ggml_type_f32;
