@@ -8,24 +8,31 @@
 
 #include <dlfcn.h>
 
+#include "abi/export.h"
+#include "host/loaded_library.h"
+
+AGQ_EXPORT void llama_backend_init();
+
 namespace {
 
-/// The next function of this name behind the plugin in the order of loading, or null.
+/// The function of the host that called, or null. A Python extension keeps its libraries to itself, so they are asked
+/// first; the program itself, which finds the plugin before its libraries, is served by the next one in order.
 template <typename function>
-function find_next(const char *name) {
-    return reinterpret_cast<function>(dlsym(RTLD_NEXT, name));
+function find_behind(const agq::loaded_library &caller, const char *name) {
+    void *own = caller.find(name);
+    if (!own || own == reinterpret_cast<void *>(llama_backend_init)) own = dlsym(RTLD_NEXT, name);
+    return reinterpret_cast<function>(own);
 }
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void llama_backend_init() {
-    if (const auto init = find_next<void (*)()>("llama_backend_init")) init();
-    const auto load = find_next<void *(*)(const char *)>("ggml_backend_load");
-    const auto find = find_next<void *(*)(const char *)>("ggml_backend_reg_by_name");
-    Dl_info self;
-    if (load && find && !find("AGQ") && dladdr(reinterpret_cast<void *>(llama_backend_init), &self)) {
-        load(self.dli_fname);
-    }
+AGQ_EXPORT void llama_backend_init() {
+    const agq::loaded_library caller(AGQ_CALLER);
+    if (const auto init = find_behind<void (*)()>(caller, "llama_backend_init")) init();
+    const auto load = find_behind<void *(*)(const char *)>(caller, "ggml_backend_load");
+    const auto find = find_behind<void *(*)(const char *)>(caller, "ggml_backend_reg_by_name");
+    if (!load || !find || find("AGQ")) return;
+    load(agq::library_path(reinterpret_cast<const void *>(llama_backend_init)).c_str());
 }
 
 #endif

@@ -56,6 +56,10 @@ bool find_cpu(std::string *error) {
         *error = "the host has not loaded a CPU backend yet; load it before the AGQ plugin";
         return false;
     }
+    if (!host.ggml_backend_dev_backend_reg(host.cpu)) {
+        *error = "the host's CPU device belongs to no backend; " + advice();
+        return false;
+    }
     using features_fn = ggml_backend_feature *(*)(ggml_backend_reg *);
     if (auto features = reinterpret_cast<features_fn>(cpu_function("ggml_backend_get_features"))) {
         for (auto *f = features(host.ggml_backend_dev_backend_reg(host.cpu)); f && f->name; ++f) {
@@ -76,9 +80,9 @@ bool is_untested_host() {
 }
 
 std::string advice() {
-    return std::string("the plugin was tested with ggml ") + tested_versions[0] + " to " +
-           tested_versions[n_tested - 1] + ", in " + tested_names[0] + " to " + tested_names[n_tested - 1] +
-           "; install one of them, or a newer agq-gguf";
+    const auto describe = [](size_t i) { return std::string(tested_versions[i]) + " (" + tested_names[i] + ")"; };
+    return "the plugin was tested with ggml " + describe(0) + " to " + describe(n_tested - 1) +
+           "; install a host of these versions, or a newer agq-gguf";
 }
 
 bool is_empty_op(int op) {

@@ -57,14 +57,15 @@ bool register_type(std::string *error) {
     if (slot->blck_size != 0) {
         *error = "type id " + std::to_string(ggml_type_id) + " of ggml " + host.ggml_version() + " is taken by '" +
                  (slot->type_name ? slot->type_name : "?") + "' (block of " + std::to_string(slot->blck_size) +
-                 "); AGQ4 needs an empty slot";
+                 "), expected an empty slot; " + advice();
         return false;
     }
     // The conversion functions stay null, because a row of AGQ4 is not contiguous: stock tools then say that the type
     // cannot be dequantized instead of reading garbage.
     ggml_type_traits ours = {};
     // The name must outlive the plugin, should the host unload it: somebody may have kept a pointer. So it is never freed.
-    ours.type_name = std::strcpy(new char[sizeof(type_name)], type_name);
+    static char *const name = std::strcpy(new char[sizeof(type_name)], type_name);
+    ours.type_name = name;
     ours.blck_size = ggml_block_size;
     ours.type_size = ggml_block_bytes;
     ours.is_quantized = true;

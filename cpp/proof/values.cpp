@@ -21,6 +21,11 @@ std::string number(int64_t n) {
     return std::to_string(n);
 }
 
+/// The byte of what may turn out not to be a bool.
+int raw_bool(const void *address) {
+    return *static_cast<const unsigned char *>(address);
+}
+
 }  // namespace
 
 tensor_memory::tensor_memory() : bytes_(new char[context_bytes + alignment]()) {
@@ -86,7 +91,7 @@ void prove_type_table(findings *f) {
                             number(static_cast<int64_t>(functions.ggml_type_size(t.id))) + " bytes, expected " +
                             number(t.block) + " in " + number(static_cast<int64_t>(t.bytes))) ||
             !f->require(entry->type_name == name && entry->blck_size == t.block && entry->type_size == t.bytes &&
-                            entry->is_quantized == t.is_quantized &&
+                            raw_bool(&entry->is_quantized) == t.is_quantized &&
                             functions.ggml_is_quantized(t.id) == t.is_quantized,
                         "the type table's entry of " + std::string(name) + " has other fields than expected")) {
             return;
@@ -125,7 +130,7 @@ void prove_tensor(findings *f) {
         if (!memory.holds(f, t)) return;
     }
     const auto is = [f](bool condition, const char *field) {
-        return f->require(condition, std::string("a tensor's ") + field + " is not where it is expected");
+        return f->require(condition, std::string("a tensor has its ") + field + " in another place than expected");
     };
     const auto has_shape = [](const ggml_tensor *t, std::initializer_list<int64_t> ne,
                               std::initializer_list<size_t> nb) {
@@ -340,7 +345,7 @@ void prove_graph(findings *f) {
     ggml_context *context = memory.context(f);
     one_thread_cpu cpu;
     if (!f->require(cpu.get(), "the CPU device makes no backend") || !context) return;
-    alignas(64) float values[3][16] = {{1, 2, 3, 4}};
+    alignas(64) float values[3][16] = {{1, 2, 3, 4}, {}, {9, 9, 9, 9}};
     probe_run run;
     ggml_tensor *x = host.ggml_new_tensor_3d(context, ggml_type_f32, 4, 1, 1);
     ggml_tensor *custom = host.ggml_custom_4d(context, ggml_type_f32, 4, 1, 1, 1, &x, 1, probe_node, 1, &run);
@@ -349,7 +354,7 @@ void prove_graph(findings *f) {
     for (ggml_tensor *t : {x, custom, sum, last}) {
         if (!memory.holds(f, t)) return;
     }
-    x->data = values[0], custom->data = values[1], sum->data = values[2];
+    x->data = values[0], custom->data = last->data = values[1], sum->data = values[2];
 
     // The host marks what it is to compute.
     ggml_cgraph *theirs = host.ggml_new_graph_custom(context, 8, false);
@@ -361,7 +366,7 @@ void prove_graph(findings *f) {
                     "nodes that are to be computed have another mark than expected")) {
         return;
     }
-    // As the plugin does it: nodes one by one, of which one is not marked.
+    // As the plugin does it: nodes one by one, of which one is not marked. It would spoil what the next one reads.
     ggml_cgraph *ours = host.ggml_new_graph_custom(context, 8, false);
     for (ggml_tensor *t : {custom, last, sum}) host.ggml_graph_add_node(ours, t);
     const ggml_status status = host.ggml_backend_graph_compute(cpu.get(), ours);
