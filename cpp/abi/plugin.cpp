@@ -53,9 +53,10 @@ const agq::kernel *prepare(const void *caller) {
         return nullptr;
     }
     if (agq::is_untested_host()) {
-        agq::log_line(agq::log_warn, std::string("ggml ") + agq::host.ggml_version() +
-                                         " is newer than the releases that AGQ4 was tested with; its layout passed all " +
-                                         std::to_string(agq::abi_proofs().size()) + " proofs");
+        agq::log_line(agq::log_warn,
+                      std::string("ggml ") + agq::host.ggml_version() +
+                          " is newer than the releases that AGQ4 was tested with; its layout passed all " +
+                          std::to_string(agq::abi_proofs().size()) + " proofs");
     }
     return kern;
 }
@@ -79,8 +80,9 @@ AGQ_EXPORT const char *agq_last_error() {
 }
 
 /// What the plugin found out about the host when it was loaded last, one proof for each index from 0 on: its name, what
-/// was found (valid until the next ggml_backend_init), whether it passed (1 or 0), and the time it took in microseconds.
-/// Any pointer may be null. Returns 1, or 0 if there is no proof of this index. After a proof that failed there are none.
+/// was found (valid until the next ggml_backend_init), whether it passed (1 or 0), and the time it took in
+/// microseconds. Any pointer may be null. Returns 1, or 0 if there is no proof of this index. After a proof that failed
+/// there are none.
 AGQ_EXPORT int32_t agq_abi_proof(int32_t index, const char **name, const char **found, int32_t *passed,
                                  double *microseconds) {
     const std::vector<agq::abi_proof> &proofs = agq::abi_proofs();

@@ -1,8 +1,8 @@
-// Empties the type's slot when the host unloads the plugin: a model of that type is then refused, as before the plugin was
-// loaded, where its operations would now call nothing.
+// Empties the type's slot when the host unloads the plugin: a model of that type is then refused, as before the plugin
+// was loaded, where its operations would now call nothing.
 //
-// When the process ends, the slot is left alone: other threads may still be running a model. What tells the two apart is
-// the order in which things end.
+// When the process ends, the slot is left alone: other threads may still be running a model. What tells the two apart
+// is the order in which things end.
 #include "host/type_registry.h"
 
 #ifdef _WIN32

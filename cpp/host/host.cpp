@@ -29,11 +29,11 @@ int rank(const char *version) {
 
 bool find_functions(const loaded_library &library, std::string *error) {
     host.ggml_log_get = reinterpret_cast<decltype(host.ggml_log_get)>(library.find("ggml_log_get"));
-#define AGQ_FIND(result, name, parameters)                                                      \
-    host.name = reinterpret_cast<result(*) parameters>(library.find(#name));                    \
-    if (!host.name) {                                                                           \
-        *error = "the host program has no function " #name " that can be found; " + advice();   \
-        return false;                                                                           \
+#define AGQ_FIND(result, name, parameters)                                                    \
+    host.name = reinterpret_cast<result(*) parameters>(library.find(#name));                  \
+    if (!host.name) {                                                                         \
+        *error = "the host program has no function " #name " that can be found; " + advice(); \
+        return false;                                                                         \
     }
     AGQ_HOST_FUNCTIONS(AGQ_FIND)
 #undef AGQ_FIND
@@ -43,8 +43,8 @@ bool find_functions(const loaded_library &library, std::string *error) {
 bool check_version(std::string *error) {
     const int found = rank(host.ggml_version());
     if (found < rank(tested_versions[0])) {
-        *error = std::string("the host's ggml is version ") + host.ggml_version() + ", expected " +
-                 tested_versions[0] + " or newer; " + advice();
+        *error = std::string("the host's ggml is version ") + host.ggml_version() + ", expected " + tested_versions[0] +
+                 " or newer; " + advice();
         return false;
     }
     return true;

@@ -42,10 +42,10 @@ loaded_library::~loaded_library() {
 
 void *loaded_library::find(const char *name) const {
     // Windows does not look into the libraries that a library depends on: those of llama.cpp have fixed names.
-    const HMODULE candidates[] = {
-        static_cast<HMODULE>(handle_),      GetModuleHandleA("ggml-base.dll"), GetModuleHandleA("ggml.dll"),
-        GetModuleHandleA("libggml-base.dll"), GetModuleHandleA("libggml.dll"),   GetModuleHandleA("llama.dll"),
-        GetModuleHandleA("libllama.dll")};
+    const HMODULE candidates[] = {static_cast<HMODULE>(handle_),   GetModuleHandleA("ggml-base.dll"),
+                                  GetModuleHandleA("ggml.dll"),    GetModuleHandleA("libggml-base.dll"),
+                                  GetModuleHandleA("libggml.dll"), GetModuleHandleA("llama.dll"),
+                                  GetModuleHandleA("libllama.dll")};
     for (const HMODULE module : candidates) {
         if (!module) continue;
         if (void *symbol = reinterpret_cast<void *>(GetProcAddress(module, name))) return symbol;
@@ -102,7 +102,8 @@ int look_into(dl_phdr_info *library, size_t, void *data) {
     for (int i = 0; i < library->dlpi_phnum; ++i) {
         const auto &part = library->dlpi_phdr[i];
         const uintptr_t begin = library->dlpi_addr + part.p_vaddr;
-        if (part.p_type == PT_LOAD && w->address >= begin && w->address - begin < part.p_memsz) w->base = library->dlpi_phdr;
+        if (part.p_type == PT_LOAD && w->address >= begin && w->address - begin < part.p_memsz)
+            w->base = library->dlpi_phdr;
     }
     return w->base != nullptr;
 }

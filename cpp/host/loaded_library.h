@@ -31,7 +31,8 @@ class loaded_library {
 /// File of the library or program that holds the address; empty if none does.
 std::string library_path(const void *address);
 
-/// What tells the library or program that holds the address from all others; null if none does. Costs less than its file.
+/// What tells the library or program that holds the address from all others; null if none does. Costs less than its
+/// file.
 const void *library_base(const void *address);
 
 }  // namespace agq

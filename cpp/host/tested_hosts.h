@@ -1,11 +1,11 @@
 // The releases with which the plugin was tested; nothing else in the project says which they are. There is no upper
-// bound: abi_proof.h decides about every host that is not older than the first. `benchmarks/hosts.py` reads these lines,
-// tests each host, and writes the table of docs/releases.md.
+// bound: abi_proof.h decides about every host that is not older than the first. `benchmarks/hosts.py` reads these
+// lines, tests each host, and writes the table of docs/releases.md.
 #pragma once
 
 // X(version of ggml, name of the package or program, its version), oldest ggml first.
-#define AGQ_TESTED_HOSTS(X)                    \
-    X("0.15.1", "llama-cpp-python", "0.3.30")  \
-    X("0.16.0", "llama-cpp-python", "0.3.34")  \
-    X("0.20.0", "llama-cpp-python", "0.3.35")  \
+#define AGQ_TESTED_HOSTS(X)                   \
+    X("0.15.1", "llama-cpp-python", "0.3.30") \
+    X("0.16.0", "llama-cpp-python", "0.3.34") \
+    X("0.20.0", "llama-cpp-python", "0.3.35") \
     X("0.25.3", "llama-cpp-python", "0.3.36")

@@ -63,7 +63,8 @@ bool register_type(std::string *error) {
     // The conversion functions stay null, because a row of AGQ4 is not contiguous: stock tools then say that the type
     // cannot be dequantized instead of reading garbage.
     ggml_type_traits ours = {};
-    // The name must outlive the plugin, should the host unload it: somebody may have kept a pointer. So it is never freed.
+    // The name must outlive the plugin, should the host unload it: somebody may have kept a pointer. So it is never
+    // freed.
     static char *const name = std::strcpy(new char[sizeof(type_name)], type_name);
     ours.type_name = name;
     ours.blck_size = ggml_block_size;

@@ -17,11 +17,16 @@ std::vector<abi_proof> made;
 const struct {
     const char *name;
     void (*prove)(findings *);
-} all_proofs[] = {{"interface version", prove_api_version}, {"registry table", prove_registry_table},
-                  {"device table", prove_device_table},     {"backend table", prove_backend_table},
-                  {"CPU device", prove_cpu_device},         {"type table", prove_type_table},
-                  {"tensors", prove_tensor},                {"operations", prove_operations},
-                  {"graphs", prove_graph},                  {"scheduler", prove_scheduler}};
+} all_proofs[] = {{"interface version", prove_api_version},
+                  {"registry table", prove_registry_table},
+                  {"device table", prove_device_table},
+                  {"backend table", prove_backend_table},
+                  {"CPU device", prove_cpu_device},
+                  {"type table", prove_type_table},
+                  {"tensors", prove_tensor},
+                  {"operations", prove_operations},
+                  {"graphs", prove_graph},
+                  {"scheduler", prove_scheduler}};
 
 template <class function>
 bool make(const char *name, function prove, std::string *error) {
@@ -33,15 +38,15 @@ bool make(const char *name, function prove, std::string *error) {
     made.push_back({name, found.good(), found.text(), time.count()});
     if (!found.good()) {
         *error = std::string("ggml ") + host.ggml_version() + " in " +
-                 library_path(reinterpret_cast<const void *>(host.ggml_version)) +
-                 " cannot run AGQ4: " + found.text() + " (proof of the " + name + "); " + advice();
+                 library_path(reinterpret_cast<const void *>(host.ggml_version)) + " cannot run AGQ4: " + found.text() +
+                 " (proof of the " + name + "); " + advice();
     }
     return found.good();
 }
 
 void find_functions(const loaded_library &library, findings *f) {
-#define AGQ_FIND(result, name, parameters)                                          \
-    functions.name = reinterpret_cast<result(*) parameters>(library.find(#name));   \
+#define AGQ_FIND(result, name, parameters)                                        \
+    functions.name = reinterpret_cast<result(*) parameters>(library.find(#name)); \
     f->require(functions.name, "the host has no function " #name " that can be found");
     AGQ_PROOF_FUNCTIONS(AGQ_FIND)
 #undef AGQ_FIND

@@ -9,69 +9,69 @@
 namespace agq {
 
 // X(return type, name, parameters)
-#define AGQ_PROOF_FUNCTIONS(X)                                                                                         \
-    X(size_t, ggml_type_size, (int))                                                                                   \
-    X(int64_t, ggml_blck_size, (int))                                                                                  \
-    X(const char *, ggml_type_name, (int))                                                                             \
-    X(bool, ggml_is_quantized, (int))                                                                                  \
-    X(size_t, ggml_row_size, (int, int64_t))                                                                           \
-    X(void *, ggml_get_mem_buffer, (const ggml_context *))                                                             \
-    X(bool, ggml_get_no_alloc, (ggml_context *))                                                                       \
-    X(ggml_tensor *, ggml_new_tensor_4d, (ggml_context *, int, int64_t, int64_t, int64_t, int64_t))                    \
-    X(const char *, ggml_op_desc, (const ggml_tensor *))                                                               \
-    X(ggml_tensor *, ggml_set_name, (ggml_tensor *, const char *))                                                     \
-    X(void, ggml_set_input, (ggml_tensor *))                                                                           \
-    X(void, ggml_set_output, (ggml_tensor *))                                                                          \
-    X(ggml_tensor *, ggml_view_1d, (ggml_context *, ggml_tensor *, int64_t, size_t))                                   \
-    X(ggml_tensor *, ggml_reshape_2d, (ggml_context *, ggml_tensor *, int64_t, int64_t))                               \
-    X(ggml_tensor *, ggml_transpose, (ggml_context *, ggml_tensor *))                                                  \
-    X(ggml_tensor *, ggml_permute, (ggml_context *, ggml_tensor *, int, int, int, int))                                \
-    X(ggml_tensor *, ggml_concat, (ggml_context *, ggml_tensor *, ggml_tensor *, int))                                 \
-    X(ggml_tensor *, ggml_norm, (ggml_context *, ggml_tensor *, float))                                                \
-    X(ggml_tensor *, ggml_rms_norm, (ggml_context *, ggml_tensor *, float))                                            \
-    X(ggml_tensor *, ggml_add, (ggml_context *, ggml_tensor *, ggml_tensor *))                                         \
-    X(ggml_tensor *, ggml_mul, (ggml_context *, ggml_tensor *, ggml_tensor *))                                         \
-    X(ggml_tensor *, ggml_mul_mat, (ggml_context *, ggml_tensor *, ggml_tensor *))                                     \
-    X(ggml_tensor *, ggml_mul_mat_id, (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *))                   \
-    X(ggml_tensor *, ggml_get_rows, (ggml_context *, ggml_tensor *, ggml_tensor *))                                    \
-    X(ggml_tensor *, ggml_set_rows, (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *))                     \
-    X(ggml_tensor *, ggml_swiglu, (ggml_context *, ggml_tensor *))                                                     \
-    X(ggml_tensor *, ggml_swiglu_swapped, (ggml_context *, ggml_tensor *))                                             \
-    X(ggml_tensor *, ggml_swiglu_split, (ggml_context *, ggml_tensor *, ggml_tensor *))                                \
-    X(ggml_tensor *, ggml_rope_ext,                                                                                    \
-      (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, int, int, int, float, float, float, float, float,  \
-       float))                                                                                                         \
-    X(ggml_tensor *, ggml_soft_max_ext, (ggml_context *, ggml_tensor *, ggml_tensor *, float, float))                  \
-    X(void, ggml_soft_max_add_sinks, (ggml_tensor *, ggml_tensor *))                                                   \
-    X(ggml_tensor *, ggml_flash_attn_ext,                                                                              \
-      (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, float, float, float))               \
-    X(void, ggml_flash_attn_ext_add_sinks, (ggml_tensor *, ggml_tensor *))                                             \
-    X(void, ggml_build_forward_expand, (ggml_cgraph *, ggml_tensor *))                                                 \
-    X(const char *, ggml_backend_reg_name, (ggml_backend_reg *))                                                       \
-    X(size_t, ggml_backend_reg_dev_count, (ggml_backend_reg *))                                                        \
-    X(ggml_backend_device *, ggml_backend_reg_dev_get, (ggml_backend_reg *, size_t))                                   \
-    X(const char *, ggml_backend_dev_name, (ggml_backend_device *))                                                    \
-    X(const char *, ggml_backend_dev_description, (ggml_backend_device *))                                             \
-    X(int, ggml_backend_dev_type, (ggml_backend_device *))                                                             \
-    X(void, ggml_backend_dev_get_props, (ggml_backend_device *, void *))                                               \
-    X(ggml_backend_buffer_type *, ggml_backend_dev_host_buffer_type, (ggml_backend_device *))                          \
-    X(bool, ggml_backend_dev_offload_op, (ggml_backend_device *, const ggml_tensor *))                                 \
-    X(void *, ggml_backend_event_new, (ggml_backend_device *))                                                         \
-    X(void *, ggml_backend_guid, (ggml_backend *))                                                             \
-    X(const char *, ggml_backend_name, (ggml_backend *))                                                               \
-    X(ggml_backend_device *, ggml_backend_get_device, (ggml_backend *))                                                \
-    X(void, ggml_backend_synchronize, (ggml_backend *))                                                                \
-    X(void *, ggml_backend_graph_plan_create, (ggml_backend *, ggml_cgraph *))                                         \
-    X(ggml_status, ggml_backend_graph_compute_async, (ggml_backend *, ggml_cgraph *))                                  \
-    X(void, ggml_backend_event_record, (void *, ggml_backend *))                                                       \
-    X(void, ggml_backend_event_wait, (ggml_backend *, void *))                                                         \
-    X(void, ggml_backend_buffer_free, (ggml_backend_buffer *))                                                         \
-    X(bool, ggml_backend_buffer_is_host, (ggml_backend_buffer *))                                                      \
-    X(ggml_status, ggml_backend_tensor_alloc, (ggml_backend_buffer *, ggml_tensor *, void *))                          \
-    X(void *, ggml_backend_sched_new, (ggml_backend **, ggml_backend_buffer_type **, int, size_t, bool, bool))         \
-    X(void, ggml_backend_sched_free, (void *))                                                                         \
-    X(void, ggml_backend_sched_set_tensor_backend, (void *, ggml_tensor *, ggml_backend *))                            \
-    X(bool, ggml_backend_sched_alloc_graph, (void *, ggml_cgraph *))                                                   \
+#define AGQ_PROOF_FUNCTIONS(X)                                                                                        \
+    X(size_t, ggml_type_size, (int))                                                                                  \
+    X(int64_t, ggml_blck_size, (int))                                                                                 \
+    X(const char *, ggml_type_name, (int))                                                                            \
+    X(bool, ggml_is_quantized, (int))                                                                                 \
+    X(size_t, ggml_row_size, (int, int64_t))                                                                          \
+    X(void *, ggml_get_mem_buffer, (const ggml_context *))                                                            \
+    X(bool, ggml_get_no_alloc, (ggml_context *))                                                                      \
+    X(ggml_tensor *, ggml_new_tensor_4d, (ggml_context *, int, int64_t, int64_t, int64_t, int64_t))                   \
+    X(const char *, ggml_op_desc, (const ggml_tensor *))                                                              \
+    X(ggml_tensor *, ggml_set_name, (ggml_tensor *, const char *))                                                    \
+    X(void, ggml_set_input, (ggml_tensor *))                                                                          \
+    X(void, ggml_set_output, (ggml_tensor *))                                                                         \
+    X(ggml_tensor *, ggml_view_1d, (ggml_context *, ggml_tensor *, int64_t, size_t))                                  \
+    X(ggml_tensor *, ggml_reshape_2d, (ggml_context *, ggml_tensor *, int64_t, int64_t))                              \
+    X(ggml_tensor *, ggml_transpose, (ggml_context *, ggml_tensor *))                                                 \
+    X(ggml_tensor *, ggml_permute, (ggml_context *, ggml_tensor *, int, int, int, int))                               \
+    X(ggml_tensor *, ggml_concat, (ggml_context *, ggml_tensor *, ggml_tensor *, int))                                \
+    X(ggml_tensor *, ggml_norm, (ggml_context *, ggml_tensor *, float))                                               \
+    X(ggml_tensor *, ggml_rms_norm, (ggml_context *, ggml_tensor *, float))                                           \
+    X(ggml_tensor *, ggml_add, (ggml_context *, ggml_tensor *, ggml_tensor *))                                        \
+    X(ggml_tensor *, ggml_mul, (ggml_context *, ggml_tensor *, ggml_tensor *))                                        \
+    X(ggml_tensor *, ggml_mul_mat, (ggml_context *, ggml_tensor *, ggml_tensor *))                                    \
+    X(ggml_tensor *, ggml_mul_mat_id, (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *))                  \
+    X(ggml_tensor *, ggml_get_rows, (ggml_context *, ggml_tensor *, ggml_tensor *))                                   \
+    X(ggml_tensor *, ggml_set_rows, (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *))                    \
+    X(ggml_tensor *, ggml_swiglu, (ggml_context *, ggml_tensor *))                                                    \
+    X(ggml_tensor *, ggml_swiglu_swapped, (ggml_context *, ggml_tensor *))                                            \
+    X(ggml_tensor *, ggml_swiglu_split, (ggml_context *, ggml_tensor *, ggml_tensor *))                               \
+    X(ggml_tensor *, ggml_rope_ext,                                                                                   \
+      (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, int, int, int, float, float, float, float, float, \
+       float))                                                                                                        \
+    X(ggml_tensor *, ggml_soft_max_ext, (ggml_context *, ggml_tensor *, ggml_tensor *, float, float))                 \
+    X(void, ggml_soft_max_add_sinks, (ggml_tensor *, ggml_tensor *))                                                  \
+    X(ggml_tensor *, ggml_flash_attn_ext,                                                                             \
+      (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, float, float, float))              \
+    X(void, ggml_flash_attn_ext_add_sinks, (ggml_tensor *, ggml_tensor *))                                            \
+    X(void, ggml_build_forward_expand, (ggml_cgraph *, ggml_tensor *))                                                \
+    X(const char *, ggml_backend_reg_name, (ggml_backend_reg *))                                                      \
+    X(size_t, ggml_backend_reg_dev_count, (ggml_backend_reg *))                                                       \
+    X(ggml_backend_device *, ggml_backend_reg_dev_get, (ggml_backend_reg *, size_t))                                  \
+    X(const char *, ggml_backend_dev_name, (ggml_backend_device *))                                                   \
+    X(const char *, ggml_backend_dev_description, (ggml_backend_device *))                                            \
+    X(int, ggml_backend_dev_type, (ggml_backend_device *))                                                            \
+    X(void, ggml_backend_dev_get_props, (ggml_backend_device *, void *))                                              \
+    X(ggml_backend_buffer_type *, ggml_backend_dev_host_buffer_type, (ggml_backend_device *))                         \
+    X(bool, ggml_backend_dev_offload_op, (ggml_backend_device *, const ggml_tensor *))                                \
+    X(void *, ggml_backend_event_new, (ggml_backend_device *))                                                        \
+    X(void *, ggml_backend_guid, (ggml_backend *))                                                                    \
+    X(const char *, ggml_backend_name, (ggml_backend *))                                                              \
+    X(ggml_backend_device *, ggml_backend_get_device, (ggml_backend *))                                               \
+    X(void, ggml_backend_synchronize, (ggml_backend *))                                                               \
+    X(void *, ggml_backend_graph_plan_create, (ggml_backend *, ggml_cgraph *))                                        \
+    X(ggml_status, ggml_backend_graph_compute_async, (ggml_backend *, ggml_cgraph *))                                 \
+    X(void, ggml_backend_event_record, (void *, ggml_backend *))                                                      \
+    X(void, ggml_backend_event_wait, (ggml_backend *, void *))                                                        \
+    X(void, ggml_backend_buffer_free, (ggml_backend_buffer *))                                                        \
+    X(bool, ggml_backend_buffer_is_host, (ggml_backend_buffer *))                                                     \
+    X(ggml_status, ggml_backend_tensor_alloc, (ggml_backend_buffer *, ggml_tensor *, void *))                         \
+    X(void *, ggml_backend_sched_new, (ggml_backend **, ggml_backend_buffer_type **, int, size_t, bool, bool))        \
+    X(void, ggml_backend_sched_free, (void *))                                                                        \
+    X(void, ggml_backend_sched_set_tensor_backend, (void *, ggml_tensor *, ggml_backend *))                           \
+    X(bool, ggml_backend_sched_alloc_graph, (void *, ggml_cgraph *))                                                  \
     X(ggml_status, ggml_backend_sched_graph_compute, (void *, ggml_cgraph *))
 
 struct proof_functions {
@@ -136,7 +136,8 @@ class one_thread_cpu {
     ggml_backend *backend_;
 };
 
-// What the host reads from us (proof/tables.cpp). The order is that of abi_proof.cpp; later proofs rely on earlier ones.
+// What the host reads from us (proof/tables.cpp). The order is that of abi_proof.cpp; later proofs rely on earlier
+// ones.
 
 void prove_api_version(findings *f);
 void prove_registry_table(findings *f);

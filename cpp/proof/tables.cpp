@@ -17,8 +17,8 @@ constexpr int n_words = 48;  // more than any table has, so that a longer one ho
 int last_word = -1;
 int calls = 0;
 
-/// Stands in for a function of any type in the tables: it looks at no parameter, and null is a value of all their return
-/// types.
+/// Stands in for a function of any type in the tables: it looks at no parameter, and null is a value of all their
+/// return types.
 template <int word>
 void *record() {
     last_word = word;
@@ -101,8 +101,10 @@ void prove_device_table(findings *f) {
     table.expect(f, "ggml_backend_dev_offload_op", 11, [&] { functions.ggml_backend_dev_offload_op(dev, nullptr); });
     table.expect(f, "ggml_backend_event_new", 12, [&] { functions.ggml_backend_event_new(dev); });
     if (!f->good()) return;
-    f->require(host.ggml_backend_dev_backend_reg(dev) == dev->reg, "the registry of a device is not word 15 of its table");
-    // The host zeroes its struct before it asks. If that is longer than ours, the rest stays zero; it must not be shorter.
+    f->require(host.ggml_backend_dev_backend_reg(dev) == dev->reg,
+               "the registry of a device is not word 15 of its table");
+    // The host zeroes its struct before it asks. If that is longer than ours, the rest stays zero; it must not be
+    // shorter.
     const auto zeros = std::find_if(room, room + sizeof(room), [](unsigned char byte) { return byte != 0; }) - room;
     f->require(zeros >= static_cast<ptrdiff_t>(sizeof(ggml_backend_dev_props)),
                "the properties of a device take " + std::to_string(zeros) + " bytes, expected at least " +
@@ -170,8 +172,8 @@ void prove_cpu_device(findings *f) {
                     "the CPU's registry does not hold the CPU device")) {
         return;
     }
-    // Asked once through the host, which zeroes the struct before, and once directly, so that a zero, too, is seen to be
-    // where it belongs: the CPU's type.
+    // Asked once through the host, which zeroes the struct before, and once directly, so that a zero, too, is seen to
+    // be where it belongs: the CPU's type.
     alignas(64) unsigned char zeroed[1024], filled[1024];
     functions.ggml_backend_dev_get_props(cpu, zeroed);
     std::memset(filled, 0xAA, sizeof(filled));

@@ -38,9 +38,9 @@ tensor_memory::~tensor_memory() {
 }
 
 ggml_context *tensor_memory::context(findings *f) const {
-    return f->require(context_ && functions.ggml_get_mem_buffer(context_) == begin_ &&
-                          functions.ggml_get_no_alloc(context_),
-                      "ggml_init takes other parameters than expected")
+    return f->require(
+               context_ && functions.ggml_get_mem_buffer(context_) == begin_ && functions.ggml_get_no_alloc(context_),
+               "ggml_init takes other parameters than expected")
                ? context_
                : nullptr;
 }
@@ -69,9 +69,9 @@ void prove_type_table(findings *f) {
         int64_t block;
         size_t bytes;
         bool is_quantized;
-    } known[] = {{ggml_type_f32, "f32", 1, 4, false},   {ggml_type_f16, "f16", 1, 2, false},
+    } known[] = {{ggml_type_f32, "f32", 1, 4, false},    {ggml_type_f16, "f16", 1, 2, false},
                  {ggml_type_q4_0, "q4_0", 32, 18, true}, {ggml_type_q8_0, "q8_0", 32, 34, true},
-                 {ggml_type_i32, "i32", 1, 4, false},   {ggml_type_i64, "i64", 1, 8, false},
+                 {ggml_type_i32, "i32", 1, 4, false},    {ggml_type_i64, "i64", 1, 8, false},
                  {ggml_type_bf16, "bf16", 1, 2, false}};
     const char *table = reinterpret_cast<const char *>(host.ggml_get_type_traits(0));
     for (const int id : {1, 2, ggml_type_id}) {
@@ -83,9 +83,8 @@ void prove_type_table(findings *f) {
     for (const auto &t : known) {
         const ggml_type_traits *entry = host.ggml_get_type_traits(t.id);
         const char *name = functions.ggml_type_name(t.id);
-        if (!f->require(name && std::strcmp(name, t.name) == 0, "type " + number(t.id) + " is '" +
-                                                                    (name ? name : "?") + "', expected '" + t.name +
-                                                                    "'") ||
+        if (!f->require(name && std::strcmp(name, t.name) == 0,
+                        "type " + number(t.id) + " is '" + (name ? name : "?") + "', expected '" + t.name + "'") ||
             !f->require(functions.ggml_blck_size(t.id) == t.block && functions.ggml_type_size(t.id) == t.bytes,
                         std::string(name) + " has blocks of " + number(functions.ggml_blck_size(t.id)) + " values in " +
                             number(static_cast<int64_t>(functions.ggml_type_size(t.id))) + " bytes, expected " +
@@ -165,8 +164,9 @@ void prove_tensor(findings *f) {
     }
     if (!f->good()) return;
 
-    // The number of an operation is proved by carrying it over: read from one tensor, written to another, which the host
-    // must then take for a node of that operation. If it is elsewhere, the host still sees the second tensor's own.
+    // The number of an operation is proved by carrying it over: read from one tensor, written to another, which the
+    // host must then take for a node of that operation. If it is elsewhere, the host still sees the second tensor's
+    // own.
     ggml_tensor *product = functions.ggml_mul_mat(context, named, plain);
     ggml_tensor *sources[ggml_max_src - 1];
     for (ggml_tensor *&s : sources) s = host.ggml_new_tensor_3d(context, ggml_type_f32, 1, 1, 1);

@@ -1,5 +1,5 @@
-// Hundreds of hosts that differ from the declaration in one struct, one number or one order: the proofs must refuse each
-// that would make the plugin misread something, and crash on none. Prints how many there were.
+// Hundreds of hosts that differ from the declaration in one struct, one number or one order: the proofs must refuse
+// each that would make the plugin misread something, and crash on none. Prints how many there were.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -24,8 +24,8 @@ struct part {
     struct_layout host_layout::*layout;
     /// What the plugin reads or writes of the struct, with the host on the other side.
     std::set<std::string> used;
-    bool fixed_size;    ///< whether the plugin and the host each make such objects for the other
-    bool least_size;    ///< whether the plugin writes all of the struct into the host's memory
+    bool fixed_size;  ///< whether the plugin and the host each make such objects for the other
+    bool least_size;  ///< whether the plugin writes all of the struct into the host's memory
 };
 
 const part parts[] = {
@@ -94,11 +94,13 @@ void add_struct_variants(const part &p, std::vector<variant> *all) {
         add("without " + name, [&](auto &f) { f.erase(f.begin() + at); });
         add(name + " twice as long", [&](auto &f) { f[i].size *= 2; });
         if (fields[i].size > 4) {
-            add(name + " half as long", [&](auto &f) { f[i] = {name, f[i].size / 2, std::min(f[i].align, f[i].size / 2)}; });
+            add(name + " half as long",
+                [&](auto &f) { f[i] = {name, f[i].size / 2, std::min(f[i].align, f[i].size / 2)}; });
         }
         add(name + " at the end", [&](auto &f) { std::rotate(f.begin() + at, f.begin() + at + 1, f.end()); });
         if (i > 0) {
-            add(name + " at the beginning", [&](auto &f) { std::rotate(f.begin(), f.begin() + at, f.begin() + at + 1); });
+            add(name + " at the beginning",
+                [&](auto &f) { std::rotate(f.begin(), f.begin() + at, f.begin() + at + 1); });
             add(name + " exchanged with " + fields[i - 1].name, [&](auto &f) { std::swap(f[i], f[i - 1]); });
         }
     }
@@ -110,7 +112,8 @@ void add_order_variants(const char *name, std::vector<std::string> host_layout::
     const size_t n = (declared.*order).size();
     for (size_t i = 0; i < n; ++i) {
         for (size_t j = i + 1; j < n; ++j) {
-            variant v = {std::string(name) + ": sources " + std::to_string(i) + " and " + std::to_string(j), declared, true};
+            variant v = {std::string(name) + ": sources " + std::to_string(i) + " and " + std::to_string(j), declared,
+                         true};
             std::swap((v.layout.*order)[i], (v.layout.*order)[j]);
             all->push_back(v);
         }
@@ -205,6 +208,7 @@ int main(int argc, char **argv) {
         }
         if (ok) agq::unregister_type();
     }
-    std::printf("variants %zu harmful %d refused %d accepted %d wrong %d\n", all.size(), harmful, refused, accepted, wrong);
+    std::printf("variants %zu harmful %d refused %d accepted %d wrong %d\n", all.size(), harmful, refused, accepted,
+                wrong);
     return wrong != 0;
 }

@@ -97,9 +97,9 @@ struct graph {
 std::vector<std::unique_ptr<graph>> all_graphs;
 
 const std::vector<std::string> operations = {
-    "NONE", "DUP",  "ADD",      "MUL",     "CONCAT",    "NORM",     "RMS_NORM", "MUL_MAT",        "MUL_MAT_ID",
-    "CONT", "VIEW", "RESHAPE",  "PERMUTE", "TRANSPOSE", "GET_ROWS", "SET_ROWS", "FLASH_ATTN_EXT", "SOFT_MAX",
-    "ROPE", "GLU",  "CUSTOM",   "COUNT"};
+    "NONE",           "DUP",      "ADD",  "MUL",     "CONCAT",  "NORM",      "RMS_NORM", "MUL_MAT",
+    "MUL_MAT_ID",     "CONT",     "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "GET_ROWS", "SET_ROWS",
+    "FLASH_ATTN_EXT", "SOFT_MAX", "ROPE", "GLU",     "CUSTOM",  "COUNT"};
 
 int op_number(const std::string &name) {
     const auto found = std::find(operations.begin(), operations.end(), name) - operations.begin();
@@ -123,8 +123,8 @@ struct type_facts {
 
 type_facts facts_of(const std::string &type) {
     static const std::map<std::string, type_facts> known = {
-        {"f32", {1, 4, false}},  {"f16", {1, 2, false}}, {"q4_0", {32, 18, true}}, {"q8_0", {32, 34, true}},
-        {"i32", {1, 4, false}},  {"i64", {1, 8, false}}, {"bf16", {1, 2, false}},  {"q4_1", {32, 20, true}}};
+        {"f32", {1, 4, false}}, {"f16", {1, 2, false}}, {"q4_0", {32, 18, true}}, {"q8_0", {32, 34, true}},
+        {"i32", {1, 4, false}}, {"i64", {1, 8, false}}, {"bf16", {1, 2, false}},  {"q4_1", {32, 20, true}}};
     const auto found = known.find(type);
     return found == known.end() ? type_facts{0, 0, false} : found->second;
 }
@@ -149,7 +149,8 @@ void half_to_float(const void *from, float *to, int64_t n) {
         const uint16_t h = static_cast<const uint16_t *>(from)[i];
         const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
         const uint32_t exponent = h >> 10 & 31;
-        const uint32_t bits = exponent == 0 ? sign : sign | (exponent + 112) << 23 | static_cast<uint32_t>(h & 1023) << 13;
+        const uint32_t bits =
+            exponent == 0 ? sign : sign | (exponent + 112) << 23 | static_cast<uint32_t>(h & 1023) << 13;
         std::memcpy(&to[i], &bits, sizeof(bits));
     }
 }
@@ -372,16 +373,17 @@ host_layout declared_layout() {
                                   {"buffer_from_host_ptr", 1, 1},
                                   {"events", 1, 1},
                                   {"mmap_support", 1, 1}});
-    h.device = struct_layout(functions({"get_name", "get_description", "get_memory", "get_type", "get_props",
-                                        "init_backend", "get_buffer_type", "get_host_buffer_type",
-                                        "buffer_from_host_ptr", "supports_op", "supports_buft", "offload_op",
-                                        "event_new", "event_free", "event_synchronize", "reg", "context"}));
-    h.backend = struct_layout(functions(
-        {"guid", "get_name", "free", "set_tensor_async", "get_tensor_async", "set_tensor_2d_async",
-         "get_tensor_2d_async", "cpy_tensor_async", "synchronize", "graph_plan_create", "graph_plan_free",
-         "graph_plan_update", "graph_plan_compute", "graph_compute", "event_record", "event_wait", "graph_optimize",
-         "device", "context"}));
-    std::vector<field> registry = functions({"get_name", "get_device_count", "get_device", "get_proc_address", "context"});
+    h.device = struct_layout(
+        functions({"get_name", "get_description", "get_memory", "get_type", "get_props", "init_backend",
+                   "get_buffer_type", "get_host_buffer_type", "buffer_from_host_ptr", "supports_op", "supports_buft",
+                   "offload_op", "event_new", "event_free", "event_synchronize", "reg", "context"}));
+    h.backend = struct_layout(
+        functions({"guid", "get_name", "free", "set_tensor_async", "get_tensor_async", "set_tensor_2d_async",
+                   "get_tensor_2d_async", "cpy_tensor_async", "synchronize", "graph_plan_create", "graph_plan_free",
+                   "graph_plan_update", "graph_plan_compute", "graph_compute", "event_record", "event_wait",
+                   "graph_optimize", "device", "context"}));
+    std::vector<field> registry =
+        functions({"get_name", "get_device_count", "get_device", "get_proc_address", "context"});
     registry.insert(registry.begin(), {"api_version", 4, 4});
     h.registry = struct_layout(registry);
     h.custom = struct_layout({{"function", 8, 8}, {"n_tasks", 4, 4}, {"userdata", 8, 8}});
@@ -400,7 +402,7 @@ host_layout declared_layout() {
     h.expert_sources = {"weights", "x", "ids"};
     h.glu_sources = {"a", "b"};
     h.types.assign(43, "");
-    const std::map<int, std::string> known = {{0, "f32"},  {1, "f16"},  {2, "q4_0"},  {3, "q4_1"},
+    const std::map<int, std::string> known = {{0, "f32"},  {1, "f16"},  {2, "q4_0"}, {3, "q4_1"},
                                               {8, "q8_0"}, {26, "i32"}, {27, "i64"}, {30, "bf16"}};
     for (const auto &[id, name] : known) h.types[static_cast<size_t>(id)] = name;
     return h;
