@@ -13,12 +13,6 @@ constexpr char positions_name[] = "inp_pos";
 constexpr char k_cells_name[] = "attn_inp_k_idxs";
 constexpr char out_ids_name[] = "out_ids";
 
-float float_param(const ggml_tensor *node, int i) {
-    float value;
-    std::memcpy(&value, &node->op_params[i], sizeof(value));
-    return value;
-}
-
 bool begins(const ggml_tensor *t, const char *prefix) {
     return std::strncmp(t->name, prefix, std::strlen(prefix)) == 0;
 }
@@ -131,43 +125,22 @@ void graph_facts::find_input(const ggml_tensor *node, int slot) {
 
 void graph_facts::find_site(int i) {
     const ggml_tensor *node = tensors[static_cast<size_t>(i)];
-    if (node->op == host.op_flash_attn_ext) {
+    attention_pattern found;
+    if (match_attention(node, &found)) {
         attention_site site;
-        site.cache = find_cache(node->src[1]);
-        if (!site.cache || !is_mask(node->src[3])) return;
+        static_cast<attention_operands &>(site) = found;
+        site.cache = find_cache(found.k);
+        if (!site.cache || !is_mask(found.mask)) return;
         site.layer = cache_layer(site.cache);
-        site.first = site.masked = site.last = i;
-        site.mask_slot = 3;
-        site.plain = true;
-        site.q = node->src[0];
-        site.k = node->src[1];
-        site.sinks = node->src[4];
-        site.scale = float_param(node, 0);
-        site.max_bias = float_param(node, 1);
-        site.soft_cap = float_param(node, 2);
-        sites.push_back(site);
-    } else if (node->op == host.op_soft_max && is_mask(node->src[1])) {
-        // The product may be followed by a soft cap: up to three nodes of scaling and tanh.
-        const ggml_tensor *scores = node->src[0];
-        for (int step = 0; step < 4 && scores && scores->op != host.op_mul_mat; ++step) scores = scores->src[0];
-        if (!scores || scores->op != host.op_mul_mat) return;
-        attention_site site;
-        site.cache = find_cache(scores->src[0]);
-        if (!site.cache) return;
-        site.layer = cache_layer(site.cache);
-        site.first = number(scores);
+        site.first = number(found.scores);
         site.masked = i;
-        site.mask_slot = 1;
-        site.plain = scores == node->src[0];
-        site.q = scores->src[1];
-        site.k = scores->src[0];
-        site.sinks = node->src[2];
-        site.scale = float_param(node, 0);
-        site.max_bias = float_param(node, 1);
+        if (found.scores == node) site.last = i;
+        site.mask_slot = found.mask_slot;
+        site.plain = found.plain;
         sites.push_back(site);
-    } else if (node->op == host.op_mul_mat && node->src[1]->op == host.op_soft_max) {
+    } else if (const ggml_tensor *soft_max = soft_max_before(node)) {
         for (attention_site &site : sites) {
-            if (tensors[static_cast<size_t>(site.masked)] == node->src[1]) site.last = i;
+            if (tensors[static_cast<size_t>(site.masked)] == soft_max) site.last = i;
         }
     }
 }

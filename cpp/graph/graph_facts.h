@@ -6,23 +6,20 @@
 #include <unordered_map>
 #include <vector>
 
+#include "graph/attention_pattern.h"
 #include "host/host.h"
 
 namespace agq {
 
 /// One attention over the K/V cache.
-struct attention_site {
+struct attention_site : attention_operands {
     int layer = -1;
     int first = -1;      ///< the node that reads queries and keys: the flash node, or the product of both
     int masked = -1;     ///< the node that takes the mask: the flash node, or the soft-max
     int last = -1;       ///< the node of the output: the flash node, or the product with the values
     int mask_slot = 0;   ///< which source of `masked` the mask is
     bool plain = false;  ///< whether there is nothing between product and soft-max, so that q and k tell the weights
-    const ggml_tensor *q = nullptr;
-    const ggml_tensor *k = nullptr;      ///< keys as attention reads them, [head, cell, kv head, stream]
-    const ggml_tensor *cache = nullptr;  ///< the same as a view of the cache, of which k may be a conversion
-    const ggml_tensor *sinks = nullptr;
-    float scale = 1, max_bias = 0, soft_cap = 0;
+    const ggml_tensor *cache = nullptr;  ///< the keys as a view of the cache, of which k may be a conversion
 };
 
 class graph_facts {

@@ -194,17 +194,9 @@ int64_t saved_query_floats(const ggml_tensor *q) {
     return q->ne[0] * q->ne[1] * q->ne[2] * q->ne[3];
 }
 
-bool plan_flash_attention(const ggml_tensor *node, attention_job *job) {
-    job->q = node->src[0];
-    job->k = node->src[1];
+bool plan_flash_attention(const attention_pattern &found, const ggml_tensor *node, attention_job *job) {
+    static_cast<attention_operands &>(*job) = found;
     job->v = node->src[2];
-    job->mask = node->src[3];
-    job->sinks = node->src[4];
-    float params[3];
-    std::memcpy(params, node->op_params, sizeof(params));
-    job->scale = params[0];
-    job->max_bias = params[1];
-    job->soft_cap = params[2];
     const auto floats = [node](int i) { return static_cast<int64_t>(node->nb[i] / sizeof(float)); };
     job->out_head_stride = floats(1);
     job->out_token_stride = floats(2);
@@ -215,18 +207,10 @@ bool plan_flash_attention(const ggml_tensor *node, attention_job *job) {
     return node->type == ggml_type_f32 && covered(job);
 }
 
-bool plan_attention_chain(const ggml_tensor *scores, const ggml_tensor *soft_max, const ggml_tensor *output,
-                          attention_job *job) {
-    job->q = scores->src[1];
-    job->k = scores->src[0];
+bool plan_attention_chain(const attention_pattern &found, const ggml_tensor *output, attention_job *job) {
+    static_cast<attention_operands &>(*job) = found;
     job->v = output->src[0];
     job->v_transposed = true;
-    job->mask = soft_max->src[1];
-    job->sinks = soft_max->src[2];
-    float params[2];
-    std::memcpy(params, soft_max->op_params, sizeof(params));
-    job->scale = params[0];
-    job->max_bias = params[1];
     const auto floats = [output](int i) { return static_cast<int64_t>(output->nb[i] / sizeof(float)); };
     job->out_token_stride = floats(1);
     job->out_head_stride = floats(2);

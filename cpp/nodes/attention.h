@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/thread_memory.h"
+#include "graph/attention_pattern.h"
 #include "host/host.h"
 #include "kernels/attention.h"
 
@@ -23,15 +24,11 @@ struct key_choice {
 };
 
 /// One attention of the graph: all tokens, heads and streams of a layer.
-struct attention_job {
+struct attention_job : attention_operands {
     const attention_kernel *kern = nullptr;  ///< set before planning
     bool any_length = false;                 ///< set before planning: single tokens, too
-    /// [head, token, query head, stream], [head, key, kv head, stream]; values are [head, key, ...] or, transposed,
-    /// [key, head, ...]
-    const ggml_tensor *q = nullptr, *k = nullptr, *v = nullptr;
+    const ggml_tensor *v = nullptr;          ///< [head, key, kv head, stream] or, transposed, [key, head, ...]
     bool v_transposed = false;
-    const ggml_tensor *mask = nullptr, *sinks = nullptr;
-    float scale = 1, max_bias = 0, soft_cap = 0;
     /// Output strides in floats; the flash node is [head, query head, token, stream], the chain [head, token, query
     /// head, stream].
     int64_t out_token_stride = 0, out_head_stride = 0, out_stream_stride = 0;
@@ -70,13 +67,12 @@ size_t attention_bytes(const attention_job &job);
 /// Floats that `saved_q` takes.
 int64_t saved_query_floats(const ggml_tensor *q);
 
-/// Fills the job from a flash node, or returns false if it is not covered (unknown type, odd shape).
-bool plan_flash_attention(const ggml_tensor *node, attention_job *job);
+/// Fills the job from a flash node, which `found` describes, or returns false if it is not covered (unknown type, odd
+/// shape).
+bool plan_flash_attention(const attention_pattern &found, const ggml_tensor *node, attention_job *job);
 
-/// Fills the job from the soft-max node and the product behind it, likewise. `scores` is the product of keys and
-/// queries.
-bool plan_attention_chain(const ggml_tensor *scores, const ggml_tensor *soft_max, const ggml_tensor *output,
-                          attention_job *job);
+/// Fills the job from the soft-max of a chain, which `found` describes, and the product behind it, likewise.
+bool plan_attention_chain(const attention_pattern &found, const ggml_tensor *output, attention_job *job);
 
 /// One contiguous row of a tensor of any type as floats.
 void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *from, float *to, int64_t n);

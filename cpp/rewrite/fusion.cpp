@@ -6,6 +6,8 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "graph/graph_facts.h"
+
 namespace agq {
 
 namespace {
@@ -68,9 +70,8 @@ class graph_view {
     /// here or in another part of the host's graph.
     bool is_over(const ggml_tensor *t, int i) const {
         for (; i < n_; ++i) {
-            const ggml_tensor *root = nodes_[i];
-            while (root->view_src) root = root->view_src;
-            if (!is_empty_op(nodes_[i]->op) && root != t && nodes_[i]->data && overlap(nodes_[i], t)) return true;
+            if (!is_empty_op(nodes_[i]->op) && root_of(nodes_[i]) != t && nodes_[i]->data && overlap(nodes_[i], t))
+                return true;
         }
         return false;
     }

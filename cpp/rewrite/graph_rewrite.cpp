@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 
+#include "graph/graph_facts.h"
 #include "host/profile.h"
 #include "nodes/decode_attention.h"
 
@@ -118,25 +119,23 @@ ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, 
 void graph_rewriter::find_chain(ggml_tensor **nodes, int output,
                                 const std::unordered_map<const ggml_tensor *, int> &position,
                                 const std::unordered_map<const ggml_tensor *, int> &uses) {
-    const ggml_tensor *weights = nodes[output]->src[1];
-    if (!weights || weights->op != host.op_soft_max) return;
-    const ggml_tensor *scores = weights->src[0];
+    const ggml_tensor *weights = soft_max_before(nodes[output]);
+    attention_pattern found;
+    if (!weights || !match_attention(weights, &found) || !found.plain) return;
+    const ggml_tensor *scores = found.scores;
     const auto at = [&](const ggml_tensor *t) {
-        const auto found = position.find(t);
-        return found == position.end() ? -1 : found->second;
+        const auto entry = position.find(t);
+        return entry == position.end() ? -1 : entry->second;
     };
     const int soft_max_at = at(weights), scores_at = at(scores);
-    if (soft_max_at < 0 || scores_at < 0 || scores->op != host.op_mul_mat || scores->src[0]->type == ggml_type_id)
-        return;
+    if (soft_max_at < 0 || scores_at < 0 || found.k->type == ggml_type_id) return;
     // Nobody else may want what the chain leaves out.
     if (uses.at(scores) != 1 || uses.at(weights) != 1 || (scores->flags | weights->flags) & ggml_flag_output) return;
     // The keys are read where the output is computed, so they must be in the cache, not in memory that is used again by
     // then.
-    const ggml_tensor *root = scores->src[0];
-    while (root->view_src) root = root->view_src;
-    if (root->op != host.op_none) return;
+    if (root_of(found.k)->op != host.op_none) return;
     attention_job &job = new_attention();
-    if (!plan_attention_chain(scores, weights, nodes[output], &job)) {
+    if (!plan_attention_chain(found, nodes[output], &job)) {
         attentions_.pop_back();
         return;
     }
@@ -161,8 +160,9 @@ void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
         if (uses_agq4(nodes[i])) {
             r = nodes[i]->op == host.op_get_rows ? role::row_lookup : role::product;
         } else if (nodes[i]->op == host.op_flash_attn_ext && attention_) {
+            attention_pattern found;
             attention_job &job = new_attention();
-            if (plan_flash_attention(nodes[i], &job)) {
+            if (match_attention(nodes[i], &found) && plan_flash_attention(found, nodes[i], &job)) {
                 r = role::flash_attention;
                 jobs_[i] = &job;
             } else {

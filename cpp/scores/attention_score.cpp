@@ -87,13 +87,8 @@ bool plan_importance(const attention_site &site, const ggml_tensor *mask, const 
                      attention_job *job) {
     if (!kern || !site.plain) return false;
     job->kern = kern;
-    job->q = site.q;
-    job->k = site.k;
+    static_cast<attention_operands &>(*job) = site;
     job->mask = mask;
-    job->sinks = site.sinks;
-    job->scale = site.scale;
-    job->max_bias = site.max_bias;
-    job->soft_cap = site.soft_cap;
     job->saved_q = nullptr;
     const ggml_tensor *q = site.q, *k = site.k;
     const ggml_type_traits *k_type = host.ggml_get_type_traits(k->type);
