@@ -1,4 +1,4 @@
-// Addresses of rows in a tensor.
+// How the rows of a tensor lie in memory.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,19 @@ inline char *row_address(const ggml_tensor *t, int64_t i1, int64_t i2, int64_t i
 inline char *flat_row(const ggml_tensor *t, int64_t flat) {
     const int64_t i1 = flat % t->ne[1], rest = flat / t->ne[1];
     return row_address(t, i1, rest % t->ne[2], rest / t->ne[2]);
+}
+
+/// Whether elements lie in memory one behind the other, in order.
+inline bool is_contiguous(const ggml_tensor *t) {
+    const ggml_type_traits *traits = host.ggml_get_type_traits(t->type);
+    size_t expected = traits->type_size;
+    if (t->ne[0] != traits->blck_size && t->nb[0] != expected) return false;
+    expected *= static_cast<size_t>(t->ne[0] / traits->blck_size);
+    for (int d = 1; d < 4; ++d) {
+        if (t->ne[d] != 1 && t->nb[d] != expected) return false;
+        expected *= static_cast<size_t>(t->ne[d]);
+    }
+    return true;
 }
 
 }  // namespace agq

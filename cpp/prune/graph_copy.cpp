@@ -151,18 +151,6 @@ size_t token_bytes(const ggml_tensor *t, token_dim dim) {
     return t->nb[dim.dim] * static_cast<size_t>(dim.mult);
 }
 
-bool is_contiguous(const ggml_tensor *t) {
-    const ggml_type_traits *traits = host.ggml_get_type_traits(t->type);
-    size_t expected = traits->type_size;
-    if (t->ne[0] != traits->blck_size && t->nb[0] != expected) return false;
-    expected *= static_cast<size_t>(t->ne[0] / traits->blck_size);
-    for (int d = 1; d < 4; ++d) {
-        if (t->ne[d] != 1 && t->nb[d] != expected) return false;
-        expected *= static_cast<size_t>(t->ne[d]);
-    }
-    return true;
-}
-
 void make_contiguous(ggml_tensor *t) {
     const ggml_type_traits *traits = host.ggml_get_type_traits(t->type);
     t->nb[0] = traits->type_size;

@@ -9,6 +9,7 @@
 
 #include "graph/dataflow.h"
 #include "graph/graph_facts.h"
+#include "host/tensor_rows.h"
 #include "prune/cut_job.h"
 
 namespace agq {
@@ -69,9 +70,6 @@ class graph_copy {
 
 /// Bytes of one step of the token dimension, for all of its `mult` indices.
 size_t token_bytes(const ggml_tensor *t, token_dim dim);
-
-/// Whether elements lie in memory one behind the other, in order.
-bool is_contiguous(const ggml_tensor *t);
 
 /// Sets the strides of a contiguous tensor of this type and extent.
 void make_contiguous(ggml_tensor *t);

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "graph/mask_view.h"
-#include "prune/selection.h"
+#include "scores/selection.h"
 
 namespace agq {
 
@@ -108,30 +108,34 @@ ggml_tensor *pruned_run::make_mask(const call &c, int level) {
     return made;
 }
 
-void pruned_run::plan_importance_node(const call &c, const prune_cut &cut) {
-    // Queries are those of this segment's copy; the keys are in the cache.
-    attention_site site = c.facts.sites[static_cast<size_t>(cut.site)];
-    site.q = copy_.current(c.facts.number(site.q));
-    plan_importance(site, mask_of(c, cut.site), kern_, &importance_.attention);
-    importance_.score = cut.stage.score;
-    importance_.rows.resize(alive_.size());
-    importance_.cells.resize(alive_.size());
-    for (size_t i = 0; i < alive_.size(); ++i) {
-        importance_.rows[i] = c.mask_only ? alive_[i] : static_cast<int32_t>(i);
-        importance_.cells[i] = c.ubatch.cells[static_cast<size_t>(alive_[i])];
-    }
-    importance_.first_cell = c.ubatch.first_cell;
-    importance_.prepare(c.n_threads);
-    nodes_.push_back(arena_.custom(importance_node, &importance_, c.buffer()));
+score_meter &pruned_run::meter_of(const prune_cut &cut) {
+    std::unique_ptr<score_meter> &meter = meters_[cut.stage.measure];
+    if (!meter) meter = cut.stage.measure->make_meter(kern_);
+    return *meter;
 }
 
-void pruned_run::plan_learned_node(const call &c, const prune_cut &cut) {
-    learned_.state = copy_.current(cut.state);
-    learned_.direction = cut.stage.direction;
-    learned_.importance.resize(alive_.size());
-    learned_.rows.resize(alive_.size());
-    for (size_t i = 0; i < alive_.size(); ++i) learned_.rows[i] = c.mask_only ? alive_[i] : static_cast<int32_t>(i);
-    nodes_.push_back(arena_.custom(learned_node, &learned_, c.buffer()));
+void pruned_run::prepare_meter(const call &c, const prune_cut &cut) {
+    score_source source;
+    source.layer = cut.stage.layer;
+    source.site = c.facts.sites[static_cast<size_t>(cut.site)];
+    if (cut.stage.measure->input == score_input::attention) {
+        // Queries are those of this segment's copy; the keys are in the cache.
+        source.site.q = copy_.current(c.facts.number(source.site.q));
+        source.site.mask = mask_of(c, cut.site);
+    }
+    if (cut.state >= 0) source.state = copy_.current(cut.state);
+    source.direction = cut.stage.direction;
+    score_meter &meter = meter_of(cut);
+    meter.tokens.rows.resize(alive_.size());
+    meter.tokens.cells.resize(alive_.size());
+    meter.tokens.positions.resize(alive_.size());
+    for (size_t i = 0; i < alive_.size(); ++i) {
+        meter.tokens.rows[i] = c.mask_only ? alive_[i] : static_cast<int32_t>(i);
+        meter.tokens.cells[i] = c.ubatch.cells[static_cast<size_t>(alive_[i])];
+        meter.tokens.positions[i] = c.ubatch.position + alive_[i];
+    }
+    meter.tokens.first_cell = c.ubatch.first_cell;
+    meter.prepare(source, c.n_threads);
 }
 
 ggml_status pruned_run::run_segment(const call &c, size_t segment) {
@@ -144,12 +148,16 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
     nodes_.push_back(nullptr);  // the place of the copies
     nodes_.insert(nodes_.end(), first_nodes_.begin(), first_nodes_.end());
     first_nodes_.clear();
+    const score_input input = is_last ? score_input::position : cuts[segment].stage.measure->input;
+    const auto measure = [&] {
+        prepare_meter(c, cuts[segment]);
+        nodes_.push_back(arena_.custom(measure_node, &meter_of(cuts[segment]), c.buffer()));
+    };
     size_t site = 0;
     while (site < c.facts.sites.size() && c.facts.sites[site].masked < begin) ++site;
     for (int i = begin; i < end; ++i) {
-        if (!is_last && c.facts.sites[static_cast<size_t>(cuts[segment].site)].first == i &&
-            cuts[segment].stage.score != prune_score::random && cuts[segment].stage.score != prune_score::learned) {
-            plan_importance_node(c, cuts[segment]);
+        if (input == score_input::attention && c.facts.sites[static_cast<size_t>(cuts[segment].site)].first == i) {
+            measure();
         }
         ggml_tensor *mask = nullptr;
         int slot = 0;
@@ -161,7 +169,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
         }
         nodes_.push_back(copy_.node(i, rows_, mask, slot));
     }
-    if (!is_last && cuts[segment].stage.score == prune_score::learned) plan_learned_node(c, cuts[segment]);
+    if (input == score_input::state) measure();
     // With mask_only the keys of dropped tokens are computed, and cleared when nothing needs the graph any more.
     ggml_tensor *copies = job_.empty() ? nullptr : arena_.custom(cut_node, &job_, c.buffer());
     cut_job clears;
@@ -180,19 +188,12 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
 }
 
 void pruned_run::choose(const call &c, const prune_cut &cut) {
-    std::vector<float> importance;
-    if (cut.stage.score == prune_score::random) {
-        for (int32_t t : alive_) importance.push_back(random_importance(c.ubatch.position + t, cut.stage.layer));
-    } else if (cut.stage.score == prune_score::learned) {
-        importance = learned_.importance;
-    } else {
-        importance = importance_.result();
-    }
-    importance = spread(importance, cut.stage.reach);
+    if (cut.stage.measure->input == score_input::position) prepare_meter(c, cut);
+    const std::vector<float> importance = spread(meter_of(cut).result(), cut.stage.reach);
     const int64_t end = c.plan.tokens - cut.stage.keep;
     std::vector<uint8_t> is_protected(alive_.size(), 0);
     for (size_t i = 0; i < alive_.size(); ++i) {
-        const bool asks = cut.stage.score == prune_score::recent && i + recent_queries >= alive_.size();
+        const bool asks = i + static_cast<size_t>(cut.stage.measure->protected_last) >= alive_.size();
         const bool is_first = alive_[i] == 0 && c.ubatch.position == 0;
         is_protected[i] = asks || is_first || alive_[i] >= end || c.ubatch.wanted[static_cast<size_t>(alive_[i])];
     }
@@ -202,7 +203,7 @@ void pruned_run::choose(const call &c, const prune_cut &cut) {
         const bool stays = is_protected[i] || std::isnan(importance[i]);
         seen[static_cast<size_t>(alive_[i])] = stays ? INFINITY : importance[i];
     }
-    const std::vector<int32_t> dropped = choose_dropped(cut.stage, importance, is_protected);
+    const std::vector<int32_t> dropped = choose_dropped(cut.stage.rule, importance, is_protected);
     std::vector<int32_t> still;
     kept_.clear();
     left_.clear();

@@ -5,14 +5,16 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <vector>
 
 #include "graph/ubatch.h"
+#include "nodes/attention.h"
 #include "prune/cut_job.h"
 #include "prune/graph_copy.h"
 #include "prune/hidden_cells.h"
 #include "prune/prune_plan.h"
-#include "scores/attention_score.h"
+#include "scores/score.h"
 
 namespace agq {
 
@@ -42,8 +44,8 @@ class pruned_run {
     ggml_tensor *mask_of(const call &c, int site);
     ggml_tensor *make_mask(const call &c, int level);
     ggml_status run_segment(const call &c, size_t segment);
-    void plan_importance_node(const call &c, const prune_cut &cut);
-    void plan_learned_node(const call &c, const prune_cut &cut);
+    score_meter &meter_of(const prune_cut &cut);
+    void prepare_meter(const call &c, const prune_cut &cut);
     void choose(const call &c, const prune_cut &cut);
     void apply_cut(const call &c, const prune_cut &cut);
     void add_clears(const call &c, const prune_cut &cut);
@@ -53,8 +55,7 @@ class pruned_run {
     graph_copy copy_;
     graph_copy states_;                       ///< for tokens that have left, of the segment to come
     std::vector<ggml_tensor *> first_nodes_;  ///< that a segment begins with, behind the copies
-    importance_job importance_;
-    learned_job learned_;
+    std::map<const score *, std::unique_ptr<score_meter>> meters_;
     cut_job job_;                             ///< of the segment to come
     std::deque<std::vector<int32_t>> lists_;  ///< that job_ and choices_ point at
     std::deque<key_choice> choices_;          ///< that masks point at

@@ -24,9 +24,9 @@ bool read_record(const ggml_tensor *weights, prune_stage *stage) {
     const auto attributes = parse_attributes(tiles, weights->ne[1], weights->ne[0], &ignored);
     if (!attributes || !attributes->prunes) return false;
     stage->layer = std::atoi(weights->name + 4);
-    stage->by_share = false;
-    stage->value = attributes->prune_threshold;
-    stage->score = static_cast<prune_score>(attributes->prune_score);
+    stage->rule.value = attributes->prune_threshold;
+    stage->measure = find_score(attributes->prune_score);
+    if (!stage->measure) return false;
     stage->keep = attributes->prune_keep;
     stage->reach = attributes->prune_reach;
     stage->reuse = attributes->prune_reuse;
@@ -41,9 +41,9 @@ bool read_record(const ggml_tensor *weights, prune_stage *stage) {
 std::vector<prune_stage> pruner::stages() const {
     if (settings_.source == prune_settings::source_kind::off) return {};
     const bool is_list = settings_.source == prune_settings::source_kind::list;
-    const bool is_learned = std::any_of(settings_.stages.begin(), settings_.stages.end(),
-                                        [](const prune_stage &stage) { return stage.score == prune_score::learned; });
-    if (is_list && !is_learned) return settings_.stages;
+    const bool needs_file = std::any_of(settings_.stages.begin(), settings_.stages.end(),
+                                        [](const prune_stage &stage) { return stage.measure->needs_direction; });
+    if (is_list && !needs_file) return settings_.stages;
     std::vector<prune_stage> found = recorded();
     if (!is_list) return found;
     std::vector<prune_stage> wanted = settings_.stages;

@@ -40,30 +40,12 @@ bool parse_stage(const std::string &text, prune_stage *stage) {
     const size_t colon = text.find(':');
     if (colon == std::string::npos || !parse_whole(text.substr(0, colon), 0, max_layer, &stage->layer)) return false;
     std::string value = text.substr(colon + 1);
-    stage->by_share = value.empty() || value[0] != 't';
-    if (!stage->by_share) value.erase(0, 1);
+    stage->rule.by_share = value.empty() || value[0] != 't';
+    if (!stage->rule.by_share) value.erase(0, 1);
     double number;
-    if (!parse_number(value, &number) || number < 0 || (stage->by_share && number >= 1)) return false;
-    stage->value = static_cast<float>(number);
+    if (!parse_number(value, &number) || number < 0 || (stage->rule.by_share && number >= 1)) return false;
+    stage->rule.value = static_cast<float>(number);
     return true;
-}
-
-bool parse_score(const std::string &text, prune_score *score) {
-    const struct {
-        const char *name;
-        prune_score value;
-    } known[] = {{"first", prune_score::first},
-                 {"received", prune_score::received},
-                 {"recent", prune_score::recent},
-                 {"learned", prune_score::learned},
-                 {"random", prune_score::random}};
-    for (const auto &entry : known) {
-        if (text == entry.name) {
-            *score = entry.value;
-            return true;
-        }
-    }
-    return false;
 }
 
 /// The part before the first semicolon.
@@ -97,13 +79,14 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
     const std::vector<std::string> parts = split(text, ';');
     settings->given = parts.size() > 1 || !parts[0].empty();
     bool good = parse_source(parts[0], settings);
-    prune_score score = prune_score::received;
+    const score *measure = &score_received;
     const bool is_list = settings->source == prune_settings::source_kind::list;
     int keep = 0, reach = 0, reuse = 0;
     for (size_t i = 1; good && i < parts.size(); ++i) {
         if (parts[i].compare(0, 6, "score=") == 0) {
             // The file's thresholds were chosen for the file's score, and so on.
-            good = is_list && parse_score(parts[i].substr(6), &score);
+            measure = find_score(parts[i].substr(6));
+            good = is_list && measure;
         } else if (parts[i].compare(0, 5, "keep=") == 0) {
             good = is_list && parse_whole(parts[i].substr(5), 0, max_keep, &keep);
         } else if (parts[i].compare(0, 6, "reach=") == 0) {
@@ -118,7 +101,7 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
         }
     }
     for (prune_stage &stage : settings->stages) {
-        stage.score = score;
+        stage.measure = measure;
         stage.keep = keep;
         stage.reach = reach;
         stage.reuse = reuse == 1;
@@ -126,8 +109,8 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
     if (!good) {
         *error = "pruning is set to '" + text +
                  "', which is not understood; known are 'file', 'off', 'mask', a list as '3:0.5' (share) or '3:t0.1' " +
-                 "(threshold), each layer once, 'mask,' and a list, and behind it ';score=first|received|recent|" +
-                 "learned|random', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1' (all four with "
+                 "(threshold), each layer once, 'mask,' and a list, and behind it ';score=" + score_names() +
+                 "', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1' (all four with "
                  "a list) "
                  "and ';min=TOKENS'";
     }

@@ -5,20 +5,18 @@
 #include <string>
 #include <vector>
 
-#include "scores/learned_score.h"
 #include "scores/score.h"
+#include "scores/selection.h"
 
 namespace agq {
 
 constexpr int max_keep = 255, max_reach = 15;  ///< as the file format has room for
 
-/// Behind the attention of `layer`, drop tokens by rank (`by_share`: this share of those that are still there) or by
-/// threshold (those whose importance is below `value`).
+/// Behind the attention of `layer`, drop tokens by a rule.
 struct prune_stage {
     int layer = 0;
-    bool by_share = false;
-    float value = 0;
-    prune_score score = prune_score::received;
+    drop_rule rule;
+    const score *measure = &score_received;
     int keep = 0;   ///< the last so many tokens of an ubatch stay
     int reach = 0;  ///< a token counts as much as the most important one at most so many places away
     bool reuse =

@@ -8,7 +8,9 @@
 #include <new>
 
 #include "base/thread_value.h"
-#include "prune/selection.h"
+#include "graph/token_cut.h"
+#include "scores/attention_weights.h"
+#include "scores/selection.h"
 
 namespace agq {
 
@@ -29,19 +31,9 @@ bool read_option(const std::string &text, activation_settings *settings) {
         settings->layer = read_number(text.substr(6), &number) ? static_cast<int>(number) : -1;
         return settings->layer >= 0 && settings->layer == number;
     }
-    const struct {
-        const char *text;
-        prune_score score;
-    } scores[] = {{"score=first", prune_score::first},
-                  {"score=received", prune_score::received},
-                  {"score=recent", prune_score::recent}};
-    for (const auto &known : scores) {
-        if (text == known.text) {
-            settings->score = known.score;
-            return true;
-        }
-    }
-    return false;
+    if (text.compare(0, 6, "score=") != 0) return false;
+    settings->measure = find_score(text.substr(6));
+    return settings->measure && settings->measure->input == score_input::attention;
 }
 
 /// "blk.N.attn_output.weight" and the like: the layer, or -1 if it is none of the products that take mixed tokens. The
@@ -81,8 +73,8 @@ bool parse_activation_settings(const std::string &text, activation_settings *set
     settings->mode = activation_settings::kind::mixed;
     if (!good) {
         *error = "AGQ_ACT_BITS is '" + text +
-                 "'; wanted is 8, 4, or mixed:SHARE with a share of 0 to 1, then if need be ;layer=N and "
-                 ";score=first, received or recent";
+                 "'; wanted is 8, 4, or mixed:SHARE with a share of 0 to 1, then if need be ;layer=N and ;score=" +
+                 score_names(score_input::attention);
     }
     return good;
 }
@@ -93,18 +85,18 @@ void mixed_bits::plan(ggml_tensor **nodes, int n) {
     if (settings_.mode != activation_settings::kind::mixed) return;
     facts_.read(nodes, n);
     if (!facts_.k_cells || facts_.k_cells->ne[0] < min_tokens) return;
-    prune_stage stage;
-    stage.layer = settings_.layer;
-    stage.by_share = true;
-    stage.value = settings_.share;
-    stage.score = settings_.score;
-    // What keeps a graph from being cut here also keeps its tokens from being told apart.
-    const prune_plan plan = plan_pruning(facts_, {stage}, kern_);
-    if (!plan.obstacle.empty() || plan.cuts.empty()) return;
-    site_ = plan.cuts[0].site;
-    tokens_ = plan.tokens;
+    std::vector<token_dim> dims;
+    std::string obstacle = find_gap(facts_);
+    tokens_ = facts_.k_cells->ne[0];
+    if (!obstacle.empty() || !kern_ || !trace_tokens(facts_, tokens_, &dims, &obstacle)) return;
+    if (!find_site(facts_, settings_.layer, &site_).empty()) return;
     const attention_site &site = facts_.sites[static_cast<size_t>(site_)];
-    if (plan_importance(site, facts_.mask, kern_, &importance_.attention)) node_ = site.first;
+    attention_job job;
+    if (!plan_weights(site, kern_, &job)) return;
+    // What keeps a graph from being cut here also keeps its tokens from being told apart.
+    std::vector<int> crossing;
+    if (!find_crossing(facts_, dims, site.last, &crossing).empty() || is_wanted_whole(facts_, dims, site.last)) return;
+    node_ = site.first;
     four_.assign(static_cast<size_t>(tokens_), 0);
 }
 
@@ -115,16 +107,17 @@ void mixed_bits::begin_call(int n_threads) {
     if (!active_) return;
     protected_ = ubatch_.wanted;
     if (ubatch_.position == 0) protected_[0] = 1;
-    if (settings_.score == prune_score::recent) {
-        const size_t recent = std::min<size_t>(recent_queries, protected_.size());
-        std::fill(protected_.end() - static_cast<std::ptrdiff_t>(recent), protected_.end(), uint8_t{1});
-    }
-    importance_.score = settings_.score;
-    importance_.rows.resize(static_cast<size_t>(tokens_));
-    for (size_t i = 0; i < importance_.rows.size(); ++i) importance_.rows[i] = static_cast<int32_t>(i);
-    importance_.cells = ubatch_.cells;
-    importance_.first_cell = ubatch_.first_cell;
-    importance_.prepare(n_threads);
+    const size_t last = std::min(static_cast<size_t>(settings_.measure->protected_last), protected_.size());
+    std::fill(protected_.end() - static_cast<std::ptrdiff_t>(last), protected_.end(), uint8_t{1});
+    score_tokens &tokens = meter_->tokens;
+    tokens.rows.resize(static_cast<size_t>(tokens_));
+    for (size_t i = 0; i < tokens.rows.size(); ++i) tokens.rows[i] = static_cast<int32_t>(i);
+    tokens.cells = ubatch_.cells;
+    tokens.first_cell = ubatch_.first_cell;
+    score_source source;
+    source.layer = settings_.layer;
+    source.site = facts_.sites[static_cast<size_t>(site_)];
+    meter_->prepare(source, n_threads);
 }
 
 bool mixed_bits::covers(const ggml_tensor *product, int i) const {
@@ -147,17 +140,14 @@ void mixed_bits::record() const {
 
 void measure_importance_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
     mixed_bits &mixed = *static_cast<mixed_bits *>(userdata);
-    if (mixed.active_) importance_node(dst, ith, nth, &mixed.importance_);
+    if (mixed.active_) measure_node(dst, ith, nth, mixed.meter_.get());
 }
 
 void choose_bits_node(ggml_tensor *, int ith, int, void *userdata) {
     mixed_bits &mixed = *static_cast<mixed_bits *>(userdata);
     if (ith != 0 || !mixed.active_) return;
-    prune_stage stage;
-    stage.by_share = true;
-    stage.value = mixed.settings_.share;
     try {
-        for (int32_t t : choose_dropped(stage, mixed.importance_.result(), mixed.protected_)) {
+        for (int32_t t : choose_dropped({true, mixed.settings_.share}, mixed.meter_->result(), mixed.protected_)) {
             mixed.four_[static_cast<size_t>(t)] = 1;
         }
     } catch (const std::bad_alloc &) {

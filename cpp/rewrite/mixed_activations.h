@@ -3,12 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "graph/ubatch.h"
-#include "prune/prune_plan.h"
-#include "scores/attention_score.h"
+#include "scores/score.h"
 
 namespace agq {
 
@@ -20,17 +20,18 @@ struct activation_settings {
     int bits = 8;     ///< of all tokens, if mode is `all`
     float share = 0;  ///< of the tokens that get 4 bits, if mode is `mixed`
     int layer = 1;    ///< whose attention tells the importance
-    prune_score score = prune_score::received;
+    const score *measure = &score_received;
 };
 
-/// Reads "8", "4" or "mixed:SHARE[;layer=N][;score=first|received|recent]"; an empty text means what the file says. On
+/// Reads "8", "4" or "mixed:SHARE[;layer=N][;score=NAME]"; an empty text means what the file says. On
 /// a mistake returns false and `*error` says which.
 bool parse_activation_settings(const std::string &text, activation_settings *settings, std::string *error);
 
 /// The tokens of a graph by bits. One object serves one rewritten graph at a time.
 class mixed_bits {
   public:
-    mixed_bits(const activation_settings &settings, const attention_kernel *kern) : settings_(settings), kern_(kern) {}
+    mixed_bits(const activation_settings &settings, const attention_kernel *kern)
+        : settings_(settings), kern_(kern), meter_(settings.measure->make_meter(kern)) {}
 
     /// Looks for the attention and the products behind it. A graph that is no prompt of one sequence stays as it is.
     /// Throws std::bad_alloc.
@@ -58,7 +59,7 @@ class mixed_bits {
     const attention_kernel *kern_;
     graph_facts facts_;
     ubatch_facts ubatch_;
-    importance_job importance_;
+    std::unique_ptr<score_meter> meter_;
     int node_ = -1, site_ = 0;
     int64_t tokens_ = 0;
     bool active_ = false;  ///< in this call

@@ -1,19 +1,19 @@
-#include "prune/selection.h"
+#include "scores/selection.h"
 
 #include <algorithm>
 #include <cmath>
 
 namespace agq {
 
-std::vector<int32_t> choose_dropped(const prune_stage &stage, const std::vector<float> &importance,
+std::vector<int32_t> choose_dropped(const drop_rule &rule, const std::vector<float> &importance,
                                     const std::vector<uint8_t> &is_protected) {
     std::vector<int32_t> candidates;
     for (size_t i = 0; i < importance.size(); ++i) {
         if (is_protected[i] || std::isnan(importance[i])) continue;
-        if (stage.by_share || importance[i] < stage.value) candidates.push_back(static_cast<int32_t>(i));
+        if (rule.by_share || importance[i] < rule.value) candidates.push_back(static_cast<int32_t>(i));
     }
-    if (!stage.by_share) return candidates;
-    const double wanted = std::floor(static_cast<double>(stage.value) * static_cast<double>(importance.size()) + 0.5);
+    if (!rule.by_share) return candidates;
+    const double wanted = std::floor(static_cast<double>(rule.value) * static_cast<double>(importance.size()) + 0.5);
     const size_t count = std::min(candidates.size(), static_cast<size_t>(wanted));
     const auto less = [&](int32_t a, int32_t b) {
         const float x = importance[static_cast<size_t>(a)], y = importance[static_cast<size_t>(b)];
@@ -39,15 +39,6 @@ std::vector<float> spread(const std::vector<float> &importance, int reach) {
         }
     }
     return best;
-}
-
-float random_importance(int32_t position, int layer) {
-    // The finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
-    uint64_t z = (static_cast<uint64_t>(static_cast<uint32_t>(position)) << 32 | static_cast<uint32_t>(layer)) +
-                 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return static_cast<float>((z ^ z >> 31) >> 40) * 0x1p-24f;
 }
 
 }  // namespace agq

@@ -1,4 +1,4 @@
-#include "scores/attention_score.h"
+#include "scores/attention_weights.h"
 
 #include <algorithm>
 #include <cmath>
@@ -44,53 +44,14 @@ void pack_keys(const attention_job &job, int64_t head, float *row, float *packed
     }
 }
 
-/// The rows whose attention is looked at, as a range of job.rows.
-int64_t first_query(const importance_job &job) {
-    const int64_t n = static_cast<int64_t>(job.rows.size());
-    return job.score == prune_score::recent ? std::max<int64_t>(0, n - recent_queries) : 0;
-}
-
-/// Adds what `tokens` rows from `first` on (indices into job.rows) say, for one head of keys. `weights` are theirs, and
-/// `visible` the keys that they see.
-void add_weights(const importance_job &job, int64_t first, int64_t tokens, int64_t group, const int64_t *visible,
-                 float *weights, int64_t padded, std::vector<int64_t> *sums) {
-    const auto fixed = [](double x) { return static_cast<int64_t>(std::llrint(x * fixed_one)); };
-    const size_t n = job.rows.size();
-    if (job.score == prune_score::first) {
-        for (int64_t r = 0; r < tokens * group; ++r) {
-            const float w = weights[r * padded + job.first_cell];
-            (*sums)[static_cast<size_t>(first + r / group)] += fixed(std::isnan(w) ? 0.0 : w);
-        }
-        return;
-    }
-    float *total = weights;  // the first row becomes the sum of all
-    for (int64_t r = 0; r < tokens * group; ++r) {
-        const size_t token = static_cast<size_t>(first + r / group);
-        float *row = weights + r * padded;
-        const float scale = job.score == prune_score::recent ? static_cast<float>(visible[r / group]) : 1.0f;
-        if (job.score == prune_score::received) row[job.cells[token]] = 0;  // only later tokens count
-        if (r == 0) {
-            for (int64_t j = 0; j < padded; ++j) total[j] *= scale;
-        } else {
-            for (int64_t j = 0; j < padded; ++j) total[j] += row[j] * scale;
-        }
-    }
-    for (size_t i = 0; i < n; ++i) {
-        const float sum = total[job.cells[i]];
-        (*sums)[i] += fixed(std::isnan(sum) ? 0.0 : sum);
-    }
-}
-
 }  // namespace
 
-bool plan_importance(const attention_site &site, const ggml_tensor *mask, const attention_kernel *kern,
-                     attention_job *job) {
+bool plan_weights(const attention_site &site, const attention_kernel *kern, attention_job *job) {
     if (!kern || !site.plain) return false;
     job->kern = kern;
     static_cast<attention_operands &>(*job) = site;
-    job->mask = mask;
     job->saved_q = nullptr;
-    const ggml_tensor *q = site.q, *k = site.k;
+    const ggml_tensor *q = site.q, *k = site.k, *mask = site.mask;
     const ggml_type_traits *k_type = host.ggml_get_type_traits(k->type);
     const bool readable = k->type == ggml_type_f32 || k->type == ggml_type_f16 || k_type->to_float;
     return readable && q->type == ggml_type_f32 && q->nb[0] == 4 && q->ne[3] == 1 && k->ne[3] == 1 &&
@@ -101,25 +62,48 @@ bool plan_importance(const attention_site &site, const ggml_tensor *mask, const 
            (!site.sinks || (site.sinks->type == ggml_type_f32 && site.sinks->ne[0] == q->ne[2]));
 }
 
-void importance_job::prepare(int threads) {
-    memory.reserve(parts(attention).bytes(), threads);
-    sums.resize(static_cast<size_t>(threads));
-    for (auto &part : sums) part.assign(rows.size(), 0);
-    visible.assign(rows.size(), 0);
-    next.store(0, std::memory_order_relaxed);
+int64_t attention_meter::fixed_point(float weight) {
+    return static_cast<int64_t>(std::llrint((std::isnan(weight) ? 0.0 : weight) * fixed_one));
 }
 
-void importance_node(ggml_tensor *, int ith, int, void *userdata) {
-    importance_job &job = *static_cast<importance_job *>(userdata);
-    const attention_job &a = job.attention;
+int64_t attention_meter::first_query() const {
+    const int64_t n = static_cast<int64_t>(tokens.rows.size());
+    return last_queries_ == all_queries ? 0 : std::max<int64_t>(0, n - last_queries_);
+}
+
+void attention_meter::add_rows(const weight_block &block, const int64_t *scales, std::vector<int64_t> *sums) const {
+    float *total = block.weights;  // the first row becomes the sum of all
+    for (int64_t r = 0; r < block.n_tokens * block.group; ++r) {
+        const float *row = block.weights + r * block.stride;
+        const float scale = scales ? static_cast<float>(scales[r / block.group]) : 1.0f;
+        if (r == 0) {
+            for (int64_t j = 0; j < block.stride; ++j) total[j] *= scale;
+        } else {
+            for (int64_t j = 0; j < block.stride; ++j) total[j] += row[j] * scale;
+        }
+    }
+    for (size_t i = 0; i < tokens.cells.size(); ++i) (*sums)[i] += fixed_point(total[tokens.cells[i]]);
+}
+
+void attention_meter::prepare(const score_source &source, int threads) {
+    plan_weights(source.site, kern_, &attention_);
+    memory_.reserve(parts(attention_).bytes(), threads);
+    sums_.resize(static_cast<size_t>(threads));
+    for (auto &part : sums_) part.assign(tokens.rows.size(), 0);
+    visible_.assign(tokens.rows.size(), 0);
+    next_.store(0, std::memory_order_relaxed);
+}
+
+void attention_meter::run(int ith, int) {
+    const attention_job &a = attention_;
     const int64_t heads = a.k->ne[2], group = a.q->ne[2] / heads, width = a.q->ne[0];
-    const int64_t begin = first_query(job), n = static_cast<int64_t>(job.rows.size());
+    const int64_t begin = first_query(), n = static_cast<int64_t>(tokens.rows.size());
     // Blocks are the same for any number of threads, and so are the sums of each.
     const int64_t block_tokens = std::max<int64_t>(1, weights_row_limit / group);
     const int64_t blocks = (n - begin + block_tokens - 1) / block_tokens;
 
     const parts size(a);
-    float *keys = static_cast<float *>(job.memory.of(ith));
+    float *keys = static_cast<float *>(memory_.of(ith));
     float *queries = keys + size.keys, *row = queries + size.queries, *weights = row + size.row;
     char *mask = reinterpret_cast<char *>(weights + size.weights);
     float slopes[weights_row_limit];
@@ -128,22 +112,22 @@ void importance_node(ggml_tensor *, int ith, int, void *userdata) {
     int64_t visible[weights_row_limit] = {};
 
     int64_t packed = -1;
-    for (int64_t unit; (unit = job.next.fetch_add(1, std::memory_order_relaxed)) < heads * blocks;) {
+    for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < heads * blocks;) {
         const int64_t head = unit / blocks, first = begin + unit % blocks * block_tokens;
-        const int64_t tokens = std::min(block_tokens, n - first);
+        const int64_t n_tokens = std::min(block_tokens, n - first);
         if (packed != head) {
             pack_keys(a, head, row, keys);
             read_slopes(a, head * group, group, slopes);
             packed = head;
         }
-        for (int64_t t = 0; t < tokens; ++t) {
-            const int64_t token = job.rows[static_cast<size_t>(first + t)];
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            const int64_t token = tokens.rows[static_cast<size_t>(first + t)];
             std::memcpy(mask + static_cast<size_t>(t) * mask_bytes,
                         static_cast<const char *>(a.mask->data) + static_cast<size_t>(token) * mask_bytes, mask_bytes);
-            if (job.score == prune_score::recent || (job.score == prune_score::received && head == 0)) {
+            if (counted_ == visible_keys::always || (counted_ == visible_keys::once && head == 0)) {
                 visible[t] = mask_row(mask + static_cast<size_t>(t) * mask_bytes, is_f16).count_visible(a.k->ne[1]);
             }
-            if (head == 0) job.visible[static_cast<size_t>(first + t)] = visible[t];
+            if (head == 0) visible_[static_cast<size_t>(first + t)] = visible[t];
             for (int64_t g = 0; g < group; ++g) {
                 const float *from = reinterpret_cast<const float *>(static_cast<const char *>(a.q->data) +
                                                                     static_cast<size_t>(token) * a.q->nb[1] +
@@ -153,7 +137,7 @@ void importance_node(ggml_tensor *, int ith, int, void *userdata) {
             }
         }
         softmax_weights_args args = {};
-        args.n_tokens = static_cast<int>(tokens);
+        args.n_tokens = static_cast<int>(n_tokens);
         args.group = static_cast<int>(group);
         args.head = static_cast<int>(width);
         args.q = queries;
@@ -168,24 +152,22 @@ void importance_node(ggml_tensor *, int ith, int, void *userdata) {
         args.weights = weights;
         args.stride = size.padded;
         a.kern->weights(args);
-        add_weights(job, first, tokens, group, visible, weights, size.padded, &job.sums[static_cast<size_t>(ith)]);
+        add({first, n_tokens, group, visible, weights, size.padded}, &sums_[static_cast<size_t>(ith)]);
     }
 }
 
-std::vector<float> importance_job::result() const {
-    const size_t n = rows.size(), begin = static_cast<size_t>(first_query(*this));
-    const double heads = static_cast<double>(attention.q->ne[2]);
-    std::vector<float> importance(n);
-    double evenly = 0;  // what the tokens behind this one would give if they spread their attention evenly
-    for (size_t i = n; i-- > 0;) {
-        int64_t fixed = 0;
-        for (const auto &part : sums) fixed += part[i];
-        double value = static_cast<double>(fixed) / fixed_one / heads;
-        if (score == prune_score::received) value /= evenly;  // not a number for the last token
-        if (score == prune_score::recent) value /= static_cast<double>(n - begin);
-        importance[i] = static_cast<float>(value);
-        if (score == prune_score::received && visible[i] > 0) evenly += 1.0 / static_cast<double>(visible[i]);
+std::vector<float> attention_meter::result() const {
+    const double heads = static_cast<double>(attention_.q->ne[2]);
+    std::vector<double> values(tokens.rows.size());
+    for (size_t i = 0; i < values.size(); ++i) {
+        int64_t sum = 0;
+        for (const auto &part : sums_) sum += part[i];
+        values[i] = static_cast<double>(sum) / fixed_one / heads;
     }
+    finish(&values);
+    std::vector<float> importance;
+    importance.reserve(values.size());
+    for (double value : values) importance.push_back(static_cast<float>(value));
     return importance;
 }
 

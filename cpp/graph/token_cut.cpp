@@ -1,0 +1,56 @@
+#include "graph/token_cut.h"
+
+#include <algorithm>
+
+#include "host/tensor_rows.h"
+
+namespace agq {
+
+std::string find_gap(const graph_facts &facts) {
+    // Whole graphs choose the tokens whose logits are wanted; the first of several parts has no sources from outside.
+    if (!facts.complete || (facts.k_cells && !facts.out_ids)) {
+        return "the host computes the graph in parts (an evaluation callback, or several devices)";
+    }
+    if (facts.ambiguous) return "the model has several attention masks or caches (sliding windows)";
+    if (!facts.mask || !facts.k_cells || facts.sites.empty()) return "the model has no causal K/V cache";
+    if (facts.mask->ne[3] != 1) return "the batch holds several sequences";
+    for (size_t i = 0; i < facts.sites.size(); ++i) {
+        if (facts.sites[i].last < 0) return "the output of an attention was not found";
+        if (i > 0 && facts.sites[i].layer <= facts.sites[i - 1].layer) return "layers share their K/V cache";
+    }
+    return "";
+}
+
+bool is_wanted_whole(const graph_facts &facts, const std::vector<token_dim> &dims, int first_cut) {
+    const size_t n = static_cast<size_t>(facts.n_nodes);
+    if (dims[n - 1]) return true;
+    for (size_t i = static_cast<size_t>(first_cut); i < n; ++i) {
+        if (dims[i] && (facts.tensors[i]->flags & ggml_flag_output)) return true;
+    }
+    return false;
+}
+
+std::string find_site(const graph_facts &facts, int layer, int *site) {
+    const auto found = std::find_if(facts.sites.begin(), facts.sites.end(),
+                                    [layer](const attention_site &s) { return s.layer == layer; });
+    if (found == facts.sites.end() || found + 1 == facts.sites.end()) {
+        return "layer " + std::to_string(layer) + " is not one that others follow (the last is " +
+               std::to_string(facts.sites.back().layer) + ")";
+    }
+    *site = static_cast<int>(found - facts.sites.begin());
+    return "";
+}
+
+std::string find_crossing(const graph_facts &facts, const std::vector<token_dim> &dims, int at,
+                          std::vector<int> *crossing) {
+    for (size_t i = 0; i < facts.tensors.size(); ++i) {
+        const ggml_tensor *t = facts.tensors[i];
+        const bool before = static_cast<int>(i) <= at || static_cast<int>(i) >= facts.n_nodes;
+        if (!before || !dims[i] || facts.last_use[i] <= at || t == facts.mask) continue;
+        if (!is_contiguous(t)) return "the tensor '" + name_of(t) + "' is not contiguous";
+        crossing->push_back(static_cast<int>(i));
+    }
+    return "";
+}
+
+}  // namespace agq
