@@ -31,7 +31,8 @@ RACES = [
     (
         "cpp/backend/backend.cpp",
         "std::atomic<bool> agq4_seen{false};",
-        "struct flag { bool v = 0; void store(bool x, int) { v = x; } bool load(int) const { return v; } } agq4_seen;",
+        "struct agq4_seen_flag { bool v = 0; void store(bool x, int) { v = x; } bool load(int) const { return v; } }"
+        " agq4_seen;",
         "agq4_seen",
     ),
 ]

@@ -7,9 +7,12 @@
 #include <cstring>
 #include <exception>
 #include <iterator>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <optional>
+#include <thread>
 #include <vector>
 
 #include "backend/graph_snapshot.h"
@@ -27,30 +30,61 @@ using set_abort_callback_fn = void (*)(ggml_backend *, ggml_abort_callback, void
 
 constexpr char backend_name[] = "AGQ";
 
-const kernel *active_kernel = nullptr;
-bool fuse_rows = true;
+// ---- state of the device ----
 
-/// Whether graphs without AGQ4 are handled like others, to test what the device does with every operation.
-bool take_all = false;
+/// Which threads are creating contexts just now.
+///
+/// With flash attention "auto", libllama schedules one graph when it creates a context, to see whether the attention
+/// node lands on the layer's own device, the CPU, and turns flash attention off if it does not. Our device runs that
+/// node on the same CPU code, so it stands aside in that thread, from the creation of a backend to its first graph.
+class creations {
+  public:
+    void begin(const void *backend) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        open_.emplace(backend, std::this_thread::get_id());
+        count_.store(open_.size(), std::memory_order_relaxed);
+    }
+    void end(const void *backend) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        open_.erase(backend);
+        count_.store(open_.size(), std::memory_order_relaxed);
+    }
+    /// Whether the calling thread is.
+    bool in_this_thread() const {
+        if (count_.load(std::memory_order_relaxed) == 0) return false;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto here = [](const auto &entry) { return entry.second == std::this_thread::get_id(); };
+        return std::any_of(open_.begin(), open_.end(), here);
+    }
 
-/// Set as soon as the host asks about a node with AGQ4 weights. Until then the device declines everything, so that a
-/// process without such a model runs exactly as if the plugin were not there.
-std::atomic<bool> agq4_seen{false};
+  private:
+    mutable std::mutex mutex_;
+    std::map<const void *, std::thread::id> open_;
+    std::atomic<size_t> count_{0};
+};
 
-/// Set as soon as a context is created with pruning settings of its own: a list of layers must work for models without
-/// AGQ4 tensors, too.
-std::atomic<bool> pruning_asked_for{false};
+struct device_context {
+    const kernel *kern = nullptr;
+    options chosen;
+    std::string description;
+
+    /// Set as soon as the host asks about a node with AGQ4 weights. Until then the device declines everything, so that
+    /// a process without such a model runs exactly as if the plugin were not there.
+    std::atomic<bool> agq4_seen{false};
+    /// Set as soon as a context is created with pruning settings of its own: a list of layers must work for models
+    /// without AGQ4 tensors, too.
+    std::atomic<bool> pruning_asked_for{false};
+    creations creating;
+};
+
+device_context &context_of(ggml_backend_device *device) {
+    return *static_cast<device_context *>(device->context);
+}
 
 /// What this thread's contexts shall do in place of AGQ_PRUNE.
 std::optional<std::string> &thread_pruning() {
     return thread_value<std::optional<std::string>, struct pruning_tag>();
 }
-
-/// True from the creation of a backend to the end of its first graph, in the thread that creates the context. With
-/// flash attention "auto", libllama schedules one graph there to see whether the attention node lands on the layer's
-/// own device, the CPU, and turns flash attention off if it does not. Our device runs that node on the same CPU code,
-/// so it stands aside once.
-thread_local bool probing_flash_attention = false;
 
 // ---- threads of the inner backend ----
 
@@ -86,15 +120,31 @@ class thread_pool {
 // ---- backend ----
 
 struct backend_context {
-    backend_context(ggml_backend *inner_cpu, const prune_settings &pruning, const activation_settings &activations,
-                    const attention_kernel *attention)
-        : cpu(inner_cpu),
-          rewriter(active_kernel, fuse_rows, take_all, activations, attention),
-          pruning(active_kernel->attention, pruning),
-          may_prune(pruning.given) {}
-    ~backend_context() { host.ggml_backend_free(cpu); }
+    backend_context(device_context &device_state, ggml_backend *inner_cpu, const prune_settings &pruning,
+                    const activation_settings &activations, const attention_kernel *attention)
+        : device(device_state),
+          cpu(inner_cpu),
+          rewriter(device.kern, device.chosen.fuse, device.chosen.take_all, activations, attention),
+          pruning(device.kern->attention, pruning),
+          may_prune(pruning.given) {
+        device.creating.begin(this);
+    }
+    ~backend_context() {
+        end_creation();
+        host.ggml_backend_free(cpu);
+    }
+    backend_context(const backend_context &) = delete;
+    backend_context &operator=(const backend_context &) = delete;
 
+    /// To be called when the backend gets a graph.
+    void end_creation() {
+        if (is_new) device.creating.end(this);
+        is_new = false;
+    }
+
+    device_context &device;
     ggml_backend *cpu;
+    bool is_new = true;
     thread_pool threads;
     std::vector<ggml_tensor *> computed;  ///< the nodes of a graph in which not all are
     graph_snapshot snapshot;
@@ -118,10 +168,11 @@ void backend_free(ggml_backend *backend) {
     delete backend;
 }
 
-ggml_status compute_nodes(backend_context &context, ggml_tensor **nodes, int n, bool repeated) {
+ggml_status compute_nodes(backend_context &context, ggml_tensor **nodes, int n, bool repeated,
+                          const key_choices &choices) {
     std::string error;
     const int64_t begun = profile_enabled() ? profile_time() : 0;
-    ggml_cgraph *rewritten = context.rewriter.rewrite(nodes, n, repeated, context.n_threads, &error);
+    ggml_cgraph *rewritten = context.rewriter.rewrite(nodes, n, repeated, choices, context.n_threads, &error);
     if (profile_enabled()) add_profile_time("(rewriting the graph)", profile_time() - begun);
     if (rewritten) {
         const ggml_status status = host.ggml_backend_graph_compute(context.cpu, rewritten);
@@ -145,26 +196,26 @@ ggml_tensor **find_computed(backend_context &context, ggml_cgraph *graph, int *n
 }
 
 ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
-    probing_flash_attention = false;
     backend_context &context = context_of(backend);
     try {
+        context.end_creation();
         int n = 0;
         ggml_tensor **nodes = find_computed(context, graph, &n);
         const bool repeated = context.snapshot.is_repeated(nodes, n);
-        const bool has_agq4 = take_all || std::any_of(nodes, nodes + n, uses_agq4);
+        const bool has_agq4 = context.device.chosen.take_all || std::any_of(nodes, nodes + n, uses_agq4);
         context.may_prune = context.may_prune || has_agq4;
         if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
         int64_t computing = 0;  // nanoseconds within the pruner that are not its own
-        const auto compute_part = [&](ggml_tensor **part, int size, bool part_repeated) {
+        const auto compute_part = [&](ggml_tensor **part, int size, bool part_repeated, const key_choices &choices) {
             if (part == nodes && !has_agq4 && !profile_enabled()) {
                 return host.ggml_backend_graph_compute(context.cpu, graph);
             }
-            return compute_nodes(context, part, size, part_repeated);
+            return compute_nodes(context, part, size, part_repeated, choices);
         };
         if (!profile_enabled()) return context.pruning.run(nodes, n, repeated, context.n_threads, compute_part);
-        const auto compute = [&](ggml_tensor **part, int size, bool part_repeated) {
+        const auto compute = [&](ggml_tensor **part, int size, bool part_repeated, const key_choices &choices) {
             const int64_t begun = profile_time();
-            const ggml_status status = compute_part(part, size, part_repeated);
+            const ggml_status status = compute_part(part, size, part_repeated, choices);
             computing += profile_time() - begun;
             return status;
         };
@@ -181,8 +232,8 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
     }
 }
 
-void backend_graph_optimize(ggml_backend *, ggml_cgraph *) {
-    probing_flash_attention = false;
+void backend_graph_optimize(ggml_backend *backend, ggml_cgraph *) {
+    context_of(backend).end_creation();
 }
 
 uint8_t backend_guid[16] = {0x41, 0x47, 0x51, 0x34, 0x9d, 0x3b, 0x4c, 0x0e,
@@ -209,9 +260,8 @@ const char *device_get_name(ggml_backend_device *) {
     return backend_name;
 }
 
-const char *device_get_description(ggml_backend_device *) {
-    static const std::string text = std::string("Agile-Quant 4-bit kernels (") + active_kernel->name + ")";
-    return text.c_str();
+const char *device_get_description(ggml_backend_device *device) {
+    return context_of(device).description.c_str();
 }
 
 void device_get_memory(ggml_backend_device *, size_t *free, size_t *total) {
@@ -244,10 +294,11 @@ ggml_backend *device_init_backend(ggml_backend_device *device, const char *) {
             log_line(log_error, error);
             return nullptr;
         }
-        if (pruning.given) pruning_asked_for.store(true, std::memory_order_relaxed);
+        device_context &state = context_of(device);
+        if (pruning.given) state.pruning_asked_for.store(true, std::memory_order_relaxed);
         ggml_backend *cpu = host.ggml_backend_dev_init(host.cpu, nullptr);
         if (!cpu) return nullptr;
-        auto context = std::make_unique<backend_context>(cpu, pruning, activations, attention);
+        auto context = std::make_unique<backend_context>(state, cpu, pruning, activations, attention);
         auto backend = std::make_unique<ggml_backend>();
         *backend = {};
         backend->guid = &backend_guid;
@@ -257,7 +308,6 @@ ggml_backend *device_init_backend(ggml_backend_device *device, const char *) {
         backend->iface.graph_optimize = backend_graph_optimize;
         backend->device = device;
         backend->context = context.release();
-        probing_flash_attention = true;
         return backend.release();
     } catch (const std::bad_alloc &) {
         return nullptr;
@@ -272,14 +322,17 @@ ggml_backend_buffer *device_buffer_from_host_ptr(ggml_backend_device *, void *da
     return host.ggml_backend_dev_buffer_from_host_ptr(host.cpu, data, size, max_tensor);
 }
 
-bool device_supports_op(ggml_backend_device *, const ggml_tensor *op) {
+bool device_supports_op(ggml_backend_device *device, const ggml_tensor *op) {
+    device_context &context = context_of(device);
     if (uses_agq4(op)) {
-        agq4_seen.store(true, std::memory_order_relaxed);
+        context.agq4_seen.store(true, std::memory_order_relaxed);
         return true;
     }
-    if (!take_all && !agq4_seen.load(std::memory_order_relaxed) && !pruning_asked_for.load(std::memory_order_relaxed))
-        return false;
-    if (op->op == host.op_flash_attn_ext && probing_flash_attention && !take_all) return false;
+    if (!context.chosen.take_all) {
+        const bool wanted = context.agq4_seen.load(std::memory_order_relaxed) ||
+                            context.pruning_asked_for.load(std::memory_order_relaxed);
+        if (!wanted || (op->op == host.op_flash_attn_ext && context.creating.in_this_thread())) return false;
+    }
     return host.ggml_backend_dev_supports_op(host.cpu, op);
 }
 
@@ -298,22 +351,7 @@ size_t registry_get_device_count(ggml_backend_reg *) {
 }
 
 ggml_backend_device *registry_get_device(ggml_backend_reg *registry, size_t) {
-    static ggml_backend_device device = [registry] {
-        ggml_backend_device d = {};
-        d.iface.get_name = device_get_name;
-        d.iface.get_description = device_get_description;
-        d.iface.get_memory = device_get_memory;
-        d.iface.get_type = device_get_type;
-        d.iface.get_props = device_get_props;
-        d.iface.init_backend = device_init_backend;
-        d.iface.get_buffer_type = device_get_buffer_type;
-        d.iface.buffer_from_host_ptr = device_buffer_from_host_ptr;
-        d.iface.supports_op = device_supports_op;
-        d.iface.supports_buft = device_supports_buft;
-        d.reg = registry;
-        return d;
-    }();
-    return &device;
+    return static_cast<ggml_backend_device *>(registry->context);
 }
 
 void *registry_get_proc_address(ggml_backend_reg *, const char *name) {
@@ -325,18 +363,33 @@ void *registry_get_proc_address(ggml_backend_reg *, const char *name) {
 }  // namespace
 
 ggml_backend_reg *backend_registry(const kernel *kern, const options &chosen) {
-    active_kernel = kern;
-    fuse_rows = chosen.fuse;
-    take_all = chosen.take_all;
+    static device_context context;
+    context.kern = kern;
+    context.chosen = chosen;
+    context.description = std::string("Agile-Quant 4-bit kernels (") + kern->name + ")";
+    static ggml_backend_device device = {};
     static ggml_backend_reg registry = [] {
         ggml_backend_reg r = {};
         r.iface.get_name = registry_get_name;
         r.iface.get_device_count = registry_get_device_count;
         r.iface.get_device = registry_get_device;
         r.iface.get_proc_address = registry_get_proc_address;
+        r.context = &device;
         return r;
     }();
     registry.api_version = host.api_version;
+    device.iface.get_name = device_get_name;
+    device.iface.get_description = device_get_description;
+    device.iface.get_memory = device_get_memory;
+    device.iface.get_type = device_get_type;
+    device.iface.get_props = device_get_props;
+    device.iface.init_backend = device_init_backend;
+    device.iface.get_buffer_type = device_get_buffer_type;
+    device.iface.buffer_from_host_ptr = device_buffer_from_host_ptr;
+    device.iface.supports_op = device_supports_op;
+    device.iface.supports_buft = device_supports_buft;
+    device.reg = &registry;
+    device.context = &context;
     return &registry;
 }
 

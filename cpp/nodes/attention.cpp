@@ -156,7 +156,7 @@ const float *query(const attention_job &job, int64_t token, int64_t head, int64_
 job_mask::job_mask(const attention_job &job, int64_t token, int64_t stream) {
     if (!job.mask) return;
     is_f16 = job.mask->type == ggml_type_f16;
-    if (const key_choice *choice = job.choice()) {
+    if (const key_choice *choice = job.choice) {
         row = choice->mask + static_cast<size_t>(token) * choice->mask_stride;
         stride = choice->mask_stride;
     } else {

@@ -5,23 +5,28 @@
 #include <atomic>
 #include <cstdint>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "base/thread_memory.h"
 #include "graph/attention_pattern.h"
 #include "host/host.h"
 #include "kernels/attention.h"
+#include "nodes/custom_node.h"
 
 namespace agq {
 
-/// Which keys an attention looks at, if not at all: what the `extra` of its mask points at. The pruning pass makes such
-/// masks; they hide the other keys as well, for the host's code, which knows nothing of this. One stream only.
+/// Which keys an attention looks at, if not at all. Its mask hides the other keys as well, for the host's code, which
+/// knows nothing of this. One stream only.
 struct key_choice {
     const int32_t *cells;  ///< ascending
     int64_t n;
     const char *mask;  ///< the chosen columns side by side, in the type of the mask
     size_t mask_stride;
 };
+
+/// The choices of the attentions of a graph, by their masks; the pruning pass makes them anew for each call.
+using key_choices = std::unordered_map<const ggml_tensor *, key_choice>;
 
 /// One attention of the graph: all tokens, heads and streams of a layer.
 struct attention_job : attention_operands {
@@ -34,6 +39,7 @@ struct attention_job : attention_operands {
     int64_t out_token_stride = 0, out_head_stride = 0, out_stream_stride = 0;
     /// Where the queries wait between the nodes of the chain, in which their own memory may be used again; null: in q.
     const float *saved_q = nullptr;
+    const key_choice *choice = nullptr;      ///< set before each run; null: all keys
     const thread_memory *memory = nullptr;   ///< attention_bytes(job) for each thread
     bool few = false;                        ///< whether decode_attention.h does it, which wants the next two
     float *partial = nullptr;                ///< few_partial_floats(job)
@@ -43,9 +49,8 @@ struct attention_job : attention_operands {
     int64_t tokens() const { return q->ne[1]; }
     /// Length of a value vector.
     int64_t value_width() const { return v_transposed ? v->ne[1] : v->ne[0]; }
-    const key_choice *choice() const { return mask ? static_cast<const key_choice *>(mask->extra) : nullptr; }
-    int64_t n_keys() const { return choice() ? choice()->n : k->ne[1]; }
-    int64_t cell(int64_t key) const { return choice() ? choice()->cells[key] : key; }
+    int64_t n_keys() const { return choice ? choice->n : k->ne[1]; }
+    int64_t cell(int64_t key) const { return choice ? choice->cells[key] : key; }
 };
 
 /// Mask of a job from a token of a stream on; null: nothing is hidden.
@@ -90,5 +95,9 @@ void read_slopes(const attention_job &job, int64_t first, int64_t group, float *
 // Functions of the custom nodes; `userdata` is the attention_job.
 void save_queries_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void attention_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+
+namespace node {
+constexpr custom_node save_queries{save_queries_node, false}, attend{attention_node, true};
+}  // namespace node
 
 }  // namespace agq

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "nodes/attention.h"
+#include "nodes/custom_node.h"
 
 namespace agq {
 
@@ -17,5 +18,9 @@ int64_t few_partial_floats(const attention_job &job);
 
 /// Function of the custom node; `userdata` is the attention_job.
 void few_attention_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+
+namespace node {
+constexpr custom_node attend_few{few_attention_node, true};
+}  // namespace node
 
 }  // namespace agq

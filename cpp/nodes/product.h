@@ -11,6 +11,7 @@
 #include "format/attributes.h"
 #include "host/host.h"
 #include "kernels/kernel.h"
+#include "nodes/custom_node.h"
 #include "nodes/row_source.h"
 
 namespace agq {
@@ -104,5 +105,10 @@ void route_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void quantize_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void product_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void row_lookup_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+
+namespace node {
+constexpr custom_node route{route_node, false}, quantize{quantize_node, false}, multiply{product_node, true},
+    look_up_rows{row_lookup_node, true};
+}  // namespace node
 
 }  // namespace agq

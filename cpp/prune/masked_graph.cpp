@@ -87,11 +87,12 @@ void masked_graph::fill(const graph_facts &facts, const hidden_cells &hidden) {
     for (int level = 1; level < hidden.levels(); ++level) {
         fill_level(facts.mask, hidden.cells(level), &levels_[static_cast<size_t>(level)]);
     }
+    choices_.clear();
     for (size_t s = 0; s < masks_.size(); ++s) {
         const int level = hidden.level(static_cast<int>(s));
         level_mask &chosen = levels_[static_cast<size_t>(level)];
         masks_[s]->data = level == 0 ? facts.mask->data : chosen.full.data();
-        masks_[s]->extra = level > 0 && chosen.choice.mask ? &chosen.choice : nullptr;
+        if (level > 0 && chosen.choice.mask) choices_.emplace(masks_[s], chosen.choice);
     }
 }
 

@@ -21,6 +21,8 @@ class masked_graph {
     /// Fills the masks for this ubatch. Throws std::bad_alloc.
     void fill(const graph_facts &facts, const hidden_cells &hidden);
     std::vector<ggml_tensor *> &nodes() { return nodes_; }
+    /// Of the latest ubatch.
+    const key_choices &choices() const { return choices_; }
 
   private:
     /// What the attentions of a level look at.
@@ -38,7 +40,8 @@ class masked_graph {
     graph_copy copy_;
     std::vector<ggml_tensor *> nodes_;
     std::vector<ggml_tensor *> masks_;  ///< by site
-    std::deque<level_mask> levels_;     ///< from 1 on; addresses stay valid
+    key_choices choices_;
+    std::deque<level_mask> levels_;  ///< from 1 on; addresses stay valid
 };
 
 }  // namespace agq

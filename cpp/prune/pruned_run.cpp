@@ -93,7 +93,7 @@ ggml_tensor *pruned_run::make_mask(const call &c, int level) {
 
     // The same for our own attention, which leaves out the keys that nobody sees.
     std::vector<int32_t> &cells = lists_.emplace_back(visible_cells(original, hide));
-    key_choice &choice = choices_.emplace_back();
+    key_choice &choice = choices_[made];
     choice.cells = cells.data();
     choice.n = static_cast<int64_t>(cells.size());
     choice.mask_stride = cells.size() * original->nb[0];
@@ -104,7 +104,6 @@ ggml_tensor *pruned_run::make_mask(const call &c, int level) {
     m.hidden = nullptr;
     m.columns = &cells;
     job_.masks.push_back(m);
-    made->extra = &choice;
     return made;
 }
 
@@ -181,7 +180,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
     }
     nodes_[0] = copies;
     const size_t skip = copies ? 0 : 1;
-    const ggml_status status = c.compute(nodes_.data() + skip, static_cast<int>(nodes_.size() - skip));
+    const ggml_status status = c.compute(nodes_.data() + skip, static_cast<int>(nodes_.size() - skip), choices_);
     job_ = {};
     if (c.mask_only && !is_last) job_.clears.swap(clears.clears);
     return status;

@@ -18,8 +18,8 @@
 
 namespace agq {
 
-/// Computes the nodes of a graph or of a part of it.
-using segment_fn = std::function<ggml_status(ggml_tensor **nodes, int n)>;
+/// Computes the nodes of a part of a graph, of which `choices` says which keys its attentions look at.
+using segment_fn = std::function<ggml_status(ggml_tensor **nodes, int n, const key_choices &choices)>;
 
 /// Memory is kept from one run to the next.
 class pruned_run {
@@ -58,7 +58,7 @@ class pruned_run {
     std::map<const score *, std::unique_ptr<score_meter>> meters_;
     cut_job job_;                             ///< of the segment to come
     std::deque<std::vector<int32_t>> lists_;  ///< that job_ and choices_ point at
-    std::deque<key_choice> choices_;          ///< that masks point at
+    key_choices choices_;                     ///< by the masks of this run
     std::vector<ggml_tensor *> nodes_;
     std::vector<ggml_tensor *> masks_;  ///< of this segment, by level; null: not made yet
     int64_t rows_ = 0;                  ///< tokens in the graph: all with mask_only

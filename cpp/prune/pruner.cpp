@@ -104,7 +104,9 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
     const bool any_hidden = has_cache && hidden_.find(facts_);
     if (may_prune()) {
         last_ = form::pruned;
-        const auto segment = [&](ggml_tensor **part, int size) { return compute(part, size, false); };
+        const auto segment = [&](ggml_tensor **part, int size, const key_choices &choices) {
+            return compute(part, size, false, choices);
+        };
         const ggml_status status =
             pruned_.run(facts_, plan_, hidden_, settings_.mask_only, ubatch_, n_threads, segment);
         prune_history::of_thread().record(ubatch_.position, pruned_.layer_of_token());
@@ -121,10 +123,10 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
     const form now = any_hidden || masked_.is_built() ? form::masked : form::host;
     const bool same = repeated && last_ == now;
     last_ = now;
-    if (now == form::host) return compute(nodes, n, same);
+    if (now == form::host) return compute(nodes, n, same, {});
     if (!masked_.is_built()) masked_.build(facts_);
     masked_.fill(facts_, hidden_);
-    return compute(masked_.nodes().data(), n, same);
+    return compute(masked_.nodes().data(), n, same, masked_.choices());
 }
 
 }  // namespace agq

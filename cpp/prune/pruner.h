@@ -24,8 +24,10 @@ class pruner {
     pruner(const pruner &) = delete;
     pruner &operator=(const pruner &) = delete;
 
-    /// Computes nodes of the host, or copies of them. `repeated` says that they are those of the last call.
-    using compute_fn = std::function<ggml_status(ggml_tensor **nodes, int n, bool repeated)>;
+    /// Computes nodes of the host, or copies of them. `repeated` says that they are those of the last call, `choices`
+    /// which keys their attentions look at.
+    using compute_fn =
+        std::function<ggml_status(ggml_tensor **nodes, int n, bool repeated, const key_choices &choices)>;
 
     /// Computes the host's graph by one or several calls of `compute`, which may use up to `n_threads` threads.
     /// `repeated` says that the graph is that of the last run. Throws std::bad_alloc.

@@ -96,7 +96,8 @@ bool graph_rewriter::weights_intact() const {
            std::all_of(lookups_.begin(), lookups_.end(), [&](auto &l) { return intact(l.weights, *l.attributes); });
 }
 
-ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, int n_threads, std::string *error) {
+ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, const key_choices &choices,
+                                     int n_threads, std::string *error) {
     if (!repeated || !graph_ || profiled_ != profile_enabled() || !weights_intact()) {
         clear();
         if (!build(nodes, n, error)) {
@@ -111,6 +112,8 @@ ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, 
     for (attention_job &a : attentions_) {
         a.next.store(0, std::memory_order_relaxed);
         a.partial = partial_.data();
+        const auto choice = choices.find(a.mask);
+        a.choice = choice == choices.end() ? nullptr : &choice->second;
         for (std::atomic<int> &n : a.finished) n.store(0, std::memory_order_relaxed);
     }
     return graph_;
@@ -207,8 +210,8 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
     for (int i = 0; i < n; ++i) {
         bool good = true;
         if (i == mixed_.node()) {
-            add_custom(nodes[i], nullptr, 0, measure_importance_node, &mixed_);
-            add_custom(nodes[i], nullptr, 0, choose_bits_node, &mixed_);
+            add_custom(nodes[i], nullptr, 0, node::measure_importance, &mixed_);
+            add_custom(nodes[i], nullptr, 0, node::choose_bits, &mixed_);
         }
         switch (roles_[static_cast<size_t>(i)]) {
             case role::keep:
@@ -232,7 +235,7 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
             case role::chain_scores: {
                 attention_job *job = jobs_.at(i);
                 job->saved_q = saved_queries_.data();
-                add_custom(nodes[i], &nodes[i]->src[1], 1, save_queries_node, job);
+                add_custom(nodes[i], &nodes[i]->src[1], 1, node::save_queries, job);
                 break;
             }
             case role::chain_soft_max:
@@ -264,7 +267,7 @@ void graph_rewriter::add_attention(ggml_tensor *node, attention_job *job) {
     }
     ggml_tensor *args[4] = {const_cast<ggml_tensor *>(job->q), const_cast<ggml_tensor *>(job->k),
                             const_cast<ggml_tensor *>(job->v), const_cast<ggml_tensor *>(job->mask)};
-    add_custom(node, args, job->mask ? 4 : 3, job->few ? few_attention_node : attention_node, job);
+    add_custom(node, args, job->mask ? 4 : 3, job->few ? node::attend_few : node::attend, job);
 }
 
 void graph_rewriter::add_clock(const std::string &label) {
@@ -276,19 +279,16 @@ void graph_rewriter::add_clock(const std::string &label) {
     host.ggml_graph_add_node(graph_, t);
 }
 
-void graph_rewriter::add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, ggml_custom_op function,
+void graph_rewriter::add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, const custom_node &node,
                                 void *userdata) {
-    const bool has_output = function != route_node && function != quantize_node && function != save_queries_node &&
-                            function != measure_importance_node && function != choose_bits_node;
-    ggml_tensor *t =
-        has_output ? host.ggml_custom_4d(context_, ggml_type_f32, replaced->ne[0], replaced->ne[1], replaced->ne[2],
-                                         replaced->ne[3], args, n_args, function, ggml_n_tasks_max, userdata)
-                   : host.ggml_custom_4d(context_, ggml_type_f32, 1, 1, 1, 1, args, n_args, function, ggml_n_tasks_max,
-                                         userdata);
+    static constexpr int64_t one_element[4] = {1, 1, 1, 1};
+    const int64_t *ne = node.has_output ? replaced->ne : one_element;
+    ggml_tensor *t = host.ggml_custom_4d(context_, ggml_type_f32, ne[0], ne[1], ne[2], ne[3], args, n_args, node.run,
+                                         ggml_n_tasks_max, userdata);
     t->flags = replaced->flags;
     t->buffer = replaced->buffer;
-    t->data = has_output ? replaced->data : sink_;
-    if (has_output) {
+    t->data = node.has_output ? replaced->data : sink_;
+    if (node.has_output) {
         std::copy_n(replaced->nb, 4, t->nb);
         std::memcpy(t->name, replaced->name, sizeof(t->name));
     }
@@ -356,11 +356,11 @@ activation_set *graph_rewriter::add_set(ggml_tensor *node, ggml_tensor *x, ggml_
     buffer_.reserve(set.rows(), x->ne[0]);
     ggml_tensor *args[2] = {x, ids};
     if (ids || four) {
-        add_custom(node, args, ids ? 2 : 1, route_node, &set);
+        add_custom(node, args, ids ? 2 : 1, node::route, &set);
     } else {
         set.route();
     }
-    add_custom(node, args, ids ? 2 : 1, quantize_node, &set);
+    add_custom(node, args, ids ? 2 : 1, node::quantize, &set);
     if (profiled_ && !source) add_clock("quantize");
     return &set;
 }
@@ -409,7 +409,7 @@ bool graph_rewriter::add_product(ggml_tensor *node, int i, std::string *error) {
     p.set = find_or_add_set(node, i, attributes);
     thread_bytes_ = std::max(thread_bytes_, static_cast<size_t>(p.set->rows()) * sizeof(float *));
     ggml_tensor *args[2] = {node->src[1], node->src[0]};
-    add_custom(node, args, 2, product_node, &p);
+    add_custom(node, args, 2, node::multiply, &p);
     return true;
 }
 
@@ -426,7 +426,7 @@ bool graph_rewriter::add_row_lookup(ggml_tensor *node, std::string *error) {
     lookup.weights = weights;
     lookup.attributes = attributes;
     ggml_tensor *args[2] = {node->src[1], node->src[0]};
-    add_custom(node, args, 2, row_lookup_node, &lookup);
+    add_custom(node, args, 2, node::look_up_rows, &lookup);
     return true;
 }
 

@@ -39,10 +39,12 @@ class graph_rewriter {
     graph_rewriter &operator=(const graph_rewriter &) = delete;
 
     /// The graph to run in place of the host's nodes. `repeated` says that nodes and their content are those of the
-    /// last call, whose graph is then used again. On a weight that is damaged or used in a way that is not covered
+    /// last call, whose graph is then used again; `choices` say for this call which keys attentions look at, and must
+    /// stay until the graph has run. On a weight that is damaged or used in a way that is not covered
     /// returns null and `*error` says which. The graph may then run on up to `n_threads` threads. Throws
     /// std::bad_alloc.
-    ggml_cgraph *rewrite(ggml_tensor **nodes, int n, bool repeated, int n_threads, std::string *error);
+    ggml_cgraph *rewrite(ggml_tensor **nodes, int n, bool repeated, const key_choices &choices, int n_threads,
+                         std::string *error);
 
     /// After the graph has run: which of its tokens had 4 bits, for programs that want to know.
     void record_bits() const { mixed_.record(); }
@@ -66,7 +68,7 @@ class graph_rewriter {
     void assign_roles(ggml_tensor **nodes, int n);
     void find_chain(ggml_tensor **nodes, int output, const std::unordered_map<const ggml_tensor *, int> &position,
                     const std::unordered_map<const ggml_tensor *, int> &uses);
-    void add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, ggml_custom_op function,
+    void add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, const custom_node &node,
                     void *userdata);
     bool add_product(ggml_tensor *node, int i, std::string *error);
     bool add_row_lookup(ggml_tensor *node, std::string *error);

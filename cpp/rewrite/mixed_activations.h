@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "graph/ubatch.h"
+#include "nodes/custom_node.h"
 #include "scores/score.h"
 
 namespace agq {
@@ -69,5 +70,9 @@ class mixed_bits {
 // Functions of the custom nodes; `userdata` is the mixed_bits.
 void measure_importance_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void choose_bits_node(ggml_tensor *dst, int ith, int nth, void *userdata);
+
+namespace node {
+constexpr custom_node measure_importance{measure_importance_node, false}, choose_bits{choose_bits_node, false};
+}  // namespace node
 
 }  // namespace agq

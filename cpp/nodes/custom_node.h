@@ -1,0 +1,13 @@
+// What a custom node runs.
+#pragma once
+
+#include "host/host.h"
+
+namespace agq {
+
+struct custom_node {
+    ggml_custom_op run;
+    bool has_output;  ///< whether it writes to dst->data; otherwise it prepares something for a node that follows
+};
+
+}  // namespace agq
