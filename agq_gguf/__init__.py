@@ -6,6 +6,7 @@ so that ``gguf.GGUFReader`` and ``gguf.quants.dequantize`` read our files.
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,11 @@ __all__ = [
     "verify",
 ]
 
-gguf_package.extend()
+try:
+    gguf_package.extend()
+except Exception as error:
+    # What is in the way is a matter between us and one release of gguf: files are converted and run without it.
+    warnings.warn(f"the installed gguf does not learn the type AGQ4: {error}", stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +21,11 @@ _POINTER, _TEXT, _INT, _COUNT = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32
 # Result and arguments of each function. Those for rounding need no host library; all others need the plugin registered.
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "agq_last_error": (_TEXT, []),
+    # index, name, what was found, whether it passed, microseconds
+    "agq_abi_proof": (
+        _INT,
+        [_INT, ctypes.POINTER(_TEXT), ctypes.POINTER(_TEXT), ctypes.POINTER(_INT), ctypes.POINTER(ctypes.c_double)],
+    ),
     "agq_set_prune": (_TEXT, [_TEXT]),
     "agq_last_pruned": (_INT, [ctypes.POINTER(_INT), _INT]),
     "agq_last_bits": (_INT, [ctypes.POINTER(_INT), _INT]),
@@ -32,6 +41,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
 }
 
 
+@cache
 def backend_path() -> Path:
     """Path of the plugin library, for ``GGML_BACKEND_PATH``.
 
@@ -50,15 +60,80 @@ def backend_path() -> Path:
     raise HostError(f"the plugin library {_FILE_NAME} is not built; install the package with pip install .")
 
 
-@cache
-def plugin_library() -> ctypes.CDLL:
-    """The plugin library with its functions declared. Raises HostError if it is missing or cannot be loaded."""
-    path = backend_path()
+class _Open:
+    """The library while it is open: a handle of its own, and its functions, declared.
+
+    A host that unloads the plugin counts on nobody else having it open: only when the last handle is closed does the
+    plugin know of it and empties its slot of the type table. So Python opens the library for each use. Until a host has
+    loaded it, one handle stays, because loading it anew takes as long as rounding a few columns.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: int | None = None
+        self._is_left_to_host = False
+        self._library: ctypes.CDLL | None = None
+        self._address = 0  # of a function of `_library`: whether it is still the one that is loaded
+
+    def open(self) -> tuple[ctypes.CDLL, int]:
+        path = str(backend_path())
+        with self._lock:
+            try:
+                handle = _ctypes.dlopen(path, ctypes.DEFAULT_MODE)
+            except OSError as error:
+                raise HostError(f"the plugin {path} cannot be loaded: {error}") from error
+            if self._kept is None and not self._is_left_to_host:
+                self._kept = _ctypes.dlopen(path, ctypes.DEFAULT_MODE)
+            address = _ctypes.dlsym(handle, "agq_last_error")
+            if self._library is None or address != self._address:
+                self._library, self._address = _declare(path, handle), address
+            return self._library, handle
+
+    def close(self, handle: int) -> None:
+        _ctypes.dlclose(handle)
+
+    def leave_to_host(self) -> None:
+        with self._lock:
+            if self._kept is not None:
+                self.close(self._kept)
+            self._kept, self._is_left_to_host = None, True
+
+
+_open = _Open()
+
+
+@contextmanager
+def plugin_library() -> Iterator[ctypes.CDLL]:
+    """The plugin library with its functions declared, open inside the ``with`` block.
+
+    Raises HostError if it is missing or cannot be loaded.
+    """
+    if sys.platform == "win32":
+        yield _loaded_for_good(str(backend_path()))
+        return
+    library, handle = _open.open()
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise HostError(f"the plugin {path} cannot be loaded: {error}") from error
+        yield library
+    finally:
+        _open.close(handle)
+
+
+def leave_to_host() -> None:
+    """Call this when a host has loaded the library: from then on the host decides how long it stays."""
+    _open.leave_to_host()
+
+
+def _declare(path: str, handle: int | None = None) -> ctypes.CDLL:
+    library = ctypes.CDLL(path, handle=handle)
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+@cache
+def _loaded_for_good(path: str) -> ctypes.CDLL:
+    try:
+        return _declare(path)
+    except OSError as error:
+        raise HostError(f"the plugin {path} cannot be loaded: {error}") from error

@@ -40,10 +40,10 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def chosen() -> np.ndarray:
     """Whether each token of the last call had 4 bits; empty if it was not mixed."""
-    library = registered_library()
-    n = library.agq_last_bits(None, 0)
-    bits = (ctypes.c_int32 * n)()
-    library.agq_last_bits(bits, n)
+    with registered_library() as library:
+        n = library.agq_last_bits(None, 0)
+        bits = (ctypes.c_int32 * n)()
+        library.agq_last_bits(bits, n)
     assert set(bits) <= {4, 8}
     return np.array(bits) == 4
 

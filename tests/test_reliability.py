@@ -209,25 +209,26 @@ def test_fork_after_load(dense: Path) -> None:
 RELOADED = """
 import ctypes, os, sys
 from pathlib import Path
-import llama_cpp
-from agq_gguf import backend_path, plugin
+from agq_gguf import backend_path
+from agq_gguf.runtime import host, plugin
 import test_plugin
 
-library = plugin._host()
-library.ggml_backend_unload.argtypes = [ctypes.c_void_p]
-results = []
+llama = host.llama_cpp_python()
+ggml = llama.library
+ggml.ggml_type_name.restype = ctypes.c_char_p
+ggml.ggml_blck_size.restype = ctypes.c_int64
+results, before = [], ggml.ggml_type_name(38)
 for _ in range(3):
-    with plugin._silenced(library):
-        registry = library.ggml_backend_load(os.fsencode(backend_path()))
-    assert registry and plugin.is_registered()
+    with plugin.silenced(llama):
+        registry = ggml.ggml_backend_load(os.fsencode(backend_path()))
+    assert registry and llama.has_plugin and ggml.ggml_type_name(38) == b"agq4"
     results.append(test_plugin.all_logits(Path(sys.argv[1]))[1])
-    library.ggml_backend_unload(registry)
-    assert not plugin.is_registered()
+    ggml.ggml_backend_unload(registry)
+    assert not llama.has_plugin
     mapped = "libggml-agq" in Path("/proc/self/maps").read_text()
     assert not mapped, "the library is still there"
-    test_plugin.all_logits(Path(sys.argv[2]))  # stock models run on, with the name of our type in the table
-    library.ggml_type_name.restype = ctypes.c_char_p
-    assert library.ggml_type_name(38) == b"agq4"
+    assert ggml.ggml_type_name(38) == before and ggml.ggml_blck_size(38) == 0
+    test_plugin.all_logits(Path(sys.argv[2]))  # stock models run on
 assert all((r == results[0]).all() for r in results)
 print("done")
 """

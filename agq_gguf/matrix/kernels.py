@@ -24,14 +24,15 @@ def search_scales(values: torch.Tensor, weights: torch.Tensor, h: torch.Tensor) 
     """
     n, each = weights.shape[1], h.ndim == 2
     scales = torch.empty(n)
-    plugin_library().agq_search_scales(
-        _address(values, (16,)),
-        _address(weights, (GROUP_COLUMNS, n)),
-        _address(h, (GROUP_COLUMNS, n) if each else (GROUP_COLUMNS,)),
-        each,
-        n,
-        scales.data_ptr(),
-    )
+    with plugin_library() as library:
+        library.agq_search_scales(
+            _address(values, (16,)),
+            _address(weights, (GROUP_COLUMNS, n)),
+            _address(h, (GROUP_COLUMNS, n) if each else (GROUP_COLUMNS,)),
+            each,
+            n,
+            scales.data_ptr(),
+        )
     return scales
 
 
@@ -44,15 +45,16 @@ def feed_back(
     """
     n = weights.shape[1]
     codes, scales, errors = torch.empty(weights.shape, dtype=torch.uint8), torch.empty(n), torch.empty_like(weights)
-    plugin_library().agq_feed_back(
-        _address(values, (16,)),
-        _address(upper, (GROUP_COLUMNS, GROUP_COLUMNS)),
-        _address(weights, (GROUP_COLUMNS, n)),
-        n,
-        codes.data_ptr(),
-        scales.data_ptr(),
-        errors.data_ptr(),
-    )
+    with plugin_library() as library:
+        library.agq_feed_back(
+            _address(values, (16,)),
+            _address(upper, (GROUP_COLUMNS, GROUP_COLUMNS)),
+            _address(weights, (GROUP_COLUMNS, n)),
+            n,
+            codes.data_ptr(),
+            scales.data_ptr(),
+            errors.data_ptr(),
+        )
     return codes, scales, errors
 
 
@@ -65,13 +67,14 @@ def descend(
     """
     n = slope.shape[1]
     change = torch.empty_like(slope)
-    plugin_library().agq_descend(
-        _address(values, (16,)),
-        _address(inside, (GROUP_COLUMNS, GROUP_COLUMNS)),
-        _address(slope, (GROUP_COLUMNS, n)),
-        n,
-        _address(codes, (GROUP_COLUMNS, n), torch.uint8),
-        _address(scales, (n,)),
-        change.data_ptr(),
-    )
+    with plugin_library() as library:
+        library.agq_descend(
+            _address(values, (16,)),
+            _address(inside, (GROUP_COLUMNS, GROUP_COLUMNS)),
+            _address(slope, (GROUP_COLUMNS, n)),
+            n,
+            _address(codes, (GROUP_COLUMNS, n), torch.uint8),
+            _address(scales, (n,)),
+            change.data_ptr(),
+        )
     return change

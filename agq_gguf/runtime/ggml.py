@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.errors import HostError
+from agq_gguf.runtime.host import llama_cpp_python
 
 _MAX_DIMENSIONS = 4
 _MAX_SOURCES = 10
@@ -51,13 +51,8 @@ class Ggml:
     """The library that llama_cpp has loaded. Raises HostError when it is not laid out as expected."""
 
     def __init__(self) -> None:
-        import llama_cpp
-
-        folder = Path(llama_cpp.__file__).parent / "lib"
-        found = sorted(folder.glob("*ggml-base.*"))
-        if not found:
-            raise HostError(f"no ggml-base library in {folder}; install llama-cpp-python again")
-        self._lib = ctypes.CDLL(str(found[0]))
+        host = llama_cpp_python().library
+        self._lib = ctypes.CDLL(host._name, handle=host._handle)
         self._lib.ggml_op_name.restype = ctypes.c_char_p
         self._lib.ggml_backend_buffer_is_host.restype = ctypes.c_bool
         self._lib.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]

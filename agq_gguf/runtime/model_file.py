@@ -9,7 +9,7 @@ from agq_gguf.errors import HostError, InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.runtime.log import quiet_log
-from agq_gguf.runtime.plugin import register
+from agq_gguf.runtime.plugin import register_for_models
 
 _VOCABULARY_KEYS = {"tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
 
@@ -44,7 +44,7 @@ def prepare(path: str | os.PathLike[str]) -> FileFacts:
     if facts.agq_tensors:
         try:
             with quiet_log():
-                register()
+                register_for_models()
         except HostError as e:
             message = f"{path} holds {facts.agq_tensors} AGQ4 tensors, which need our plugin; {e}"
             raise HostError(message) from e

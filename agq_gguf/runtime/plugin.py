@@ -1,96 +1,67 @@
-"""Where the built plugin is, and how to load it into the llama.cpp of the installed llama-cpp-python."""
+"""Loads the plugin into the host of this process, and tells it how to prune."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from agq_gguf import native
 from agq_gguf.errors import HostError, InputError
+from agq_gguf.runtime.host import Host, llama_cpp_python, loaded_host, open_host
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_WARN = 3  # enum ggml_log_level
+
 _lock = threading.Lock()
-
-
-class _DlInfo(ctypes.Structure):
-    """What dladdr(3) fills in."""
-
-    _fields_ = (
-        ("file_name", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("symbol_name", ctypes.c_char_p),
-        ("symbol", ctypes.c_void_p),
-    )
-
-
-def _make_visible(function: Any) -> None:
-    """Load the library that holds ``function`` once more, so that its symbols become global.
-
-    llama_cpp loads its libraries privately. A wheel holds each of them under several names, as copies and not as links,
-    so the one in use is found by the address of a function of it, never by its name.
-    """
-    if sys.platform == "win32":
-        return  # the plugin asks for the modules by name there
-    info = _DlInfo()
-    dladdr = ctypes.CDLL(None).dladdr
-    dladdr.argtypes = [ctypes.c_void_p, ctypes.POINTER(_DlInfo)]
-    if dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info)) and info.file_name:
-        ctypes.CDLL(os.fsdecode(info.file_name), mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD)
-
-
-def _host() -> ctypes.CDLL:
-    """libllama of llama-cpp-python; through it, all functions of ggml can be reached."""
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise HostError(f"llama-cpp-python cannot be imported ({error}); install it with pip") from error
-    library = llama_cpp.llama_cpp._lib
-    try:
-        for function in (library.ggml_version, library.ggml_backend_load):
-            _make_visible(function)
-        library.ggml_backend_reg_by_name.restype = ctypes.c_void_p
-        library.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
-        library.ggml_backend_load.restype = ctypes.c_void_p
-        library.ggml_backend_load.argtypes = [ctypes.c_char_p]
-    except (AttributeError, OSError) as error:
-        raise HostError(
-            f"llama-cpp-python {llama_cpp.__version__} does not offer the ggml functions that the plugin needs "
-            f"({error}); supported are releases 0.3.30 to 0.3.36"
-        ) from error
-    return library
+_served: Host | None = None  # the host into which the plugin was loaded last
 
 
 def is_registered() -> bool:
-    """Whether this process's ggml has the AGQ backend already."""
-    return bool(_host().ggml_backend_reg_by_name(b"AGQ"))
+    """Whether the host of this process has the AGQ backend already."""
+    return (_served or loaded_host()).has_plugin
 
 
-def register() -> None:
-    """Load the plugin into this process's llama-cpp-python; models of type AGQ4 can then be loaded.
+def register(library: str | os.PathLike[str] | None = None) -> None:
+    """Load the plugin into this process's llama.cpp; models of type AGQ4 can then be loaded.
 
-    May be called any number of times and from any thread. Raises HostError if the plugin is not built, or if this
-    llama-cpp-python is not one it supports; the message names what was found.
+    ``library`` is the path of the libllama or libggml that runs the models. Without it, it is the one of the binding
+    that this process has imported: llama-cpp-python, or xllamacpp if that is the only one.
+
+    May be called any number of times and from any thread. Raises HostError if the plugin is not built, or if it cannot
+    work in this host; the message names what was found.
     """
+    _load_into(loaded_host() if library is None else open_host(library))
+
+
+def register_for_models() -> None:
+    """`register` for the host that runs models in this package, which is llama-cpp-python."""
+    _load_into(llama_cpp_python())
+
+
+def _load_into(host: Host) -> None:
+    global _served
     with _lock:
-        if is_registered():
-            return
-        path, library = native.backend_path(), _host()
-        plugin = native.plugin_library()  # held open: ggml unloads a plugin that refuses, and with it the reason
-        with _silenced(library):
-            loaded = library.ggml_backend_load(os.fsencode(path))
-        if not loaded:
-            raise HostError(f"the plugin {path} did not load: {plugin.agq_last_error().decode()}")
+        if not host.has_plugin:
+            path = native.backend_path()
+            with native.plugin_library() as plugin:  # or ggml unloads a plugin that refuses, and with it the reason
+                with silenced(host):
+                    loaded = host.library.ggml_backend_load(os.fsencode(path))
+                if not loaded:
+                    raise HostError(f"the plugin {path} did not load: {plugin.agq_last_error().decode()}")
+            native.leave_to_host()
+        _served = host
 
 
-def registered_library() -> ctypes.CDLL:
-    """The plugin library, registered. Raises HostError as `register` does."""
-    register()
-    return native.plugin_library()
+@contextmanager
+def registered_library() -> Iterator[ctypes.CDLL]:
+    """The plugin library, registered, inside the ``with`` block. Raises HostError as `register` does."""
+    if _served is None or not _served.has_plugin:
+        register()
+    with native.plugin_library() as library:
+        yield library
 
 
 class _ThreadOptions(threading.local):
@@ -108,19 +79,19 @@ def options(*, prune: str | None) -> Iterator[None]:
     ``"3:0.5"`` (behind layer 3 drop half of the prompt's tokens), ...; None: what AGQ_PRUNE does hold. Contexts keep
     their options when the block ends. Raises InputError if the text is not understood, HostError as ``register``.
     """
-    library = registered_library()
     before = _thread_options.prune
-    _set_prune(library, prune)
+    _set_prune(prune)
     try:
         yield
     finally:
-        _set_prune(library, before)
+        _set_prune(before)
 
 
-def _set_prune(library: ctypes.CDLL, prune: str | None) -> None:
-    error = library.agq_set_prune(None if prune is None else prune.encode())
-    if error:
-        raise InputError(error.decode())
+def _set_prune(prune: str | None) -> None:
+    with registered_library() as library:
+        error = library.agq_set_prune(None if prune is None else prune.encode())
+        if error:
+            raise InputError(error.decode())
     _thread_options.prune = prune
 
 
@@ -129,21 +100,27 @@ def last_pruned() -> list[int]:
 
     For each position the layer behind which its token was dropped, or -1 if it was kept.
     """
-    library = registered_library()
-    n = library.agq_last_pruned(None, 0)
-    layers = (ctypes.c_int32 * n)()
-    library.agq_last_pruned(layers, n)
-    return list(layers)
+    with registered_library() as library:
+        n = library.agq_last_pruned(None, 0)
+        layers = (ctypes.c_int32 * n)()
+        library.agq_last_pruned(layers, n)
+        return list(layers)
 
 
 @contextmanager
-def _silenced(library: ctypes.CDLL) -> Iterator[None]:
-    """Keep ggml's line about a loaded backend, which it logs as it would a model, off the screen."""
+def silenced(host: Host) -> Iterator[None]:
+    """Keep ggml's line about a loaded backend, which it logs as it would a model, off the screen; warnings stay."""
     callback, user_data = ctypes.c_void_p(), ctypes.c_void_p()
-    library.ggml_log_get(ctypes.byref(callback), ctypes.byref(user_data))
-    ignore = _LOG_CALLBACK(lambda level, text, data: None)
-    library.ggml_log_set(ignore, None)
+    host.library.ggml_log_get(ctypes.byref(callback), ctypes.byref(user_data))
+    forward = _LOG_CALLBACK(callback.value) if callback.value else None
+
+    def receive(level: int, text: bytes, _data: object) -> None:
+        if level == _WARN and forward is not None:
+            forward(level, text, user_data)
+
+    keep = _LOG_CALLBACK(receive)
+    host.library.ggml_log_set(keep, None)
     try:
         yield
     finally:
-        library.ggml_log_set(callback, user_data)
+        host.library.ggml_log_set(callback, user_data)

@@ -31,15 +31,15 @@ def profiled(*, cpu_time: bool = False) -> Iterator[list[NodeTime]]:
     """
     if not is_registered():
         raise HostError("the plugin is not registered, it cannot measure nodes")
-    plugin = plugin_library()
     found: list[NodeTime] = []
-    plugin.agq_profile(2 if cpu_time else 1)
-    try:
-        yield found
-    finally:
-        plugin.agq_profile(0)
-        text = ctypes.create_string_buffer(plugin.agq_profile_report(None, 0))
-        plugin.agq_profile_report(text, len(text))
-        lines = (line.split("\t") for line in text.raw.decode("utf-8", "replace").splitlines())
-        times = [NodeTime(kind, int(nodes), int(nanoseconds) * 1e-9) for kind, nodes, nanoseconds in lines]
-        found += sorted(times, key=lambda time: -time.seconds)
+    with plugin_library() as plugin:
+        plugin.agq_profile(2 if cpu_time else 1)
+        try:
+            yield found
+        finally:
+            plugin.agq_profile(0)
+            text = ctypes.create_string_buffer(plugin.agq_profile_report(None, 0))
+            plugin.agq_profile_report(text, len(text))
+            lines = (line.split("\t") for line in text.raw.decode("utf-8", "replace").splitlines())
+            times = [NodeTime(kind, int(nodes), int(nanoseconds) * 1e-9) for kind, nodes, nanoseconds in lines]
+            found += sorted(times, key=lambda time: -time.seconds)

@@ -20,11 +20,11 @@ def last_importance(layer: int) -> NDArray[np.float32]:
 
     NaN: the token had left before; infinite: it was protected. Empty if the layer was no pruning layer.
     """
-    function = registered_library().agq_last_importance
-    n = function(layer, None, 0)
-    values = np.full(n, np.nan, np.float32)
-    function(layer, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), n)
-    return values
+    with registered_library() as library:
+        n = library.agq_last_importance(layer, None, 0)
+        values = np.full(n, np.nan, np.float32)
+        library.agq_last_importance(layer, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), n)
+        return values
 
 
 def read_prompt(llama: Any, tokens: list[int]) -> tuple[list[tuple[str, int]], NDArray[np.int32]]:
