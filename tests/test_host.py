@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
-import gguf
 import pytest
 import tiny_models
 from test_plugin import ALL_AGQ4, run_python
@@ -17,7 +14,7 @@ from test_plugin import ALL_AGQ4, run_python
 import agq_gguf
 from agq_gguf.errors import HostError
 from agq_gguf.quantization.pipeline import quantize
-from agq_gguf.runtime import host, plugin
+from agq_gguf.runtime import host
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(sys.platform == "win32", reason="builds a shared library with c++")
@@ -75,7 +72,7 @@ def test_only_old_versions_are_refused_for_their_number(version: str, reason: st
 def test_the_requirement_is_the_oldest_tested_release() -> None:
     """tested_hosts.h says which releases there are; pyproject.toml must not know better."""
     rows = re.findall(r'X\("([\d.]+)", "([\w-]+)", "([\d.]+)"\)', (ROOT / "cpp/host/tested_hosts.h").read_text())
-    assert [row[1:] for row in rows][0] == ("llama-cpp-python", "0.3.30")
+    assert next(row[1:] for row in rows) == ("llama-cpp-python", "0.3.30")
     assert sorted(rows, key=lambda row: [int(n) for n in row[0].split(".")]) == rows
     assert '"llama-cpp-python>=0.3.30",' in (ROOT / "pyproject.toml").read_text()
 
@@ -143,7 +140,7 @@ print("done")
 
 def test_a_library_that_is_no_host_is_named(tmp_path: Path) -> None:
     (tmp_path / "libnothing.so").write_text("nothing")
-    with pytest.raises(HostError, match="libnothing.so cannot be loaded"):
+    with pytest.raises(HostError, match=r"libnothing\.so cannot be loaded"):
         agq_gguf.register(library=tmp_path / "libnothing.so")
     with pytest.raises(HostError, match=r"has no function ggml_version.*library=\.\.\."):
         agq_gguf.register(library=agq_gguf.backend_path())

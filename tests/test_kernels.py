@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -41,6 +42,16 @@ def test_cpp_program(name: str, build: Path) -> None:
     assert "scalar" in result.stdout
 
 
+def test_hosts_that_would_be_misread_are_refused(build: Path) -> None:
+    """Fake hosts, each with one struct, number or order that differs (tests/abi); AddressSanitizer watches."""
+    result = run(build / "abi_fuzz")
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = dict(re.findall(r"(\w+) (\d+)", result.stdout.splitlines()[-1]))
+    assert counts["wrong"] == "0"
+    assert int(counts["harmful"]) > 200 and int(counts["refused"]) >= int(counts["harmful"])
+    assert int(counts["accepted"]) > 10  # what differs where it does not matter
+
+
 @pytest.mark.needs("nm")
 def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
     library = next(build.glob("libggml-agq.*"))
@@ -51,6 +62,7 @@ def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
     assert names == {
         "ggml_backend_init",
         "llama_backend_init",
+        "agq_abi_proof",
         "agq_descend",
         "agq_feed_back",
         "agq_search_scales",
