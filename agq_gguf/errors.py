@@ -66,7 +66,7 @@ def install_command(extra: str, package: str) -> str:
 
 
 def _requirements(lines: list[str], extra: str) -> list[str]:
-    """Requirements of an extra, from lines of package metadata. Extras of this package give way to their content."""
+    """Requirements of an extra, from lines of package metadata; extras of this package are resolved."""
     found: list[str] = []
     for line in lines:
         requirement, _, condition = (part.strip() for part in line.partition(";"))

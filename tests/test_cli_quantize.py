@@ -31,7 +31,9 @@ def test_quantize(small: Path, words_file: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.gguf"
     shown = run("quantize", small, target, "--calibration", words_file, "-t", 1, "--memory", "1G")
     assert re.search(r"agq4 +7 +[\d.]+ KiB +4\.25", shown.stdout)
-    kept = re.findall(r"f32 +(\d) +one-dimensional(?:; adjusted with the matrices behind it)? ", shown.stdout)
+    kept = re.findall(
+        r"f32 +(\d) +one-dimensional(?:; adjusted together with the matrices that follow)? ", shown.stdout
+    )
     assert sum(map(int, kept)) == 3
     assert re.search(r"q8_0 +1 +output type is q8_0 +output\.weight", shown.stdout)
     assert "calibrate: 100%" in shown.stderr
@@ -72,9 +74,9 @@ def test_dry_run_writes_nothing(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "code", "message"),
     [
-        ("same file", 2, "is the model that is read"),
+        ("same file", 2, "is the source model"),
         ("no folder", 5, "cannot write there"),
-        ("output type", 2, "unknown output type 'q3_k'"),
+        ("output type", 2, "output type must be one of agq4, q6_K, q8_0, f16, f32, got 'q3_k'"),
         ("empty text", 2, "the text is empty"),
         ("missing text", 2, "none.txt"),
         ("missing imatrix", 2, "none.gguf"),

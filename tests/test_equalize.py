@@ -148,7 +148,7 @@ def test_norms_can_be_kept_for_adapters(tmp_path: Path, keep: bool) -> None:
     arguments = ["quantize", str(source), str(tmp_path / "out.gguf"), "--calibration", str(tmp_path / "text")]
     result = CliRunner().invoke(app, [*arguments, "-t", "1", "--quality", "fast", *(["--keep-norms"] if keep else [])])
     assert result.exit_code == 0, result.output
-    assert ("adjusted with the matrices behind" in result.output) != keep
+    assert ("adjusted together with the matrices" in result.output) != keep
     with open_gguf(source) as before, open_gguf(tmp_path / "out.gguf") as after:
         same = [bytes(before.raw(f"blk.0.{x}_norm.weight")) == bytes(after.raw(f"blk.0.{x}_norm.weight"))
                 for x in ("attn", "ffn")]  # fmt: skip

@@ -76,11 +76,11 @@ def test_experts_have_their_own_statistics(weights: np.ndarray, activations: np.
 
 def test_refuses(weights: np.ndarray) -> None:
     for bad in (weights[:, :200], weights[:60], weights[0], np.zeros((0, 64, 256), np.float32)):
-        with pytest.raises(FormatError, match="cannot be AGQ4"):
+        with pytest.raises(FormatError, match="AGQ4 does not support a tensor of shape"):
             agq_gguf.pack_agq4(bad)
-    with pytest.raises(InputError, match="128 channels for weights with 256 columns"):
+    with pytest.raises(InputError, match="the weights have 256 columns, but the statistics have 128 channels"):
         agq_gguf.pack_agq4(weights, np.ones(128, np.float32))
-    with pytest.raises(InputError, match="2 experts for 1 matrices"):
+    with pytest.raises(InputError, match="the weights have 1 experts, but the statistics have 2"):
         one = InputStats(1, np.ones(256, np.float32))
         agq_gguf.pack_agq4(weights, WeightStats(one, (one, one)))
     for squares in (np.full(256, np.nan), -np.ones(256), np.ones((2, 2, 256))):

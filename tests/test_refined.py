@@ -185,7 +185,7 @@ def test_grams_within_memory() -> None:
 def test_too_little_memory_for_grams_is_told(llama_f16: Path, words: str, tmp_path: Path) -> None:
     options = QuantizeOptions(quality="best", threads=1, context=64, calibration_tokens=256, memory=600_000, tune=False)
     report = quantize(llama_f16, tmp_path / "out.gguf", calibration=[words], options=options)
-    assert any("do not make up for each other's errors" in warning for warning in report.warnings)
+    assert any("do not compensate for each other's errors" in warning for warning in report.warnings)
 
 
 def test_grams_of_levelled_rows(graph_of: Opener, llama_f16: Path) -> None:
@@ -377,18 +377,18 @@ def test_best_without_trust(llama_f16: Path, words: str, tmp_path: Path, monkeyp
     """A graph that is not llama.cpp's is found out before it guides anything."""
     monkeypatch.setattr("agq_gguf.quantization.best.run._SAME", 0.0)
     report = quantize(llama_f16, tmp_path / "out.gguf", calibration=[words], options=BEST)
-    assert "does not give the logits of llama.cpp" in report.warnings[0]
+    assert "its logits in PyTorch differ from those of llama.cpp" in report.warnings[0]
 
 
 def test_little_memory_uses_less_text(llama_f16: Path, words: str, tmp_path: Path) -> None:
     options = QuantizeOptions(quality="best", threads=1, context=64, calibration_tokens=1024, memory=3 << 20)
     report = quantize(llama_f16, tmp_path / "out.gguf", calibration=[words], options=options)
-    assert any("more memory would take all" in warning for warning in report.warnings)
-    assert any("not tuned: that takes" in warning for warning in report.warnings)
+    assert any("a larger --memory uses all" in warning for warning in report.warnings)
+    assert any("not tuned: tuning needs" in warning for warning in report.warnings)
 
 
 def test_unknown_quality() -> None:
-    with pytest.raises(InputError, match="unknown quality 'good'; known are fast, balanced, best"):
+    with pytest.raises(InputError, match="quality must be one of fast, balanced, best, got 'good'"):
         QuantizeOptions(quality="good")
 
 
@@ -417,7 +417,7 @@ def test_journal(tmp_path: Path) -> None:
 
 def test_journal_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot keep what is finished"):
+    with pytest.raises(OutputError, match="cannot store the finished parts"):
         resume.Journal(tmp_path / "file" / "folder", "a")
 
 

@@ -1,1 +1,1 @@
-"""From a float GGUF to an AGQ4 GGUF."""
+"""Converts a float GGUF to an AGQ4 GGUF."""

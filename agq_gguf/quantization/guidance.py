@@ -1,4 +1,4 @@
-"""Where the statistics come from that guide the quantization: a text, an importance matrix, or nothing."""
+"""The source of the statistics that guide the quantization: a text, an importance matrix, or nothing."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from agq_gguf.quantization.best.run import BestRun
 
 
-_FEW_TOKENS = 4096  # of calibration text; less is worth a warning
+_FEW_TOKENS = 4096  # of calibration text; fewer cause a warning
 
 
 @dataclass(frozen=True)
 class Group:
-    """Weights with the same input, and the norm that makes it where factors may be moved between them."""
+    """Weights that share an input, and the norm that produces it if factors may be moved between them."""
 
     names: tuple[str, ...]
     stats: WeightStats | None = None
@@ -39,9 +39,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Guide:
-    """Where statistics come from. `groups` yields the weights to quantize, those with the same input together.
+    """Source of the statistics. `groups` yields the weights to quantize, grouped by their input.
 
-    What `best` quantizes needs no statistics; its norms take the place of the file's.
+    The weights that `best` quantizes are not in `groups`; its norms replace those of the file.
     """
 
     origin: str
@@ -52,15 +52,17 @@ class Guide:
 
 
 def unguided(wanted: dict[str, Tensor]) -> Guide:
-    """No statistics: every activation counts alike."""
+    """No statistics: all activations get the same weight."""
     if not wanted:
-        return Guide("none", iter(()), ["no tensor of this model can be AGQ4"])
-    warning = "quantized without calibration: all activations count alike; a text file gives better results"
+        return Guide("none", iter(()), ["AGQ4 supports no tensor of this model"])
+    warning = (
+        "quantized without calibration: all activations got the same weight; a calibration text gives better results"
+    )
     return Guide("none", (Group((name,)) for name in wanted), [warning])
 
 
 def from_imatrix(wanted: dict[str, Tensor], path: PathName) -> Guide:
-    """Mean squares from an importance matrix. Raises InputError if it does not fit the weights."""
+    """Mean squares from an importance matrix. Raises InputError if it does not match the weights."""
     stats = load_imatrix(path)
     check_shapes(stats, {name: tensor.shape for name, tensor in wanted.items()}, str(path))
     warnings = _unseen([name for name in wanted if name not in stats and name != EMBEDDING])
@@ -77,9 +79,9 @@ def from_text(
     dst: Path,
     progress: Progress,
 ) -> Guide:
-    """Statistics of a text that llama.cpp runs while groups are quantized; `source` names the text for the report.
+    """Statistics from a text, which llama.cpp runs while groups are quantized; `source` names the text in the report.
 
-    `stack` closes what is opened here.
+    `stack` closes everything that is opened here.
     """
     from agq_gguf.calibration.collect import Calibrator
     from agq_gguf.quantization.best.run import BestRun, Setting, prepare
@@ -129,18 +131,19 @@ def from_text(
                     yield Group(found.weights, stats, found.norms if _plain(reader, found.norms) else ())
         yield from (Group((name,)) for name in unseen)
 
-    warnings += _unseen([name for name in unseen if name != EMBEDDING])  # a table to look up multiplies with nothing
+    warnings += _unseen([name for name in unseen if name != EMBEDDING])  # an embedding that is looked up has no input
     if hessians and (pooled := calibrator.pooled(options.memory)):
         warnings.append(
-            f"the experts of {len(pooled)} tensors share their statistics; more memory would keep them apart"
+            f"the experts of {len(pooled)} tensors share one set of statistics; "
+            "a larger --memory gives each expert its own"
         )
     if calibrator.n_tokens < _FEW_TOKENS:
-        warnings.append(f"calibrated on {calibrator.n_tokens} tokens only; {_FEW_TOKENS} or more give better results")
+        warnings.append(f"calibrated on only {calibrator.n_tokens} tokens; {_FEW_TOKENS} or more give better results")
     return Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings, journal, best)
 
 
 def _plain(reader: Reader, norms: tuple[str, ...]) -> bool:
-    """Whether factors can be moved out of these tensors exactly."""
+    """Whether factors can be moved out of these tensors without rounding."""
     return all(name in reader.tensors and reader.tensors[name].type_name == "f32" for name in norms)
 
 
@@ -153,4 +156,7 @@ def _unseen(names: list[str]) -> list[str]:
     if not names:
         return []
     which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return [f"no activations were seen for {len(names)} tensors ({which}): there, all activations count alike"]
+    return [
+        f"no activations were seen for {len(names)} tensors ({which}): they were quantized without calibration; "
+        "use a calibration text that reaches them"
+    ]

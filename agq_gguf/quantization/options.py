@@ -1,4 +1,4 @@
-"""What a user can choose when a model is quantized."""
+"""Options of `quantize`."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ QUALITIES = ("fast", "balanced", "best")
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What a user can choose."""
+    """Options of `quantize`. Raises InputError for values that are not supported."""
 
     quality: str = "balanced"  # one of QUALITIES
-    resume: bool = False  # keep what is finished beside the output, and go on from there
-    output_type: str = "auto"  # q8_0, or what the target allows
-    embedding_type: str = "auto"  # q8_0 for small models, else agq4
-    target_bpw: float = 0.0  # bits per weight of the whole model, at most; 0: no target
-    threads: int = 0  # 0: all that this process may use
-    memory: int = 4 << 30  # bytes that calibration may use for the statistics it holds at a time
-    calibration_tokens: int = 32768  # at most
-    tune: bool = True  # norms and scales, in the end (`best`)
-    context: int = 512  # tokens of a calibration chunk
-    split_size: int = 0  # bytes of a file, at most; 0: one file
+    resume: bool = False  # keep finished parts beside the output and continue from them
+    output_type: str = "auto"  # auto: q8_0, or chosen under `target_bpw`
+    embedding_type: str = "auto"  # auto: q8_0 for small models, else agq4; or chosen under `target_bpw`
+    target_bpw: float = 0.0  # maximum bits per weight of the whole model; 0: no target
+    threads: int = 0  # 0: all CPUs that this process may use
+    memory: int = 4 << 30  # bytes for the statistics that calibration holds at one time
+    calibration_tokens: int = 32768  # maximum
+    tune: bool = True  # with quality `best`: train norms and scales last
+    context: int = 512  # tokens per calibration chunk
+    split_size: int = 0  # maximum bytes of a file; 0: one file
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
-            raise InputError(f"unknown quality {self.quality!r}; known are {', '.join(QUALITIES)}")
+            raise InputError(f"quality must be one of {', '.join(QUALITIES)}, got {self.quality!r}")
         if not (np.isfinite(self.target_bpw) and self.target_bpw >= 0):
-            raise InputError(f"the target is {self.target_bpw} bits per weight, it must be a positive number")
+            raise InputError(f"the target must be a positive number of bits per weight, got {self.target_bpw}")
         if self.quality == "fast":
             object.__setattr__(self, "matrix", replace(self.matrix, error_feedback=False))
 
 
 def activation_options(bits: int, scale: str = "rotated") -> MatrixOptions:
-    """How matrices are quantized for activations of 8 or 4 bits, with a scale per "token", per token and "group" of 64
-    channels, or per group after it was "rotated" (docs/format.md)."""
+    """Matrix options for activations of 4 or 8 `bits`.
+
+    `scale` says which activations of a token share a scale: "token" (all channels), "group" (64 channels) or "rotated"
+    (64 channels, rotated before rounding); see docs/format.md. Raises InputError for other values.
+    """
     if bits not in (4, 8):
-        raise InputError(f"activations of {bits} bits are not to be had, only 8 and 4")
+        raise InputError(f"activation bits must be 4 or 8, got {bits}")
     if scale not in blocks.ACTIVATION_SCALES:
-        known = ", ".join(map(repr, blocks.ACTIVATION_SCALES))
-        raise InputError(f"activations with a scale per {scale!r} are not to be had, only {known}")
+        raise InputError(f"activation scale must be one of {', '.join(blocks.ACTIVATION_SCALES)}, got {scale!r}")
     return MatrixOptions(activation_bits=bits, activation_scale=scale)

@@ -1,4 +1,4 @@
-"""The pipeline from a float GGUF to an AGQ4 GGUF, in reading order; the only module that knows every stage."""
+"""The pipeline from a float GGUF to an AGQ4 GGUF, in reading order; the only module that calls every stage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from agq_gguf.text import LoadedText, load_text
 if TYPE_CHECKING:
     from agq_gguf.calibration.session import Session
 
-_STOCK_ROWS = 4096  # converted at a time: bounds memory
+_STOCK_ROWS = 4096  # rows converted at one time, which limits memory use
 
 
 def plan_file(
@@ -47,7 +47,7 @@ def plan_file(
     imatrix: PathName | None = None,
     progress: Progress = no_progress,
 ) -> list[TensorPlan]:
-    """What `quantize` would do with each tensor, without doing it; text and matrix matter under a target only."""
+    """What `quantize` would do with each tensor, without doing it. Text and imatrix matter only with a target size."""
     options = options or QuantizeOptions()
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         check_source(reader)
@@ -80,9 +80,9 @@ def quantize(
 ) -> Report:
     """Quantizes the model `src` (F32, F16 or BF16 GGUF) into `dst`.
 
-    `calibration` is the path of a text file, or strings of text; `imatrix` an importance matrix for the same model,
-    used where no text is given. Without both, all activations count alike, which costs quality and is reported.
-    Raises InputError, FormatError or OutputError; `dst` is untouched then.
+    `calibration` is the path of a text file, or strings of text. `imatrix` is an importance matrix for the same model;
+    it is used if no text is given. Without both, all activations get the same weight, which costs quality and causes a
+    warning. Raises InputError, FormatError or OutputError, and then leaves `dst` unchanged.
     """
     options = options or QuantizeOptions()
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
@@ -101,7 +101,7 @@ def quantize(
 
 
 def _opener(stack: ExitStack, reader: Reader, text: LoadedText, progress: Progress) -> Callable[[], Session]:
-    """Opens the model with its text when it is first asked for, and gives the same session from then on."""
+    """A function that opens the model with its text at the first call and returns the same session at later calls."""
     from agq_gguf.calibration.session import Session
 
     @cache
@@ -135,7 +135,7 @@ def _write(
     added = _metadata(plans, guide.origin, options)
     with Writer(dst, reader.metadata, added, placed, split=options.split_size) as writer:
         _check_targets(writer.paths, reader)
-        norms: dict[str, NDArray[np.float32]] = {}  # that take the place of the file's
+        norms: dict[str, NDArray[np.float32]] = {}  # these replace the norms of the file
 
         def finish(name: str, result: _Quantized) -> None:
             nonlocal done
@@ -187,26 +187,26 @@ def _write(
 def _check_targets(targets: list[Path], reader: Reader) -> None:
     for target in targets:
         if target.exists() and any(target.samefile(source) for source in paths_of(reader)):
-            raise InputError(f"{target}: is the model that is read; write to another file")
+            raise InputError(f"{target}: is the source model; write to another file")
 
 
 @dataclass(frozen=True)
 class _Quantized:
-    parts: list[NDArray[np.uint8]]  # a matrix each
+    parts: list[NDArray[np.uint8]]  # one for each matrix
     error: float
     note: str
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What became of a group."""
+    """Result for one group."""
 
     matrices: dict[str, _Quantized]
     norms: dict[str, NDArray[np.float32]]
 
 
 def _finished(journal: Journal, names: tuple[str, ...]) -> _Made | None:
-    """What an earlier run has made of these weights, if it has finished all of them."""
+    """The result of an earlier run for these weights, if it finished all of them."""
     made = _Made({}, {})
     for name in names:
         kept = journal.get(name)
@@ -224,7 +224,7 @@ def _keep(journal: Journal, made: _Made) -> None:
 
 
 def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Made:
-    """Quantizes weights that share an input, expert by expert, so that what belongs to the input is prepared once."""
+    """Quantizes weights that share an input, expert by expert; the input is prepared once for all of them."""
     names, stats = group.names, group.stats
     shapes = [reader.tensors[name].shape for name in names]
     experts = reader.tensors[names[0]].n_matrices
@@ -261,7 +261,7 @@ def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Ma
 
 
 def _stock(reader: Reader, tensor: Tensor, type_name: str) -> Iterator[NDArray[Any]]:
-    """The rows of a tensor in a stock type, some at a time."""
+    """The rows of a tensor in a stock type, in blocks."""
     n_rows = tensor.n_elements // tensor.shape[-1]
     for begin in range(0, n_rows, _STOCK_ROWS):
         rows = reader.read(tensor.name, range(begin, min(begin + _STOCK_ROWS, n_rows)))

@@ -1,16 +1,16 @@
-"""What `quantize` returns: the result for each tensor and for the model."""
+"""The result of `quantize`, for each tensor and for the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REPLACED = "adjusted with the matrices behind it"  # what the report says of norms that are not the source's
+REPLACED = "adjusted together with the matrices that follow"  # the report says this of norms that were changed
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one tensor."""
+    """Result for one tensor."""
 
     name: str
     type_name: str
@@ -18,12 +18,12 @@ class TensorReport:
     n_bytes: int
     reason: str = ""  # why it is not AGQ4
     error: float | None = None  # AGQ4: squared output error over squared output on the calibration data
-    note: str = ""  # what was done with less than wanted, and why
+    note: str = ""  # a fallback that was used, and why
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a model."""
+    """Result for a model."""
 
     tensors: list[TensorReport]
     n_bytes: int  # of the file

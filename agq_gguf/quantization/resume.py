@@ -1,8 +1,8 @@
-"""What a long quantization has finished, beside the output, so that `--resume` need not do it again.
+"""Keeps the finished parts of a long quantization beside the output, so that `--resume` can skip them.
 
-A folder `.NAME.resume` holds a file for each finished part and `key.txt`, a digest of all that decides the result: the
-source, the text, the options, this program's version. With another key the folder is emptied: nothing of another model
-gets into the output. Files appear under their name when they are complete.
+The folder `.NAME.resume` holds a file for each finished part, and `key.txt`: a digest of everything that decides the
+result (the source, the text, the options, the version of this program). If the key differs, the folder is emptied, so
+that no part of another model gets into the output. A file gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agq_gguf.matrix.quantize import QuantizedMatrix
 
 
 class Journal:
-    """Arrays by name on disk. Without a folder it holds nothing and keeps nothing."""
+    """Arrays on disk, by name. Without a folder it stores nothing."""
 
     def __init__(self, folder: Path | None, key: str = ""):
         self._folder = folder
@@ -37,17 +37,17 @@ class Journal:
                 folder.mkdir(parents=True)
                 (folder / "key.txt").write_text(key, "ascii")
         except OSError as e:
-            raise OutputError(f"{folder}: cannot keep what is finished there: {e.strerror}") from e
+            raise OutputError(f"{folder}: cannot store the finished parts for --resume: {e.strerror}") from e
 
     def _path(self, folder: Path, name: str) -> Path:
         return folder / (hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32] + ".npz")
 
     def has(self, names: Iterable[str]) -> bool:
-        """Whether something was put under every one of the names."""
+        """Whether arrays are stored under each of the names."""
         return self._folder is not None and all(self._path(self._folder, name).is_file() for name in names)
 
     def get(self, name: str) -> dict[str, NDArray[Any]] | None:
-        """What was put under this name; None if nothing was, or if it cannot be read any more."""
+        """The arrays stored under this name; None if there are none or they cannot be read."""
         if self._folder is None:
             return None
         try:
@@ -57,7 +57,7 @@ class Journal:
             return None
 
     def put(self, name: str, arrays: dict[str, Any]) -> None:
-        """Keeps arrays under a name. Raises OutputError if the disk does not take them."""
+        """Stores arrays under a name. Raises OutputError if they cannot be written."""
         if self._folder is None:
             return
         path = self._path(self._folder, name)
@@ -72,7 +72,7 @@ class Journal:
             temporary.unlink(missing_ok=True)
 
     def get_matrix(self, name: str) -> QuantizedMatrix | None:
-        """`get` for what `put_matrix` has put."""
+        """Like `get`, for a matrix stored by `put_matrix`."""
         found = self.get(name)
         try:
             if found is None:
@@ -82,19 +82,19 @@ class Journal:
             return None
 
     def put_matrix(self, name: str, result: QuantizedMatrix) -> None:
-        """`put` for a matrix."""
+        """Like `put`, for a matrix."""
         if self._folder is not None:
             packed = blocks.pack(result.matrix)
             self.put(name, {"packed": packed, "error": np.float64(result.error), "note": np.str_(result.note)})
 
     def close(self) -> None:
-        """Removes the folder: the output is complete."""
+        """Removes the folder, because the output is complete."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def folder_of(target: Path) -> Path:
-    """Where the parts of an output are kept."""
+    """The folder for the finished parts of an output."""
     return target.with_name(f".{target.name}.resume")
 
 

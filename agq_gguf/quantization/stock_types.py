@@ -1,4 +1,4 @@
-"""Rows of weights in ggml's own types: made by ggml where only it can, by the `gguf` package elsewhere."""
+"""Rows of weights in ggml's own types, made by the `gguf` package, or by ggml for types that `gguf` cannot write."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES
 
-_BY_GGML = ("q5_K", "q6_K")  # `gguf` reads these and does not write them
+_BY_GGML = ("q5_K", "q6_K")  # `gguf` reads these but cannot write them
 
 
 def quantize(rows: NDArray[np.float32], type_name: str, importance: NDArray[np.float32] | None = None) -> NDArray[Any]:
-    """Rows [n, K] f32 as a file holds them, [n, bytes of a row] uint8 (f16 and f32: [n, K] of that type).
+    """Converts rows [n, K] f32 to a type: uint8 [n, bytes per row]; for f16 and f32 [n, K] of that type.
 
-    `importance` [K], mean squares of the input, guides the types that ggml makes.
+    `importance` [K] holds mean squares of the input; only the types that ggml makes use it.
     """
     if type_name in _BY_GGML:
         from agq_gguf.runtime.ggml import ggml
@@ -31,7 +31,7 @@ def quantize(rows: NDArray[np.float32], type_name: str, importance: NDArray[np.f
 def rounded(
     rows: NDArray[np.float32], type_name: str, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """Rows [n, K] f32 as they come back from this type."""
+    """Rows [n, K] f32 after conversion to this type and back."""
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType[type_name.upper()]

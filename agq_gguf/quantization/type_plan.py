@@ -1,4 +1,4 @@
-"""Which tensor becomes what: AGQ4 where the runtime multiplies with it, a stock type elsewhere, with the reason."""
+"""Chooses the type of each tensor: AGQ4 for matrices that are multiplied with, else a stock type, with the reason."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
 
 TARGET_TYPES = (blocks.TYPE_NAME, "q6_K", "q8_0", "f16", "f32")
 
-# Two-dimensional tensors that are no plain matrix product: looked up, added, convolved, or too small and too sensitive.
-# Patterns of names; the same kinds of tensors that llama-quantize leaves alone.
+# Two-dimensional tensors that are not used in a plain matrix product (they are looked up, added or convolved), or are
+# small and sensitive. Patterns of names, for the same kinds of tensors that llama-quantize does not quantize.
 _KEPT = {
     "norm": r"norm",
     "router": r"ffn_gate_inp|ffn_gate_tid2eid|exp_probs",
@@ -21,8 +21,8 @@ _KEPT = {
     "convolution": r"conv1d|\.conv\.|conv_|patch_embd|patch_merger",
     "recurrent state": r"ssm_a\.|ssm_d\.|ssm_dt|time_mix_(?!key|value|receptance|gate|output)|_mix_lerp",
     "small low-rank or mixing matrix": r"altup|laurel|per_layer_model_proj|lora_|indexer|hc_|ssm_[fg]_[ab]",
-    "used through views of heads": r"attn_[kv]_b\.",
-    "table of codes": r"codebook|code_embd|per_layer_token_embd|res_score",
+    "used one head at a time": r"attn_[kv]_b\.",
+    "codebook table": r"codebook|code_embd|per_layer_token_embd|res_score",
 }
 
 
@@ -31,7 +31,7 @@ _WIDE_EMBEDDING = 1024  # columns
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one tensor; `reason` is empty for AGQ4."""
+    """The type of one tensor; `reason` says why it is not AGQ4 and is empty if it is."""
 
     source: Tensor
     type_name: str
@@ -43,13 +43,14 @@ def plan(
 ) -> list[TensorPlan]:
     """One entry for each tensor, in the order of the file.
 
-    `output_type` is for the matrix that yields the logits: `output.weight`, or the embedding when there is none and the
-    model shares it; "auto" means Q8_0. `embedding_type` is for an embedding that is only looked up; "auto" means Q8_0
-    below 1024 columns, where it is a large part of what 4 bits lose, and costs little (docs/research/format-study.md).
+    `output_type` is the type of the output matrix, which yields the logits: `output.weight`, or the token embedding if
+    the file has no `output.weight`; "auto" means Q8_0. `embedding_type` is the type of a token embedding that is only
+    looked up; "auto" means Q8_0 below 1024 columns, else AGQ4. Below 1024 columns 4 bits in the embedding cause a large
+    part of the quality loss, and Q8_0 costs little size (docs/research/format-study.md). Raises InputError for other types.
     """
     for option, name in (("output type", output_type), ("embedding type", embedding_type), ("type", default_type)):
         if name not in TARGET_TYPES and (option == "type" or name != "auto"):
-            raise InputError(f"unknown {option} {name!r}; known are {', '.join(TARGET_TYPES)}")
+            raise InputError(f"{option} must be one of {', '.join(TARGET_TYPES)}, got {name!r}")
     plans = []
     for tensor in reader.tensors.values():
         if tensor.name == OUTPUT or (tensor.name == EMBEDDING and OUTPUT not in reader.tensors):
@@ -76,16 +77,16 @@ def _decide(tensor: Tensor, wanted: str, option: str) -> TensorPlan:
             return TensorPlan(tensor, blocks.TYPE_NAME, "")
         type_name, problem = "q8_0", shape_problem
     if type_name == "q6_K" and tensor.shape[-1] % TYPES[TYPE_IDS["q6_K"]][1]:
-        type_name, problem = "q8_0", f"{problem}; q6_K wants a multiple of 256"
+        type_name, problem = "q8_0", f"{problem}; q6_K needs a multiple of 256 columns"
     if type_name == "q8_0" and tensor.shape[-1] % TYPES[TYPE_IDS["q8_0"]][1]:
-        type_name, problem = "f16", f"{problem}; q8_0 wants a multiple of 32"
+        type_name, problem = "f16", f"{problem}; q8_0 needs a multiple of 32 columns"
     return TensorPlan(tensor, type_name, problem)
 
 
 def _why_kept(tensor: Tensor) -> str:
-    """Why a tensor is copied as it is; empty if it may change."""
+    """Why a tensor is copied unchanged; empty if it may be converted."""
     if tensor.type_name not in ("f32", "f16", "bf16"):
-        return f"holds {tensor.type_name}"
+        return f"type {tensor.type_name}"
     if not tensor.name.endswith(".weight"):
         return "bias" if tensor.name.endswith(".bias") else "not a weight"
     if sum(size > 1 for size in tensor.shape) < 2:
@@ -94,5 +95,5 @@ def _why_kept(tensor: Tensor) -> str:
         if re.search(pattern, tensor.name):
             return reason
     if len(tensor.shape) > 3 or (len(tensor.shape) == 3 and "_exps." not in tensor.name):
-        return "more than two dimensions, no experts"
+        return "more than two dimensions, but not experts"
     return ""

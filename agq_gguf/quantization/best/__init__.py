@@ -1,1 +1,1 @@
-"""`--quality best`: matrices are quantized with gradients, one stage of the graph after the other."""
+"""`--quality best`: quantizes matrices with the help of gradients, one stage of the graph after another."""

@@ -1,10 +1,10 @@
-"""What an error costs behind the place where it is made: the Fisher information of what the model computes.
+"""Measures how much an error in each matrix product changes the model's predictions (Fisher information).
 
-A model's divergence from itself under small changes is a quadratic form, E[(g . dy)^2] / 2, where dy is the change of
-a matrix's product and g the gradient of -log p(token), the token drawn from the model's own prediction. Where the next
-word is certain g is next to nothing, and an error there costs nothing; so |g|^2 says how much a token's input should
-weigh in the Hessian of that matrix (that the Hessian should see the loss behind the layer: arXiv 2505.07004; here in
-its simplest form, one weight per token and input). And E[g g^T] says which errors of its outputs cancel
+For small changes the divergence of a model from itself is a quadratic form, E[(g . dy)^2] / 2. Here dy is the change of
+a matrix's product and g is the gradient of -log p(token), with the token drawn from the model's own prediction. Where
+the next word is certain, g is close to zero and an error costs almost nothing. So |g|^2 is the weight of a token's
+input in the Hessian of the matrix. (arXiv 2505.07004 shows that the Hessian should include the loss after the layer;
+this is the simplest form, one weight per token and input.) E[g g^T] says which errors of the outputs cancel
 (`row_feedback`).
 """
 
@@ -22,35 +22,36 @@ from agq_gguf.graphs.gradients import block_gradients, logits_gradient
 from agq_gguf.graphs.llama import LlamaGraph
 from agq_gguf.quantization.resume import Journal
 
-# |g|^2 is heavy-tailed. Keys and values need it as it is: for them the first token of a text, on which attention rests,
-# matters hundreds of times as much as others (with |g| its values lose 1.5 times as much on SmolLM2). A share of plain
-# counting keeps the Hessian from resting on a few hundred tokens. Elsewhere |g| is better on text not seen, by 2%.
+# |g|^2 has a heavy tail. Keys and values need |g|^2: when a head has nothing to attend to, it attends to the first
+# token of a text, so that token matters hundreds of times as much as others (with |g| its values lose 1.5 times as much
+# on SmolLM2). The rest of the weight, 1 - _SHARE, is the same for all tokens, so that the Hessian does not depend on a
+# few hundred tokens. For the other inputs |g| is better by 2% on text not seen.
 _SHARE = 0.8
 _ATTENTION_INPUT = 0  # stage
-_KEPT_BATCHES = 8  # so many at most are run again if a run is interrupted
+_KEPT_BATCHES = 8  # an interrupted run repeats at most so many batches
 
 
 @dataclass
 class Sensitivity:
-    """Sums over `batches` of the text."""
+    """Sums over `batches` batches of the text."""
 
     batches: int = 0
-    tokens: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)  # |g|^2 of each, by layer and stage
+    tokens: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)  # |g|^2, by layer and stage
     grams: dict[str, torch.Tensor] = field(default_factory=dict)  # sum of g g^T [M, M], by matrix without ".weight"
 
     def weights(self, layer: int, stage: int) -> torch.Tensor | None:
-        """How much each token counts in the inputs of a stage: [tokens] float32 of mean 1. None: all alike."""
+        """Weight of each token in the inputs of a stage: [tokens] float32 with mean 1. None: all the same."""
         parts = self.tokens.get((layer, stage))
         return None if parts is None else _tempered(torch.cat(parts), stage)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """For a journal."""
+        """The content as arrays, for a journal."""
         tokens = {f"tokens {layer} {stage}": torch.cat(parts).numpy() for (layer, stage), parts in self.tokens.items()}
         return {"batches": np.array(self.batches), **tokens, **{f"gram {n}": g.numpy() for n, g in self.grams.items()}}
 
     @classmethod
     def of(cls, arrays: dict[str, NDArray[Any]]) -> Sensitivity:
-        """From `arrays`."""
+        """The inverse of `arrays`."""
         found = cls(int(arrays["batches"]))
         for key, value in arrays.items():
             kind, _, rest = key.partition(" ")
@@ -70,9 +71,9 @@ def measure(
     progress: Callable[[int], None],
     seed: int = 0,
 ) -> Sensitivity:
-    """Runs `batches`, tokens [batch, tokens] int64, forward and back: about three times the work of running the text.
+    """Runs `batches`, tokens [batch, tokens] int64, forward and backward: about three times the work of a forward run.
 
-    `names` are those of the matrices whose G is wanted. `journal` has what an earlier run has found, and gets more.
+    `names` are the matrices to compute G for. `journal` holds the results of an earlier run and receives new ones.
     """
     kept = journal.get("sensitivity")
     found = Sensitivity() if kept is None else Sensitivity.of(kept)
@@ -88,7 +89,7 @@ def measure(
 
 
 def affordable(rows: dict[str, int], memory: int) -> set[str]:
-    """Those of the matrices, of so many rows each, whose G all find room together; small ones first."""
+    """The matrices whose G fit into `memory` bytes together, smallest first; `rows` maps names to rows."""
     found, left = set(), memory
     for name, n in sorted(rows.items(), key=lambda item: item[1]):
         left -= 4 * n * n
@@ -107,7 +108,7 @@ def _add(
     gradient, _ = logits_gradient(graph, inputs.pop(), generator)
     for layer in reversed(range(graph.shape.n_layer)):
         gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
-        for stage in range(len(graph.stages)):  # matrices and channels of a stage count together
+        for stage in range(len(graph.stages)):  # summed over the matrices and channels of a stage
             squares = [p.gradient.square().sum(-1) for p in products if p.stage == stage]
             found.tokens.setdefault((layer, stage), []).append(torch.stack(squares).sum(0))
         for p in products:

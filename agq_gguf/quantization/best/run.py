@@ -1,8 +1,7 @@
-"""The quality `best`: token weights, quantization stage by stage, tuned norms and scales; for models whose graph
-`graphs` has.
+"""Runs the quality `best`, for models whose graph is in `graphs`.
 
-Three steps with modules of their own: `fisher`, `sequential`, `tune`. Here they are given their text, their memory
-and each other's results.
+It has three steps, each in its own module: `fisher` weighs the tokens, `sequential` quantizes stage by stage, `tune`
+trains norms and scales. This module gives them their text, their memory and each other's results.
 """
 
 from __future__ import annotations
@@ -32,34 +31,34 @@ from agq_gguf.quantization.best.sequential import Finish, Sequential
 from agq_gguf.quantization.resume import Journal
 from agq_gguf.quantization.type_plan import TensorPlan
 
-_BATCH_TOKENS = 2048  # run through the graph at a time
-_TUNE_TOKENS = 512  # of a step of training
+_BATCH_TOKENS = 2048  # run through the graph at one time
+_TUNE_TOKENS = 512  # per training step
 _EPOCHS = 2
 _CHECK_TOKENS = 64
-_SAME = 1e-3  # nats per token between llama.cpp and our graph; F16 arithmetic alone makes 1e-6 to 1e-5
+_SAME = 1e-3  # maximum nats per token between llama.cpp and our graph; F16 arithmetic alone causes 1e-6 to 1e-5
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How, and with what, a model is refined."""
+    """Options and resources of a run."""
 
     options: MatrixOptions
     memory: int  # bytes
     tune: bool
-    journal: Journal  # has matrices and gradients that an earlier run has finished, and gets the others
+    journal: Journal  # holds matrices and gradients of an earlier run and receives new ones
     progress: Progress
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves besides the matrices."""
+    """Results of a run other than the matrices."""
 
-    norms: dict[str, NDArray[np.float32]]  # that take the place of the file's
+    norms: dict[str, NDArray[np.float32]]  # these replace the norms of the file
     notes: list[str]  # for the report
 
 
 class BestRun:
-    """A run over one model that `prepare` found to be possible."""
+    """A run over one model that `prepare` found to be supported."""
 
     def __init__(
         self, graph: LlamaGraph, chunks: list[NDArray[np.int32]], plans: list[TensorPlan], setting: Setting
@@ -76,26 +75,26 @@ class BestRun:
         }
 
     def run(self, finish: Finish) -> Outcome:
-        """Quantizes every matrix of `names`; `finish` gets each when it is done."""
+        """Quantizes every matrix of `names`; calls `finish` with each when it is done."""
         return _run(self._graph, self._chunks, self._plans, self._setting, self.names, finish)
 
 
 def prepare(reader: Reader, calibrator: Calibrator, plans: list[TensorPlan], setting: Setting) -> BestRun | str:
-    """A run over all AGQ4 matrices of the layers, and an embedding that is only looked up.
+    """A run over all AGQ4 matrices of the layers, and over an embedding that is only looked up.
 
-    Returns the reason instead where this model is not supported.
+    Returns the reason instead if this model is not supported.
     """
     reason = why_not(reader)
     if reason:
         return reason
     graph = graph_of(reader, setting.memory // 4)
     if _differs(graph, calibrator):
-        return "our graph of this architecture does not give the logits of llama.cpp"
+        return "its logits in PyTorch differ from those of llama.cpp"
     return BestRun(graph, calibrator.chunks, plans, setting)
 
 
 def _differs(graph: LlamaGraph, calibrator: Calibrator) -> bool:
-    """Whether llama.cpp computes something else on the beginning of the text."""
+    """Whether the graph's logits differ from llama.cpp's on the beginning of the text."""
     tokens = calibrator.chunks[0][:_CHECK_TOKENS]
     theirs = calibrator.logits(tokens)
     with torch.no_grad():
@@ -127,8 +126,8 @@ def _run(
     grams = affordable(rows, memory // 4)
     if len(grams) < len(rows):
         notes.append(
-            f"rows of {len(rows) - len(grams)} of {len(rows)} matrices do not make up for each other's errors; "
-            "more memory would let all"
+            f"in {len(rows) - len(grams)} of {len(rows)} matrices rows do not compensate for each other's errors; "
+            "a larger --memory includes all matrices"
         )
     sensitivity = measure(
         graph, batches, grams, journal, lambda done: progress("sensitivity", done, n_tokens, "gradients")
@@ -147,7 +146,7 @@ def _run(
     if not setting.tune or needed > memory:
         if setting.tune:
             notes.append(
-                f"norms and scales were not tuned: that takes {needed >> 20} MiB, --memory allows {memory >> 20}"
+                f"norms and scales were not tuned: tuning needs {needed >> 20} MiB, --memory allows {memory >> 20} MiB"
             )
         return Outcome(_arrays(run.run(journal, report, finish)), notes)
     matrices: dict[str, QuantizedMatrix] = {}
@@ -165,7 +164,7 @@ def _run(
     if tuned.matrices:
         matrices, norms = tuned.matrices, norms | tuned.norms
     else:
-        notes.append("tuning norms and scales did not help on text kept aside, so they stay")
+        notes.append("norms and scales were not tuned: tuning did not help on held-out text")
     for name, matrix in matrices.items():
         finish(name, matrix)
     return Outcome(_arrays(norms), notes)
@@ -178,7 +177,7 @@ def _arrays(norms: dict[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
 def _affordable(
     graph: LlamaGraph, chunks: list[NDArray[np.int32]], memory: int, notes: list[str]
 ) -> list[NDArray[np.int32]]:
-    """As many chunks, evenly chosen, as both streams find memory for."""
+    """As many chunks, evenly chosen, as fit into memory for both streams."""
     width = graph.tensor(EMBEDDING).shape[1]
     inner = max(graph.tensor(in_layer(i, "ffn_down.weight")).shape[1] for i in range(min(1, graph.shape.n_layer)))
     token_bytes = 4 * (2 * (width + inner) + 2 * inner)
@@ -187,14 +186,14 @@ def _affordable(
     if total <= room:
         return chunks
     n = max(1, len(chunks) * room // total)
-    notes.append(f"calibrated on {n} of {len(chunks)} chunks of text; more memory would take all")
+    notes.append(f"calibrated on {n} of {len(chunks)} chunks of text; a larger --memory uses all")
     return [chunks[i * len(chunks) // n] for i in range(n)]
 
 
 def _embedding(
     graph: LlamaGraph, types: dict[str, str], options: MatrixOptions
 ) -> tuple[torch.Tensor | None, QuantizedMatrix | None]:
-    """What the quantized model looks tokens up in, and the matrix if that is AGQ4."""
+    """The embedding of the quantized model, and its matrix if it is AGQ4."""
     table = graph.tensor(EMBEDDING)
     if types[EMBEDDING] != TYPE_NAME or graph.output_name == EMBEDDING:
         return _stored(table, types[EMBEDDING]), None
@@ -203,7 +202,7 @@ def _embedding(
 
 
 def _stored(weights: torch.Tensor, type_name: str) -> torch.Tensor | None:
-    """Weights as they come back from one of ggml's types; None where that changes next to nothing, or is not known."""
+    """Weights after conversion to one of ggml's types and back; None if that changes almost nothing, or for AGQ4."""
     if type_name in (TYPE_NAME, "f32", "f16", "bf16"):
         return None
     return torch.from_numpy(stock_types.rounded(weights.numpy(), type_name))

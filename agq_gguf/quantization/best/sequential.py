@@ -1,10 +1,10 @@
-"""Quantizes a model stage by stage, each with the inputs that the stages quantized before it really produce.
+"""Quantizes a model stage by stage, each with the inputs that the already quantized stages really produce.
 
-Two streams of the calibration text run through the graph side by side: x of the float model and x^ of the model as far
-as it is quantized, activations rounded. A matrix W should give W x when it sees x^. The best linear answer is
-W + W T with T = E[(x - x^) x^^T] E[x^ x^^T]^-1, which takes back what is predictable of the errors so far; that
-is rounded with error feedback on E[x^ x^^T]. (The same correction: arXiv 2504.09629.) Products are computed once per
-stream, so this takes two passes through the model and as many Hessians as the plain way.
+Two streams of the calibration text run through the graph side by side: x in the float model, and x^ in the model whose
+earlier stages are quantized, with rounded activations. A matrix W should give W x when its input is x^. The best linear
+solution is W + W T with T = E[(x - x^) x^^T] E[x^ x^^T]^-1: it compensates for the predictable part of the earlier
+errors. It is rounded with error feedback on E[x^ x^^T]. (arXiv 2504.09629 has the same correction.) Products are
+computed once per stream, so this needs two passes through the model, and as many Hessians as without the correction.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from agq_gguf.matrix.simulate import Rounder, restored
 from agq_gguf.quantization.best.fisher import Sensitivity
 from agq_gguf.quantization.resume import Journal
 
-Finish = Callable[[str, QuantizedMatrix], None]  # takes the name of a matrix, and the matrix when it is done
+Finish = Callable[[str, QuantizedMatrix], None]  # called with a name and a finished matrix
 
 _SAMPLE_ROWS = 256
-_NORMS = ("attn_norm", "", "ffn_norm", "")  # what makes the input of a stage
-_RIDGE = 0.03  # of the Hessian in T, as a share of its mean diagonal
-# T is learned from the calibration text. Half of it measured as good as all of it, and errs less on other text.
+_NORMS = ("attn_norm", "", "ffn_norm", "")  # the norm that produces the input of a stage
+_RIDGE = 0.03  # added to the Hessian in T, as a share of its mean diagonal
+# T is learned from the calibration text. Half of it measured as well as all of it, and errs less on other text.
 _TAKEN_BACK = 0.5
 
 
 class Sequential:
     """One run over a model.
 
-    `batches` hold tokens [batch, tokens] int64, `wanted` the names of the weights to quantize; all other matrices stay
-    float. `embedding` [vocabulary, n_embd] is what the quantized model looks tokens up in.
+    `batches` hold tokens [batch, tokens] int64. `wanted` are the names of the weights to quantize; all other matrices
+    stay float. `embedding` [vocabulary, n_embd] is the token embedding of the quantized model.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Sequential:
         embedding: torch.Tensor | None = None,
     ):
         self._graph, self._wanted, self._sensitivity, self._options = graph, wanted, sensitivity, options
-        self._row_factors: dict[str, torch.Tensor] = {}  # that rows of matrices of this layer were multiplied by
+        self._row_factors: dict[str, torch.Tensor] = {}  # factors by which rows of matrices were multiplied
         self._norms: dict[str, torch.Tensor] = {}  # equalized
         self._float: list[State] = [(graph.embed(tokens), None) for tokens in batches]
         self._rounded: list[State] = [(graph.embed(tokens, embedding), None) for tokens in batches]
@@ -61,8 +61,8 @@ class Sequential:
     def run(self, journal: Journal, progress: Callable[[int, str], None], finish: Finish) -> dict[str, torch.Tensor]:
         """Quantizes every wanted weight of the layers in the order of the graph; returns the norms that changed.
 
-        `finish` gets each matrix when it is done. `journal` has those that an earlier run has finished, and gets the
-        others; `progress` gets the stages done and a name.
+        Calls `finish` with each finished matrix and `progress` with the number of stages done and a name. `journal`
+        holds the matrices of an earlier run and receives new ones.
         """
         for layer in range(self._graph.shape.n_layer):
             with self._graph.replacing(self._levelled(layer) if self._options.equalize else {}):
@@ -72,15 +72,16 @@ class Sequential:
         return self._norms
 
     def _take_gram(self, name: str) -> torch.Tensor | None:
-        """G of a matrix, whose rows may have been levelled; it is needed once, and large."""
+        """G of a matrix, adapted if its rows were levelled. It is large and needed once, so it is removed here."""
         gram, factors = self._sensitivity.grams.pop(name, None), self._row_factors.get(name)
         return gram if gram is None or factors is None else gram / factors / factors[:, None]
 
     def _levelled(self, layer: int) -> dict[str, torch.Tensor]:
-        """The matrices of a block, columns of two made alike by rows of those in front of them: the same function.
+        """The matrices of a block after levelling: columns of two of them get the same size, and the function stays.
 
-        A channel between up and down, or v and the attention's output, may be multiplied by anything that the columns
-        behind are divided by. Rows have scales of their own, groups of columns share one: alike, they lose less.
+        A channel between up and down, or between v and the attention output, may be multiplied by any factor if the
+        columns of the next matrix are divided by it. Each row has its own scales, but a group of columns shares one, so
+        columns of equal size lose less in rounding.
         """
         found: dict[str, torch.Tensor] = {}
         for front, behind in self._graph.levelled:
@@ -88,7 +89,7 @@ class Sequential:
             if not self._wanted.issuperset(names) or self._graph.has(f"blk.{layer}.{front}.bias"):
                 continue
             rows, columns = (self._graph.tensor(name) for name in names)
-            source = torch.arange(columns.shape[1])  # row that a column's input comes from
+            source = torch.arange(columns.shape[1])  # the row that produces a column's input
             if front == "attn_v":
                 shape, head = self._graph.shape, len(rows) // self._graph.shape.n_kv
                 source = source // head // (shape.n_head // shape.n_kv) * head + source % head
@@ -143,7 +144,7 @@ class Sequential:
             finish(f"{name}.weight", done[name])
 
     def _factors(self, inputs: list[torch.Tensor], weights: list[np.ndarray]) -> torch.Tensor | None:
-        """What equalization moves from the norm into the matrices, if anything."""
+        """The factors that equalization moves from the norm into the matrices; None if it does not help."""
         columns, options = inputs[0].shape[-1], self._options
         tokens = sum(x.shape[0] * x.shape[1] for x in inputs)
         square = torch.stack([x.flatten(0, 1).square().sum(0) for x in inputs]).sum(0) / tokens
@@ -157,7 +158,7 @@ class Sequential:
     def _gather(
         self, float_in: list[torch.Tensor], rounded_in: list[torch.Tensor], weights: torch.Tensor | None
     ) -> tuple[InputStats, torch.Tensor]:
-        """Statistics of x^, its Hessian weighted by token, and the correction T [K, K]."""
+        """Statistics of x^ with a Hessian weighted by token, and the correction T [K, K]."""
         columns = rounded_in[0].shape[-1]
         hessian, cross = torch.zeros(columns, columns), torch.zeros(columns, columns)
         largest = torch.zeros(columns)
@@ -185,7 +186,7 @@ class Sequential:
 
 
 def _sample(inputs: list[torch.Tensor]) -> torch.Tensor:
-    """Some tokens [n, K] of inputs [batch, tokens, K], at all places of a text alike."""
+    """Some tokens [n, K] of inputs [batch, tokens, K], spread evenly over all places of a text."""
     places = torch.from_numpy(spread(_SAMPLE_ROWS, sum(x.shape[0] * x.shape[1] for x in inputs)))
     found, begin = [], 0
     for x in inputs:

@@ -1,9 +1,9 @@
-"""Tunes what costs no bits: after quantization, norm weights and scales learn to bring the logits back.
+"""Trains norm weights and scales after quantization, so that the logits move back towards the float model's.
 
-The quantized model, activations rounded, is the student, the float model the teacher; the loss is the divergence that
-`evaluate` measures, the data the calibration text. Codes, codebooks and all else stay. Part of the text is kept aside,
-and the result is thrown away unless it is better there. What learns are factors around 1: weights of norms differ by
-three powers of ten inside one model, and a step that is right for one of them ruins another.
+The student is the quantized model with rounded activations, the teacher is the float model. The loss is the divergence
+that `evaluate` measures, on the calibration text. Codes, codebooks and everything else stay fixed. Part of the text is
+held out, and the result is dropped unless it is better there. The trained parameters are factors near 1, because the
+norm weights of one model differ by three powers of ten: a step size that suits one ruins another.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from agq_gguf.matrix.codebook import storable
 from agq_gguf.matrix.quantize import QuantizedMatrix
 from agq_gguf.matrix.simulate import Rounder, restored
 
-_RATE = 5e-4  # of the factors
+_RATE = 5e-4  # learning rate of the factors
 _WARM_UP = 0.1  # share of the steps
-_HELD_OUT = 8  # one batch in so many is kept aside
-_USUAL = 0.99  # of its positions, those with the least divergence, decide
+_HELD_OUT = 8  # one batch in so many is held out
+_USUAL = 0.99  # share of the held-out positions, those with the least divergence, that decide
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came out of it; empty dictionaries where it was not better."""
+    """The result; with empty dictionaries if tuning did not help."""
 
     norms: dict[str, torch.Tensor]
     matrices: dict[str, QuantizedMatrix]
-    before: float  # divergence in nats per token on the text kept aside
+    before: float  # divergence in nats per token on the held-out text
     after: float
 
 
@@ -57,16 +57,16 @@ class _Student:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """What learns."""
+        """The trained parameters."""
         found = [*self._norm_factors.values(), *self._scale_factors.values()]
         return [factor.requires_grad_() for factor in found]
 
     def norms(self) -> dict[str, torch.Tensor]:
-        """Weights of norms as they are now, and biases that are not the file's."""
+        """Current weights of norms, and biases that differ from the file's."""
         return self._biases | {name: norm * self._norm_factors[name] for name, norm in self._norms.items()}
 
     def scales(self, name: str) -> torch.Tensor:
-        """Scales [M, K / 64] of a matrix as the file will have them; gradients pass as if they were not rounded."""
+        """Scales [M, K / 64] of a matrix, rounded as the file stores them; gradients ignore the rounding."""
         exact = self._scales[name] * self._scale_factors[name]
         return exact + (storable(exact.detach()) - exact.detach())
 
@@ -87,7 +87,7 @@ class _Student:
 
 
 def bytes_needed(n_parameters: int) -> int:
-    """Memory that tuning takes, roughly: each weight restored, its gradient, and its codes as indices."""
+    """Memory that tuning needs, roughly: each restored weight, its gradient, and its codes as indices."""
     return 16 * n_parameters
 
 
@@ -104,7 +104,7 @@ def tune(
 ) -> Tuned:
     """Trains on `batches` of tokens [batch, tokens].
 
-    `norms` (where they are not the file's), `embedding` and `output` are what the quantized model has.
+    `norms` (those that differ from the file's), `embedding` and `output` belong to the quantized model.
     """
     student = _Student(graph, matrices, norms, embedding, output)
     kept = set(range(min(_HELD_OUT // 2, len(batches) - 1), len(batches), _HELD_OUT))
@@ -128,7 +128,7 @@ def tune(
             progress(step, steps)
     with torch.no_grad():
         after = _divergence(graph, student, aside)
-    # A few positions hold a third of the divergence; where they fall is luck, and no reason to take or leave a result.
+    # A few positions hold a third of the divergence. Where they fall is luck, so they must not decide.
     usual = (before + after).argsort()[: int(_USUAL * len(before)) or 1]
     if not after[usual].mean() < before[usual].mean():
         return Tuned({}, {}, float(before.mean()), float(after.mean()))

@@ -1,1 +1,1 @@
-"""`--target-bpw`: which tensors get more bits under a budget for the whole model."""
+"""`--target-bpw`: chooses which tensors get more bits, with a budget for the whole model."""

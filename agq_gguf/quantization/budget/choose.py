@@ -1,4 +1,4 @@
-"""Plans under `target_bpw`: all that can be AGQ4 is, and what the model is most sensitive to gets more bits."""
+"""Plans for a `target_bpw`: all supported tensors are AGQ4, and those the model is most sensitive to get more bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from agq_gguf.calibration.session import Session
     from agq_gguf.quantization.options import QuantizeOptions
 
-# Tokens that gradients are taken of, as a few chunks. Logits are held for all of them.
+# Number of tokens for gradients, in a few chunks. Logits are kept for all of them.
 _TOKENS = 1024
 _CHUNK = 256
 
@@ -36,17 +36,17 @@ def choose_types(
 ) -> list[TensorPlan]:
     """Plans of at most `options.target_bpw` bits per weight.
 
-    An output or embedding type of "auto" is chosen, too. Raises InputError if the target is too small for the model.
+    This includes an output or embedding type of "auto". Raises InputError if the target is too small for the model.
     """
     output = OUTPUT if OUTPUT in reader.tensors else EMBEDDING
     fixed = {"output_type": options.output_type, "embedding_type": options.embedding_type}
     plans = plan(reader, **{key: "agq4" if value == "auto" else value for key, value in fixed.items()})
-    open_ends = {EMBEDDING: options.embedding_type == "auto", output: options.output_type == "auto"}
-    types = knapsack.open_types(plans, open_ends)
-    knapsack.choose(plans, {}, options.target_bpw)  # refuses before the work begins
+    may_choose = {EMBEDDING: options.embedding_type == "auto", output: options.output_type == "auto"}
+    types = knapsack.open_types(plans, may_choose)
+    knapsack.choose(plans, {}, options.target_bpw)  # raises for a target that is too small, before the work begins
 
     def report(done: int, total: int, name: str) -> None:
-        progress("weigh tensors", done, total, name)
+        progress("sensitivity", done, total, name)
 
     if session is None or why_not(reader):
         stats = _mean_squares(reader, session, imatrix, options, types)
@@ -71,7 +71,7 @@ def _mean_squares(
     options: QuantizeOptions,
     types: Iterable[str],
 ) -> dict[str, InputStats]:
-    """Statistics of the inputs, of what there is; experts count together."""
+    """Statistics of the inputs, from whichever source is given; experts are pooled."""
     if session is None:
         return {} if imatrix is None else {name: found.whole for name, found in load_imatrix(Path(imatrix)).items()}
     from agq_gguf.calibration.collect import Calibrator

@@ -1,11 +1,12 @@
-"""What it costs the model, in nats per token, to store one tensor in a coarser type: for choices under a budget.
+"""Estimates the loss, in nats per token, from storing one tensor in a coarser type.
 
-Where the graph is known (`graphs`) the cost is the divergence to second order, E[(g . dy)^2] / 2: dy is what the
-rounded tensor changes in its product, g the gradient of -log p of a token drawn from the model's own prediction.
-Tensors are rounded one at a time and on their own, without error feedback, which helps all alike.
+If the graph is known (`graphs`), the cost is the divergence to second order, E[(g . dy)^2] / 2. Here dy is the change
+of the product when the tensor is rounded, and g is the gradient of -log p of a token drawn from the model's own
+prediction. Tensors are rounded one at a time, without error feedback, which would help all of them about equally.
 
-Elsewhere it is the relative squared error of the product. Blocks then count alike, and the output matrix as all of them
-together: about what was measured where the graph is known (docs/research/quality.md).
+Otherwise the cost is the relative squared error of the product. All blocks then have the same weight, and the output
+matrix has the weight of all blocks together. This is close to what was measured where the graph is known
+(docs/quality.md).
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
 from agq_gguf.quantization import stock_types
 
 Damage = dict[str, dict[str, float]]  # tensor -> type -> cost
-_ROWS = 1024  # of a matrix that are tried where the graph is not known
+_ROWS = 1024  # rows of a matrix that are tried if the graph is not known
 
 
 def rounded(
     weight: NDArray[np.float32], type_name: str, stats: InputStats | None, options: MatrixOptions
 ) -> NDArray[np.float32]:
-    """A matrix [M, K] as it comes back from the type."""
+    """A matrix [M, K] after conversion to the type and back."""
     if type_name != TYPE_NAME:
         return stock_types.rounded(weight, type_name, None if stats is None else stats.mean_square)
     plain = replace(options, error_feedback=False)
@@ -50,7 +51,7 @@ def by_gradients(
     options: MatrixOptions,
     progress: Callable[[int, int, str], None],
 ) -> Damage:
-    """Divergence that each of `types` (by tensor) makes on `tokens` [batch, n] int64, the other tensors left alone."""
+    """Divergence on `tokens` [batch, n] int64 from rounding one tensor only, for each of its `types`."""
     found: Damage = {}
     shared: dict[str, InputStats] = {}
     inputs = [graph.embed(tokens)]
@@ -66,7 +67,7 @@ def by_gradients(
         weight = graph.tensor(name)
         stats = shared.get(name) if given is None else _stats(given)
         if name == graph.output_name and stats is not None:
-            shared[name] = stats  # an embedding that is the output matrix, too, is looked up as it is rounded for that
+            shared[name] = stats  # a shared embedding is looked up as it was rounded for its use as the output matrix
         with torch.no_grad():
             for type_name in types[name]:
                 change = torch.from_numpy(rounded(weight.numpy(), type_name, stats, options)) - weight
@@ -90,7 +91,7 @@ def by_gradients(
 
 
 def _stats(x: torch.Tensor) -> InputStats:
-    """Statistics of an input [n, K], as far as the types' own choices need them."""
+    """The statistics of an input [n, K] that the types need."""
     return InputStats(len(x), x.square().mean(0).numpy(), None, x[:: max(1, len(x) // 256)].numpy())
 
 
@@ -121,5 +122,5 @@ def by_errors(
 
 
 def _some_rows(tensor: Tensor) -> range:
-    """The first rows, a matrix that AGQ4 can hold."""
+    """The first rows, as many as AGQ4 supports in a matrix."""
     return range(min(_ROWS, tensor.shape[-2]))

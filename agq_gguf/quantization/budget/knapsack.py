@@ -1,4 +1,4 @@
-"""Which tensors get more bits under a budget. Pure: plans and costs in, plans out."""
+"""Chooses which tensors get more bits within a budget. Pure: plans and costs in, plans out."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES
 from agq_gguf.gguf_io.writer import layout
 from agq_gguf.quantization.type_plan import TensorPlan
 
-# What a tensor may become, smallest first. Types between AGQ4 and q6_K gain next to nothing over AGQ4 with error
-# feedback, and q8_0 costs as good as nothing, so more than that is never needed.
+# Types that a tensor may get, smallest first. Types between AGQ4 and q6_K gain almost nothing over AGQ4 with error
+# feedback. q8_0 loses almost nothing, so larger types are never needed.
 LADDER = (TYPE_NAME, "q6_K", "q8_0")
 REASON = "sensitive"
 
 
-def open_types(plans: Iterable[TensorPlan], ends: Mapping[str, bool]) -> dict[str, tuple[str, ...]]:
+def open_types(plans: Iterable[TensorPlan], may_choose: Mapping[str, bool]) -> dict[str, tuple[str, ...]]:
     """Types that the budget may choose from, for all tensors that can be AGQ4.
 
-    `ends` has output matrix and embedding: whether the budget may choose their type.
+    `may_choose` says whether the budget may choose the type of the output matrix and of the token embedding.
     """
     return {
         plan.source.name: tuple(t for t in LADDER if plan.source.shape[-1] % TYPES[TYPE_IDS[t]][1] == 0)
         for plan in plans
-        if plan.type_name == TYPE_NAME and ends.get(plan.source.name, True)
+        if plan.type_name == TYPE_NAME and may_choose.get(plan.source.name, True)
     }
 
 
 def bits_per_weight(plans: Iterable[TensorPlan]) -> float:
-    """Over all tensors, as `quantize` reports it."""
+    """Bits per weight over all tensors, as `quantize` reports them."""
     placed = layout((plan.source.name, plan.type_name, plan.source.shape) for plan in plans)
     return 8 * sum(t.n_bytes for t in placed) / sum(t.n_elements for t in placed)
 
@@ -39,12 +39,12 @@ def bits_per_weight(plans: Iterable[TensorPlan]) -> float:
 def choose(plans: list[TensorPlan], damage: Mapping[str, Mapping[str, float]], target: float) -> list[TensorPlan]:
     """Plans of at most `target` bits per weight with the least sum of `damage` (tensor -> type -> cost).
 
-    Plans come in the smallest types; tensors without an entry stay. The step that saves most per byte is taken first,
-    until none fits any more. Raises InputError if the smallest plans exceed the target.
+    `plans` have the smallest types; tensors without an entry in `damage` keep them. Takes the step that saves most per
+    byte first, until none fits. Raises InputError if the smallest plans exceed the target.
     """
     least = bits_per_weight(plans)
     if least > target + 1e-9:
-        raise InputError(f"{target:g} bits per weight are too few for this model: all AGQ4 it has {least:.3f}")
+        raise InputError(f"the target must be at least {least:.3f} bits per weight for this model, got {target:g}")
     room = (target - least) * sum(plan.source.n_elements for plan in plans) / 8
     steps = []
     for plan in plans:
@@ -67,7 +67,7 @@ def choose(plans: list[TensorPlan], damage: Mapping[str, Mapping[str, float]], t
 
 
 def _hull(points: list[tuple[int, float, str]]) -> list[tuple[int, float, str]]:
-    """Of (bytes, cost, type), ascending in bytes, those on the lower convex hull, as far as the cost falls."""
+    """The lower convex hull of `points` (bytes, cost, type), as far as the cost falls; bytes must be ascending."""
     hull: list[tuple[int, float, str]] = []
     for point in points:
         if hull and point[1] >= hull[-1][1]:
