@@ -117,10 +117,18 @@ def test_json(unpruned: Path, words_file: Path, tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         ([], 2, "needs a text; give one with --calibration"),
-        (["--calibration", "{words}", "--layers", "3"], 2, "layer 3 cannot be a pruning layer; possible are [0, 1, 2]"),
+        (
+            ["--calibration", "{words}", "--layers", "3"],
+            2,
+            "layer 3 cannot be a pruning layer; possible layers: 0, 1, 2",
+        ),
         (["--calibration", "{words}", "--layers", "1,x"], 2, "expected layer numbers such as 3,7, got '1,x'"),
-        (["--calibration", "{words}", "--score", "newest"], 2, "unknown score 'newest'"),
-        (["--calibration", "{words}", "--share", "0.8", "--keep", "255"], 2, "out of reach"),
+        (
+            ["--calibration", "{words}", "--score", "newest"],
+            2,
+            "score must be one of first, received, recent, learned, got 'newest'",
+        ),
+        (["--calibration", "{words}", "--share", "0.8", "--keep", "255"], 2, "cannot save 80% of the work"),
         (["--calibration", "{short}"], 2, "at least 512 are needed"),
         (["--calibration", "{missing}"], 2, "cannot be read"),
         (["--share", "0.95"], 2, "less than or equal to 0.9"),
@@ -141,7 +149,7 @@ def test_refusals(
 def test_models_that_cannot_be_calibrated(llama_f16: Path, words_file: Path) -> None:
     before = llama_f16.read_bytes()
     result = run("calibrate-pruning", llama_f16, "--calibration", words_file, "-t", "1", "-q", code=3)
-    assert "holds no AGQ4 matrix" in result.stderr
+    assert "has no AGQ4 matrix" in result.stderr
     assert llama_f16.read_bytes() == before
 
 

@@ -1,1 +1,1 @@
-"""Chooses which tokens of long prompts are dropped after which layer, and stores that in the model file."""
+"""Chooses after which layers which tokens of long prompts are dropped, and stores the choice in the model file."""

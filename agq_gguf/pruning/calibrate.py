@@ -1,9 +1,9 @@
-"""Chooses pruning layers and thresholds on calibration text, by running the model, and writes them into the file.
+"""Chooses pruning layers and thresholds by running the model on a text, and writes them into the file.
 
-Prompts are cut from the text. Every second one ends with the beginning of an earlier part of it, as a question ends a
-prompt. The model runs them with pruning as it will run later, inside the plugin, and what it then says about the 64
-tokens that follow, or about the rest of the repeated part, is compared with what it says when nothing is dropped. See
-docs/pruning-design.md, "How calibration chooses".
+Prompts are cut from the text. Every second prompt ends by repeating the beginning of an earlier part, as a question at
+the end of a prompt does. The plugin runs them with pruning, as it will later. The predictions for the 64 tokens that
+follow (or for the rest of the repeated part) are compared with those of the model without pruning. See docs/pruning.md,
+"Calibration".
 """
 
 from __future__ import annotations
@@ -40,19 +40,13 @@ from agq_gguf.text import load_text
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What calibration found."""
+    """Result of a calibration."""
 
     chosen: Point
     curve: list[Point]
-    nll: float  # of the tokens that follow, nothing dropped
-    origin: str  # what it was calibrated on
-    carriers: dict[int, str] = field(default_factory=dict)  # the tensor that holds the record of a layer
-
-
-# choosing
-
-
-# running
+    nll: float  # of the tokens that follow, without pruning
+    origin: str  # the calibration text and prompts
+    carriers: dict[int, str] = field(default_factory=dict)  # layer -> the tensor that holds its record
 
 
 def calibrate_pruning(
@@ -63,11 +57,12 @@ def calibrate_pruning(
     choice: PruneOptions | None = None,
     progress: Progress = no_progress,
 ) -> PruneReport | None:
-    """Chooses what the AGQ4 model `src` prunes so that the wanted share is saved, and writes it, with that, to `dst`.
+    """Chooses which tokens the AGQ4 model `src` drops to save a share of the work, and writes the result to `dst`.
 
-    `dst` may be `src`; it is replaced when all went well. `calibration` is the path of a text file, or strings of
-    text, ideally like what the model will read. With a share of 0 the model's pruning is removed, which needs no text,
-    and nothing is returned. Raises InputError, FormatError, HostError or OutputError; `dst` is untouched then.
+    `dst` may be `src`; it is replaced only when the new file is complete. `calibration` is the path of a text file, or
+    strings of text, similar to what the model will read. With a share of 0 the pruning is removed from the model; that
+    needs no text and returns None. Raises InputError, FormatError, HostError or OutputError, and then leaves `dst`
+    unchanged.
     """
     choice = choice or PruneOptions()
     with open_model(src) as reader:
@@ -76,14 +71,15 @@ def calibrate_pruning(
             write_plan(reader, dst, {}, {}, progress)
             return None
         if calibration is None:
-            raise InputError("choosing what to prune needs a text; give one with --calibration")
+            raise InputError("calibrating pruning needs a text; give one with --calibration")
         if not held_by:
-            raise FormatError(f"{src}: holds no AGQ4 matrix that can take a pruning record; quantize the model first")
+            raise FormatError(f"{src}: has no AGQ4 matrix with room for a pruning record; quantize the model first")
         sizes = {name: tensor.n_elements for name, tensor in reader.tensors.items()}
     work = work_of(sizes)
     allowed = sorted(layer for layer in held_by if layer < work.n_layer - 1)
     if choice.layers and (missing := sorted(set(choice.layers) - set(allowed))):
-        raise InputError(f"{src}: layer {missing[0]} cannot be a pruning layer; possible are {allowed}")
+        known = ", ".join(map(str, allowed)) or "none"
+        raise InputError(f"{src}: layer {missing[0]} cannot be a pruning layer; possible layers: {known}")
     loaded = load_text(calibration)
     text = loaded.whole
     found: list[tuple[tuple[Point, list[Point], float], _Holders]] = []
@@ -101,7 +97,7 @@ def calibrate_pruning(
                     run.model = stack.enter_context(_taught(src, dst, holders, way))
                 layers = sorted(set(allowed) & set(holders.tensors))
                 found.append((choose(run, work_of(sizes, bool(way.reuse)), layers, way), holders))
-            except (InputError, HostError) as e:  # out of reach, or not for this architecture; another way may do
+            except (InputError, HostError) as e:  # too large a share, or not supported; another way may succeed
                 refused.append(e)
         if not found:
             raise refused[0]
@@ -115,13 +111,13 @@ def calibrate_pruning(
 
 @dataclass(frozen=True)
 class _Holders:
-    """By layer the tensor that holds its record, and the direction of a learned score."""
+    """For each layer: the tensor that holds its record, and the direction of a learned score."""
 
     tensors: dict[int, str]
     directions: dict[int, pruning_record.Direction]
 
     def records(self, plan: Plan) -> dict[str, pruning_record.Pruning]:
-        """The plan's, by tensor."""
+        """The records of a plan, by tensor."""
         return {
             self.tensors[layer]: replace(record, direction=self.directions.get(layer))
             for layer, record in plan.records().items()
@@ -136,7 +132,7 @@ def _learned(
     way: PruneOptions,
     progress: Progress,
 ) -> _Holders:
-    """Directions of all layers that have room for them. Raises InputError if none has."""
+    """Learned directions of all layers whose tensors have room for them. Raises InputError if none has."""
     length = min(CALL_TOKENS, model.n_ctx_train) - way.following
     found = learn_directions(
         model,
@@ -145,12 +141,12 @@ def _learned(
         following=way.following,
         length=length,
         threads=way.threads,
-        progress=lambda done, total: progress("learn", done, total, "what tokens are worth"),
+        progress=lambda done, total: progress("learn", done, total, "importance of tokens"),
     )
     with open_model(src) as reader:
         tensors = carriers(reader, max(map(len, found.values())))
     if not set(tensors) & set(found):
-        raise InputError(f"{src}: no AGQ4 matrix has room for a learned score; take another one")
+        raise InputError(f"{src}: no AGQ4 matrix has room for the score {way.score!r}; choose another with --score")
     return _Holders(tensors, {layer: pruning_record.Direction.of(found[layer]) for layer in tensors if layer in found})
 
 
@@ -158,7 +154,7 @@ def _learned(
 def _taught(
     src: str | os.PathLike[str], dst: str | os.PathLike[str], holders: _Holders, way: PruneOptions
 ) -> Iterator[Model]:
-    """A copy of the model with all directions, because the plugin takes them from the file only."""
+    """A copy of the model with all directions, because the plugin reads them only from the file."""
     with TemporaryDirectory(prefix=".agq-learned-", dir=Path(dst).absolute().parent) as folder:
         copy = Path(folder) / "model.gguf"
         with open_model(src) as reader:
@@ -177,7 +173,7 @@ def _counted(
     n_ways: int,
     progress: Progress,
 ) -> Runtime:
-    """The runtime, with progress in prompts of all that may have to be run."""
+    """The runtime, with progress counted in prompts, out of all that may be needed."""
     per_size = [
         size * (choice.candidates if size == 1 else 2 * choice.candidates) for size in range(1, choice.max_layers + 1)
     ]
@@ -195,7 +191,7 @@ def _counted(
 
 
 def metadata_of(report: PruneReport) -> dict[str, Any]:
-    """The keys ``agq.prune.*`` that tell people and tools what the records in the tensors say, and the curve."""
+    """The keys ``agq.prune.*``: a readable copy of the records in the tensors, and the curve of savings."""
     plan, curve = report.chosen.plan, report.curve
     return {
         f"{PRUNE_PREFIX}score": plan.score,

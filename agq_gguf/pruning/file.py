@@ -1,4 +1,4 @@
-"""Where a model file holds its pruning: records inside AGQ4 tensors, metadata for people; and how both are replaced."""
+"""Reads and replaces the pruning of a model file: records inside AGQ4 tensors, and readable metadata."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PREFERRED = "attn_output.weight"
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What a setting saves and costs, as it was measured in calibration."""
+    """What a setting saves and costs, as measured by calibration."""
 
     saving: float  # share of the work of a prompt
-    kl: float  # of the tokens that follow, to the unpruned model, in nats
+    kl: float  # of the tokens that follow, from the unpruned model, in nats
     nll: float
     spec: str  # for `agq_gguf.options(prune=...)` and AGQ_PRUNE
 
@@ -40,12 +40,12 @@ class PruningInfo:
 
     calibration: str  # the text
     saving: float
-    nll: float  # of the tokens that follow, nothing dropped
+    nll: float  # of the tokens that follow, without pruning
     curve: list[CurvePoint]
 
 
 def pruning_info(reader: Reader) -> PruningInfo | None:
-    """The curve of calibration in the metadata; None if there is none, or none that makes sense."""
+    """The calibration in the metadata; None if there is none or it is damaged."""
 
     def value(key: str) -> Any:
         found = reader.get(PRUNE_PREFIX + key)
@@ -74,9 +74,10 @@ def pruning_info(reader: Reader) -> PruningInfo | None:
 
 
 def carriers(reader: Reader, channels: int = 0) -> dict[int, str]:
-    """For each layer the tensor that would hold its record: an AGQ4 matrix with room. Raises FormatError for damage.
+    """For each layer, the tensor that can hold its record: an AGQ4 matrix with enough room.
 
-    With `channels` there must be room for a direction of so many numbers, too.
+    With `channels` > 0 there must also be room for a direction of so many numbers. Raises FormatError for damaged
+    tensors.
     """
     found: dict[int, str] = {}
     for name, tensor in reader.tensors.items():
@@ -111,12 +112,13 @@ def write_plan(
     metadata: Mapping[str, Any],
     progress: Progress,
 ) -> None:
-    """Copies a model to `dst` with these records, by tensor, and these keys; all earlier ones are removed.
+    """Copies a model to `dst` with these records (by tensor) and metadata keys; removes all earlier ones.
 
-    `dst` may be the file that is read; it is replaced when the copy is complete. Raises FormatError or OutputError.
+    `dst` may be the source file; it is replaced when the copy is complete. Raises InputError for a part of a split
+    model, FormatError or OutputError.
     """
     if isinstance(reader, ShardedReader) and any(Path(dst).resolve() == path.resolve() for path in paths_of(reader)):
-        raise InputError(f"{dst}: one of several files of a model; write to another file, which will be a single one")
+        raise InputError(f"{dst}: is part of a split model; write to another file (it will be one file)")
     kept = {key: value for key, value in reader.metadata.items() if not key.startswith(PRUNE_PREFIX)}
     tensors = list(reader.tensors.values())
     placed = layout((t.name, t.type_name, t.shape) for t in tensors)

@@ -1,10 +1,10 @@
-"""Learns from a text what the state of a token says about how much later layers and later tokens will miss it.
+"""Learns from a text to predict how important a token is, from its state in a layer.
 
-The model reads pieces of the text with nothing dropped, and llama.cpp calls back with the states and the attention of
-each layer. A token is worth keeping if what follows a prompt looks at it in later layers, and if its state changes
-much until then; else its keys and values can be made from the state in which it leaves. The logarithm of the product of
-both is fitted by a linear function of the state (normalized by its root mean square): the direction of the score
-`learned` of docs/pruning.md.
+The model reads pieces of the text without pruning, and llama.cpp calls back with the states and the attention of each
+layer. A token is worth keeping if two things hold. Tokens after the prompt attend to it in later layers. And its state
+changes much until then; otherwise its keys and values can be computed from the state in which it is dropped. The
+logarithm of the product of both is fitted by a linear function of the state (normalized by its root mean square). That
+function is the direction of the score `learned` in docs/pruning.md.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from agq_gguf.runtime.plugin import options
 
 MAX_PIECES = 64  # of the text
 _NODE = re.compile(r"(ffn_inp|l_out|kq_soft_max)-(\d+)")
-_FLOOR = 1e-3  # of the mean: what is worth less counts as that much
-_RIDGE = 1e-2  # at least; more if there are few tokens for the channels of a state
+_FLOOR = 1e-3  # added to every worth, as a share of the mean, so that its logarithm is finite
+_RIDGE = 1e-2  # minimum; larger if there are few tokens for the channels of a state
 
 
 @dataclass
 class Seen:
-    """What the layers showed of the tokens of one prompt, the last layer's output aside."""
+    """States and attention of the tokens of one prompt, by layer; without the last layer's output."""
 
-    states: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # behind the attention, normalized [T, E]
-    outputs: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # behind the layer, normalized [T, E]
-    looks: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # of the tokens behind the prompt, at each [T]
+    states: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # after the attention, normalized [T, E]
+    outputs: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # after the layer, normalized [T, E]
+    looks: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # attention of later tokens to each token [T]
 
 
 def normalized(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows with a root mean square of 1; zeros stay."""
+    """Rows scaled to a root mean square of 1; rows of zeros stay zero."""
     scale = np.sqrt(np.square(x, dtype=np.float64).mean(-1, keepdims=True))
     return (x / np.maximum(scale, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 def worth_keeping(seen: Seen, layer: int) -> NDArray[np.float64]:
-    """What later layers would miss of each token that leaves behind the attention of this layer [T]."""
+    """How much later layers would lose if each token were dropped after the attention of this layer [T]."""
     worth = np.zeros(len(seen.states[layer]))
     for later, looks in seen.looks.items():
         if later > layer:
@@ -54,7 +54,7 @@ def worth_keeping(seen: Seen, layer: int) -> NDArray[np.float64]:
 
 
 class Fit:
-    """Least squares of the logarithm of `worth_keeping` on the state, from sums over tokens."""
+    """Fits the logarithm of `worth_keeping` to the state by least squares, from sums over tokens."""
 
     def __init__(self) -> None:
         self._n = 0
@@ -73,7 +73,7 @@ class Fit:
         self._xx, self._xy = self._xx + (states.T @ states).astype(np.float64), self._xy + states.T @ y
 
     def direction(self) -> NDArray[np.float64]:
-        """The direction [E]."""
+        """The fitted direction [E]."""
         mean = self._x / self._n
         covariance = self._xx / self._n - np.outer(mean, mean)
         right = self._xy / self._n - mean * (self._y / self._n)
@@ -92,17 +92,18 @@ def learn_directions(
     threads: int,
     progress: Callable[[int, int], None],
 ) -> dict[int, NDArray[np.float64]]:
-    """The direction of each of these layers, from up to 64 pieces of a text: prompts of `length`, and what follows.
+    """The direction of each of these layers, from up to 64 pieces of a text.
 
-    Raises InputError if the text is too short, HostError if llama.cpp does not show what is needed for this model.
+    A piece is a prompt of `length` tokens and the `following` tokens. Raises InputError if the text is too short,
+    HostError if llama.cpp's graph of this model does not show the states of its tokens.
     """
     size = length + following
     if len(tokens) < size:
-        raise InputError(f"the text has {len(tokens)} tokens; at least {size} are needed")
+        raise InputError(f"the text has {len(tokens)} tokens, at least {size} are needed; use a longer text")
     count = min(MAX_PIECES, len(tokens) // size)
     fits = {layer: Fit() for layer in layers}
     reader = _Reader(length)
-    with options(prune="off"):  # what the file says may have been found for another text
+    with options(prune="off"):  # the file's own pruning may come from another text
         context = model.context(
             size, n_ubatch=size, threads=threads, flash_attention="off", eval_callback=reader.on_node
         )
@@ -114,16 +115,19 @@ def learn_directions(
             seen = reader.read(context, piece)
             missing = [layer for layer in layers if layer not in seen.states or layer + 1 not in seen.looks]
             if missing or any(later - 1 not in seen.outputs for later in seen.looks if later > min(layers)):
-                raise HostError(f"{model.path}: llama.cpp does not show the states of this model's tokens")
+                raise HostError(
+                    f"{model.path}: the score 'learned' does not support this model (llama.cpp's graph does not show "
+                    "the states of its tokens); choose another with --score"
+                )
             for layer, fit in fits.items():
-                # The first token is unlike all others, and always stays.
+                # The first token differs from all others, and is never dropped.
                 fit.add(seen.states[layer][1:], worth_keeping(seen, layer)[1:])
             progress(i + 1, count)
     return {layer: fit.direction() for layer, fit in fits.items()}
 
 
 class _Reader:
-    """Takes the tensors of `Seen` out of a running model."""
+    """Collects the tensors of `Seen` from a running model."""
 
     def __init__(self, length: int):
         self._length, self._ggml = length, ggml()
@@ -131,17 +135,17 @@ class _Reader:
         self._failure: BaseException | None = None
 
     def read(self, context: Any, tokens: NDArray[np.int32]) -> Seen:
-        """Runs a prompt and what follows it."""
+        """Runs a prompt and the tokens that follow it."""
         self._seen = Seen()
         context.clear()
-        # All logits are asked for: else the last layer would skip tokens.
+        # Requests all logits; otherwise the last layer would skip tokens.
         context.decode(Batch(tokens, first_logits=0))
         if self._failure is not None:
             raise self._failure
         return self._seen
 
     def on_node(self, address: int, ask: bool) -> bool:
-        """What llama.cpp calls; no exception may pass through its C code."""
+        """Called by llama.cpp; no exception may pass through its C code."""
         try:
             node = GgmlTensor.from_address(address)
             found = _NODE.fullmatch(node.name.decode("utf-8", "surrogateescape"))
@@ -150,7 +154,7 @@ class _Reader:
             kind, layer, n = found[1], int(found[2]), self._length
             values = self._ggml.floats(node)
             if kind == "kq_soft_max":
-                paid = values[0, :, n:, :n]  # [heads, tokens behind the prompt, tokens of the prompt]
+                paid = values[0, :, n:, :n]  # [heads, tokens after the prompt, tokens of the prompt]
                 self._seen.looks[layer] = np.square(paid).mean(0).sum(0)
             else:
                 kept = self._seen.states if kind == "ffn_inp" else self._seen.outputs

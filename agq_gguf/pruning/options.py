@@ -1,4 +1,4 @@
-"""What a user can choose about pruning."""
+"""Options of pruning calibration."""
 
 from __future__ import annotations
 
@@ -13,37 +13,33 @@ from agq_gguf.pruning.plan import (
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What a user can choose."""
+    """Options of pruning calibration. Raises InputError for values that are not supported."""
 
-    share: float = 0.3  # of the prompt's work that is to be saved; 0: remove the records
-    score: str | None = None  # None: `recent` or `learned`, as the calibration finds
-    keep: int | None = None  # None: what suits the score
-    reach: int | None = None  # the same
+    share: float = 0.3  # of a prompt's work to save; 0: remove the records
+    score: str | None = None  # None: the better of `recent` and `learned`
+    keep: int | None = None  # the last tokens that are never dropped; None: the score's default
+    reach: int | None = None  # places within which a token gets the highest importance; None: the score's default
     reuse: bool | None = None  # None: the calibration chooses
     layers: tuple[int, ...] | None = None  # None: the calibration chooses
     max_layers: int = 3
-    candidates: int = 6  # layers that are tried
+    candidates: int = 6  # number of layers to try
     prompts: int = 16
-    following: int = 64  # tokens behind a prompt
+    following: int = 64  # tokens after a prompt
     curve: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     threads: int = 0
 
     def __post_init__(self) -> None:
-        """Raises InputError for what makes no sense."""
         if not 0 <= self.share <= 0.9:
-            raise InputError(f"a share of {self.share} cannot be saved; wanted is 0 to 0.9")
+            raise InputError(f"the share of work to save must be 0 to 0.9, got {self.share}")
         if self.score is not None and self.score not in pruning_record.SCORES:
-            raise InputError(f"unknown score {self.score!r}; known are {', '.join(pruning_record.SCORES)}")
-        if (
-            not 0 <= (self.keep or 0) <= pruning_record.MAX_KEEP
-            or not 0 <= (self.reach or 0) <= pruning_record.MAX_REACH
-        ):
-            raise InputError(
-                f"keep can be 0 to {pruning_record.MAX_KEEP} tokens, reach 0 to {pruning_record.MAX_REACH}"
-            )
+            raise InputError(f"score must be one of {', '.join(pruning_record.SCORES)}, got {self.score!r}")
+        if not 0 <= (self.keep or 0) <= pruning_record.MAX_KEEP:
+            raise InputError(f"keep must be 0 to {pruning_record.MAX_KEEP} tokens, got {self.keep}")
+        if not 0 <= (self.reach or 0) <= pruning_record.MAX_REACH:
+            raise InputError(f"reach must be 0 to {pruning_record.MAX_REACH} places, got {self.reach}")
 
     def plan(self, *thresholds: tuple[int, float]) -> Plan:
-        """With these thresholds by layer."""
+        """The plan with these options and (layer, threshold) pairs."""
         score = pruning_record.score_named(self.score or Plan.score)
         return Plan(
             thresholds,
@@ -54,9 +50,9 @@ class PruneOptions:
         )
 
     def ways(self) -> list[PruneOptions]:
-        """What is left open, decided in each way that is worth a try."""
+        """These options with the open choices (score, reuse) made in each way worth trying."""
         scores = [s for s in pruning_record.SCORE_TABLE if (s.name == self.score if self.score else s.is_tried)]
         reuse = (False, True) if self.reuse is None else (self.reuse,)
-        # A learned direction says what the states of dropped tokens are still good for: without reuse it is no use.
+        # A learned direction rates how well the states of dropped tokens can be reused; it does not help without reuse.
         tried = [(s.name, again) for s in scores for again in reuse if not s.has_direction or again or len(reuse) == 1]
         return [replace(self, score=name, reuse=again) for name, again in tried]

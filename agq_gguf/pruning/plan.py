@@ -1,7 +1,6 @@
-"""Plans for token pruning: what they say, what they save, and thresholds that drop a wanted number of tokens.
+"""Plans for token pruning: their content, what they save, and thresholds that drop a given number of tokens.
 
-Pure functions of arrays. How a plan is chosen is in `pruning/search.py`, how it is run in cpp/prune, and what all of
-it means in docs/pruning.md.
+Pure functions of arrays. `pruning/search.py` chooses a plan, cpp/prune runs it, and docs/pruning.md explains it.
 """
 
 from __future__ import annotations
@@ -17,19 +16,21 @@ from numpy.typing import NDArray
 from agq_gguf.format import pruning_record
 from agq_gguf.gguf_io.tensor_names import layer_of
 
-STAYED = -1  # "left behind no layer", in arrays that tell where tokens left
-MIN_PROMPT = 64  # tokens of a call; the runtime does not prune shorter ones
+STAYED = -1  # never dropped, in arrays of the layers after which tokens were dropped
+MIN_PROMPT = 64  # tokens; the runtime does not prune shorter calls
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tokens of a prompt are dropped: behind these layers, those whose importance is below the threshold."""
+    """Which tokens of a prompt are dropped: after each of these layers, those with importance below its threshold."""
 
     thresholds: tuple[tuple[int, float], ...]  # (layer, threshold), layers ascending
     score: str = "recent"  # one of pruning_record.SCORES
-    keep: int = 0  # the last so many tokens of a call stay
-    reach: int = 0  # a token counts as much as the best one at most so many places away
-    reuse: bool = False  # later layers still get keys and values of dropped tokens, from the state in which they left
+    keep: int = 0  # the last N tokens of a call are never dropped
+    reach: int = 0  # each token gets the highest importance within N places
+    reuse: bool = (
+        False  # later layers still get keys and values of dropped tokens, from the state when they were dropped
+    )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -37,9 +38,9 @@ class Plan:
         return tuple(layer for layer, _ in self.thresholds)
 
     def spec(self, probed: Iterable[int] = ()) -> str:
-        """The plan as `agq_gguf.options(prune=...)` and the variable AGQ_PRUNE take it.
+        """The plan as text for `agq_gguf.options(prune=...)` and the variable AGQ_PRUNE.
 
-        `probed` are further layers where the runtime is to compute importance but to drop nothing.
+        `probed` are further layers where the runtime computes importance but drops nothing.
         """
         rules = dict.fromkeys(probed, "t0") | {layer: f"t{value:.9g}" for layer, value in self.thresholds}
         if not rules:
@@ -57,21 +58,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a prompt's tokens in the layers of a model, in units of one token through one layer.
+    """The work of a prompt's tokens in the layers of a model.
 
-    It counts the weights that a token is multiplied with, not attention itself, which shrinks faster.
+    It counts the weights that a token is multiplied with. It does not count attention itself, which shrinks faster.
     """
 
     n_layer: int
-    ffn_share: float  # of the weights of a layer, those that stand behind its attention
-    again: float = 0.0  # of the weights of a layer, those that a dropped token still takes
+    ffn_share: float  # share of a layer's weights that are used after its attention
+    again: float = 0.0  # share of a layer's weights that dropped tokens still use
 
     def worth(self, layer: int) -> float:
-        """Share of a token's whole work that is saved if it leaves behind the attention of this layer."""
+        """Share of a token's whole work that is saved if it is dropped after the attention of this layer."""
         return ((self.n_layer - layer - 1) * (1 - self.again) + self.ffn_share) / self.n_layer
 
     def saving(self, left: Sequence[NDArray[np.int32]]) -> float:
-        """Share of the work of prompts that was saved; `left` has for each the layer where each token left, or -1."""
+        """Share of the work of prompts that was saved.
+
+        `left` has an array for each prompt: the layer after which each token was dropped, or -1.
+        """
         tokens = sum(len(layers) for layers in left)
         saved = sum(
             self.worth(int(layer)) * int(count)
@@ -83,9 +87,9 @@ class Work:
 
 
 def work_of(sizes: dict[str, int], reuse: bool = False) -> Work:
-    """From the names and sizes (elements) of a model's tensors. Layers are ``blk.N``.
+    """The work of a model, from the names and sizes (elements) of its tensors. Layers are called ``blk.N``.
 
-    With `reuse`, dropped tokens still take the products that make keys and values.
+    With `reuse`, dropped tokens still need the products for keys and values. Raises ValueError if there are no layers.
     """
     per_layer = {name: layer for name in sizes if (layer := layer_of(name)) is not None}
     if not per_layer:
@@ -97,14 +101,14 @@ def work_of(sizes: dict[str, int], reuse: bool = False) -> Work:
 
 
 def droppable(importance: Sequence[NDArray[np.float32]]) -> int:
-    """How many tokens could be dropped, of those whose importance this is (NaN: gone, infinite: protected)."""
+    """How many tokens could be dropped, given their importance (NaN: already dropped, infinite: protected)."""
     return sum(int(np.isfinite(values).sum()) for values in importance)
 
 
 def threshold_for(importance: Sequence[NDArray[np.float32]], n_drop: int) -> float:
-    """The threshold below which `n_drop` tokens of all prompts fall, or as many as there are; a binary32 value.
+    """The threshold (a binary32 value) below which `n_drop` tokens of all prompts fall, or as many as possible.
 
-    `importance` has an array for each prompt, NaN for tokens that are gone and infinity for protected ones.
+    `importance` has an array for each prompt, with NaN for dropped tokens and infinity for protected ones.
     """
     values = np.sort(np.concatenate([values[np.isfinite(values)] for values in importance]).astype(np.float32))
     if n_drop <= 0 or not len(values):
@@ -115,10 +119,10 @@ def threshold_for(importance: Sequence[NDArray[np.float32]], n_drop: int) -> flo
 
 
 def overlooked(importance: dict[int, list[NDArray[np.float32]]], layer: int, n_drop: int) -> float:
-    """How much later layers would miss of `n_drop` tokens that are dropped behind this one: 0 to 1.
+    """How important `n_drop` tokens dropped after this layer would be to later layers: 0 to 1.
 
-    That is the importance of the most important dropped token, as a share of that of all tokens, mean over later layers
-    and prompts. A layer that does not yet look at what will matter later shows by it, before anything is run.
+    This is the highest importance of a dropped token divided by the highest importance of all tokens, averaged over
+    later layers and prompts. It reveals layers that do not yet attend to the tokens that matter later, without any run.
     """
     border = threshold_for(importance[layer], n_drop)
     missed = [
@@ -134,9 +138,9 @@ def overlooked(importance: dict[int, list[NDArray[np.float32]]], layer: int, n_d
 def single_layers(
     work: Work, saving: float, allowed: Sequence[int], most: float, count: int, missed: Callable[[int], float]
 ) -> list[int]:
-    """Up to `count` layers, from all over the model, that can save that much with at most a share `most` of the tokens.
+    """Up to `count` layers, spread over the model, that can save `saving` by dropping at most a share `most` of tokens.
 
-    Of neighbours the one is taken of which `missed` is least.
+    Among neighbouring layers it takes the one with the lowest `missed`.
     """
     able = [layer for layer in allowed if saving <= most * work.worth(layer)]
     if len(able) <= count:
@@ -146,6 +150,6 @@ def single_layers(
 
 
 def split_saving(work: Work, layers: Sequence[int], parts: Sequence[float], saving: float) -> list[float]:
-    """Share of all tokens to be dropped behind each layer so that layer i contributes `parts[i]` of the saving."""
+    """Share of all tokens to drop after each layer, so that layer i contributes the share `parts[i]` of the saving."""
     total = math.fsum(parts)
     return [saving * part / total / work.worth(layer) for layer, part in zip(layers, parts, strict=True)]

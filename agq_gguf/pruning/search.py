@@ -20,29 +20,27 @@ from agq_gguf.pruning.plan import (
 )
 from agq_gguf.pruning.trial import Run, Runner
 
-_BETTER = 0.97  # of the divergence: what another pruning layer must bring to be worth it
-
-
-_ENOUGH = 0.95  # of the wanted saving
+_BETTER = 0.97  # another pruning layer must lower the divergence to this share of it
+_ENOUGH = 0.95  # share of the wanted saving that a choice must reach
 
 
 @dataclass(frozen=True)
 class Point:
-    """A plan as measured: what it saves, and what that costs."""
+    """A plan with what it was measured to save and to cost."""
 
     plan: Plan
     saving: float  # share of the work of the prompts
-    kl: float  # of the tokens that follow, to the unpruned model, mean, in nats
+    kl: float  # of the tokens that follow, from the unpruned model, mean, in nats
     nll: float  # of the tokens that follow, mean, in nats
-    echo_kl: float  # KL of a part of the prompt that is repeated behind it
+    echo_kl: float  # the same KL where the text repeats a part of the prompt
 
 
 def plan_for(
     run: Runner, work: Work, layers: Sequence[int], saving: float, base: Run, choice: PruneOptions
 ) -> tuple[Plan, Run]:
-    """Thresholds behind these layers that save so much of the work, and the run with them.
+    """Thresholds for these layers that save the share `saving` of the work, and the run with them.
 
-    Each layer contributes the same saving; where a layer has too few tokens left, what it cannot drop is missing.
+    Each layer contributes the same saving. If a layer has too few tokens left to drop, the plan saves less.
     """
     tokens = sum(map(len, next(iter(base.importance.values()))))
     shares = split_saving(work, layers, [1.0] * len(layers), saving)
@@ -55,7 +53,7 @@ def plan_for(
 
 
 def choose_layers(run: Runner, work: Work, allowed: Sequence[int], base: Run, choice: PruneOptions) -> tuple[int, ...]:
-    """The layers behind which the wanted saving costs least: the best single one, then whatever improves on it."""
+    """The layers at which the wanted saving costs least: the best single layer, then further layers that improve it."""
     tokens = sum(map(len, base.importance[allowed[0]]))
     most = droppable(base.importance[allowed[0]]) / tokens
 
@@ -68,21 +66,22 @@ def choose_layers(run: Runner, work: Work, allowed: Sequence[int], base: Run, ch
     candidates = tried(choice.share)
     if not candidates:
         raise InputError(
-            f"a saving of {choice.share:.0%} is out of reach: at most {most:.0%} of the tokens of a calibration prompt "
-            f"can leave, and behind layer {allowed[0]} at the earliest; ask for less, or keep fewer of the last tokens"
+            f"cannot save {choice.share:.0%} of the work: at most {most:.0%} of the tokens of a calibration prompt can "
+            f"be dropped, after layer {allowed[0]} at the earliest; choose a smaller share, or keep fewer of the last "
+            "tokens"
         )
     later = tried(choice.share / 2)
     best: tuple[float, tuple[int, ...]] = (np.inf, ())
     for size in range(1, choice.max_layers + 1):
         extensions = [(layer,) for layer in candidates] if size == 1 else _extend(best[1], {*candidates, *later})
         runs = [(plan_for(run, work, layers, choice.share, base, choice)[1], layers) for layers in extensions]
-        # Several layers may not reach what each of them could alone, with equal parts.
+        # With equal parts, several layers may save less than one of them could alone.
         found = [(seen.cost, layers) for seen, layers in runs if work.saving(seen.left) > _ENOUGH * choice.share]
         if not found or min(found)[0] > _BETTER * best[0]:
             break
         best = min(found)
     if not best[1]:
-        raise InputError(f"no layer was found behind which a share of {choice.share:.0%} is saved; ask for less")
+        raise InputError(f"cannot save {choice.share:.0%} of the work at any layer; choose a smaller share")
     return best[1]
 
 
@@ -101,7 +100,7 @@ def choose(run: Runner, work: Work, allowed: Sequence[int], choice: PruneOptions
         point = Point(plan, work.saving(found.left), found.kl, found.nll, found.echo_kl)
         if saving == choice.share:
             chosen = point
-        if not points or point.saving > points[-1].saving + 0.01:  # at the end of the reach nothing changes any more
+        if not points or point.saving > points[-1].saving + 0.01:  # beyond the maximum saving the points repeat
             points.append(point)
     assert chosen is not None
     return chosen, points, base.nll

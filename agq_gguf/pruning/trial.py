@@ -20,18 +20,14 @@ from agq_gguf.runtime.model import Batch, Context, Model
 from agq_gguf.runtime.plugin import last_pruned, options
 from agq_gguf.runtime.pruned import last_importance
 
-CALL_TOKENS = 512  # tokens of a prompt and what follows; llama.cpp's ubatch, within which tokens are judged
-
-
-_LOGITS_BYTES = 512 << 20  # of the unpruned model's logits that may be kept
-
-
-_CUE = 16  # tokens of a repeated part that end a prompt; by then a model that can copy does so
+CALL_TOKENS = 512  # tokens of a prompt and what follows it: llama.cpp's ubatch, within which importance is compared
+_LOGITS_BYTES = 512 << 20  # maximum size of the unpruned model's logits in memory
+_CUE = 16  # tokens of the repeated part at the end of a prompt: enough for a model to start copying
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and what follows it: in the text, or (an echo) in the part that the prompt's end begins to repeat."""
+    """A prompt and the tokens that follow it in the text; for an echo, the rest of the part that its end repeats."""
 
     prompt: NDArray[np.int32]
     following: NDArray[np.int32]
@@ -40,9 +36,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Run:
-    """What one pass over all examples showed, in lists over examples."""
+    """Results of one pass over all examples; lists have one entry for each example."""
 
-    left: list[NDArray[np.int32]]  # layer where each prompt token left, or -1
+    left: list[NDArray[np.int32]]  # the layer after which each prompt token was dropped, or -1
     importance: dict[int, list[NDArray[np.float32]]]  # of the probed layers
     kl: float
     nll: float
@@ -50,21 +46,28 @@ class Run:
 
     @property
     def cost(self) -> float:
-        """What a choice is judged by."""
+        """The number that choices are compared by."""
         return self.kl + self.echo_kl
 
 
-Runner = Callable[[Plan, Sequence[int]], Run]  # plan, layers where importance is wanted but nothing dropped
+Runner = Callable[[Plan, Sequence[int]], Run]  # plan, further layers to compute importance for
 
 
 def make_examples(tokens: NDArray[np.int32], count: int, following: int, context: int) -> list[Example]:
-    """Cuts up to `count` examples out of a text, evenly spread; fewer if the text is short. Raises InputError."""
+    """Cuts up to `count` examples from a text, evenly spread; fewer if the text is short.
+
+    Raises InputError if the text or the context is too short.
+    """
     length = min(CALL_TOKENS, context) - following
     if length < 2 * MIN_PROMPT:
-        raise InputError(f"a context of {context} tokens is too short to prune prompts in it")
+        raise InputError(
+            f"calibrating pruning needs a context of {2 * MIN_PROMPT + following} tokens or more, got {context}"
+        )
     room = len(tokens) - length - following
     if room < 0:
-        raise InputError(f"the text has {len(tokens)} tokens; at least {length + following} are needed")
+        raise InputError(
+            f"the text has {len(tokens)} tokens, at least {length + following} are needed; use a longer text"
+        )
     starts = np.linspace(0, room, max(2, min(count, 1 + room // following))).astype(np.int64)
     examples = []
     for i, start in enumerate(starts):
@@ -72,7 +75,7 @@ def make_examples(tokens: NDArray[np.int32], count: int, following: int, context
         if i % 2 == 0:
             examples.append(Example(prompt, tokens[start + length : start + length + following]))
             continue
-        # Parts from all over the prompts, but not from their very end, which nobody drops.
+        # Parts from all over the prompts, but not from the end, where tokens are never dropped.
         at = 1 + (i * (length - 3 * following)) // (len(starts) - 1)
         part = prompt[at : at + _CUE + following // 2].copy()
         prompt[-_CUE:] = part[:_CUE]
@@ -81,12 +84,12 @@ def make_examples(tokens: NDArray[np.int32], count: int, following: int, context
 
 
 class Runtime:
-    """The model, run by the plugin on all examples. The first run must be of a plan that drops nothing."""
+    """Runs the model with the plugin on all examples. The plan of the first run must drop nothing."""
 
     def __init__(self, model: Model, examples: list[Example], threads: int, progress: Callable[[], None]):
         self.model, self._examples, self._threads, self._progress = model, examples, threads, progress
         self._reuse = False
-        self._full: list[NDArray[np.float32]] = []  # logits of the unpruned model by example
+        self._full: list[NDArray[np.float32]] = []  # logits of the unpruned model, for each example
 
     def __call__(self, plan: Plan, probed: Sequence[int]) -> Run:
         """Runs all examples with this plan."""
@@ -107,7 +110,7 @@ class Runtime:
         _, nll, kl, _ = np.concatenate(rows[False]).T
         echo_kl = np.concatenate(rows[True])[:, 2]
         if not (np.isfinite(nll).all() and np.isfinite(kl).all() and np.isfinite(echo_kl).all()):
-            raise InputError(f"{self.model.path}: its logits hold values that are not finite; the weights are damaged")
+            raise InputError(f"{self.model.path}: the logits hold a NaN or an infinity; the weights are damaged")
         return Run(left, importance, float(kl.mean()), float(nll.mean()), float(echo_kl.mean()))
 
     def _logits(
@@ -117,7 +120,7 @@ class Runtime:
         left: list[NDArray[np.int32]],
         importance: dict[int, list[NDArray[np.float32]]],
     ) -> NDArray[np.float32]:
-        """Logits of the tokens that follow; adds what the prompt's call showed."""
+        """Logits of the tokens that follow; appends to `left` and `importance` what the prompt's call showed."""
         n = len(example.prompt)
         context.clear()
         prompt = Batch(example.prompt)
@@ -127,9 +130,9 @@ class Runtime:
             values.append(last_importance(layer))
         found = [left[-1], *(values[-1] for values in importance.values())]
         if any(len(values) != n for values in found):
-            without = "; it may be possible with --no-reuse" if self._reuse else ""
+            without = "; --no-reuse may work" if self._reuse else ""
             raise HostError(
-                f"{self.model.path}: the plugin cannot prune this model; its log says why (--debug){without}"
+                f"{self.model.path}: the plugin cannot prune this model; --debug shows the reason in the log{without}"
             )
         first = context.logits(prompt)[-1:].copy()
         batch = Batch(example.following[:-1], first_position=n, first_logits=0)
@@ -138,7 +141,7 @@ class Runtime:
 
 
 def examples_of(model: Model, text: str, choice: PruneOptions) -> list[Example]:
-    """Examples from a text, as many as wanted and as the memory for their logits allows."""
+    """Examples from a text: as many as `choice` asks for, but no more than the memory for their logits allows."""
     tokens = model.tokenize(text)
     logits_bytes = 4 * model.n_vocab * choice.following
     count = max(2, min(choice.prompts, _LOGITS_BYTES // logits_bytes))
