@@ -1,4 +1,4 @@
-"""Reads the texts that users give: for calibration, evaluation, pruning and reports."""
+"""Reads the texts for calibration, evaluation, pruning and reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATA = Path(__file__).parent / "data"
 PACKAGED_CALIBRATION = DATA / "calibration.txt"
 PACKAGED_EVALUATION = DATA / "evaluation.txt"
 
-# What files that are no UTF-8 text begin with. The marks of UTF-32 come before those of UTF-16, which they begin with.
+# First bytes of files that are not UTF-8 text. UTF-32 comes before UTF-16, whose mark begins a mark of UTF-32.
 _SIGNATURES = (
     (b"\xff\xfe\x00\x00", "UTF-32 text; convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
     (b"\x00\x00\xfe\xff", "UTF-32 text; convert it to UTF-8, for example with iconv -f UTF-32 -t UTF-8"),
@@ -33,9 +33,9 @@ _SIGNATURES = (
 
 @dataclass(frozen=True)
 class LoadedText:
-    """A text in memory; iterating gives its pieces. So a pipe is read once, whoever needs the text afterwards."""
+    """A text in memory; iterating gives its pieces. Several stages can use it although a pipe can be read only once."""
 
-    name: str  # for people: the file's name, or "text"
+    name: str  # for messages: the file's name, or "text"
     pieces: tuple[str, ...]
 
     def __iter__(self) -> Iterator[str]:
@@ -50,7 +50,7 @@ class LoadedText:
 def read_text(path: str | os.PathLike[str]) -> str:
     """The content of a UTF-8 text file, without a byte-order mark.
 
-    Raises InputError if the file cannot be read, is empty or is not UTF-8 text; the message names what was found.
+    Raises InputError if the file cannot be read, is empty or is not UTF-8 text; the message says what was found.
     """
     try:
         raw = Path(path).read_bytes()
@@ -58,7 +58,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise InputError(f"{path}: the text cannot be read: {e.strerror}") from e
     for signature, what in _SIGNATURES:
         if raw.startswith(signature):
-            raise InputError(f"{path}: not a UTF-8 text but {what}")
+            raise InputError(f"{path}: expected UTF-8 text, found {what}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -67,14 +67,17 @@ def read_text(path: str | os.PathLike[str]) -> str:
             f"{path}: not UTF-8 text: byte {e.start} is 0x{found:02X}; convert the file to UTF-8 first"
         ) from e
     if (zero := raw.find(b"\0")) >= 0:
-        raise InputError(f"{path}: not a text: byte {zero} is zero, as in a binary file or in UTF-16 without a mark")
+        raise InputError(
+            f"{path}: not a text: byte {zero} is zero, as in a binary file or in UTF-16 without a byte-order mark; "
+            "give a UTF-8 text file"
+        )
     if not text.strip():
         raise InputError(f"{path}: the text is empty")
     return text
 
 
 def load_text(source: Text) -> LoadedText:
-    """Reads a text file, or collects strings of text. Raises InputError as `read_text` does."""
+    """Reads a text file, or collects strings of text. Raises InputError like `read_text`."""
     if isinstance(source, LoadedText):
         return source
     if isinstance(source, (str, os.PathLike)):

@@ -173,7 +173,9 @@ def test_too_little_text(llama: Path) -> None:
 
 
 def test_too_small_a_context(llama: Path) -> None:
-    with pytest.raises(InputError, match="context of 8 tokens is too small"):
+    with pytest.raises(
+        InputError, match=r"context of 8 tokens is too small for calibration, at least 1[678] are needed"
+    ):
         Calibrator.open(llama, TEXT, wanted(llama), context=8, threads=1)
 
 

@@ -1,1 +1,1 @@
-"""Runs text through llama.cpp and gathers statistics of the inputs of matrix products."""
+"""Runs a text through llama.cpp and collects statistics of the inputs of matrix products."""

@@ -1,4 +1,4 @@
-"""Sums over the rows of one input, and what becomes of them: `InputStats` and `WeightStats`."""
+"""Sums over the rows of one input, and `InputStats` and `WeightStats` made from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from agq_gguf.calibration.stats import InputStats, WeightStats
 from agq_gguf.errors import InputError
 
-SAMPLE_ROWS = 256  # of an input, kept as they were
-
-
-_EXPERT_PRIOR = 128  # tokens' worth of the whole input mixed into an expert's own statistics
+SAMPLE_ROWS = 256  # rows of an input that are kept as a sample
+_EXPERT_PRIOR = 128  # the whole input is mixed into an expert's own statistics with the weight of so many tokens
 
 
 class Accumulator:
@@ -35,12 +33,14 @@ class Accumulator:
             return
         square = np.einsum("nk,nk->k", x, x, dtype=np.float64)
         if not np.isfinite(square).all():
-            raise InputError("the model computes a NaN or an infinity on the calibration text; it cannot be calibrated")
+            raise InputError(
+                "the model computes a NaN or an infinity on the calibration text; its weights may be damaged"
+            )
         self.tokens += len(x)
         self.square += square
         np.maximum(self.abs_max, np.abs(x).max(axis=0), out=self.abs_max)
         if sum(map(len, self.sample)) < SAMPLE_ROWS:
-            # Another place in each chunk: the first token of a text is often unlike all others.
+            # Each chunk is sampled at other places, because the first token of a text often differs from all others.
             step = max(1, len(x) // self.rows_per_call)
             self.sample.append(x[self.calls * 7919 % step :: step][: self.rows_per_call].copy())
         self.calls += 1
@@ -50,7 +50,7 @@ class Accumulator:
             self.gram.addmm_(rows.T, rows)
 
     def stats(self) -> InputStats:
-        """What was found; the last call, since it takes the sums."""
+        """Statistics from the sums. Must be the last call, because it overwrites the sums."""
         n = max(self.tokens, 1)
         sample = np.concatenate(self.sample) if self.sample else np.zeros((0, len(self.square)), np.float32)
         hessian = None if self.gram is None else self.gram.div_(n).numpy()
@@ -58,7 +58,7 @@ class Accumulator:
 
 
 def finish(sums: list[Accumulator]) -> WeightStats:
-    """Statistics of one input from its sums: a single one, or one for each expert. Takes the sums."""
+    """Statistics of one input from its sums: one, or one for each expert. Overwrites the sums."""
     if len(sums) == 1:
         return WeightStats(sums[0].stats())
     parts = [total.stats() for total in sums]
@@ -67,7 +67,7 @@ def finish(sums: list[Accumulator]) -> WeightStats:
 
 
 def merge(parts: list[InputStats]) -> InputStats:
-    """Statistics of all rows that the parts have seen."""
+    """Statistics over the rows of all parts."""
     tokens = sum(part.tokens for part in parts)
     shares = [np.float32(part.tokens / max(tokens, 1)) for part in parts]
     hessian = None
@@ -86,7 +86,7 @@ def merge(parts: list[InputStats]) -> InputStats:
 
 
 def _with_prior(own: InputStats, whole: InputStats) -> InputStats:
-    """An expert's statistics, drawn towards those of all experts the less text it has seen."""
+    """An expert's statistics mixed with those of all experts; the fewer tokens it has seen, the more."""
     s = np.float32(own.tokens / (own.tokens + _EXPERT_PRIOR))
     hessian = None
     if own.hessian is not None and whole.hessian is not None:

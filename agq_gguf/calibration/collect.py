@@ -1,7 +1,7 @@
-"""Runs text through the model in llama.cpp and gathers statistics of what the weights are multiplied with.
+"""Runs a text through the model in llama.cpp and collects statistics of the weights' inputs.
 
-llama.cpp calls back for each node of its graph (context parameter `cb_eval`), so this works for every architecture it
-runs. Weights that read the same tensor (q, k and v; gate and up) share one set of statistics.
+llama.cpp calls back for each node of its graph (context parameter `cb_eval`), so this works for every architecture that
+llama.cpp runs. Weights that read the same tensor (q, k and v; gate and up) share one set of statistics.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from agq_gguf.calibration.stats import WeightStats
 from agq_gguf.runtime.ggml import Ggml, GgmlTensor, ggml
 from agq_gguf.runtime.model import Batch
 
-# The first token of a text is where attention rests that is needed nowhere (arXiv 2309.17453): all tokens read its key
-# and its value, which then matter 28 to 470 times as much as others', by the gradients of SmolLM2-135M.
+# When a head has nothing to attend to, it attends to the first token of a text (arXiv 2309.17453). So all tokens read
+# its key and its value, which then matter 28 to 470 times as much as others', by the gradients of SmolLM2-135M.
 _SINK_WEIGHT = 100.0
 _KEYS_AND_VALUES = re.compile(r"attn_(k|v|qkv|kv\w*)\.weight$")
 
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor that weights are multiplied with; the first weight in the graph stands for all of them."""
+    """A tensor that one or more weights are multiplied with; the first weight in the graph identifies it."""
 
     weights: tuple[str, ...]
     columns: int
-    experts: int  # 0: an ordinary product
-    norms: tuple[str, ...] = ()  # the weight (and bias) that make it, if nothing else sees what they make
+    experts: int  # 0: not a product with experts
+    norms: tuple[str, ...] = ()  # weight (and bias) of the norm that produces it, if nothing else reads its output
 
     @property
     def first_weight(self) -> float:
-        """How often the first token of a text counts in the Hessian."""
+        """Weight of the first token of a text in the Hessian."""
         return _SINK_WEIGHT if any(map(_KEYS_AND_VALUES.search, self.weights)) else 1.0
 
 
 class Calibrator:
-    """Runs the chunks of a session's text and looks at the inputs of weights; a context manager.
+    """Runs the chunks of a session's text and reads the inputs of weights; a context manager.
 
-    `wanted` maps the names of the weights to learn about to their shapes. Raises InputError when `context` is too
-    small, HostError when the installed llama.cpp is not laid out as expected.
+    `wanted` maps the names of the weights to their shapes. Raises InputError if `context` is too small, HostError if
+    the tensors of the installed llama.cpp are not laid out as expected.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Calibrator:
         self._wanted, self._model = wanted, session.model
         self._visit: Callable[[GgmlTensor, bool], bool] = lambda node, ask: False
         self._failure: BaseException | None = None
-        self._stopped = False  # whether the callback ended the graph that ran last
+        self._stopped = False  # whether the callback stopped the last graph early
         self._ggml: Ggml = ggml()
         size = session.chunk_size(context)
         self.chunks = session.chunks(size, max_tokens)
@@ -86,7 +86,7 @@ class Calibrator:
         max_tokens: int = 32768,
         threads: int = 0,
     ) -> Calibrator:
-        """A calibrator with a session of its own, which it closes. Raises InputError or HostError, as both do."""
+        """A calibrator that opens and closes its own session. Raises InputError or HostError, as both do."""
         with ExitStack() as stack:
             session = stack.enter_context(Session(path, text))
             made = cls(session, wanted, context=context, max_tokens=max_tokens, threads=threads)
@@ -96,11 +96,11 @@ class Calibrator:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that one pass runs through the model."""
+        """Number of tokens in one pass over the text."""
         return sum(map(len, self.chunks))
 
     def logits(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Logits [n, vocabulary] of the float model for a text of its own of at most a chunk's length."""
+        """Logits [n, vocabulary] of the float model for separate tokens, at most as many as in a chunk."""
         self._visit = lambda node, ask: False
         self._context.clear()
         batch = Batch(tokens, first_logits=0)
@@ -108,7 +108,7 @@ class Calibrator:
         return self._context.logits(batch).copy()
 
     def passes(self, memory: int, hessians: bool = True) -> list[list[Input]]:
-        """Splits the inputs, in the order of the graph, so that the Hessians of each part fit into `memory` bytes."""
+        """Splits the inputs, in graph order, into parts whose Hessians fit into `memory` bytes."""
         if not hessians:
             return [self.inputs]
         parts: list[list[Input]] = [[]]
@@ -124,11 +124,11 @@ class Calibrator:
 
     @staticmethod
     def _matrices(found: Input, memory: int) -> int:
-        """Hessians kept for an input: one for each expert if they fit into the memory, else one for all."""
+        """Number of Hessians for an input: one for each expert if they fit into the memory, else one for all."""
         return found.experts if 4 * found.columns**2 * found.experts <= memory and found.experts else 1
 
     def pooled(self, memory: int) -> list[str]:
-        """Expert weights whose experts share one Hessian because one for each would not fit into `memory` bytes."""
+        """Weights whose experts share one Hessian, because one for each expert does not fit into `memory` bytes."""
         return [
             name
             for found in self.inputs
@@ -155,7 +155,7 @@ class Calibrator:
                 return False
             if not ask:
                 self._add(node, sums[name])
-            return ask or name != last  # nothing behind the last input is of interest: stop the graph there
+            return ask or name != last  # stop the graph after the last input; the rest is not needed
 
         self._visit = visit
         done = 0
@@ -166,7 +166,7 @@ class Calibrator:
         return [finish(sums[found.weights[0]]) for found in part]
 
     def _run(self, chunk: NDArray[np.int32]) -> None:
-        """Runs one chunk from scratch; an exception from the callback is raised here."""
+        """Runs one chunk from an empty cache; raises the exception of the callback, if any."""
         self._context.clear()
         self._stopped = False
         if self._model.has_encoder and self._model.has_decoder:
@@ -174,24 +174,24 @@ class Calibrator:
         elif self._model.has_encoder:
             self._context.encode(Batch(chunk, first_logits=0))
         else:
-            # All logits are asked for: else the last layer would skip the tokens whose result nobody reads.
+            # Requests all logits; otherwise the last layer would skip tokens without logits.
             self._context.decode(Batch(chunk, first_logits=0))
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
     def _run_both(self, chunk: NDArray[np.int32]) -> None:
-        """Encoder and decoder: the first half of the chunk is read, the second half said."""
+        """Runs the first half of the chunk through the encoder and the second half through the decoder."""
         half = len(chunk) // 2
         self._context.encode(Batch(chunk[:half], first_logits=0))
-        if not self._stopped:  # else the decoder is of no interest, and nothing is there for it to look at
+        if not self._stopped:  # otherwise the decoder is not needed, and the encoder's output is incomplete
             start = np.array([self._model.decoder_start], np.int32)
             self._context.decode(Batch(np.concatenate([start, chunk[half:-1]]), first_logits=0))
 
     # the graph
 
     def _on_node(self, node: int, ask: bool) -> bool:
-        """What llama.cpp calls; no exception may pass through its C code."""
+        """Called by llama.cpp; no exception may pass through its C code."""
         try:
             go_on = self._failure is None and self._visit(GgmlTensor.from_address(node), ask)
             self._stopped |= not ask and not go_on
@@ -201,14 +201,14 @@ class Calibrator:
             return False
 
     def _weight_of(self, node: GgmlTensor) -> str:
-        """Name of the wanted weight that the node multiplies with, or ''."""
+        """Name of the wanted weight in the node's product, or ''."""
         if node.op not in (self._ggml.mul_mat, self._ggml.mul_mat_id):
             return ""
         name: str = node.src[0].contents.name.decode("utf-8", "surrogateescape")
         return name if name in self._wanted else ""
 
     def _discover(self) -> list[Input]:
-        """Which weights share an input and which norm makes it, from one look at the graph."""
+        """The inputs, the weights that share them and the norms that produce them, from one run of the graph."""
         found: dict[int, list[str]] = {}
         norms: dict[int, dict[str, int]] = {}
         readers: Counter[int] = Counter()
@@ -232,7 +232,7 @@ class Calibrator:
         shapes = self._wanted
         inputs = []
         for source, names in found.items():
-            # Nobody else may read what the norm makes, nor the norm's own vectors.
+            # No other node may read the output of the norm, nor its weight and bias.
             alone = readers[source] == products[source] == len(names)
             alone = alone and all(readers[address] == 1 for address in norms[source].values())
             experts = shapes[names[0]][0] if len(shapes[names[0]]) == 3 else 0
@@ -243,7 +243,7 @@ class Calibrator:
     def _norms_of(self, made: GgmlTensor) -> dict[str, int]:
         """Name -> address of weight and bias if `made` is norm(x) * weight (+ bias), else nothing.
 
-        Between them stands the product under the name "", which must have one reader, too.
+        The product norm(x) * weight is included under the name "", because it must have only one reader, too.
         """
         found: dict[str, int] = {}
         for op in (self._ggml.add, self._ggml.mul):
@@ -263,7 +263,7 @@ class Calibrator:
         if len(sums) == 1:
             sums[0].add(x.reshape(-1, x.shape[-1]))
             return
-        x = x[0]  # [tokens, slots, K], slots being 1 where all experts see the same
+        x = x[0]  # [tokens, slots, K]; one slot if all experts have the same input
         ids = self._ggml.integers(node.src[2].contents)[0, 0]  # [tokens, used]
         for expert, total in enumerate(sums):
             token, slot = np.nonzero(ids == expert)
@@ -272,7 +272,7 @@ class Calibrator:
     # closing
 
     def close(self) -> None:
-        """Frees the context, and the session if it is its own."""
+        """Frees the context, and the session if `open` made it."""
         self._open.close()
 
     def __enter__(self) -> Calibrator:

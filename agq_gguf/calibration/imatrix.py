@@ -1,4 +1,4 @@
-"""Reads importance matrices as llama-imatrix writes them."""
+"""Reads importance matrices of llama-imatrix."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"  # names in llama.cpp's imatrix files
 
 
 def load_imatrix(path: str | os.PathLike[str]) -> dict[str, WeightStats]:
-    """Reads an importance matrix as llama-imatrix writes it (GGUF): mean squares per weight and expert.
+    """Reads an importance matrix that llama-imatrix wrote (GGUF): mean squares per weight and expert.
 
-    Raises InputError when the file is no imatrix or its tensors do not fit together.
+    Raises InputError if the file is not an imatrix or is damaged.
     """
     with open_gguf(path) as reader:
         if reader.get("general.type") != "imatrix":
-            raise InputError(f"{path}: not an imatrix (general.type is {reader.get('general.type')!r})")
+            raise InputError(
+                f"{path}: not an imatrix: general.type must be 'imatrix', got {reader.get('general.type')!r}"
+            )
         found: dict[str, WeightStats] = {}
         for key in reader.tensors:
             if not key.endswith(_SUMS):
                 continue
             name = key.removesuffix(_SUMS)
             if name + _COUNTS not in reader.tensors:
-                raise InputError(f"{path}: {name} has sums and no counts")
+                raise InputError(f"{path}: the entry of {name} has sums but no counts; make the imatrix again")
             sums, counts = reader.read(key).astype(np.float64), reader.read(name + _COUNTS).reshape(-1)
             sums = sums.reshape(-1, sums.shape[-1])
             sane = all(np.isfinite(values).all() and (values >= 0).all() for values in (sums, counts))
-            # A count is one of tokens, so it is no fraction of one; sums within float32 then stay within it.
+            # Counts are numbers of tokens, so they are 0 or at least 1. Dividing by them keeps sums within float32.
             if len(sums) != len(counts) or not sane or ((counts > 0) & (counts < 1)).any():
-                raise InputError(f"{path}: the entry of {name} is damaged")
+                raise InputError(f"{path}: the entry of {name} is damaged; make the imatrix again")
             found[name] = _from_sums(sums, counts.astype(np.float64))
             if not np.isfinite(found[name].whole.mean_square).all():
-                raise InputError(f"{path}: the entry of {name} is damaged")
+                raise InputError(f"{path}: the entry of {name} is damaged; make the imatrix again")
     if not found:
-        raise InputError(f"{path}: holds no entries")
+        raise InputError(f"{path}: the imatrix is empty; make it again")
     return found
 
 
 def _from_sums(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> WeightStats:
-    """Sums of squares [experts, K] and counts [experts]; an expert that was never used gets the mean of all."""
+    """Statistics from sums of squares [experts, K] and counts [experts]; an unused expert gets the mean of all."""
     total = max(float(counts.sum()), 1.0)
-    with np.errstate(over="ignore"):  # the caller looks for infinities
+    with np.errstate(over="ignore"):  # the caller checks for infinities
         whole = InputStats(int(counts.sum()), (sums.sum(axis=0) / total).astype(np.float32))
     if len(counts) == 1:
         return WeightStats(whole)

@@ -1,4 +1,4 @@
-"""Which few of many things to look at, where the many have a rhythm of their own."""
+"""Chooses a sample of tokens, rows or blocks, evenly spread but not at regular steps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, however 
 
 
 def spread(count: int, total: int) -> NDArray[np.int64]:
-    """`count` of the numbers below `total`, ascending; all of them if there are not so many.
+    """`count` of the numbers below `total`, ascending; all of them if `count` is larger.
 
-    One of each of `count` equal parts, each time at another place of it: even steps would fall in with the length of
-    texts, rows or blocks. Every 128th token of chunks of 512, for one, is each fourth time the first of a text, which
-    is often unlike all others.
+    Takes one number from each of `count` equal parts, each time at another place within the part. Regular steps could
+    coincide with the length of texts, rows or blocks: of every 128th token of chunks of 512, each fourth is the first
+    of a text, which often differs from all others.
     """
     count = min(count, total)
     parts = np.arange(count + 1, dtype=np.int64) * total // max(count, 1)

@@ -1,4 +1,4 @@
-"""A model that llama.cpp holds open, and the text that it is calibrated on: opened once for all that need them."""
+"""A model open in llama.cpp and its calibration text, shared by all stages that need them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agq_gguf.errors import InputError
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.model import Model
 
-MIN_TOKENS = 64  # less text than this says nothing
+MIN_TOKENS = 64  # a shorter text is useless
 _MIN_CHUNK = 16
 _NO_TOKENIZER = 0  # LLAMA_VOCAB_TYPE_NONE
 
@@ -22,7 +22,7 @@ _NO_TOKENIZER = 0  # LLAMA_VOCAB_TYPE_NONE
 class Session:
     """The model and the tokens of its calibration text; a context manager.
 
-    Raises InputError when llama.cpp cannot load the model, when it has no tokenizer, or when the text is too short.
+    Raises InputError if llama.cpp cannot load the model, if it has no tokenizer, or if the text is too short.
     """
 
     def __init__(self, path: str | os.PathLike[str], text: Iterable[str]):
@@ -30,37 +30,42 @@ class Session:
         self.model = Model(path)
         try:
             if llama_api().llama_vocab_type(self.model.vocabulary) == _NO_TOKENIZER:  # llama.cpp would abort
-                raise InputError(f"{path}: has no tokenizer, so text cannot calibrate it; use an imatrix, or neither")
+                raise InputError(
+                    f"{path}: has no tokenizer, so a text cannot be used for calibration; use an imatrix, or no "
+                    "calibration"
+                )
             pieces = [self.model.tokenize(piece, add_special=False) for piece in text]
             self._tokens = np.concatenate([np.empty(0, np.int32), *pieces])
             if len(self._tokens) < MIN_TOKENS:
                 raise InputError(
-                    f"the calibration text has {len(self._tokens)} tokens, at least {MIN_TOKENS} are needed"
+                    f"the calibration text has {len(self._tokens)} tokens, at least {MIN_TOKENS} are needed; "
+                    "use a longer text"
                 )
         except BaseException:
             self.model.close()
             raise
 
     def chunk_size(self, context: int) -> int:
-        """Tokens of a chunk: `context`, or what the model was trained for if that is less."""
+        """Tokens per chunk: `context`, or the model's trained context if that is smaller."""
         return min(context, self.model.n_ctx_train or context)
 
     def chunks(self, size: int, max_tokens: int) -> list[NDArray[np.int32]]:
-        """Up to `max_tokens` tokens in chunks of `size`, with the model's special tokens around, spread over the text.
+        """Chunks of `size` tokens, spread over the text, with up to `max_tokens` tokens in total.
 
-        Raises InputError if `size` is too small.
+        Each chunk includes the model's special tokens at its ends. Raises InputError if `size` is too small.
         """
         around = self.model.tokenize("")
         first, last = np.split(around, [int(self.model.add_bos and len(around) > 0)])
         body = size - len(around)
         if body < _MIN_CHUNK:
             raise InputError(
-                f"a context of {size} tokens is too small for calibration, at least {_MIN_CHUNK} are needed"
+                f"a context of {size} tokens is too small for calibration, at least {_MIN_CHUNK + len(around)} are "
+                "needed"
             )
         tokens = self._tokens
         bodies = [tokens[i : i + body] for i in range(0, len(tokens), body)]
         if len(bodies) > 1 and len(bodies[-1]) < body // 4:
-            bodies.pop()  # a few words without context are not what the model usually sees
+            bodies.pop()  # a few words without context are not typical input
         n_chunks = max(1, min(len(bodies), max_tokens // size))
         return [np.concatenate([first, bodies[i * len(bodies) // n_chunks], last]) for i in range(n_chunks)]
 

@@ -1,4 +1,4 @@
-"""What calibration knows of the input of a matrix product, and how that is saved, loaded and merged."""
+"""Statistics of the input of a matrix product, from calibration."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from agq_gguf.errors import InputError
 class InputStats:
     """Statistics of one input x [tokens, K] over the calibration text, in input-channel order.
 
-    `mean_square` is E[x^2]; where the source is an imatrix it is all there is. `sample` holds rows of x as they were,
-    spread over the text, so that choices about activations can be tried out. `hessian` is E[x x^T].
+    `mean_square` is E[x^2]; an imatrix gives only this. `sample` holds some rows of x, spread over the text, to try
+    choices about activations on. `hessian` is E[x x^T].
     """
 
     tokens: int
@@ -27,15 +27,15 @@ class InputStats:
 
     @property
     def columns(self) -> int:
-        """K."""
+        """Number of channels, K."""
         return len(self.mean_square)
 
 
 @dataclass(frozen=True)
 class WeightStats:
-    """What is known for one weight: the input as a whole and, for experts, the part that each expert has seen.
+    """Statistics for one weight: of its whole input and, for experts, of the part that each expert has seen.
 
-    Weights that multiply the same input share the object, so identity tells what can share work.
+    Weights with the same input share one object, so object identity shows which weights can share work.
     """
 
     whole: InputStats
@@ -47,13 +47,18 @@ class WeightStats:
 
 
 def check_shapes(stats: Mapping[str, WeightStats], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Raises InputError unless the statistics that there are fit the weights' shapes (numpy order)."""
+    """Raises InputError unless the given statistics match the weights' shapes (numpy order)."""
     for name, shape in shapes.items():
         found = stats.get(name)
         if found is None:
             continue
         have, want = found.whole.columns, shape[-1]
         if have != want:
-            raise InputError(f"{origin}: has {have} channels for {name}, the model has {want}; is it another model's?")
+            raise InputError(
+                f"{origin}: has {have} channels for {name}, but the model has {want}; it belongs to another model"
+            )
         if found.experts and (len(shape) != 3 or len(found.experts) != shape[0]):
-            raise InputError(f"{origin}: has {len(found.experts)} experts for {name} of shape {shape}")
+            raise InputError(
+                f"{origin}: has {len(found.experts)} experts for {name}, which does not match its shape {shape}; "
+                "it belongs to another model"
+            )
