@@ -128,7 +128,7 @@ def test_a_missing_plugin_is_explained(llama_agq: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("agq_gguf.runtime.model_file.register", refuse)
     error = run("generate", llama_agq, "-p", "the", code=4).stderr
-    assert "holds 14 AGQ4 tensors, which need our plugin" in error
+    assert "holds 14 AGQ4 tensors, which need the AGQ plugin" in error
     assert "supported are 0.3.30 to 0.3.36" in error
 
 
@@ -149,7 +149,7 @@ def test_interrupted(small: Path) -> None:
         preexec_fn=heeding_interrupts,
     ) as child:  # fmt: skip
         assert child.stderr is not None
-        assert re.fullmatch(r"bench: 0%(, [\d.]+ MiB)? \(start of small\.gguf\)\n", child.stderr.readline())
+        assert re.fullmatch(r"bench: 0%(, [\d.]+ MiB)? \(loading small\.gguf\)\n", child.stderr.readline())
         time.sleep(1)
         child.send_signal(signal.SIGINT)
         assert child.wait(60) == 130

@@ -1,1 +1,1 @@
-"""The llama.cpp library in this process, the plugin in it, models and contexts."""
+"""Uses llama.cpp in this process: the library, the plugin, models and contexts."""

@@ -1,4 +1,4 @@
-"""The installed llama-cpp-python: its bindings, its version, and how many threads to use."""
+"""The installed llama-cpp-python: its bindings, its version, and the default number of threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def llama_api() -> Any:
 
 
 def ggml_version() -> str:
-    """Version of the ggml that llama-cpp-python brings."""
+    """Version of the ggml inside llama-cpp-python."""
     try:
         function = llama_api()._lib.ggml_version  # looked up in the libraries that libllama depends on
     except AttributeError:
@@ -30,13 +30,13 @@ def ggml_version() -> str:
 
 
 def default_threads() -> int:
-    """Number of CPUs this process may use: its affinity, and the quota of its container.
+    """Number of CPUs that this process may use, from its affinity and the CPU quota of its container.
 
-    More threads than that would wait for one another in ggml's spinning barriers.
+    More threads would wait for each other in ggml's spinning barriers.
     """
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         return max(1, min(n, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no control groups, or "max": no quota
+    except (OSError, ValueError):  # no control groups, or no quota ("max")
         return n

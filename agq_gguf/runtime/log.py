@@ -1,4 +1,4 @@
-"""Redirects llama.cpp's log to Python's logging and turns its failures into errors of this package."""
+"""Sends llama.cpp's log to Python's logging, and turns llama.cpp's failures into errors of this package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("agq_gguf.llama")
 
 
 class _LogRedirect:
-    """Counts who wants llama.cpp quiet; the first installs our callback, the last puts the previous one back."""
+    """Redirects the log while it has users: the first one installs our callback, the last one restores the previous."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -52,7 +52,7 @@ class _LogRedirect:
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         line = text.decode("utf-8", "replace").strip()
         if level != _CONTINUE:
-            # What is information for llama.cpp, a hundred lines for a model, is detail for our users.
+            # llama.cpp logs about a hundred lines of information per model, which are details for our users.
             self._level = {_WARN: logging.WARNING, _ERROR: logging.ERROR}.get(level, logging.DEBUG)
         if line and line.strip("."):
             if self._level == logging.ERROR:
@@ -74,14 +74,14 @@ def quiet_log() -> Iterator[None]:
 
 
 def last_error(default: str) -> str:
-    """The most telling of the error lines that llama.cpp logged lately, without the name of its function."""
+    """The most informative of the last error lines of llama.cpp's log, without the function's name."""
     lines = [line for line in redirect.errors if "error loading model" in line] or list(redirect.errors)
     return lines[-1].split(": ", 1)[-1].removeprefix("error loading model: ") if lines else default
 
 
 @contextlib.contextmanager
 def llama_errors(what: str) -> Iterator[None]:
-    """Turns what `llama_cpp.Llama` raises into errors of ours, and keeps llama.cpp quiet."""
+    """Turns exceptions of `llama_cpp.Llama` into errors of this package, and redirects the log."""
     with quiet_log():
         redirect.errors.clear()
         try:

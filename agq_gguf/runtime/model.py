@@ -1,7 +1,7 @@
-"""Models, contexts and batches of the installed llama.cpp, with clear errors and a silent log.
+"""Models, contexts and batches of the installed llama.cpp, with clear errors and without log output.
 
-A file is checked before llama.cpp sees it, and the plugin is registered if the file holds AGQ4 tensors, so that a model
-either opens or fails with one sentence. While a model is open, llama.cpp's log goes to the Python logger
+A file is checked before llama.cpp opens it, and the plugin is registered if the file holds AGQ4 tensors. So a model
+either opens or fails with a clear message. While a model is open, llama.cpp's log goes to the Python logger
 ``agq_gguf.llama``.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FlashAttention = Literal["auto", "on", "off"]
-EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor, whether this is the question before it runs
+EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor; True before it is computed, False after
 
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _NO_ROPE = -1
@@ -35,33 +35,27 @@ _NO_ROPE = -1
 logging.getLogger("agq_gguf").addHandler(logging.NullHandler())
 
 
-# log
-
-
-# models
-
-
 class _Closable:
-    """Something with `close`, as a context manager."""
+    """Base class of context managers with `close`."""
 
     def close(self) -> None:
-        """Frees it; may be called again."""
+        """Frees the object; may be called more than once."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        """Nothing to do: it is open already."""
+        """Returns the object, which is already open."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        """Closes it, whatever happened."""
+        """Closes the object."""
         self.close()
 
 
 class Model(_Closable):
-    """A loaded model; a context manager. Close its contexts first."""
+    """A loaded model; a context manager. Its contexts must be closed before it."""
 
     def __init__(self, path: str | os.PathLike[str], *, use_mmap: bool = True, vocab_only: bool = False):
-        """Opens the file. Raises InputError if the file is at fault, HostError if the host is."""
+        """Opens the file. Raises InputError if the file cannot be used, HostError if llama-cpp-python cannot."""
         self.path = Path(path)
         self.facts = prepare(path)
         self._api = api = llama_api()
@@ -70,7 +64,7 @@ class Model(_Closable):
         try:
             api.llama_backend_init()
             parameters = api.llama_model_default_params()
-            if hasattr(parameters, "load_mode"):  # since 0.3.35; a flag of its own before
+            if hasattr(parameters, "load_mode"):  # since llama-cpp-python 0.3.35; earlier releases have use_mmap
                 parameters.load_mode = api.LLAMA_LOAD_MODE_MMAP if use_mmap else api.LLAMA_LOAD_MODE_NONE
             else:
                 parameters.use_mmap = use_mmap
@@ -109,12 +103,12 @@ class Model(_Closable):
 
     @property
     def decoder_start(self) -> int:
-        """The token that the decoder of an encoder-decoder model begins with."""
+        """The first token for the decoder of an encoder-decoder model."""
         start = int(self._api.llama_model_decoder_start_token(self._model))
         return start if start >= 0 else self.bos
 
     def detokenize(self, tokens: ArrayLike) -> str:
-        """Text of token ids; what is no UTF-8 is replaced."""
+        """Text of token ids; bytes that are not UTF-8 are replaced."""
         ids = np.ascontiguousarray(tokens, np.int32)
         pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         room = 8 * len(ids) + 16
@@ -128,7 +122,7 @@ class Model(_Closable):
     def require_logits(self) -> None:
         """Raises InputError unless the model predicts a next token."""
         if not self.facts.causal or self.has_encoder:
-            raise InputError(f"{self.path}: an encoder model, it predicts no next token; a decoder model is wanted")
+            raise InputError(f"{self.path}: an encoder model predicts no next token; use a decoder model")
 
     def context(
         self,
@@ -141,19 +135,19 @@ class Model(_Closable):
         sequences: int = 1,
         eval_callback: EvalCallback | None = None,
     ) -> Context:
-        """A context of `n_ctx` tokens for each sequence; `n_batch` 0 means n_ctx, `threads` 0 all CPUs.
+        """A context of `n_ctx` tokens for each sequence. `n_batch` 0 means n_ctx; `threads` 0 means all CPUs.
 
-        Raises InputError or HostError.
+        Raises InputError if the model does not support so many tokens, HostError if llama.cpp cannot create it.
         """
         if n_ctx > self.n_ctx_train and self._api.llama_model_rope_type(self._model) == _NO_ROPE:
-            # llama.cpp would read past the end of the table of positions, and abort.
+            # llama.cpp would read past the end of the position table, and abort.
             raise InputError(
-                f"{self.path}: can take at most {self.n_ctx_train} tokens at a time, {n_ctx} were asked for"
+                f"{self.path}: the context must be at most {self.n_ctx_train} tokens for this model, got {n_ctx}"
             )
         return Context(self, n_ctx, n_batch or n_ctx, n_ubatch, threads, flash_attention, sequences, eval_callback)
 
     def close(self) -> None:
-        """Frees the model and stops listening to the log."""
+        """Frees the model and restores the log."""
         if self._model:
             self._api.llama_model_free(self._model)
             self._model = None
@@ -161,16 +155,16 @@ class Model(_Closable):
 
 
 class Batch:
-    """Tokens laid out for llama.cpp once and decoded as often as wanted."""
+    """Tokens in llama.cpp's layout, which can be decoded many times."""
 
     def __init__(
         self, tokens: ArrayLike, *, first_position: int = 0, first_logits: int | None = None, sequence: int = 0,
         one_each: bool = False,
     ):  # fmt: skip
-        """Logits are computed from the token with index `first_logits` on; None: for the last token only.
+        """Logits are computed from the token with index `first_logits` on; None: only for the last token.
 
-        The tokens are one piece of the sequence with the number `sequence`, or, with `one_each`, the next token of
-        each of the sequences 0, 1, 2, ..., all at the same position and all with logits.
+        The tokens are consecutive tokens of the sequence with the number `sequence`. With `one_each` they are instead
+        the next tokens of the sequences 0, 1, 2, ..., one each, all at the same position and all with logits.
         """
         ids = np.ascontiguousarray(tokens, np.int32)
         n = len(ids)
@@ -207,7 +201,7 @@ class Context(_Closable):
         sequences: int,
         eval_callback: EvalCallback | None,
     ):
-        """For `Model.context`."""
+        """Called by `Model.context`."""
         self.model = model
         self._api = api = model._api
         parameters = api.llama_context_default_params()
@@ -224,30 +218,30 @@ class Context(_Closable):
         redirect.errors.clear()
         self._context: Any = api.llama_init_from_model(model._model, parameters)
         if not self._context:
-            reason = last_error("not enough memory, or the model does not allow it")
-            raise HostError(f"{model.path}: llama.cpp cannot make a context of {n_ctx} tokens: {reason}")
+            reason = last_error("not enough memory, or the model does not support it")
+            raise HostError(f"{model.path}: llama.cpp cannot create a context of {n_ctx} tokens: {reason}")
         self._memory = api.llama_get_memory(self._context)
         self._decode, self._synchronize = api.llama_decode, api.llama_synchronize
 
     def clear(self) -> None:
-        """Forgets all tokens."""
+        """Removes all tokens from the cache."""
         if self._memory:
             self._api.llama_memory_clear(self._memory, False)
 
     def forget(self, first_position: int) -> None:
-        """Forgets the tokens of all sequences from this position on."""
+        """Removes the tokens of all sequences from this position on from the cache."""
         if self._memory:
             self._api.llama_memory_seq_rm(self._memory, -1, first_position, -1)
 
     def decode(self, batch: Batch) -> None:
-        """Runs the batch and waits for it. Raises HostError if llama.cpp cannot."""
+        """Runs the batch and waits for the result. Raises HostError if llama.cpp fails."""
         status = self._decode(self._context, batch.raw)
         if status != 0:
             raise HostError(self._failure(status))
         self._synchronize(self._context)
 
     def encode(self, batch: Batch) -> None:
-        """Runs the batch through the encoder of a model that has one; it must fit into n_ubatch. Raises HostError."""
+        """Runs the batch, of at most n_ubatch tokens, through the encoder. Raises HostError if llama.cpp fails."""
         status = self._api.llama_encode(self._context, batch.raw)
         if status != 0:
             raise HostError(self._failure(status))
@@ -257,15 +251,15 @@ class Context(_Closable):
         reason = {
             -2: "not enough memory for so many tokens at a time; use a smaller n_ubatch",
             1: "the context is full",
-            2: "it was aborted",
+            2: "the computation was aborted",
         }.get(status) or last_error(f"status {status}")
         return f"{self.model.path}: llama.cpp cannot run this model: {reason}"
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
-        """Logits [batch.n_outputs, n_vocab] of the batch decoded last; a view that the next decode overwrites."""
+        """Logits [batch.n_outputs, n_vocab] of the last decoded batch; a view that the next decode overwrites."""
         pointer = self._api.llama_get_logits(self._context)
         if not pointer:
-            raise HostError(f"{self.model.path}: this model gives no logits")
+            raise HostError(f"{self.model.path}: this model computes no logits")
         return np.ctypeslib.as_array(pointer, (batch.n_outputs, self.model.n_vocab))
 
     def close(self) -> None:
@@ -275,13 +269,10 @@ class Context(_Closable):
             self._context = None
 
 
-# what else llama-cpp-python offers
-
-
 def check_same_tokens(models: Sequence[Model]) -> None:
-    """Raises InputError unless all models have the vocabulary of the first."""
+    """Raises InputError unless all models have the same vocabulary."""
     for model in models[1:]:
         if model.n_vocab != models[0].n_vocab or model.facts.tokens != models[0].facts.tokens:
             raise InputError(
-                f"{model.path} and {models[0].path} have different tokenizers; their logits do not compare"
+                f"{model.path} and {models[0].path} have different tokenizers, so their logits cannot be compared"
             )

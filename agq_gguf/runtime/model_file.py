@@ -16,19 +16,19 @@ _VOCABULARY_KEYS = {"tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What has to be known of a model file before it is loaded."""
+    """Facts about a model file that are needed before it is loaded."""
 
     agq_tensors: int
-    causal: bool  # False: an encoder, which has no next token to predict
+    causal: bool  # False: an encoder, which predicts no next token
     n_ctx_train: int  # tokens; 0 if the file does not say
-    tokens: bytes  # the vocabulary as it stands in the file
+    tokens: bytes  # the vocabulary, as bytes of the file
 
 
 def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
-    """Reads the whole header. Raises InputError for what llama.cpp would only call a failure to load."""
+    """Reads the whole header. Raises InputError with a reason, where llama.cpp would only say that loading failed."""
     with open_model(path) as reader:
         if not reader.architecture or not reader.tensors:
-            raise InputError(f"{path}: a GGUF file, but not a model (no architecture or no tensors)")
+            raise InputError(f"{path}: not a model: the GGUF file has no architecture or no tensors")
         vocabulary = [reader.metadata[key].raw for key in sorted(reader.metadata) if key in _VOCABULARY_KEYS]
         return FileFacts(
             sum(tensor.type_name == blocks.TYPE_NAME for tensor in reader.tensors.values()),
@@ -46,6 +46,6 @@ def prepare(path: str | os.PathLike[str]) -> FileFacts:
             with quiet_log():
                 register_for_models()
         except HostError as e:
-            message = f"{path} holds {facts.agq_tensors} AGQ4 tensors, which need our plugin; {e}"
+            message = f"{path} holds {facts.agq_tensors} AGQ4 tensors, which need the AGQ plugin; {e}"
             raise HostError(message) from e
     return facts

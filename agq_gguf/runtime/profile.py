@@ -1,4 +1,4 @@
-"""Time per kind of node, measured inside the plugin while a model runs."""
+"""Time per kind of graph node, measured by the plugin while a model runs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from agq_gguf.runtime.plugin import is_registered
 
 @dataclass(frozen=True)
 class NodeTime:
-    """All nodes of one kind."""
+    """Total time of all nodes of one kind."""
 
-    kind: str  # operation, and for matrix products which matrix
+    kind: str  # the operation; for matrix products also the matrix
     nodes: int
     seconds: float
 
 
 @contextmanager
 def profiled(*, cpu_time: bool = False) -> Iterator[list[NodeTime]]:
-    """Collects into the list, which is filled at the end with the longest time first, what runs inside the context.
+    """Measures the nodes that run inside the block; fills the list at its end, longest time first.
 
-    The plugin must be registered, else HostError. Models without AGQ4 are measured too, once the process has loaded one
-    with it. Clocks are nodes of their own, so that a step takes a little longer than without them. `cpu_time` counts
-    what one thread really ran, for contexts with one thread on a machine that is busy with other work.
+    Raises HostError if the plugin is not registered. Models without AGQ4 tensors are measured too, once the process has
+    loaded one with them. The clocks are extra nodes, so a step takes slightly longer. `cpu_time` counts only the time
+    in which the thread really ran; use it with one thread on a machine with other work.
     """
     if not is_registered():
-        raise HostError("the plugin is not registered, it cannot measure nodes")
+        raise HostError("profiling needs the plugin, which is not registered; load a model with AGQ4 tensors first")
     found: list[NodeTime] = []
     with plugin_library() as plugin:
         plugin.agq_profile(2 if cpu_time else 1)

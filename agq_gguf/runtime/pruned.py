@@ -1,6 +1,6 @@
-"""What the last prompt showed of token pruning: importance by layer, and which pieces of text were dropped.
+"""Results of token pruning for the last prompt: importance by layer, and which pieces of text were dropped.
 
-How contexts prune is set with `agq_gguf.options`, see `runtime/plugin.py`.
+`agq_gguf.options` sets how contexts prune; see `runtime/plugin.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from agq_gguf.runtime.plugin import last_pruned, registered_library
 
 
 def last_importance(layer: int) -> NDArray[np.float32]:
-    """Importance [T] of the tokens of the call (ubatch) that this thread pruned last, at one of its pruning layers.
+    """Importance [T] of the tokens of this thread's last pruned call (ubatch), at one of its pruning layers.
 
-    NaN: the token had left before; infinite: it was protected. Empty if the layer was no pruning layer.
+    NaN: the token was dropped at an earlier layer; infinite: it was protected. Empty if the layer is not a pruning
+    layer.
     """
     with registered_library() as library:
         n = library.agq_last_importance(layer, None, 0)
@@ -28,10 +29,10 @@ def last_importance(layer: int) -> NDArray[np.float32]:
 
 
 def read_prompt(llama: Any, tokens: list[int]) -> tuple[list[tuple[str, int]], NDArray[np.int32]]:
-    """Reads a prompt with a `llama_cpp.Llama`, which keeps what it read, and tells what left on the way.
+    """Reads a prompt with a `llama_cpp.Llama`, which keeps it in its cache, and returns which tokens were dropped.
 
-    Returns pieces of text with the layer behind which their tokens were dropped, -1 if they stayed, and the same by
-    token. Raises HostError if llama.cpp cannot read the prompt.
+    Returns pieces of text with the layer after which their tokens were dropped (-1: kept), and the same layer for each
+    token. Raises HostError or InputError if llama.cpp cannot read the prompt.
     """
     from agq_gguf.runtime.log import llama_errors
 

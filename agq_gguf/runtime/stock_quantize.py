@@ -1,4 +1,4 @@
-"""Makes llama.cpp's own quantization types."""
+"""Quantizes to llama.cpp's own types."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ _STOCK_FILE_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_s": 14, "q4_k_m": 15}
 
 
 def quantize_stock(src: str | os.PathLike[str], dst: str | os.PathLike[str], type_name: str, threads: int = 0) -> None:
-    """Makes one of llama.cpp's own types from a float GGUF, as llama-quantize does without an importance matrix."""
+    """Quantizes a float GGUF to one of llama.cpp's own types, as llama-quantize does without an importance matrix.
+
+    Raises InputError or OutputError.
+    """
     if type_name not in _STOCK_FILE_TYPES:
-        raise InputError(f"unknown stock type {type_name!r}; known are {', '.join(_STOCK_FILE_TYPES)}")
+        raise InputError(f"type must be one of {', '.join(_STOCK_FILE_TYPES)}, got {type_name!r}")
     check_model_file(src)
     api = llama_api()
     parameters = api.llama_model_quantize_default_params()

@@ -1,4 +1,4 @@
-"""Text generation with `llama_cpp.Llama`."""
+"""Generates text with `llama_cpp.Llama`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 
-_CHAT_CONTEXT = 4096  # tokens; what models are trained for today needs gigabytes of cache
+_CHAT_CONTEXT = 4096  # tokens; the trained context of many models would need gigabytes of cache
 
 
 def open_llama(path: str | os.PathLike[str], *, context: int = 0, threads: int = 0) -> Llama:
-    """A `llama_cpp.Llama` for text on a checked file, with the plugin where it is needed.
+    """Opens a checked file as a `llama_cpp.Llama`, with the plugin if needed.
 
-    `context` 0 means what the model was trained for, but not more than 4096 tokens. Raises InputError or HostError.
+    `context` 0 means the model's trained context, but at most 4096 tokens. Raises InputError or HostError.
     """
     facts = prepare(path)
     if not facts.causal:
-        raise InputError(f"{path}: an encoder model, it generates no text")
+        raise InputError(f"{path}: an encoder model generates no text; use a decoder model")
     llama_api()
     from llama_cpp import Llama
 
@@ -38,8 +38,8 @@ def open_llama(path: str | os.PathLike[str], *, context: int = 0, threads: int =
 def generated_text(
     llama: Llama, prompt: str | list[int], *, tokens: int, temperature: float, seed: int
 ) -> Iterator[str]:
-    """The pieces of text that follow the prompt, as they come. Raises InputError or HostError."""
-    with llama_errors("no text can be generated"):
+    """Yields pieces of the text that follows the prompt. Raises InputError or HostError."""
+    with llama_errors("cannot generate text"):
         stream: Any = llama.create_completion(
             prompt, max_tokens=tokens, temperature=temperature, seed=seed, stream=True
         )
@@ -50,8 +50,8 @@ def generated_text(
 def chat_answer(
     llama: Llama, messages: list[dict[str, str]], *, tokens: int, temperature: float, seed: int
 ) -> Iterator[str]:
-    """The pieces of the assistant's next message, as they come. Raises InputError or HostError."""
-    with llama_errors("no answer can be generated"):
+    """Yields pieces of the assistant's next message. Raises InputError or HostError."""
+    with llama_errors("cannot generate an answer"):
         request: Any = messages
         stream: Any = llama.create_chat_completion(
             request, max_tokens=tokens, temperature=temperature, seed=seed, stream=True
