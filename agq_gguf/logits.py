@@ -1,4 +1,4 @@
-"""Compares the logits of two models: log-likelihood, KL divergence, agreement."""
+"""Compares the logits of two models: log-likelihood, KL divergence, agreement on the most likely token."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def compare(
     reference: NDArray[np.float32], model: NDArray[np.float32], targets: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """Logits [n, vocabulary] of both models and the tokens that really followed [n] -> [n, 4].
+    """Compares the logits [n, vocabulary] of both models, given the tokens that really followed [n]; returns [n, 4].
 
-    The columns: negative log-likelihood by the reference and by the model, KL divergence, 1 where both agree on the
-    most likely token.
+    The columns are: negative log-likelihood by the reference, the same by the model, KL divergence, and 1 if both agree
+    on the most likely token, else 0.
     """
     p, q = log_softmax(reference), log_softmax(model)
     rows = np.arange(len(targets))
-    # The sum cannot be negative but for rounding.
+    # Only rounding can make the sum negative.
     kl = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0)
     agree = reference.argmax(axis=-1) == model.argmax(axis=-1)
     return np.stack([-p[rows, targets], -q[rows, targets], kl, agree], axis=1)

@@ -1,1 +1,1 @@
-"""Quantizes one matrix. Arrays in, arrays out."""
+"""Quantizes one matrix: arrays in, arrays out."""

@@ -1,8 +1,8 @@
-"""Scales and codebooks: which scale a group of weights gets, and which 16 values its codes stand for.
+"""Chooses the scale of each group of weights, and the codebook: the 16 values that codes stand for.
 
-All functions are pure and work on torch float32 tensors. A group is 64 weights of one row; errors are weighted by `h`,
-the mean square of the input channel (or the diagonal of the Hessian, which is the same up to a factor). Where groups
-are spoken of one by one they are transposed, [64, n].
+All functions are pure and work on torch float32 tensors. A group is 64 weights of one row. Errors are weighted by `h`,
+the mean square of the input channel (or the diagonal of the Hessian, which is the same up to a factor). A batch of n
+groups is transposed, [64, n].
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from agq_gguf.calibration.sampling import spread
 from agq_gguf.format.blocks import GROUP_COLUMNS, round_scale
 from agq_gguf.matrix import kernels
 
-# Values of the codes where none are learned: the fixed point of `learn` on Gaussian weights, rounded. The ends differ
-# in size because the sign of a scale is free: the largest weight of a group goes to the far end, whatever its sign.
+# The codebook if none is learned: the fixed point of `learn` on Gaussian weights, rounded. Its first and last value
+# differ in size because a scale may be negative: the largest weight of a group always gets the value -64.
 _FIXED = (-64, -48, -37, -28, -21, -15, -9, -4, 2, 8, 14, 20, 27, 34, 43, 54)
 
 _SAMPLE = 1 << 11  # groups a codebook is learned from
@@ -30,16 +30,16 @@ class Codebook:
     values: torch.Tensor  # [16] float32
 
     def encode(self, normal: torch.Tensor) -> torch.Tensor:
-        """Nearest codes, int64, of weights divided by their scale, any shape; the larger one from the midpoint on."""
+        """Nearest codes (int64) of weights divided by their scale, any shape; at a midpoint the larger code."""
         return torch.bucketize(normal, (self.values[1:] + self.values[:-1]) / 2, right=True)
 
     def nearest(self, normal: torch.Tensor) -> torch.Tensor:
-        """Nearest values, float32, of weights divided by their scale, any shape."""
+        """Nearest values (float32) of weights divided by their scale, any shape."""
         return self.values[self.encode(normal)]
 
 
 def fixed() -> Codebook:
-    """The codebook used where none is learned."""
+    """The codebook that is used if none is learned."""
     return Codebook(torch.tensor(_FIXED, dtype=torch.float32))
 
 
@@ -54,7 +54,7 @@ def storable(scales: torch.Tensor) -> torch.Tensor:
 
 
 def search_scales(weights: torch.Tensor, importance: torch.Tensor, codebook: Codebook) -> torch.Tensor:
-    """Best storable scales [M, K / 64] for `weights` [M, K]; a squared error of column k costs `importance` [K]."""
+    """Best storable scales [M, K / 64] for `weights` [M, K]; a squared error in column k costs `importance[k]`."""
     transposed = weights.T.contiguous()
     found = [
         kernels.search_scales(codebook.values, columns, costs)
@@ -64,10 +64,10 @@ def search_scales(weights: torch.Tensor, importance: torch.Tensor, codebook: Cod
 
 
 def learn(matrix: torch.Tensor, importance: torch.Tensor) -> Codebook:
-    """Codebook of whole numbers for a matrix [M, K] whose columns have the error weights `importance` [K].
+    """Learns a codebook of whole numbers for a matrix [M, K] whose columns have the error weights `importance` [K].
 
-    Weighted Lloyd iterations on weights divided by their scales, alternating with `search_scales`, on a sample of the
-    groups. Returns the fixed codebook where the learned one is not better.
+    Weighted Lloyd iterations on weights divided by their scales alternate with `search_scales`, on a sample of the
+    groups. Returns the fixed codebook if the learned one is not better.
     """
     groups, columns = matrix.reshape(-1, GROUP_COLUMNS), importance.reshape(-1, GROUP_COLUMNS)
     chosen = torch.from_numpy(spread(_SAMPLE, len(groups)))
@@ -80,7 +80,7 @@ def learn(matrix: torch.Tensor, importance: torch.Tensor) -> Codebook:
 
 
 def _lloyd(weights: torch.Tensor, h: torch.Tensor, codebook: Codebook) -> Codebook:
-    """One round: scales, codes, then each code's value becomes the weighted mean of what it stands for."""
+    """One round: finds scales and codes, then sets each code's value to the weighted mean of its weights."""
     scales = kernels.search_scales(codebook.values, weights, h)
     normal = weights * reciprocal(scales)
     codes = codebook.encode(normal).reshape(-1)
@@ -94,7 +94,9 @@ def _lloyd(weights: torch.Tensor, h: torch.Tensor, codebook: Codebook) -> Codebo
 def _whole(codebook: Codebook) -> Codebook:
     values = codebook.values
     if values.max() > -values.min():
-        values = -values.flip(0)  # the far end is negative: -64 exists, 64 does not; scales flip their sign
+        values = -values.flip(
+            0
+        )  # the largest value must be negative, since -64 exists and 64 does not; scales flip sign
     return Codebook(values.round().clamp(-64, 63))
 
 

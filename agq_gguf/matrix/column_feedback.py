@@ -1,10 +1,9 @@
-"""Rounding that minds correlations: error feedback (GPTQ, arXiv 2210.17323), then coordinate descent.
+"""Rounds a matrix with regard to correlated inputs: error feedback (GPTQ, arXiv 2210.17323), then coordinate descent.
 
-What a matrix of weights W [M, K] loses on inputs x by becoming Q is tr((W - Q) H (W - Q)^T) with H = E[x x^T]. Error
-feedback rounds columns one after the other and lets the following ones, as far as they are correlated, make up for what
-one loses: with H^-1 = U^T U, U upper triangular, rounding column k changes the later columns by
--(W_k - Q_k) / U_kk * U_k,later at a loss of ((W_k - Q_k) / U_kk)^2 per row. Descent then visits all columns again, now
-that all others are known.
+If a matrix W [M, K] is replaced by Q, the loss on inputs x is tr((W - Q) H (W - Q)^T) with H = E[x x^T]. Error feedback
+rounds one column after another; later columns that are correlated with a column compensate for its error. With
+H^-1 = U^T U, U upper triangular, rounding column k changes the later columns by -(W_k - Q_k) / U_kk * U_k,later at a
+loss of ((W_k - Q_k) / U_kk)^2 per row. Coordinate descent then visits all columns again, now that all others are known.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from agq_gguf.matrix.codebook import Codebook
 
 @dataclass(frozen=True)
 class Correlations:
-    """What error feedback needs to know of an input of K channels, in stored order unless said otherwise.
+    """Facts about an input of K channels that error feedback needs, in stored order unless noted.
 
-    Where nothing is known between groups of columns, matrices are [K / 64, 64, 64], one for each group, in place of
-    [K, K].
+    If correlations between groups of columns are not known, matrices are [K / 64, 64, 64], one for each group, instead
+    of [K, K].
     """
 
     hessian: torch.Tensor  # float32, damped
-    order: torch.Tensor  # [K] int64, the stored columns in the order of their rounding, groups in one piece
+    order: torch.Tensor  # [K] int64, the stored columns in the order of rounding; columns of a group are consecutive
     upper: torch.Tensor  # float32, U of the damped Hessian in that order
 
     @property
@@ -38,17 +37,17 @@ class Correlations:
 
     @cached_property
     def hessian_groups(self) -> list[torch.Tensor]:
-        """What of the Hessian is inside of each group of columns, [64, 64], by their places."""
+        """The part of the Hessian inside each group of columns [64, 64], in stored order."""
         return _diagonal_blocks(self.hessian)
 
     @cached_property
     def upper_groups(self) -> list[torch.Tensor]:
-        """The same of `upper`, in the order of rounding."""
+        """The part of `upper` inside each group of columns [64, 64], in the order of rounding."""
         return _diagonal_blocks(self.upper)
 
     @property
     def importance(self) -> torch.Tensor:
-        """What a squared error of each column costs [K], once the columns after it have made up for what they can."""
+        """Cost [K] of a squared error in each column, after later columns have compensated for it."""
         found = torch.empty(len(self.order))
         found[self.order] = self.upper.diagonal(dim1=-2, dim2=-1).flatten().square().reciprocal()
         return found
@@ -71,12 +70,12 @@ def times(hessian: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def correlations(hessian: torch.Tensor, damping: float, noise: torch.Tensor | None = None) -> Correlations | None:
     """Prepares H, [K, K] or [K / 64, 64, 64], with `damping` times its mean diagonal added.
 
-    Returns None if it is not positive definite then.
+    `noise` [K] is added to the diagonal: rounding the activations adds it to E[x^2] of each channel. Returns None if
+    the result is not positive definite.
 
-    `noise` [K] is what rounding adds to E[x^2] of each channel.
-
-    Channels of much energy come first, since the last ones find nobody to make up for their errors; whole groups, and
-    columns inside a group, because a group gets its scale when its turn comes.
+    Channels with the most energy come first, because few later columns are left to compensate for the errors of the
+    last ones. Groups are ordered as a whole, and columns within each group, because a group gets its scales when it is
+    rounded.
     """
     damped = hessian.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
@@ -99,8 +98,9 @@ def correlations(hessian: torch.Tensor, damping: float, noise: torch.Tensor | No
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
     """U of H^-1 = U^T U, for one H [n, n] or several [groups, n, n].
 
-    With J reversing the order, J H J = L L^T gives H = R R^T with R = J L J upper triangular, so that U is R^-1: one
-    Cholesky and one triangular inverse, where inverting H first would take twice the work.
+    Let J reverse the order. J H J = L L^T gives H = R R^T with R = J L J upper triangular, so U is R^-1. This takes one
+    Cholesky factorization and one triangular inverse; inverting H first would take twice the work. Returns None if H is
+    not positive definite.
     """
     reversed_ = hessian.flip(-2, -1)
     lower, info = torch.linalg.cholesky_ex(reversed_)
@@ -116,20 +116,20 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
 def quantize(
     weights: torch.Tensor, known: Correlations, codebook: Codebook, sweeps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [M, K] uint8 and scales [M, K / 64] for weights [M, K] in stored order, which are left as they are."""
+    """Codes [M, K] uint8 and scales [M, K / 64] for weights [M, K] in stored order; `weights` does not change."""
     codes, scales = _feed_back(weights, known, codebook)
     _descend(weights, known, codebook, codes, scales, sweeps)
     return codes.T.contiguous(), scales.T.contiguous()
 
 
-# Below, matrices are transposed, [K, M]: one column of the weights is one contiguous row.
+# Below, matrices are transposed, [K, M], so that one column of the weights is one contiguous row.
 
 
 def _feed_back(weights: torch.Tensor, known: Correlations, codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [K, M] and scales [K / 64, M]; a group's scale is chosen on weights that carry the earlier errors.
+    """Codes [K, M] and scales [K / 64, M]; a group's scale is chosen after earlier errors are added to its weights.
 
-    The search minds one column at a time; which of the scales around its result is best once columns make up for each
-    other, only rounding the group with each of them tells. That brings 1.3% less error.
+    The search for a scale treats columns independently. So the group is rounded with each of the scales near its
+    result, with feedback between columns, and the best one is taken. This lowers the error by 1.3%.
     """
     rest, upper = weights.T[known.order], known.upper
     codes = torch.empty(rest.shape, dtype=torch.uint8)
@@ -154,8 +154,8 @@ def _descend(
 ) -> None:
     """Coordinate descent from codes [K, M] and scales [K / 64, M], in place.
 
-    With the slope S = H (W - Q), column k alone is best at Q_k + S_k / H_kk, and the scale of a group with values c at
-    D + c S / c H c. Every step lowers the loss or leaves it.
+    With the slope S = H (W - Q), the best value of column k alone is Q_k + S_k / H_kk, and the best scale of a group
+    with values c is D + c S / c H c. No step increases the loss.
     """
     restored = codebook.values[codes.int()] * scales.repeat_interleave(GROUP_COLUMNS, 0)
     slope = times(known.hessian, weights.T - restored)

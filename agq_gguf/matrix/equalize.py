@@ -1,11 +1,10 @@
-"""Equalization: channels of a normalized input are made alike, and the matrices behind take the factors back.
+"""Equalization: moves factors from a norm into the matrices that follow, so that channels get similar sizes.
 
-A norm's weight (and bias) divided by s, the columns of all matrices that read it times s: the model computes the same,
-but outlier channels no longer set the scale for all others (SmoothQuant, arXiv 2211.10438), and groups of weights span
-less. With s = sqrt(rms of the channel / rms of its column) the result does not depend on how the factors were
-shared out in the source: a model whose norms carry huge channels is quantized as if they did not. It costs no bits and
-no time. It is done where rounding the activations costs noticeably less with it; elsewhere it nothing was to be
-gained.
+The norm's weight (and bias) is divided by s, and the columns of all matrices that read it are multiplied by s. The
+model computes the same function, but outlier channels no longer set the scale of all others (SmoothQuant, arXiv
+2211.10438), and groups of weights span a smaller range. With s = sqrt(rms of the channel / rms of its column) the
+result does not depend on how the source divides the factors between norm and matrices. This costs no bits and no time.
+It is done only where it lowers the error from rounding the activations noticeably; elsewhere it gained nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from agq_gguf.calibration.stats import InputStats, WeightStats
 from agq_gguf.format.blocks import GROUP_COLUMNS, channel_order
 from agq_gguf.matrix import two_refine
 
-_SILENT = 1e-2  # a channel counts with at least this share of the median contribution (rms times rms of its column)
-_WORTH = 1e-4  # of the products' energy; 4-bit weights cost about 1e-3
-_MOST_LEVEL = 4.0  # exponent of the most that a column is divided by: keys and values may be kept in F16
-_MOST = 2.0**12  # between the largest and the geometric mean
+_SILENT = 1e-2  # minimum contribution of a channel (rms times rms of its column), as a share of the median
+_WORTH = 1e-4  # minimum gain, as a share of the products' energy; 4-bit weights cost about 1e-3
+_MOST_LEVEL = 4.0  # a column is divided by at most exp of this, because keys and values may be kept in F16
+_MOST = 2.0**12  # largest factor, relative to the geometric mean
 
 
 def choose(
@@ -35,10 +34,10 @@ def choose(
     scale: str,
     refined: bool,
 ) -> NDArray[np.float32] | None:
-    """`factors` if they lower what int8 (or int4) rounding of the input adds to the products, else None.
+    """`factors` if they lower the error that int8 (or int4) rounding of the input adds to the products, else None.
 
-    Both ways are tried with the refinement that the quantizer would choose for them. The noise of a channel counts with
-    the square of its column and is taken as a share of the products' energy.
+    Both variants are tried with the refinement that the quantizer would choose for them. The noise of a channel is
+    weighted by the square of its column, and the sum is compared with the products' energy.
     """
     sample = stats.sample
     if sample is None or not len(sample):
@@ -58,9 +57,9 @@ def choose(
 
 
 def factors(mean_square: NDArray[np.float32], weights: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """s [K] for an input with E[x^2] [K] and the matrices [M, K] that multiply it; geometric mean 1.
+    """s [K] for an input with E[x^2] [K] and the matrices [M, K] that read it; the geometric mean of s is 1.
 
-    Channels whose columns are all zero keep 1.
+    Channels whose columns are all zero get 1.
     """
     size = np.sqrt(mean_square.astype(np.float64))
     column = np.sqrt(sum(np.square(w, dtype=np.float64).sum(axis=0) for w in weights))
@@ -76,7 +75,7 @@ def factors(mean_square: NDArray[np.float32], weights: Iterable[NDArray[np.float
 
 
 def level(square: torch.Tensor) -> torch.Tensor:
-    """Divisors [K] that make columns with mean squares `square` [K] alike; geometric mean 1, 1 for columns of zeros."""
+    """Divisors [K] that equalize columns with mean squares `square` [K]; geometric mean 1; 1 for zero columns."""
     found = torch.ones_like(square)
     used = square > 0
     if used.any():

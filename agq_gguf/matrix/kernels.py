@@ -1,6 +1,7 @@
-"""The inner loops of rounding, compiled: torch tensors in and out. cpp/kernels/rounding.h says what each computes.
+"""The compiled inner loops of rounding, for torch tensors; cpp/kernels/rounding.h defines what each computes.
 
-Matrices of weights are transposed here, [64, n]: one group of columns of n rows. Calls let other Python threads run.
+Matrices of weights are transposed here, [64, n]: one group of columns of n rows. Calls release Python's lock, so other
+threads can run.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from agq_gguf.native import plugin_library
 
 def _address(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
     if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(f"wanted {dtype} {shape} in one piece, found {tensor.dtype} {tuple(tensor.shape)}")
+        raise ValueError(f"expected a contiguous tensor {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
     return tensor.data_ptr()
 
 
 def search_scales(values: torch.Tensor, weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Storable scales [n] that lose least for `weights` [64, n] and the ascending codebook `values` [16].
+    """Storable scales [n] with the least loss for `weights` [64, n] and the ascending codebook `values` [16].
 
-    A squared error of column j costs h[j], for all rows ([64]) or for each ([64, n]).
+    A squared error in column j costs h[j]; `h` is the same for all rows ([64]) or given for each ([64, n]).
     """
     n, each = weights.shape[1], h.ndim == 2
     scales = torch.empty(n)
@@ -41,7 +42,7 @@ def feed_back(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Error feedback inside a group: codes [64, n] uint8, scales [n] and (W - Q) / U_jj [64, n].
 
-    `upper` is the group's part of U [64, 64], `weights` [64, n] what earlier groups left to it.
+    `upper` is the group's part of U [64, 64]; `weights` [64, n] include the feedback from earlier groups.
     """
     n = weights.shape[1]
     codes, scales, errors = torch.empty(weights.shape, dtype=torch.uint8), torch.empty(n), torch.empty_like(weights)
@@ -61,7 +62,7 @@ def feed_back(
 def descend(
     values: torch.Tensor, inside: torch.Tensor, slope: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
-    """One round of coordinate descent inside a group: `codes` [64, n] and `scales` [n] become better ones, in place.
+    """One round of coordinate descent inside a group; improves `codes` [64, n] and `scales` [n] in place.
 
     `inside` is the group's part of H [64, 64], `slope` its part of H (W - Q) [64, n]. Returns the change of Q [64, n].
     """

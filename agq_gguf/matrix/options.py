@@ -1,4 +1,4 @@
-"""How one matrix is quantized."""
+"""Options for quantizing one matrix."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MatrixOptions:
-    """How one matrix is quantized; the defaults are what measured best."""
+    """Options for quantizing one matrix; the defaults measured best."""
 
     activation_bits: int = 8
     activation_scale: str = "rotated"  # one of blocks.ACTIVATION_SCALES
     refine: bool = True  # exponents and channel order
     learn_codebook: bool = True
     error_feedback: bool = True
-    damping: float = 0.01  # of the Hessian, as a share of its mean diagonal
-    sweeps: int = 6  # of coordinate descent after error feedback
-    equalize: bool = True  # move factors from norms into the matrices behind (the caller does it: `equalize`)
+    damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    sweeps: int = 6  # rounds of coordinate descent after error feedback
+    equalize: bool = True  # move factors from norms into the matrices that follow (done by the caller, see `equalize`)
 
     @property
     def rotated(self) -> bool:

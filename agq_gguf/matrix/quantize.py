@@ -1,7 +1,7 @@
-"""From float weights and input statistics to an AGQ4 matrix. Pure: arrays in, arrays out.
+"""Makes an AGQ4 matrix from float weights and input statistics. Pure: arrays in, arrays out.
 
-Two steps. `prepare_input` decides what belongs to the input and is shared by all weights that multiply it: channel
-order, refinement exponents, error weights, the factor for error feedback. `quantize_matrix` then does one matrix.
+There are two steps. `prepare_input` computes what all weights with the same input share: channel order, refinement
+exponents, error weights, and the factor for error feedback. `quantize_matrix` then quantizes one matrix.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.simulate import rotated
 from agq_gguf.matrix.two_refine import Refinement
 
-_FLOOR = 1e-4  # importance of a channel that was silent in the calibration text: it still must be stored sensibly
-# Scales keep their full precision from 2^-14 up to 2^16: room for rows that are a million times smaller than the
+_FLOOR = 1e-4  # minimum importance of a channel, so that channels that are zero in the calibration text are stored well
+# Scales have full precision from 2^-14 up to 2^16. This leaves room for rows that are a million times smaller than the
 # largest, and for error feedback, which may make weights larger.
 _LARGEST = 4096.0
 _SMALLEST_ALPHA = 2.0**-126  # smaller binary32 numbers lose precision, or count as 0 on some machines
 _ERROR_ROWS = 256  # rows on which the reported error is measured
-_ROWS_AT_A_TIME = 1024  # their weights and slopes fit into the cache
-_ROWS_OF_A_THREAD = 96  # fewer are not worth a thread
+_ROWS_AT_A_TIME = 1024  # the weights and slopes of so many rows fit into the cache
+_ROWS_OF_A_THREAD = 96  # fewer rows are not worth a thread
 
 _Rounded = tuple[torch.Tensor, torch.Tensor]  # codes [M, K] uint8 and scales [M, K / 64]
 
 
 @dataclass(frozen=True)
 class PreparedInput:
-    """What holds for every weight that multiplies one input; columns in stored order."""
+    """Everything that the weights with one input share; columns in stored order."""
 
     refinement: Refinement
-    importance: torch.Tensor  # [K] float32, what a squared error in each column costs
-    hessian: torch.Tensor | None = None  # float32, E[x' x'^T] of what is stored for x: [K, K], or [K / 64, 64, 64]
+    importance: torch.Tensor  # [K] float32, cost of a squared error in each column
+    hessian: torch.Tensor | None = None  # float32, E[x' x'^T] of the stored form x' of x: [K, K] or [K / 64, 64, 64]
     correlations: Correlations | None = None  # for error feedback
-    note: str = ""  # what was done with less than wanted, and why
+    note: str = ""  # a fallback that was used, and why
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A matrix and how well it is represented."""
+    """A quantized matrix and its error."""
 
     matrix: Matrix
     error: float  # squared output error over squared output on the calibration data (on white noise without any)
@@ -57,9 +57,10 @@ class QuantizedMatrix:
 
 
 def prepare_input(stats: InputStats | None, columns: int, capacity: int, options: MatrixOptions) -> PreparedInput:
-    """Chooses what all weights of one input share.
+    """Computes what all weights with one input share.
 
-    `capacity` is how many channels the smallest of these weights can list. Without statistics all channels count alike.
+    `capacity` is how many channels the smallest of these weights can list in its channel order. Without statistics all
+    channels get the same weight.
     """
     refinement = two_refine.none(columns)
     if stats is None:
@@ -82,15 +83,15 @@ def prepare_input(stats: InputStats | None, columns: int, capacity: int, options
         if options.rotated:
             hessian = rotated(rotated(hessian).T).contiguous()
     elif options.rotated:
-        # Channels of unlike energy, not correlated, become channels of like energy that are, inside of their group.
+        # Rotation turns uncorrelated channels of different energy into correlated channels of equal energy in a group.
         hessian = rotated(rotated(importance.reshape(-1, GROUP_COLUMNS).diag_embed()).mT).contiguous()
     else:
         return PreparedInput(refinement, importance)
-    # Rounding the activations adds noise of its own to the diagonal: the Hessian of what the runtime multiplies with.
+    # The runtime multiplies with rounded activations; rounding adds noise to the diagonal of the Hessian.
     noise = torch.from_numpy(refinement.noise / mean).float().repeat_interleave(GROUP_COLUMNS)
     known = column_feedback.correlations(hessian, options.damping, noise)
     if known is None:
-        note = "error feedback failed (the Hessian has no Cholesky factor): scales were searched instead"
+        note = "falling back to a search for scales: error feedback failed (the Hessian has no Cholesky factor)"
         return PreparedInput(refinement, importance, hessian, note=note)
     return PreparedInput(refinement, known.importance, hessian, known)
 
@@ -104,11 +105,11 @@ def quantize_matrix(
 ) -> QuantizedMatrix:
     """Quantizes one matrix [M, K] f32 (columns in input-channel order).
 
-    `gram` is E[g g^T] [M, M] of the gradient g by what comes out, if that is known. Raises InputError when the weights
+    `gram` is E[g g^T] [M, M] for the gradient g with respect to the output, if known. Raises InputError if the weights
     hold a NaN or an infinity.
     """
     if not np.isfinite(weight).all():
-        raise InputError(f"tensor {name} holds a NaN or an infinity; the model is damaged")
+        raise InputError(f"tensor {name} holds a NaN or an infinity; the model is damaged, download it again")
     stored, tensor_scale = _stored_weights(weight, prepared.refinement, options.rotated)
     codebook = cb.learn(stored, prepared.importance) if options.learn_codebook else cb.fixed()
     if gram is not None and prepared.correlations is not None:
@@ -133,14 +134,14 @@ def quantize_matrix(
 
 
 def _rows_at_a_time(rows: int) -> int:
-    """Rows are rounded apart from one another: equal shares for all threads, of a bounded size."""
+    """Rows are rounded independently, so each thread gets an equal share of limited size."""
     threads = max(1, min(torch.get_num_threads(), rows // _ROWS_OF_A_THREAD))
     shares = threads * -(-rows // (threads * _ROWS_AT_A_TIME))
     return -(-rows // shares)
 
 
 def _in_parallel(work: Callable[[torch.Tensor], _Rounded], parts: Sequence[torch.Tensor]) -> list[_Rounded]:
-    """Results for all parts, one thread each: tensors are too small here for threads inside of torch's operations."""
+    """Results for all parts, one thread each; the tensors are too small for torch's own threads."""
     threads = torch.get_num_threads()
     if threads == 1 or len(parts) == 1:
         return [work(part) for part in parts]
@@ -153,7 +154,7 @@ def _in_parallel(work: Callable[[torch.Tensor], _Rounded], parts: Sequence[torch
 
 
 def _round(stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook, options: MatrixOptions) -> _Rounded:
-    """Some rows; each is on its own."""
+    """Rounds some rows, which do not depend on each other."""
     if prepared.correlations is not None:
         return column_feedback.quantize(stored, prepared.correlations, codebook, options.sweeps)
     scales = cb.search_scales(stored, prepared.importance, codebook)
@@ -162,7 +163,7 @@ def _round(stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook,
 
 
 def _stored_weights(weight: NDArray[np.float32], refinement: Refinement, rotate: bool) -> tuple[torch.Tensor, float]:
-    """W * 2^e / alpha in stored order, which is D * code, and alpha, which makes the largest D about `_LARGEST`."""
+    """W * 2^e / alpha in stored order, which D * code approximates; alpha makes the largest D about `_LARGEST`."""
     columns = weight.shape[1]
     growth = np.ldexp(np.float32(1), refinement.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
     ordered = np.ascontiguousarray(weight[:, channel_order(refinement.listed, columns)])
@@ -174,7 +175,7 @@ def _stored_weights(weight: NDArray[np.float32], refinement: Refinement, rotate:
 
 
 def _relative_error(stored: torch.Tensor, restored: torch.Tensor, prepared: PreparedInput) -> float:
-    """tr(E H E^T) / tr(W H W^T); H is diagonal where no Hessian is known."""
+    """tr(E H E^T) / tr(W H W^T); H is diagonal if no Hessian is known."""
 
     def energy(w: torch.Tensor) -> float:
         product = (

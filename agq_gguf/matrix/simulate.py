@@ -1,7 +1,7 @@
-"""What the runtime does with an AGQ4 matrix and its input, in PyTorch and in floating point: for calibration.
+"""Simulates in PyTorch, in floating point, how the runtime multiplies with an AGQ4 matrix; used by calibration.
 
-The integer sums of the runtime are exact, so that a product of the rounded input with the restored weights differs from
-the runtime's by float rounding only.
+The integer sums of the runtime are exact, so the product of the rounded input with the restored weights differs from
+the runtime's only by float rounding.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import torch
 from agq_gguf.format.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
 from agq_gguf.format.reference import rotate
 
-_TINY = 2.0**-100  # below this maximum a token counts as zero, as in the format
+_TINY = 2.0**-100  # tokens with a smaller maximum count as zero, as in the format
 _ROTATION = torch.from_numpy(rotate(np.eye(GROUP_COLUMNS, dtype=np.float32)))
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """`blocks.rotate` of x [..., K] by a matrix product, which has a gradient; rounding differs."""
+    """`reference.rotate` of x [..., K] as a matrix product, which has a gradient; its rounding differs slightly."""
     return (x.unflatten(-1, (-1, GROUP_COLUMNS)) @ _ROTATION).flatten(-2)
 
 
 class Rounder:
-    """Rounds inputs as one matrix's parameters say; matrices that share an input share it."""
+    """Rounds inputs according to a matrix's parameters; matrices with the same input can share it."""
 
     def __init__(self, parameters: Parameters, columns: int):
         self.order = torch.from_numpy(channel_order(parameters.listed, columns).astype(np.int64))
@@ -34,7 +34,7 @@ class Rounder:
         self.rotates = parameters.rotated
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] float32 in input-channel order, rounded; the gradient passes as if it were not."""
+        """x [..., K] float32 in input-channel order, rounded; the gradient ignores the rounding."""
         with torch.no_grad():
             refined = x[..., self.order] / self.growth
             refined = (rotated(refined) if self.rotates else refined).unflatten(-1, (-1, self._group))

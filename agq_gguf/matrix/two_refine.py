@@ -1,9 +1,9 @@
-"""Two-refine: which channels share a group and which power of two a group is divided by, so that int8 loses least.
+"""Two-refine: chooses which channels share a group and by which power of two each group is divided, for int8 rounding.
 
-Where the runtime has one scale per token, that is set by its largest refined activation max |x| 2^-e. A channel of
-exponent e is then quantized with a noise of 4^e s^2 / 12. Raising e where the outliers are makes s smaller for all
-other channels: the idea of two-refine activations in Agile-Quant (arXiv 2312.05693). Choices depend on the input alone,
-so all weights that multiply the same input make the same ones, and the runtime quantizes it once.
+If the runtime uses one scale s per token, the largest refined activation max |x| 2^-e sets it. A channel with exponent
+e then gets rounding noise of 4^e s^2 / 12. Raising e for groups with outliers makes s smaller for all other channels;
+this is the idea of two-refine activations in Agile-Quant (arXiv 2312.05693). The choices depend only on the input, so
+they are the same for all weights with that input, and the runtime quantizes the input once.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from agq_gguf.format.blocks import GROUP_COLUMNS, MAX_EXPONENT, channel_order
 from agq_gguf.format.reference import rotate
 
-# How much less noise, as a share of a token's energy, exponents must bring; 4-bit weights cost about 5e-3.
-# An order of outliers costs the weights some precision: alone in its group, the weight of an outlier channel can have
-# the group's scale to itself.
+# Minimum reduction of noise by exponents and by a channel order, as a share of a token's energy; 4-bit weights cost
+# about 5e-3. Ordering outlier channels together costs weights some precision: alone in its group, the weight of an
+# outlier channel can use the group's scale for itself.
 _WORTH_EXPONENTS = 2e-5
 _WORTH_ORDER = 2e-4
-_OUTLIER_GROUPS = (0, 1, 2, 4)  # how many groups of outlier channels are tried
-_WORTH_SORTING = 0.05  # variance of the logarithm of energy inside groups; noise of a small sample stays below it
+_OUTLIER_GROUPS = (0, 1, 2, 4)  # numbers of groups with outlier channels to try
+_WORTH_SORTING = 0.05  # minimum variance of log energy inside groups; the noise of a small sample stays below it
 _SILENT = 1e-6  # energies below this share of the largest count as equal
-_NEARLY_ALL = 0.9  # key matrices of grouped heads, of 256 rows, have room for this share
+_NEARLY_ALL = 0.9  # key matrices of grouped heads, with 256 rows, have room to list this share of the channels
 _LISTABLE = 1 << 16  # channel numbers are stored in 16 bits
 _SWEEPS = 3
 
@@ -35,7 +35,7 @@ class Refinement:
 
     listed: NDArray[np.uint16]  # channels that come first in the stored order; empty: no reordering
     exponents: NDArray[np.uint8]  # [K / 64]
-    noise: NDArray[np.float64]  # [K / 64], what int8 (or int4) rounding adds to a refined channel's square, E[s^2] / 12
+    noise: NDArray[np.float64]  # [K / 64], E[s^2] / 12: what int8 (int4) rounding adds to a refined channel's square
 
 
 def none(columns: int) -> Refinement:
@@ -45,13 +45,13 @@ def none(columns: int) -> Refinement:
 
 
 def choose(sample: NDArray[np.float32], capacity: int, bits: int, scale: str, enabled: bool = True) -> Refinement:
-    """Best refinement for an input of which `sample` [n, K] holds some rows; at most `capacity` channels are listed.
+    """Best refinement for an input; `sample` [n, K] holds some of its rows; lists at most `capacity` channels.
 
-    `scale` is one of `blocks.ACTIVATION_SCALES`. Where nearly all channels can be listed they are, by descending
-    energy: channels of similar energy then share a group, and with it the scale of their weights, which lowers the
-    error of weights (docs/research/format-study.md), and outliers are together. A shorter list mixes the others badly,
-    so it holds outliers only, and only if activations gain by it. Rotation makes the channels of a group alike: then
-    exponents bring nothing and an order makes it worse (docs/research/quality.md), so there are none.
+    `scale` is one of `blocks.ACTIVATION_SCALES`. If nearly all channels can be listed, they are listed by descending
+    energy. Channels of similar energy then share a group and the scale of their weights, which lowers the error of
+    weights (docs/research/format-study.md), and outliers share groups. A shorter list would mix the other channels badly, so it
+    holds only outliers, and only if activations gain by it. Rotation gives the channels of a group similar sizes. Then
+    exponents gain nothing and an order loses (docs/quality.md), so neither is used.
     """
     x, columns = sample.astype(np.float64), sample.shape[1]
     plain = none(columns)
@@ -63,13 +63,13 @@ def choose(sample: NDArray[np.float32], capacity: int, bits: int, scale: str, en
     step = 1 / (12 * limit * limit)
     if scale == "rotated":
         return replace(plain, noise=(_group_maxima(rotate(x), plain.listed) ** 2).mean(axis=0) * step)
-    # The noise of a token counts relative to its energy, because a norm or a sum that sees it so comes next.
+    # The noise of a token is divided by its energy, because the next norm or sum scales it in the same way.
     best, best_cost = plain, np.inf
     for listed in _orders(np.abs(x), capacity) if enabled else [plain.listed]:
         maxima = _group_maxima(x, listed)
         relative = maxima / np.sqrt(energy)[:, None]
         exponents, cost = plain.exponents, _cost(relative, plain.exponents)
-        # With a scale per group exponents gain nothing: each group has a scale of its own already.
+        # With a scale per group exponents gain nothing, because each group already has its own scale.
         if scale != "token":
             cost = float((relative**2).mean(axis=0).sum() * GROUP_COLUMNS)
         elif enabled:
@@ -84,7 +84,7 @@ def choose(sample: NDArray[np.float32], capacity: int, bits: int, scale: str, en
 
 
 def _orders(size: NDArray[np.float64], capacity: int) -> list[NDArray[np.uint16]]:
-    """Lists of channels worth a try for |x| = `size` [n, K]."""
+    """Lists of channels to try, for |x| = `size` [n, K]."""
     columns = size.shape[1]
     if columns > _LISTABLE:
         return [none(columns).listed]
@@ -98,7 +98,7 @@ def _orders(size: NDArray[np.float64], capacity: int) -> list[NDArray[np.uint16]
 
 
 def _spread(energy: NDArray[np.float64]) -> float:
-    """How unlike the channels of a group are before they are sorted: mean variance of the logarithm of their energy."""
+    """How much the channels of a group differ before sorting: mean variance of the logarithm of their energy."""
     logs = np.log(np.maximum(energy, energy.max() * _SILENT))
     return float(logs.reshape(-1, GROUP_COLUMNS).var(axis=1).mean())
 
@@ -123,13 +123,13 @@ def _descend(maxima: NDArray[np.float64]) -> NDArray[np.uint8]:
     by_peak = np.argsort(-maxima.max(axis=0), kind="stable")
     for _ in range(_SWEEPS):
         before = cost
-        # Several groups may have to move together: the k groups with the largest peaks by one, for each k ...
+        # Several groups may have to change together: raise the k groups with the largest peaks by one, for each k ...
         for k in range(1, len(by_peak)):
             trial = exponents.copy()
             trial[by_peak[:k]] = np.minimum(trial[by_peak[:k]] + 1, MAX_EXPONENT)
             if (found := _cost(maxima, trial)) < cost:
                 exponents, cost = trial, found
-        # ... then each for itself.
+        # ... then change each group alone.
         for group in by_peak:
             for change in (1, -1):
                 value = int(exponents[group]) + change
