@@ -96,11 +96,19 @@ def test_parts_may_be_left_out(llama_q8: Path, prompt: int, generation: int) -> 
     dataclasses.asdict(result)
 
 
-@pytest.mark.parametrize("options", [{"prompt": -1}, {"prompt": 0, "generation": 0}, {"repetitions": 0}])
-def test_nothing_to_measure(llama_q8: Path, options: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="wanted: at least one repetition"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": -1}, "got -1 and 128"),
+        ({"prompt": 0, "generation": 0}, "got 0 and 0"),
+        ({"repetitions": 0}, "got 0, 1 and 0"),
+        ({"depth": -1}, "got 5, 1 and -1"),
+    ],
+)
+def test_nothing_to_measure(llama_q8: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         bench([llama_q8], starts=False, **options)
-    with pytest.raises(InputError, match="no model"):
+    with pytest.raises(InputError, match="at least one model"):
         bench([])
 
 

@@ -1,1 +1,1 @@
-"""Measures quality and speed of models."""
+"""Measures the quality and the speed of models."""

@@ -1,6 +1,6 @@
-"""Speed, memory and start of models, measured side by side.
+"""Measures speed, memory use and load time of several models in one run.
 
-``python -m agq_gguf.measure.bench MODEL THREADS FLASH`` measures the start of one model in a process of its own and
+``python -m agq_gguf.measure.bench MODEL THREADS FLASH`` measures the load time of one model in its own process and
 writes one line of JSON; `measure_start` runs it.
 """
 
@@ -34,7 +34,7 @@ _START_CONTEXT = 512
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second over the repetitions."""
+    """Tokens per second in all repetitions."""
 
     tokens: int
     samples: list[float]
@@ -44,7 +44,7 @@ class Speed:
 
     @classmethod
     def of(cls, tokens: int, seconds: Sequence[float], first_seconds: Sequence[float]) -> Speed:
-        """From the times of this model and of the first one, repetition by repetition."""
+        """Speeds from the times of this model and of the first model, one time for each repetition."""
         samples = [tokens / s for s in seconds]
         quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
         ratio = statistics.median(first / own for first, own in zip(first_seconds, seconds, strict=True))
@@ -53,16 +53,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class Start:
-    """A fresh process that loads a model and computes one token."""
+    """Load time and memory of a fresh process that loads a model and computes one token."""
 
-    first_token_seconds: float  # from the open file to the first logits, libraries loaded before
-    resident_bytes: int | None  # of the process then; None where the system does not tell
-    baseline_bytes: int | None  # of the process before the model was loaded
+    first_token_seconds: float  # from opening the file to the first logits; libraries are loaded before
+    resident_bytes: int | None  # memory of the process after that; None if the system does not say
+    baseline_bytes: int | None  # memory of the process before it loads the model
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one model."""
+    """Measurements of one model."""
 
     model: str
     file_bytes: int
@@ -71,23 +71,23 @@ class Result:
     prompt: Speed | None
     generation: Speed | None
     start: Start | None
-    prompt_profile: list[NodeTime] = field(default_factory=list)  # of one more run of each part; empty if not wanted
+    prompt_profile: list[NodeTime] = field(default_factory=list)  # from one extra run; empty if not requested
     generation_profile: list[NodeTime] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Runner:
-    """A loaded model with everything that the timed part needs, built beforehand."""
+    """A loaded model with everything that the timed part needs, prepared in advance."""
 
     model: Model
     context: Context
     warm_up: Batch
     prompt: Batch | None
     generation: list[Batch]
-    history: list[Batch]  # what is in the cache before the generation
+    history: list[Batch]  # the content of the cache before generation
 
     def time_prompt(self) -> float:
-        """Seconds for the whole prompt at once, cache empty."""
+        """Seconds for the whole prompt at once, with an empty cache."""
         assert self.prompt is not None
         self.context.clear()
         begin = time.perf_counter()
@@ -95,13 +95,13 @@ class _Runner:
         return time.perf_counter() - begin
 
     def prepare_generation(self) -> None:
-        """Fills the cache with what the generation follows."""
+        """Fills the cache with `history`."""
         self.context.clear()
         for batch in self.history:
             self.context.decode(batch)
 
     def time_generation(self) -> float:
-        """Seconds for all steps of one token per sequence."""
+        """Seconds for all steps, each with one token per sequence."""
         decode = self.context.decode
         begin = time.perf_counter()
         for batch in self.generation:
@@ -109,7 +109,7 @@ class _Runner:
         return time.perf_counter() - begin
 
     def profiles(self, prompt: int, generation: int) -> tuple[list[NodeTime], list[NodeTime]]:
-        """Node times of one prompt and of one generation, each left out if its length is 0."""
+        """Node times of one prompt and of one generation; empty for a length of 0."""
         found: list[list[NodeTime]] = []
         for tokens, run in ((prompt, self.time_prompt), (generation, self.time_generation)):
             times: list[NodeTime] = []
@@ -136,27 +136,33 @@ def bench(
     profile: bool = False,
     progress: Progress = no_progress,
 ) -> list[Result]:
-    """Measures all models; `prompt` or `generation` 0 leaves that part out, `starts` False the fresh processes.
+    """Measures all models. `prompt` or `generation` 0 skips that part; `starts` False skips the load times.
 
-    The generation begins with `depth` tokens in the cache, and steps by one token in each of `sequences` sequences;
-    its speed counts the tokens of all of them. `profile` runs each part once more and says where the time goes; at
-    least one model must hold AGQ4 tensors.
+    Generation begins with `depth` tokens in the cache. Each step computes one token in each of `sequences` sequences,
+    and the speed counts the tokens of all of them. `profile` runs each part once more and measures the time per kind of
+    node; this needs at least one model with AGQ4 tensors.
 
-    All models are loaded at once and take turns within each repetition, so that a machine that slows down or is shared
-    slows all of them: compare ratios rather than runs. Raises InputError or HostError.
+    All models are loaded at once and alternate within each repetition, so that other work on the machine slows all of
+    them. Compare ratios within a run, not speeds of different runs. Raises InputError or HostError.
     """
     if not paths:
-        raise InputError("no model given")
-    if prompt < 0 or generation < 0 or prompt + generation == 0 or repetitions < 1 or depth < 0 or sequences < 1:
-        raise InputError("wanted: at least one repetition of a prompt or a generation of at least one token")
+        raise InputError("bench needs at least one model")
+    if prompt < 0 or generation < 0 or prompt + generation == 0:
+        raise InputError(
+            f"prompt and generation must not both be 0 tokens or be negative, got {prompt} and {generation}"
+        )
+    if repetitions < 1 or sequences < 1 or depth < 0:
+        raise InputError(
+            f"repetitions and sequences must be at least 1 and depth at least 0, got {repetitions}, {sequences} and {depth}"
+        )
     threads = threads or default_threads()
-    # Fresh processes first: the models loaded here would take memory from them.
+    # Measures load times first, because models loaded in this process would take memory from the fresh processes.
     total = len(paths) * (repetitions + 1 + starts)
     started: list[Start | None] = []
     for index, path in enumerate(paths):
         prepare(path)
         if starts:
-            progress("bench", index, total, f"start of {Path(path).name}")
+            progress("bench", index, total, f"loading {Path(path).name}")
         started.append(measure_start(path, threads, flash_attention) if starts else None)
     done = len(paths) if starts else 0
     times: list[dict[str, list[float]]] = [{"prompt": [], "generation": []} for _ in paths]
@@ -172,7 +178,7 @@ def bench(
                 if prompt:
                     seconds["prompt"].append(runner.time_prompt())
                 if generation:
-                    # The warm-up, too, left the cache filled up to where the generation begins.
+                    # The warm-up has already filled the cache up to the point where generation begins.
                     if prompt:
                         runner.prepare_generation()
                     else:
@@ -206,14 +212,14 @@ def _load(
     threads: int,
     flash_attention: FlashAttention,
 ) -> _Runner:
-    """Loads a model and runs it once."""
+    """Loads a model and warms it up."""
     model = stack.enter_context(Model(path))
     model.require_logits()
     size = max(prompt, depth + generation, sequences, _WARM_UP_TOKENS)
     context = stack.enter_context(
         model.context(size, n_ubatch=_UBATCH, threads=threads, flash_attention=flash_attention, sequences=sequences)
     )
-    # The same tokens for every model of a vocabulary: experts are chosen by token, and cost time.
+    # Models with the same vocabulary get the same tokens, because tokens choose experts, which affects the time.
     tokens = np.random.default_rng(0).integers(model.n_vocab, size=size).astype(np.int32)
     if model.add_bos:
         tokens[0] = model.bos
@@ -229,18 +235,18 @@ def _load(
     if prompt:
         runner.time_prompt()
     if generation:
-        # A few tokens are enough: the prompt has touched all weights, this sets up the other shapes of graphs.
+        # A few tokens are enough: the prompt has read all weights, and this only sets up the graphs for generation.
         runner.prepare_generation()
         for batch in runner.generation[:_WARM_UP_TOKENS]:
             context.decode(batch)
     return runner
 
 
-# start of a model, in a process of its own
+# load time of a model, in its own process
 
 
 def measure_start(path: str | os.PathLike[str], threads: int = 0, flash_attention: FlashAttention = "auto") -> Start:
-    """Loads a model in a fresh process. Raises what the process raised, or HostError if it died."""
+    """Loads a model in a fresh process. Raises the error of that process, or HostError if it ended without one."""
     command = [sys.executable, "-m", "agq_gguf.measure.bench", os.fspath(path), str(threads), flash_attention]
     # The child must find the package where this process found it, installed or not.
     package_folder = str(Path(__file__).resolve().parents[2])
@@ -253,14 +259,14 @@ def measure_start(path: str | os.PathLike[str], threads: int = 0, flash_attentio
         answer = json.loads(lines[-1])
     except (IndexError, ValueError):
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise HostError(f"{path}: the process that loads it ended with status {child.returncode}: {last}") from None
+        raise HostError(f"{path}: the process that loads it failed with status {child.returncode}: {last}") from None
     if "error" in answer:
         raise getattr(errors, answer["error"], AgqError)(answer["message"])
     return Start(**answer)
 
 
 def _start(path: str, threads: int, flash_attention: FlashAttention) -> Start:
-    llama_api()  # the time to load libraries does not depend on the model
+    llama_api()  # loads the libraries before the time is taken
     prepare(path)
     baseline = resident_bytes()
     begin = time.perf_counter()
@@ -276,7 +282,7 @@ def _start(path: str, threads: int, flash_attention: FlashAttention) -> Start:
 
 
 def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM, mapped files included; None where /proc does not tell."""
+    """Memory of this process in RAM, including mapped files; None if /proc does not exist."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -287,7 +293,7 @@ def resident_bytes() -> int | None:
 
 
 def _main(arguments: list[str]) -> None:
-    """The child of `measure_start`: one line of JSON with a Start or with the error."""
+    """The child process of `measure_start`: prints one line of JSON with a Start or an error."""
     path, threads, flash_attention = arguments
     try:
         answer = asdict(_start(path, int(threads), flash_attention))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How far a model is from its reference: perplexity, KL divergence and agreement, from the logits of both."""
+"""Compares a model with its reference: perplexity, KL divergence and agreement, from the logits of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agq_gguf.logits import compare
 from agq_gguf.runtime.model import Batch, Context, FlashAttention, Model, check_same_tokens
 
 DEFAULT_CONTEXT = 512
-_ROWS = 32  # positions whose logits are held in binary64 at a time: 33 MB for a vocabulary of 128k
+_ROWS = 32  # positions whose logits are held in binary64 at one time: 33 MB for a vocabulary of 128k
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def evaluate(
     flash_attention: FlashAttention = "auto",
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Compares two models on a text, chunk by chunk, so that memory does not grow with the text.
+    """Compares two models on a text, chunk by chunk, so that memory use does not grow with the text.
 
-    As in llama-perplexity, the text is cut into chunks of `context` tokens (default: 512, or what the model was
-    trained for if that is less), each starts with the BOS token if the model wants one, and the positions of its second
-    half are scored. `chunks` limits how many are used. Raises InputError, or HostError if a model does not run.
+    As in llama-perplexity, the text is cut into chunks of `context` tokens (default: 512, or the trained context if
+    that is smaller). Each chunk starts with the BOS token if the model uses one, and the positions of its second half
+    are scored. `chunks` limits their number. Raises InputError, or HostError if a model does not run.
     """
     with ExitStack() as stack:
         models = [stack.enter_context(Model(path)) for path in (reference_path, model_path)]
@@ -61,7 +61,7 @@ def evaluate(
         check_same_tokens(models)
         size = min([DEFAULT_CONTEXT, *(m.n_ctx_train for m in models)]) if context is None else context
         if size < 4:
-            raise InputError(f"chunks of {size} tokens are too short, at least 4 are needed")
+            raise InputError(f"chunks must have at least 4 tokens, got {size}")
         pieces = _cut(models[0], text, size, chunks)
         contexts = [
             stack.enter_context(model.context(size, threads=threads, flash_attention=flash_attention))
@@ -76,12 +76,13 @@ def evaluate(
 
 
 def _cut(model: Model, text: str, size: int, chunks: int | None) -> NDArray[np.int32]:
-    """Token ids [chunk, size]; the rest of the text is left out."""
+    """Token ids [chunk, size]; a last chunk that is too short is left out."""
     tokens = model.tokenize(text)
     n = len(tokens) // size
     if n == 0:
         raise InputError(
-            f"the text has {len(tokens)} tokens, one chunk has {size}; give a longer text or a smaller --ctx"
+            f"the text must have at least {size} tokens (one chunk), got {len(tokens)}; use a longer text or a smaller "
+            "--ctx"
         )
     if chunks is not None:
         n = min(n, chunks)
@@ -94,7 +95,7 @@ def _score_chunk(contexts: list[Context], piece: NDArray[np.int32], model: Model
     inputs = piece.copy()
     if model.add_bos:
         inputs[0] = model.bos
-    # The last token is only a target: nothing in the chunk follows it.
+    # The last token is only a target, because no token of the chunk follows it.
     batch = Batch(inputs[:-1], first_logits=first)
     views = []
     for context in contexts:
@@ -108,10 +109,10 @@ def _score_chunk(contexts: list[Context], piece: NDArray[np.int32], model: Model
 
 
 def summarize(scored: NDArray[np.float64], context: int, chunks: int) -> Evaluation:
-    """Figures from the rows of `compare`. Raises InputError if a model gave something that is no number."""
+    """Figures from the rows of `compare`. Raises InputError if the logits of a model are not finite."""
     if not np.isfinite(scored).all():
         bad = "reference" if not np.isfinite(scored[:, 0]).all() else "model"
-        raise InputError(f"the logits of the {bad} hold values that are not finite; its weights are damaged")
+        raise InputError(f"the logits of the {bad} hold a NaN or an infinity; its weights are damaged")
     reference_nll, nll, kl, agree = scored.T
     n = len(scored)
     return Evaluation(
@@ -130,6 +131,6 @@ def summarize(scored: NDArray[np.float64], context: int, chunks: int) -> Evaluat
 
 
 def _perplexity(nll: NDArray[np.float64]) -> float:
-    """Exponential of the mean; infinite for models so damaged that it overflows."""
+    """Exponential of the mean; infinite if it overflows, for badly damaged models."""
     with np.errstate(over="ignore"):
         return float(np.exp(nll.mean()))
