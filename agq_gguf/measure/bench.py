@@ -153,7 +153,8 @@ def bench(
         )
     if repetitions < 1 or sequences < 1 or depth < 0:
         raise InputError(
-            f"repetitions and sequences must be at least 1 and depth at least 0, got {repetitions}, {sequences} and {depth}"
+            "repetitions and sequences must be at least 1 and depth at least 0, "
+            f"got {repetitions}, {sequences} and {depth}"
         )
     threads = threads or default_threads()
     # Measures load times first, because models loaded in this process would take memory from the fresh processes.

@@ -46,7 +46,8 @@ def plan(
     `output_type` is the type of the output matrix, which yields the logits: `output.weight`, or the token embedding if
     the file has no `output.weight`; "auto" means Q8_0. `embedding_type` is the type of a token embedding that is only
     looked up; "auto" means Q8_0 below 1024 columns, else AGQ4. Below 1024 columns 4 bits in the embedding cause a large
-    part of the quality loss, and Q8_0 costs little size (docs/research/format-study.md). Raises InputError for other types.
+    part of the quality loss, and Q8_0 costs little size (docs/research/format-study.md). Raises InputError for other
+    types.
     """
     for option, name in (("output type", output_type), ("embedding type", embedding_type), ("type", default_type)):
         if name not in TARGET_TYPES and (option == "type" or name != "auto"):
