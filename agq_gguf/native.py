@@ -26,7 +26,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
         _INT,
         [_INT, ctypes.POINTER(_TEXT), ctypes.POINTER(_TEXT), ctypes.POINTER(_INT), ctypes.POINTER(ctypes.c_double)],
     ),
-    "agq_set_prune": (_TEXT, [_TEXT]),
+    "agq_set_option": (_TEXT, [_INT, _TEXT]),
     "agq_last_pruned": (_INT, [ctypes.POINTER(_INT), _INT]),
     "agq_last_bits": (_INT, [ctypes.POINTER(_INT), _INT]),
     "agq_last_importance": (_INT, [_INT, ctypes.POINTER(ctypes.c_float), _INT]),

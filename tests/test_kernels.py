@@ -72,5 +72,5 @@ def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
         "agq_last_pruned",
         "agq_profile",
         "agq_profile_report",
-        "agq_set_prune",
+        "agq_set_option",
     }

@@ -64,35 +64,58 @@ def registered_library() -> Iterator[ctypes.CDLL]:
         yield library
 
 
+# The position is the number that agq_set_option takes.
+_OPTIONS = ("prune", "act_bits", "attention", "isa")
+
+
 class _ThreadOptions(threading.local):
-    prune: str | None = None
+    def __init__(self) -> None:
+        self.values: dict[str, str | None] = dict.fromkeys(_OPTIONS)
 
 
 _thread_options = _ThreadOptions()
 
 
 @contextmanager
-def options(*, prune: str | None) -> Iterator[None]:
+def options(
+    *,
+    prune: str | None = None,
+    act_bits: int | str | None = None,
+    attention: str | None = None,
+    isa: str | None = None,
+) -> Iterator[None]:
     """Options for the contexts (``llama_cpp.Llama`` objects) that this thread creates inside the ``with`` block.
 
-    ``prune`` is what the environment variable AGQ_PRUNE would hold (docs/pruning.md, "Control"): ``"off"``, ``"file"``,
-    ``"3:0.5"`` (behind layer 3 drop half of the prompt's tokens), ...; None: what AGQ_PRUNE does hold. Contexts keep
-    their options when the block ends. Raises InputError if the text is not understood, HostError as ``register``.
+    Each stands for an environment variable (docs/environment.md has all values); None: what an outer block or the
+    variable says.
+
+    - ``prune``, AGQ_PRUNE: ``"off"``, ``"file"``, ``"3:0.5"`` (after layer 3 drop half of the prompt's tokens), ...
+    - ``act_bits``, AGQ_ACT_BITS: 8, 4, or ``"mixed:0.5"`` (4 bits for the less important half of a prompt's tokens).
+    - ``attention``, AGQ_ATTENTION: ``"paper"`` or ``"paper-normalized"``.
+    - ``isa``, AGQ_FORCE_ISA: the name of a kernel, such as ``"avx2"``.
+
+    Contexts keep their options when the block ends. Raises InputError if a value is not understood, HostError as
+    ``register``.
     """
-    before = _thread_options.prune
-    _set_prune(prune)
+    given = {"prune": prune, "act_bits": act_bits, "attention": attention, "isa": isa}
+    before = dict(_thread_options.values)
     try:
+        for name, value in given.items():
+            if value is not None:
+                _set_option(name, str(value))
         yield
     finally:
-        _set_prune(before)
+        for name in given:
+            if _thread_options.values[name] != before[name]:
+                _set_option(name, before[name])
 
 
-def _set_prune(prune: str | None) -> None:
+def _set_option(name: str, value: str | None) -> None:
     with registered_library() as library:
-        error = library.agq_set_prune(None if prune is None else prune.encode())
+        error = library.agq_set_option(_OPTIONS.index(name), None if value is None else value.encode())
         if error:
             raise InputError(error.decode())
-    _thread_options.prune = prune
+    _thread_options.values[name] = value
 
 
 def last_pruned() -> list[int]:

@@ -111,11 +111,17 @@ AGQ_EXPORT int agq_profile_report(char *text, int size) {
     return static_cast<int>(report.size());
 }
 
-/// Sets how contexts that this thread creates from now on prune (docs/pruning.md, "Control"); null: as AGQ_PRUNE says.
-/// Returns null, or what is wrong with the text (valid until the next call in this thread).
-AGQ_EXPORT const char *agq_set_prune(const char *text) {
-    std::string &error = agq::thread_value<std::string, struct prune_error>();
-    return agq::set_thread_pruning(text, &error) ? nullptr : error.c_str();
+/// Sets an option of the contexts that this thread creates from now on, in place of an environment variable
+/// (docs/environment.md): `option` 0 is AGQ_PRUNE, 1 AGQ_ACT_BITS, 2 AGQ_ATTENTION, 3 AGQ_FORCE_ISA. A null `text`
+/// means: as the variable says. Returns null, or what is wrong with the text (valid until this thread's next call).
+AGQ_EXPORT const char *agq_set_option(int32_t option, const char *text) {
+    std::string &error = agq::thread_value<std::string, struct option_error>();
+    error = "the plugin has no option " + std::to_string(option);
+    if (option < 0 || option > 3) return error.c_str();
+    const auto which = static_cast<agq::context_option>(option);
+    if (text && !agq::check_context_option(which, text, &error)) return error.c_str();
+    agq::set_context_option(which, text);
+    return nullptr;
 }
 
 /// For each position of the sequence that this thread has computed last the layer behind which its token was dropped,

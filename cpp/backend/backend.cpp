@@ -18,6 +18,7 @@
 #include "backend/graph_snapshot.h"
 #include "base/thread_value.h"
 #include "host/profile.h"
+#include "kernels/select.h"
 #include "prune/pruner.h"
 #include "rewrite/graph_rewrite.h"
 
@@ -81,11 +82,6 @@ device_context &context_of(ggml_backend_device *device) {
     return *static_cast<device_context *>(device->context);
 }
 
-/// What this thread's contexts shall do in place of AGQ_PRUNE.
-std::optional<std::string> &thread_pruning() {
-    return thread_value<std::optional<std::string>, struct pruning_tag>();
-}
-
 // ---- threads of the inner backend ----
 
 /// Hosts built without OpenMP start and join threads in every graph unless the backend is given a pool.
@@ -119,14 +115,32 @@ class thread_pool {
 
 // ---- backend ----
 
+/// What the options of a context say.
+struct context_settings {
+    prune_settings pruning;
+    activation_settings activations;
+    const attention_kernel *attention = nullptr;
+    const kernel *kern = nullptr;
+};
+
+bool read_settings(context_settings *settings, std::string *error) {
+    const auto text = read_context_option;
+    if (!parse_prune_settings(text(context_option::prune), &settings->pruning, error) ||
+        !parse_activation_settings(text(context_option::activation_bits), &settings->activations, error) ||
+        !parse_attention_option(text(context_option::attention), &settings->attention, error)) {
+        return false;
+    }
+    settings->kern = select_kernel(text(context_option::isa).c_str(), error);
+    return settings->kern != nullptr;
+}
+
 struct backend_context {
-    backend_context(device_context &device_state, ggml_backend *inner_cpu, const prune_settings &pruning,
-                    const activation_settings &activations, const attention_kernel *attention)
+    backend_context(device_context &device_state, ggml_backend *inner_cpu, const context_settings &settings)
         : device(device_state),
           cpu(inner_cpu),
-          rewriter(device.kern, device.chosen.fuse, device.chosen.take_all, activations, attention),
-          pruning(device.kern->attention, pruning),
-          may_prune(pruning.given) {
+          rewriter(settings.kern, device.chosen.fuse, device.chosen.take_all, settings.activations, settings.attention),
+          pruning(settings.kern->attention, settings.pruning),
+          may_prune(settings.pruning.given) {
         device.creating.begin(this);
     }
     ~backend_context() {
@@ -284,21 +298,17 @@ void device_get_props(ggml_backend_device *device, ggml_backend_dev_props *props
 
 ggml_backend *device_init_backend(ggml_backend_device *device, const char *) {
     try {
-        prune_settings pruning;
         std::string error;
-        activation_settings activations;
-        const attention_kernel *attention = nullptr;
-        if (!parse_prune_settings(thread_pruning() ? *thread_pruning() : prune_option(), &pruning, &error) ||
-            !parse_activation_settings(activation_bits_option(), &activations, &error) ||
-            !parse_attention_option(attention_option(), &attention, &error)) {
+        context_settings settings;
+        if (!read_settings(&settings, &error)) {
             log_line(log_error, error);
             return nullptr;
         }
         device_context &state = context_of(device);
-        if (pruning.given) state.pruning_asked_for.store(true, std::memory_order_relaxed);
+        if (settings.pruning.given) state.pruning_asked_for.store(true, std::memory_order_relaxed);
         ggml_backend *cpu = host.ggml_backend_dev_init(host.cpu, nullptr);
         if (!cpu) return nullptr;
-        auto context = std::make_unique<backend_context>(state, cpu, pruning, activations, attention);
+        auto context = std::make_unique<backend_context>(state, cpu, settings);
         auto backend = std::make_unique<ggml_backend>();
         *backend = {};
         backend->guid = &backend_guid;
@@ -393,15 +403,19 @@ ggml_backend_reg *backend_registry(const kernel *kern, const options &chosen) {
     return &registry;
 }
 
-bool set_thread_pruning(const char *text, std::string *error) {
-    if (!text) {
-        thread_pruning().reset();
-        return true;
+bool check_context_option(context_option which, const char *text, std::string *error) {
+    context_settings ignored;
+    switch (which) {
+        case context_option::prune:
+            return parse_prune_settings(text, &ignored.pruning, error);
+        case context_option::activation_bits:
+            return parse_activation_settings(text, &ignored.activations, error);
+        case context_option::attention:
+            return parse_attention_option(text, &ignored.attention, error);
+        case context_option::isa:
+            return select_kernel(text, error) != nullptr;
     }
-    prune_settings ignored;
-    if (!parse_prune_settings(text, &ignored, error)) return false;
-    thread_pruning() = text;
-    return true;
+    return false;
 }
 
 }  // namespace agq

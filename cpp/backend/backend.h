@@ -12,8 +12,7 @@ namespace agq {
 /// The registry to hand to the host. All computing goes through `kern`.
 ggml_backend_reg *backend_registry(const kernel *kern, const options &chosen);
 
-/// What contexts that this thread creates from now on shall do about pruning, in place of AGQ_PRUNE; null: back to
-/// that. On a mistake returns false and `*error` says which.
-bool set_thread_pruning(const char *text, std::string *error);
+/// Checks an option before `set_context_option`. On a mistake returns false and `*error` says which.
+bool check_context_option(context_option which, const char *text, std::string *error);
 
 }  // namespace agq

@@ -2,6 +2,9 @@
 #include "base/environment.h"
 
 #include <cstdlib>
+#include <optional>
+
+#include "base/thread_value.h"
 
 namespace agq {
 
@@ -15,23 +18,32 @@ options read_options() {
 
 namespace {
 
-std::string variable(const char *name) {
-    const char *text = std::getenv(name);
-    return text ? text : "";
+constexpr size_t option_count = 4;
+constexpr const char *variables[option_count] = {"AGQ_PRUNE", "AGQ_ACT_BITS", "AGQ_ATTENTION", "AGQ_FORCE_ISA"};
+
+struct thread_options {
+    std::optional<std::string> values[option_count];
+};
+
+std::optional<std::string> &of_thread(context_option which) {
+    return thread_value<thread_options, struct options_of_thread>().values[static_cast<size_t>(which)];
 }
 
 }  // namespace
 
-std::string prune_option() {
-    return variable("AGQ_PRUNE");
+std::string read_context_option(context_option which) {
+    if (const auto &own = of_thread(which)) return *own;
+    const char *text = std::getenv(variables[static_cast<size_t>(which)]);
+    return text ? text : "";
 }
 
-std::string activation_bits_option() {
-    return variable("AGQ_ACT_BITS");
-}
-
-std::string attention_option() {
-    return variable("AGQ_ATTENTION");
+void set_context_option(context_option which, const char *text) {
+    auto &own = of_thread(which);
+    if (text) {
+        own = text;
+    } else {
+        own.reset();
+    }
 }
 
 }  // namespace agq

@@ -13,9 +13,13 @@ struct options {
 
 options read_options();
 
-// As they are now: they are read when a context is created. Empty if they are not set.
-std::string prune_option();            ///< AGQ_PRUNE
-std::string activation_bits_option();  ///< AGQ_ACT_BITS
-std::string attention_option();        ///< AGQ_ATTENTION
+/// The options that are read whenever a context is created.
+enum class context_option { prune, activation_bits, attention, isa };
+
+/// What this thread has set, else what the environment says now; empty if neither does.
+std::string read_context_option(context_option which);
+
+/// What contexts that this thread creates from now on get in place of the variable; null: back to the variable.
+void set_context_option(context_option which, const char *text);
 
 }  // namespace agq
