@@ -3,6 +3,8 @@
 // copy.
 #include "host/type_registry.h"
 
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
 
 #include "format/blocks.h"
@@ -26,25 +28,60 @@ const char type_name[] = "agq4";
 ggml_type_traits retired = {};
 bool is_filled = false;
 
-bool write_constant(const void *target, const void *source, size_t bytes) {
 #ifdef _WIN32
+
+bool write_constant(const void *target, const void *source, size_t bytes) {
     DWORD before;
     void *address = const_cast<void *>(target);
     if (!VirtualProtect(address, bytes, PAGE_READWRITE, &before)) return false;
     std::memcpy(address, source, bytes);
     return VirtualProtect(address, bytes, before, &before) != 0;
-#else
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(target) & ~(page - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(target) + bytes + page - 1) & ~(page - 1);
-    void *pages = reinterpret_cast<void *>(begin);
-    if (mprotect(pages, end - begin, PROT_READ | PROT_WRITE) != 0) return false;
-    std::memcpy(const_cast<void *>(target), source, bytes);
-    // The table holds pointers, so the dynamic linker relocated it and then made it read-only: that is its former
-    // state.
-    return mprotect(pages, end - begin, PROT_READ) == 0;
-#endif
 }
+
+#else
+
+/// The protection of the page at an address, as mprotect wants it.
+int protection_of(uintptr_t address) {
+    // The table holds pointers, so the dynamic linker relocated it and then made it read-only. That is its state where
+    // the system does not tell.
+    int found = PROT_READ;
+#ifdef __linux__
+    std::FILE *maps = std::fopen("/proc/self/maps", "r");
+    char line[512];
+    bool is_begin = true;  // a path may be longer than `line`
+    while (maps && std::fgets(line, sizeof(line), maps)) {
+        uintptr_t begin = 0, end = 0;
+        char flags[5] = {};
+        if (is_begin && std::sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s", &begin, &end, flags) == 3 &&
+            begin <= address && address < end) {
+            found = (flags[0] == 'r' ? PROT_READ : 0) | (flags[1] == 'w' ? PROT_WRITE : 0) |
+                    (flags[2] == 'x' ? PROT_EXEC : 0);
+            break;
+        }
+        is_begin = std::strchr(line, '\n') != nullptr;
+    }
+    if (maps) std::fclose(maps);
+#else
+    (void)address;
+#endif
+    return found;
+}
+
+bool write_constant(const void *target, const void *source, size_t bytes) {
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t first = reinterpret_cast<uintptr_t>(target) & ~(page - 1);
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(target) + bytes - 1) & ~(page - 1);
+    const auto protect = [page](uintptr_t at, int protection) {
+        return mprotect(reinterpret_cast<void *>(at), page, protection) == 0;
+    };
+    const int before_first = protection_of(first), before_last = protection_of(last);
+    // `bytes` is less than a page, so that it lies on one or two.
+    const bool writable = protect(first, PROT_READ | PROT_WRITE) && protect(last, PROT_READ | PROT_WRITE);
+    if (writable) std::memcpy(const_cast<void *>(target), source, bytes);
+    return protect(last, before_last) && protect(first, before_first) && writable;
+}
+
+#endif
 
 }  // namespace
 
