@@ -1,4 +1,4 @@
-// The entry points that the Python converter needs (agq_gguf/rounding.py): rounding kernels, without a host.
+// The entry points that the Python converter needs (agq_gguf/matrix/kernels.py): rounding kernels, without a host.
 #include <cstdint>
 
 #include "abi/export.h"

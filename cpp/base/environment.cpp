@@ -1,4 +1,3 @@
-// Reads the environment; nothing else in the plugin does.
 #include "base/environment.h"
 
 #include <cstdlib>

@@ -1,4 +1,4 @@
-// Every environment variable of the plugin; read once when it is loaded, if nothing else is said.
+// Every environment variable of the plugin. Nothing else reads the environment.
 #pragma once
 
 #include <string>
@@ -11,6 +11,7 @@ struct options {
     std::string force_isa;  ///< AGQ_FORCE_ISA: name of the kernel to use, empty for the best one
 };
 
+/// Reads these three. The plugin does so once, when it is loaded; the converter, before it first rounds weights.
 options read_options();
 
 /// The options that are read whenever a context is created.

@@ -32,7 +32,7 @@ struct activation_block {
 /// rotation, gets scale NaN (for every group) and q = 0.
 using quantize_fn = void (*)(const activation_format &format, const float *const *rows, const activation_block &block);
 
-/// Work of one call: `panels` consecutive panels of a weight matrix times `n_blocks` consecutive activation blocks.
+/// Work of one call: `panels` consecutive panels of a weight matrix times the activation blocks of `n_tokens` tokens.
 ///
 ///   dst[t][16 p + r] = tensor_scale * sum over groups of D * I * scale    (docs/format.md, "Meaning")
 ///

@@ -1,5 +1,5 @@
 // The contract of the rounding kernels: what the converter does with the weights of one group of columns, for many rows
-// at once. agq_gguf/feedback.py says what for; tests/reference_rounding.py is the definition of right.
+// at once. agq_gguf/matrix/column_feedback.py says what for; tests/reference_rounding.py is the definition of right.
 //
 // Matrices are transposed: [64][n] has the n rows of a weight matrix side by side, one column of the group after the
 // other. Rows do not influence each other. `values` are the 16 ascending ones of a codebook. All numbers are binary32;

@@ -28,8 +28,8 @@ class pruned_run {
     pruned_run(const pruned_run &) = delete;
     pruned_run &operator=(const pruned_run &) = delete;
 
-    /// `cells` and `first_cell` are those of find_obstacle. `mask_only`: all tokens stay, but dropped ones are hidden
-    /// as if they had gone. Throws std::bad_alloc.
+    /// Runs the cuts of `plan`, which has no obstacle, for the ubatch that read_ubatch has read. `mask_only`: all
+    /// tokens stay, but dropped ones are hidden as if they had gone. Throws std::bad_alloc.
     ggml_status run(const graph_facts &facts, const prune_plan &plan, const hidden_cells &hidden, bool mask_only,
                     const ubatch_facts &ubatch, int n_threads, const segment_fn &compute);
 

@@ -18,9 +18,9 @@ struct prune_stage {
     drop_rule rule;
     const score *measure = &score_received;
     int keep = 0;   ///< the last so many tokens of an ubatch stay
-    int reach = 0;  ///< a token counts as much as the most important one at most so many places away
-    bool reuse =
-        false;  ///< later layers still get keys and values of dropped tokens, from the state in which they left
+    int reach = 0;  ///< each token gets the highest importance within so many places
+    /// Later layers still get keys and values of dropped tokens, from the state in which they left.
+    bool reuse = false;
     state_direction direction;  ///< of a learned score: from the file
 };
 
