@@ -50,8 +50,8 @@ def choose(sample: NDArray[np.float32], capacity: int, bits: int, scale: str, en
     `scale` is one of `blocks.ACTIVATION_SCALES`. If nearly all channels can be listed, they are listed by descending
     energy. Channels of similar energy then share a group and the scale of their weights, which lowers the error of
     weights (docs/research/format-study.md), and outliers share groups. A shorter list would mix the other channels
-    badly, so it holds only outliers, and only if activations gain by it. Rotation gives the channels of a group
-    similar sizes. Then exponents gain nothing and an order loses (docs/quality.md), so neither is used.
+    badly, so it holds only outliers, and only if activations gain by it. Rotation gives the channels of a group similar
+    sizes. Then exponents gain nothing and an order loses (docs/research/quality.md), so neither is used.
     """
     x, columns = sample.astype(np.float64), sample.shape[1]
     plain = none(columns)

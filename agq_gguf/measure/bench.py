@@ -149,7 +149,7 @@ def bench(
         raise InputError("bench needs at least one model")
     if prompt < 0 or generation < 0 or prompt + generation == 0:
         raise InputError(
-            f"prompt and generation must not both be 0 tokens or be negative, got {prompt} and {generation}"
+            f"prompt and generation must be at least 0 tokens, and not both 0, got {prompt} and {generation}"
         )
     if repetitions < 1 or sequences < 1 or depth < 0:
         raise InputError(

@@ -6,7 +6,7 @@ prediction. Tensors are rounded one at a time, without error feedback, which wou
 
 Otherwise the cost is the relative squared error of the product. All blocks then have the same weight, and the output
 matrix has the weight of all blocks together. This is close to what was measured where the graph is known
-(docs/quality.md).
+(docs/research/quality.md).
 """
 
 from __future__ import annotations
