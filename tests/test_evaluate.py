@@ -9,7 +9,6 @@ import pytest
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.logits import compare, log_softmax
 from agq_gguf.measure.evaluate import evaluate, summarize
-from agq_gguf.runtime.library import default_threads
 from agq_gguf.runtime.log import quiet_log
 from agq_gguf.runtime.model import Batch, Model
 from agq_gguf.runtime.stock_quantize import quantize_stock
@@ -220,10 +219,3 @@ def test_the_eval_callback_sees_the_graph(llama_f16: Path) -> None:
 def test_stock_types(llama_f16: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"type must be one of .*, got 'q9'"):
         quantize_stock(llama_f16, tmp_path / "x.gguf", "q9")
-
-
-@pytest.mark.parametrize(("quota", "threads"), [("max 100000", 64), ("150000 100000", 2), ("10000 100000", 1)])
-def test_threads_respect_the_quota_of_a_container(quota: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    monkeypatch.setattr(Path, "read_text", lambda self, **options: quota)
-    assert default_threads() == threads

@@ -40,7 +40,7 @@ def bench(
     first token, are measured in a fresh process for each model.
     """
     from agq_gguf.measure.bench import bench as run
-    from agq_gguf.runtime.library import default_threads
+    from agq_gguf.runtime.cpus import default_threads
 
     threads = threads or default_threads()
     if plot is not None:

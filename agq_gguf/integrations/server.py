@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agq_gguf.errors import HostError, InputError
-from agq_gguf.runtime.library import default_threads
+from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.runtime.log import quiet_log
 from agq_gguf.runtime.model_file import prepare
 

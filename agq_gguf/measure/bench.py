@@ -22,7 +22,8 @@ import numpy as np
 from agq_gguf import errors
 from agq_gguf.arguments import Progress, no_progress
 from agq_gguf.errors import AgqError, HostError, InputError
-from agq_gguf.runtime.library import default_threads, llama_api
+from agq_gguf.runtime.cpus import default_threads
+from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.model import Batch, Context, FlashAttention, Model
 from agq_gguf.runtime.model_file import prepare
 from agq_gguf.runtime.profile import NodeTime, profiled

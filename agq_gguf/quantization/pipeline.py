@@ -30,7 +30,7 @@ from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.report import REPLACED, Report, TensorReport
 from agq_gguf.quantization.resume import Journal
 from agq_gguf.quantization.type_plan import TensorPlan, plan
-from agq_gguf.runtime.library import default_threads
+from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.text import LoadedText, load_text
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from agq_gguf.errors import HostError, InputError
-from agq_gguf.runtime.library import default_threads, llama_api
+from agq_gguf.runtime.cpus import default_threads
+from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import last_error, redirect
 from agq_gguf.runtime.model_file import prepare
 

@@ -6,7 +6,8 @@ import ctypes
 import os
 
 from agq_gguf.errors import InputError, OutputError
-from agq_gguf.runtime.library import default_threads, llama_api
+from agq_gguf.runtime.cpus import default_threads
+from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import last_error, quiet_log, redirect
 from agq_gguf.runtime.model_file import check_model_file
 

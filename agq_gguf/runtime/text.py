@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from agq_gguf.errors import InputError
-from agq_gguf.runtime.library import default_threads, llama_api
+from agq_gguf.runtime.cpus import default_threads
+from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import llama_errors
 from agq_gguf.runtime.model_file import prepare
 

@@ -1,0 +1,125 @@
+"""How many CPUs this process may use: its affinity, and the quotas of the control groups that it is in.
+
+Linux divides CPU time by quotas. A container has one, a service of systemd may have one, and these nest: the smallest
+quota among the process's own group and all groups above it decides.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How much CPU time a control group may use."""
+
+    cpus: float  # seconds of CPU time per second, such as 1.5
+    file: Path  # which says so
+
+
+@dataclass(frozen=True)
+class AvailableCpus:
+    """The CPUs that a process may use."""
+
+    allowed: int  # CPUs that the scheduler lets it run on
+    quota: Quota | None  # the smallest one; None: no quota
+
+    @property
+    def threads(self) -> int:
+        """How many threads make use of them.
+
+        Quotas are rounded down: a thread too many waits for its next slice of time, and all others wait for it in
+        ggml's spinning barriers.
+        """
+        return max(1, min(self.allowed, int(self.quota.cpus))) if self.quota else self.allowed
+
+
+def default_threads() -> int:
+    """Number of CPUs this process may use, at least 1."""
+    return available_cpus().threads
+
+
+def available_cpus(root: Path = Path("/")) -> AvailableCpus:
+    """The CPUs that this process may use. `root` is the folder with proc and sys, for tests."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return AvailableCpus(allowed, min(_quotas(root), key=lambda quota: quota.cpus, default=None))
+
+
+def _quotas(root: Path) -> Iterator[Quota]:
+    """All quotas that apply to this process."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
+        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:  # not Linux, or /proc is not mounted
+        return
+    for line in groups.splitlines():
+        number, controllers, group = (*line.split(":", 2), "", "")[:3]
+        if number == "0" and not controllers:  # version 2 has one hierarchy for all controllers
+            folders, read = _folders(mounts, "cgroup2", "", group), _quota_v2
+        elif "cpu" in controllers.split(","):
+            folders, read = _folders(mounts, "cgroup", "cpu", group), _quota_v1
+        else:
+            continue
+        for folder in folders:
+            quota = read(root / folder.relative_to("/"))
+            if quota is not None:
+                yield quota
+
+
+def _folders(mounts: str, kind: str, controller: str, group: str) -> set[PurePosixPath]:
+    """The folders of a group and of those above it, as far as the file systems of this kind show them.
+
+    `mounts` is the text of /proc/self/mountinfo, see proc_pid_mountinfo(5).
+    """
+    path = PurePosixPath(group)
+    own: set[PurePosixPath] = set()
+    mounted: set[PurePosixPath] = set()
+    for line in mounts.splitlines():
+        place, _, source = line.partition(" - ")
+        fields, file_system = place.split(" "), source.split(" ")
+        if len(fields) < 5 or file_system[0] != kind:
+            continue
+        if controller and controller not in file_system[-1].split(","):
+            continue
+        top, mount = (PurePosixPath(_unescape(field)) for field in fields[3:5])
+        mounted.add(mount)
+        # A container without a namespace of its own for groups sees the group's whole path, but only from its own
+        # group on, which is what is mounted.
+        if path.is_relative_to(top) and ".." not in path.parts:
+            folder = mount / path.relative_to(top)
+            own |= {above for above in (folder, *folder.parents) if above.is_relative_to(mount)}
+    return own or mounted  # the path may be told from outside of the container: then what it mounts is its group
+
+
+def _unescape(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)
+
+
+def _quota_v2(folder: Path) -> Quota | None:
+    file = folder / "cpu.max"
+    return _quota(file, _words(file))
+
+
+def _quota_v1(folder: Path) -> Quota | None:
+    file = folder / "cpu.cfs_quota_us"
+    return _quota(file, _words(file) + _words(folder / "cpu.cfs_period_us"))
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="ascii").split()
+    except (OSError, ValueError):  # the root group has no quota; version 1 of other controllers neither
+        return []
+
+
+def _quota(file: Path, words: list[str]) -> Quota | None:
+    """From microseconds of CPU time and of the period in which they may be used; "max" or -1: no quota."""
+    try:
+        time, period = map(int, words)
+    except ValueError:
+        return None
+    return Quota(time / period, file) if time > 0 and period > 0 else None
