@@ -185,7 +185,7 @@ def test_dropped_tokens(llama_agq: Path, words_file: Path, tmp_path: Path) -> No
     # Attention is shared by all that a token sees, so that to the first one falls along the prompt.
     assert np.nanmean(values[1:50]) > 2 * np.nanmean(values[250:])
     html = render(data)
-    assert html.count('title="dropped behind layer 0"') == sum(layer == 0 for _, layer in data.prompt.pieces) >= 1
+    assert html.count('title="dropped after layer 0"') == sum(layer == 0 for _, layer in data.prompt.pieces) >= 1
     assert "<h2>Attention paid to the first token</h2>" in html and "<h2>Dropped tokens</h2>" in html
 
 
@@ -199,9 +199,9 @@ def test_model_without_agq4_and_without_a_run(llama_q8: Path, tmp_path: Path) ->
 def test_report_refuses(llama_agq: Path, tmp_path: Path, measured: tuple[Path, Path]) -> None:
     bench, evaluation = measured
     for options, message in (
-        ({"bench": [evaluation]}, "not what `agq-gguf bench --json` prints"),
-        ({"evaluations": [bench]}, "not what `agq-gguf evaluate --json` prints"),
-        ({"bench": [llama_agq]}, "not what"),
+        ({"bench": [evaluation]}, "expected the output of `agq-gguf bench --json`"),
+        ({"evaluations": [bench]}, "expected the output of `agq-gguf evaluate --json`"),
+        ({"bench": [llama_agq]}, "expected the output of"),
         ({"bench": [tmp_path / "none"]}, "No such file"),
         ({"text": tmp_path / "none"}, "No such file"),
     ):
@@ -232,5 +232,5 @@ def test_plot_options(llama_agq: Path, llama_q4: Path, llama_f16: Path, words_fi
     run("evaluate", llama_agq, "--reference", llama_f16, "--text", words_file, "-c", 64, "--chunks", 2, "-t", 1,
         "--plot", tmp_path / "e.png")  # fmt: skip
     assert is_picture(tmp_path / "b.png") and is_picture(tmp_path / "e.png")
-    assert "known endings are" in run("bench", llama_agq, "--plot", tmp_path / "b.gguf", code=2).stderr
+    assert "must end in one of" in run("bench", llama_agq, "--plot", tmp_path / "b.gguf", code=2).stderr
     assert "no such folder" in run("bench", llama_agq, "--plot", tmp_path / "no" / "b.png", code=5).stderr

@@ -1,1 +1,1 @@
-"""What is in a model file: contents, digests, a page with pictures."""
+"""Shows and checks model files: contents, digests, an HTML page."""

@@ -1,4 +1,4 @@
-"""What is in a GGUF file: sizes, types, tensors, our metadata, the parameters inside AGQ4 tensors."""
+"""Summarizes a GGUF file: sizes, types, tensors, this package's metadata, the parameters of AGQ4 tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.gguf_io.shards import open_model, paths_of
 from agq_gguf.pruning.file import PruningInfo, pruning_info
 
-_NOT_SHOWN = (metadata.HASH_PREFIX, metadata.ERROR_PREFIX)  # for `verify`, and shown with the tensors
+_NOT_SHOWN = (
+    metadata.HASH_PREFIX,
+    metadata.ERROR_PREFIX,
+)  # digests are for `verify`; errors are shown with the tensors
 
 
 @dataclass(frozen=True)
 class AgqAttributes:
-    """Parameters of an AGQ4 tensor; of one with experts: what all share, and the extremes of what differs."""
+    """Parameters of an AGQ4 tensor. With experts: the shared parameters, and the range of those that differ."""
 
     version: int  # of the format
     matrices: int  # more than one: experts
@@ -31,7 +34,7 @@ class AgqAttributes:
     exponent_min: int
     exponent_max: int
     exponents_nonzero: float  # share of the groups that are refined
-    listed_channels: int  # most channels that the channel order lists; 0: no reordering
+    listed_channels: int  # channels that the channel order lists, maximum over experts; 0: no reordering
     pruning: pruning_record.Pruning | None = None  # the pruning record
 
 
@@ -44,7 +47,7 @@ class TensorInfo:
     shape: list[int]
     bytes: int
     agq: AgqAttributes | None = None
-    problem: str = ""  # why its parameters cannot be used
+    problem: str = ""  # what is wrong with its parameters
     error: float | None = None  # AGQ4: squared output error over squared output, as the quantizer measured it
 
 
@@ -70,10 +73,10 @@ class ModelInfo:
     tensor_bytes: int
     bits_per_weight: float
     types: dict[str, TypeInfo]  # largest first
-    metadata: dict[str, Any]  # our own keys, agq.*
+    metadata: dict[str, Any]  # the keys agq.* of this package
     hyperparameters: dict[str, Any]  # the scalar keys of the architecture
     tensors: list[TensorInfo]
-    pruning: PruningInfo | None = None  # how it was calibrated, if it was
+    pruning: PruningInfo | None = None  # its pruning calibration, if any
 
     @property
     def problems(self) -> list[str]:
@@ -82,7 +85,7 @@ class ModelInfo:
 
 
 def inspect_file(path: str | os.PathLike[str]) -> ModelInfo:
-    """Reads header and AGQ4 attributes only. Raises InputError; damaged AGQ4 tensors are told in the result."""
+    """Reads only the header and the AGQ4 attributes. Raises InputError; the result reports damaged AGQ4 tensors."""
     with open_model(path) as reader:
         errors = metadata.read_errors(reader)
         tensors = [_tensor_info(reader, tensor, errors.get(tensor.name)) for tensor in reader.tensors.values()]
@@ -116,7 +119,7 @@ def _types(tensors: Iterable[Tensor]) -> dict[str, TypeInfo]:
 
 
 def _scalars(reader: Reader, prefix: str) -> dict[str, Any]:
-    """Metadata under a prefix, without the prefix; short arrays as lists, long ones by their length."""
+    """Metadata under a prefix, without the prefix; short arrays as lists, long arrays as their length."""
     found: dict[str, Any] = {}
     for key, entry in reader.metadata.items():
         if prefix != "." and key.startswith(prefix) and not key.startswith(_NOT_SHOWN):

@@ -1,4 +1,4 @@
-"""Pictures of what `bench` and `evaluate` measured, as files (PNG, SVG or PDF by their names)."""
+"""Draws the results of `bench` and `evaluate` into picture files (PNG, SVG or PDF, by the file's name)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agq_gguf.errors import HostError, InputError, OutputError
+from agq_gguf.errors import InputError, OutputError, missing_package
 
 if TYPE_CHECKING:
     from agq_gguf.measure.bench import Result
@@ -15,22 +15,25 @@ if TYPE_CHECKING:
 
 
 def check_target(path: Path) -> None:
-    """Raises before anything is measured: HostError without matplotlib, InputError for an unknown kind of file."""
+    """Checks a target before anything is measured.
+
+    Raises HostError without matplotlib, InputError for an unknown kind of file, OutputError if the folder is missing.
+    """
     _pyplot()
     from matplotlib.figure import Figure
 
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
-        raise InputError(f"{path}: cannot be drawn; known endings are {', '.join(sorted(known))}")
+        raise InputError(f"{path}: the name of a picture must end in one of {', '.join(sorted(known))}")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path}: cannot be written: no such folder")
 
 
 def plot_bench(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """Bars of tokens/s with quartiles, a panel each for prompt and generation. Raises OutputError."""
+    """Draws bars of tokens/s with quartiles, one panel for prompt and one for generation. Raises OutputError."""
     parts = [part for part in ("prompt", "generation") if any(getattr(result, part) for result in results)]
     if not parts:
-        raise InputError("nothing was measured that could be drawn")
+        raise InputError("nothing was measured, so there is nothing to draw")
     figure, axes = _panels(len(parts), len(results))
     names = [Path(result.model).name for result in results]
     for axis, part in zip(axes, parts, strict=True):
@@ -48,7 +51,7 @@ def plot_bench(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
 
 
 def plot_evaluation(found: Evaluation, name: str, path: str | os.PathLike[str]) -> None:
-    """Bars of the KL divergence from the reference: mean, median and tail, logarithmic. Raises OutputError."""
+    """Draws the KL divergence from the reference on a logarithmic axis: mean, median and tail. Raises OutputError."""
     figure, (axis,) = _panels(1, 4)
     rows = {
         "mean": found.mean_kl,
@@ -61,7 +64,7 @@ def plot_evaluation(found: Evaluation, name: str, path: str | os.PathLike[str]) 
     axis.bar_label(bars, [f" {value:.2e}" for value in rows.values()], padding=4)
     axis.set_title(
         f"{name}: perplexity {found.perplexity:.4f}, reference {found.reference_perplexity:.4f}, "
-        f"same likeliest token {found.top1_agreement:.1%}"
+        f"same most likely token {found.top1_agreement:.1%}"
     )
     axis.set_xlabel("KL divergence from the reference, nats per token")
     axis.margins(x=0.2)
@@ -73,12 +76,12 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as e:
-        raise HostError(f"plots need {e.name}: pip install 'agq-gguf[plot]'") from e
+        raise missing_package("drawing pictures", e, "plot") from e
     return matplotlib
 
 
 def _panels(n: int, rows: int) -> tuple[Any, Any]:
-    """A figure without a window, and its axes, one below the other."""
+    """A figure without a window, and its `n` axes, one below the other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, n * (1.4 + 0.4 * rows)), layout="constrained")

@@ -1,7 +1,7 @@
-"""What is known of one model, gathered for a page: its tensors, what its activations look like, what was measured.
+"""Collects the facts about one model for its page: tensors, activations, and measurements.
 
-`gather` collects; `report_page.render` draws. Activations are those of the model itself on a text, taken in llama.cpp
-as calibration does.
+`gather` collects them; `report_page.render` makes the page. Activations are those of the model on a text, read from
+llama.cpp as in calibration.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _PROMPT_TOKENS = 384
 
 @dataclass(frozen=True)
 class InputRange:
-    """The input of some weights over a text, channels in their original order."""
+    """The range of one input of weights over a text; channels in their original order."""
 
-    layer: int  # -1: outside the layers, such as the output matrix
+    layer: int  # -1: outside the layers, such as for the output matrix
     kind: str  # name of the first weight without its layer, such as attn_q
     weights: tuple[str, ...]
     abs_max: NDArray[np.float32]  # [K]
@@ -44,7 +44,7 @@ class InputRange:
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of `agq-gguf bench --json` and `evaluate --json`, one entry for each model."""
+    """Results of `agq-gguf bench --json` and `evaluate --json`, one entry for each model."""
 
     bench: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -52,24 +52,24 @@ class Measured:
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """What token pruning makes of a prompt."""
+    """The result of token pruning for a prompt."""
 
-    pieces: list[tuple[str, int]]  # text, and the layer behind which its tokens were dropped, -1: they stayed
-    first_attention: dict[int, NDArray[np.float32]]  # layer -> each token's attention to the first, mean of heads
+    pieces: list[tuple[str, int]]  # text, and the layer after which its tokens were dropped (-1: kept)
+    first_attention: dict[int, NDArray[np.float32]]  # layer -> attention of each token to the first, mean of heads
 
     @property
     def layers(self) -> list[int]:
-        """Layers behind which tokens were dropped."""
+        """Layers after which tokens were dropped."""
         return sorted({layer for _, layer in self.pieces if layer >= 0})
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that the page shows."""
+    """Everything that the page shows."""
 
     model: ModelInfo
     ranges: list[InputRange]
-    text: str  # what the ranges were taken on, for people
+    text: str  # description of the text behind `ranges`
     errors: dict[str, float]  # tensor -> squared output error over squared output, on calibration data
     prompt: SamplePrompt | None  # of a model that prunes tokens
     measured: Measured
@@ -85,9 +85,9 @@ def gather(
     evaluations: Sequence[str | os.PathLike[str]] = (),
     progress: Progress = no_progress,
 ) -> ReportData:
-    """Reads the model and runs `tokens` tokens of a text through it (the one in the package by default; 0: none).
+    """Reads the model and runs `tokens` tokens of a text through it (0: none; default text: the one in the package).
 
-    `bench` and `evaluations` are files with what those commands print with --json. Raises InputError or HostError.
+    `bench` and `evaluations` are files with the output of those commands with --json. Raises InputError or HostError.
     """
     model = inspect_file(path)
     measured = Measured(
@@ -104,7 +104,7 @@ def gather(
 
 
 def _entries(path: str | os.PathLike[str], key: str | None) -> list[dict[str, Any]]:
-    """Entries of a JSON file of ours: those under `key`, or the whole as one."""
+    """Entries of a JSON file that bench or evaluate printed: those under `key`, or the whole file as one entry."""
     wanted = "bench" if key else "evaluate"
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -116,11 +116,11 @@ def _entries(path: str | os.PathLike[str], key: str | None) -> list[dict[str, An
         raise InputError(f"{path}: cannot be read: {e.strerror}") from e
     except (ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{path}: not what `agq-gguf {wanted} --json` prints")
+    raise InputError(f"{path}: expected the output of `agq-gguf {wanted} --json`")
 
 
 def _sample_prompt(reader: Reader, text: LoadedText, threads: int) -> SamplePrompt | None:
-    """The beginning of a text as a prompt, if the model says behind which layers it drops tokens."""
+    """Runs the beginning of a text as a prompt, if the model prunes; else None."""
     layers = reader.get(PRUNE_LAYERS)
     if not isinstance(layers, np.ndarray) or not layers.size or layers.dtype.kind not in "iu":
         return None
@@ -136,7 +136,7 @@ def _sample_prompt(reader: Reader, text: LoadedText, threads: int) -> SampleProm
         pieces, _ = read_prompt(llama, tokens)
     finally:
         llama.close()
-    # A threshold of 0 drops nothing, but makes the plugin work out the score of the paper at that layer.
+    # A threshold of 0 drops nothing, but makes the plugin compute the score of the Agile-Quant paper at that layer.
     found = {}
     for layer in sorted({int(layer) for layer in layers}):
         with options(prune=f"{layer}:t0;score=first;keep=0;reach=0"):
@@ -154,7 +154,7 @@ def _sample_prompt(reader: Reader, text: LoadedText, threads: int) -> SampleProm
 def _ranges(
     reader: Reader, model: ModelInfo, text: LoadedText, tokens: int, threads: int, progress: Progress
 ) -> list[InputRange]:
-    """What the inputs of the AGQ4 weights look like, in the order of the graph."""
+    """Ranges of the inputs of the AGQ4 weights, in graph order."""
     from agq_gguf.calibration.collect import Calibrator
 
     shapes = {t.name: tuple(t.shape) for t in model.tensors if t.agq is not None}

@@ -1,4 +1,4 @@
-"""The page of `agq-gguf report`: one HTML file with all inside, drawn with plotly, for light and dark."""
+"""Makes the page of `agq-gguf report`: one self-contained HTML file with plotly figures, for light and dark themes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from plotly.offline import get_plotlyjs
 from agq_gguf.inspection.report import InputRange, ReportData, SamplePrompt
 
 _TEMPLATE = Path(__file__).parent / "report.html.j2"
-_CHANNEL_BINS = 384  # columns of a picture; wider inputs are binned, each bin showing its largest channel
-
-
-_POWERS = {"exponentformat": "power"}  # 10 to the -4, not 100 with a Greek letter
-_ERROR_BARS = {"color": "#999"}  # seen on light and dark
+_CHANNEL_BINS = 384  # columns of a picture; wider inputs are binned, and each bin shows its largest channel
+_POWERS = {"exponentformat": "power"}  # write 10^-4, not 100 with the prefix for micro
+_ERROR_BARS = {"color": "#999"}  # visible on light and dark backgrounds
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with a heading, what it shows, and its data as plotly's JSON."""
+    """A picture with a title, an explanation, and its data as plotly's JSON."""
 
     title: str
     text: str
@@ -41,7 +39,7 @@ def render(data: ReportData) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["size"] = _size
-    environment.filters["file_name"] = lambda path: Path(path).name  # folders are nobody else's business
+    environment.filters["file_name"] = lambda path: Path(path).name  # folder names are private
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         data=data,
@@ -119,20 +117,20 @@ def _ranges(ranges: list[InputRange]) -> Figure:
         traces.append(go.Scatter(x=layers, y=largest, name=label, line={"color": colour}))
         traces.append(go.Scatter(x=layers, y=median, name=f"{label}, median", line=dotted, showlegend=False))
     text = (
-        "Largest absolute activation of each input (line), and the same for its median channel (dots). The distance "
-        "between the two is what outlier channels cost a scale that all channels of a token share."
+        "Largest absolute activation of each input (line), and the same for its median channel (dots). If all channels "
+        "of a token share a scale, the distance between the two shows how much outlier channels enlarge that scale."
     )
     axes = {"xaxis": {"title": "layer", "dtick": 1 if len(ranges) < 120 else None}}
     return _figure("Activation range by layer", text, traces, yaxis={"title": "|x|", "type": "log"}, **axes)
 
 
 def _calmness(group: list[InputRange]) -> float:
-    """Less for inputs with larger outliers: menus begin with what there is to see."""
+    """Sort key for menus: inputs with large outliers come first."""
     return -sum(float(one.abs_max.max() / max(np.median(one.abs_max), 1e-30)) for one in group) / len(group)
 
 
 def _binned(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """At most `_CHANNEL_BINS` values, each the largest of its bin."""
+    """At most `_CHANNEL_BINS` values, each the maximum of its bin."""
     bins = min(len(values), _CHANNEL_BINS)
     edges = np.linspace(0, len(values), bins, endpoint=False).astype(np.int64)
     found: NDArray[np.float32] = np.maximum.reduceat(values, edges)
@@ -186,9 +184,9 @@ def _exponents(ranges: list[InputRange]) -> Figure:
             )
         )  # fmt: skip
     text = (
-        "Refinement exponent e of each group of 64 stored columns: activations in the group are divided by 2^e before "
-        "they share the token's scale, and the weights multiplied, which costs nothing. Point at one to see its first "
-        "channels."
+        "Refinement exponent e of each group of 64 stored columns. Activations in the group are divided by 2^e before "
+        "they share the token's scale, and the weights are multiplied by it; this costs no time. Point at a group to "
+        "see its first channels."
     )
     return _figure(
         "Outlier groups and their exponents", text, traces, updatemenus=_pages(kinds, traces),
@@ -204,9 +202,9 @@ def _first_attention(prompt: SamplePrompt) -> Figure:
         for layer, values in prompt.first_attention.items()
     ]
     text = (
-        "Share of its attention that each token of the sample prompt pays to the first token, mean of all heads, at "
-        "the layers behind which this model drops tokens: the importance of the Agile-Quant paper. Gaps are tokens "
-        "that always stay."
+        "Share of attention that each token of the sample prompt pays to the first token (mean of all heads), at the "
+        "layers after which this model drops tokens. This is the importance of the Agile-Quant paper. Gaps are tokens "
+        "that are never dropped."
     )
     axes = {"xaxis": {"title": "token"}, "yaxis": {"title": "attention", "type": "log", **_POWERS}}
     return _figure("Attention paid to the first token", text, traces, **axes)
@@ -225,7 +223,9 @@ def _errors(errors: dict[str, float]) -> Figure:
         )
         for kind, points in kinds.items()
     ]  # fmt: skip
-    text = "Squared error of the output over the squared output, on the calibration data, as quantize measured it."
+    text = (
+        "Squared error of the output divided by the squared output, on the calibration data, as quantize measured it."
+    )
     axis = {"title": "relative error", "type": "log", **_POWERS}
     return _figure("Error of each tensor", text, traces, xaxis={"title": "layer"}, yaxis=axis)
 
@@ -244,7 +244,7 @@ def _speed(entries: list[dict[str, Any]]) -> Figure:
         tokens = next(speed["tokens"] for speed in speeds if speed)
         bars = {"type": "data", "array": up, "arrayminus": down, "symmetric": False, **_ERROR_BARS}
         traces.append(go.Bar(x=names, y=median, name=f"{part} of {tokens} tokens", error_y=bars))
-    text = "Medians; the lines end at the quartiles. All models took turns in one run."
+    text = "Medians, with lines between the quartiles. The models alternated in one run."
     return _figure("Speed", text, traces, yaxis={"title": "tokens/s"}, barmode="group")
 
 
@@ -254,7 +254,7 @@ def _quality(entries: list[dict[str, Any]]) -> Figure:
         x=names, y=[entry["mean_kl"] for entry in entries],
         error_y={"type": "data", "array": [entry.get("mean_kl_error", 0) for entry in entries], **_ERROR_BARS},
         text=[f"perplexity {entry['perplexity']:.4f}" for entry in entries],
-        textposition="inside", insidetextanchor="start",  # away from the line of the error
+        textposition="inside", insidetextanchor="start",  # away from the error line
     )  # fmt: skip
-    text = "Mean KL divergence from the reference, in nats per token; the lines are standard errors. Less is better."
+    text = "Mean KL divergence from the reference, in nats per token; the lines are standard errors. Lower is better."
     return _figure("Quality", text, [bars], yaxis={"title": "KL divergence", **_POWERS})

@@ -1,4 +1,4 @@
-"""Is a model still what `quantize` wrote? Every tensor and the metadata against the digests in the file."""
+"""Checks that a model is still what `quantize` wrote: compares tensors and metadata with the digests in the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agq_gguf.gguf_io.writer import metadata_digest
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found; the model is whole if `problems` is empty."""
+    """Result of a check; the model is intact if `problems` is empty."""
 
     tensors: int
     bytes: int  # of all tensors
@@ -25,9 +25,9 @@ class Verification:
 
 
 def verify(path: str | os.PathLike[str], progress: Progress = no_progress) -> Verification:
-    """Reads the whole model, in one file or several, and compares it with its digests (SHA-256) and checksums.
+    """Reads the whole model, also if it is split, and compares it with its digests (SHA-256) and checksums.
 
-    Raises InputError if the file cannot be read, or holds no digests.
+    Raises InputError if the file cannot be read or holds no digests.
     """
     with open_model(path) as reader:
         wanted = reader.get(TENSOR_HASHES)
@@ -37,7 +37,7 @@ def verify(path: str | os.PathLike[str], progress: Progress = no_progress) -> Ve
             )
         problems = []
         if len(wanted) != len(reader.tensors):
-            problems.append(f"{len(wanted)} digests for {len(reader.tensors)} tensors")
+            problems.append(f"the file holds {len(wanted)} digests, but {len(reader.tensors)} tensors")
         found = metadata_digest({key: field.raw for key, field in reader.metadata.items()}, reader.tensors.values())
         if found != reader.get(METADATA_HASH):
             problems.append("the metadata was edited or damaged")
@@ -53,7 +53,7 @@ def verify(path: str | os.PathLike[str], progress: Progress = no_progress) -> Ve
 
 
 def _problem(reader: Reader, tensor: Tensor, wanted: str) -> str:
-    """What is wrong with one tensor, '' if nothing is."""
+    """What is wrong with one tensor; '' if it is intact."""
     digest = hashlib.sha256()
     for chunk in reader.chunks(tensor.name):
         digest.update(chunk)
@@ -63,7 +63,7 @@ def _problem(reader: Reader, tensor: Tensor, wanted: str) -> str:
 
 
 def attribute_problem(reader: Reader, tensor: Tensor) -> str:
-    """What is wrong with the attribute streams of an AGQ4 tensor, '' if nothing is; cheap."""
+    """What is wrong with the attribute streams of an AGQ4 tensor; '' if they are intact. Fast."""
     if tensor.type_name != blocks.TYPE_NAME:
         return ""
     try:
