@@ -1,6 +1,6 @@
-"""From a Hugging Face checkpoint folder to a float GGUF that stock llama.cpp runs: LLaMA, OPT and BLOOM.
+"""Converts a Hugging Face checkpoint folder (LLaMA, OPT, BLOOM) to a float GGUF that stock llama.cpp runs.
 
-`import_checkpoint` is the whole of it, in reading order; what a family needs is in its own module.
+`import_checkpoint` does all steps, in reading order; each model family has its own module.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from agq_gguf.import_hf.verify import tokenizer_warnings
 
 FAMILIES = {name: family.plan for family in (llama, opt, bloom) for name in family.ARCHITECTURES}
 OUTTYPES = {"f32": (0, torch.float32), "f16": (1, torch.float16), "bf16": (32, torch.bfloat16)}  # llama_ftype, dtype
-_BLOCK = 1 << 24  # values converted at a time: bounds memory
-_POSITIONS = "position_embd.weight"  # small, and added to everything: stays F32
+_BLOCK = 1 << 24  # values converted at one time, which limits memory use
+_POSITIONS = "position_embd.weight"  # stays F32, because it is small and added to every token
 
-logging.getLogger("gguf").addHandler(logging.NullHandler())  # what it warns of, we check ourselves
+logging.getLogger("gguf").addHandler(logging.NullHandler())  # this package checks what gguf warns about
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of a checkpoint."""
+    """Result of an import."""
 
     architecture: str  # llama.cpp's name
     n_tensors: int
@@ -55,18 +55,18 @@ def import_checkpoint(
     allow_pickle: bool = False,
     progress: Progress = no_progress,
 ) -> ImportReport:
-    """Writes the checkpoint in `folder` as a GGUF file, its matrices in `outtype` (f32, f16 or bf16), the rest in F32.
+    """Writes the checkpoint in `folder` as a GGUF file: matrices in `outtype` (f32, f16 or bf16), other tensors in F32.
 
-    Tensors pass one at a time, so memory is bounded by the largest of them. PyTorch files (.bin) are loaded without
-    running the code in them unless `allow_pickle`. Raises InputError for what cannot be imported, OutputError for what
-    cannot be written; `dst` is untouched then.
+    Converts one tensor at a time, so memory use is limited by the largest tensor. PyTorch files (.bin) are loaded
+    without running the code in them, unless `allow_pickle` is True. Raises InputError if the checkpoint is not
+    supported or damaged, OutputError if the file cannot be written, and then leaves `dst` unchanged.
     """
     source, target = Path(folder), Path(dst)
     if outtype not in OUTTYPES:
-        raise InputError(f"unknown type {outtype!r}; known are {', '.join(OUTTYPES)}")
+        raise InputError(f"outtype must be one of {', '.join(OUTTYPES)}, got {outtype!r}")
     config = read_config(source)
     if target.parent.resolve() == source.resolve() and target.suffix != ".gguf":
-        raise InputError(f"{target}: lies in the checkpoint's own folder; give it a name that ends in .gguf")
+        raise InputError(f"{target}: is in the checkpoint's folder; use a name that ends in .gguf")
     plan = _choose(config)(config)
     with Checkpoint(source, allow_pickle=allow_pickle) as checkpoint:
         names = resolve(plan, checkpoint)
@@ -81,14 +81,14 @@ def import_checkpoint(
 
 
 def _choose(config: Config) -> Callable[[Config], Plan]:
-    """The family of a config. Raises InputError for others, with the way that works for them."""
+    """The planner for the model family of a config. Raises InputError for other models, with a way to convert them."""
     found = config.get("architectures", [])
     name = found[0] if isinstance(found, list) and found and isinstance(found[0], str) else None
     if name not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(
-            f"{config.path}: the architecture {name or 'is not named, which'} is not imported here (known: {known}); "
-            "convert_hf_to_gguf.py of llama.cpp does, and `agq-gguf quantize` takes the F16 file that it writes"
+            f"{config.path}: architecture {name or '(not named)'} is not supported, only {known}; use llama.cpp's "
+            "convert_hf_to_gguf.py, and then `agq-gguf quantize` with its F16 file"
         )
     quantized = config.get("quantization_config")
     if quantized is not None:
@@ -100,7 +100,7 @@ def _choose(config: Config) -> Callable[[Config], Plan]:
 
 
 def _write_header(path: Path, plan: Plan, vocabulary: Vocabulary, name: str, outtype: str) -> None:
-    """All metadata as a GGUF of its own, with a tensor of one number because readers expect one."""
+    """Writes all metadata as a separate GGUF, with one small tensor because readers expect one."""
     writer = gguf.GGUFWriter(path, plan.architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -137,7 +137,7 @@ def _write(
 
 
 def _parts(target: Target, checkpoint: Checkpoint, names: dict[str, str], type_name: str) -> Iterator[NDArray[Any]]:
-    """The values of one tensor in the wanted type, some rows at a time."""
+    """The values of one tensor in the target type, in blocks."""
     if target.constant is not None:
         yield from _converted(target.constant, type_name, target.name)
     for source in target.sources:

@@ -1,4 +1,4 @@
-"""BLOOM as llama.cpp's `bloom`: ALiBi, a norm behind the embedding, q, k and v in one matrix."""
+"""BLOOM as llama.cpp's `bloom`: ALiBi, a norm after the embedding, q, k and v in one matrix."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from agq_gguf.import_hf.checkpoint import Config
 from agq_gguf.import_hf.plan import Change, Plan, Source, Target
 
 ARCHITECTURES = ("BloomForCausalLM", "BloomModel")
-_CONTEXT = 2048  # what BLOOM was trained for; ALiBi itself knows no limit
+_CONTEXT = 2048  # BLOOM's trained context; ALiBi itself has no limit
 _MAX_LAYERS = 4096
 
 
 def plan(config: Config) -> Plan:
-    """The plan for a config. Raises InputError for what the graph in llama.cpp does not compute."""
+    """The plan for a config. Raises InputError for options that llama.cpp's graph does not support."""
     n_layer = config.size("n_layer", "num_hidden_layers", most=_MAX_LAYERS)
     n_embd = config.size("hidden_size", "n_embed")
     n_vocab, n_head = config.size("vocab_size"), config.size("n_head", "num_attention_heads")
     if n_embd % n_head:
         raise InputError(f"{config.path}: {n_embd} channels cannot be split into {n_head} heads")
-    reason = "llama.cpp's graph adds what came before the norm"
+    reason = "llama.cpp's graph adds the residual from before the norm"
     config.require("apply_residual_connection_post_layernorm", False, False, reason)
     named = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BLOOM, n_layer)
 
@@ -71,5 +71,5 @@ def plan(config: Config) -> Plan:
 
 
 def split_qkv(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (head, which of q/k/v, channel) -> (which, head, channel), as llama.cpp cuts them."""
+    """Reorders rows from (head, q/k/v, channel) to (q/k/v, head, channel), as llama.cpp splits them."""
     return x.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)

@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint folder: its config.json, and its tensors one at a time, from safetensors or PyTorch files.
+"""Reads a Hugging Face checkpoint folder: config.json, and one tensor at a time from safetensors or PyTorch files.
 
-The folder is untrusted: sizes are checked before use, an index may only name files inside the folder, and PyTorch
-files, which are pickles, are loaded without running code unless the user allows it.
+The folder is untrusted. Sizes are checked before use, and an index may only name files inside the folder. PyTorch files
+are pickles; they are loaded without running code, unless the user allows it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any, Protocol
 
 import torch
 
-from agq_gguf.errors import HostError, InputError
+from agq_gguf.errors import InputError, missing_package
 
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
-_MAX_JSON = 1 << 30  # bytes; the largest tokenizer.json is some 50 MB
-# Index files and single files, best first: safetensors run no code and are mapped.
+_MAX_JSON = 1 << 30  # bytes; the largest tokenizer.json has about 50 MB
+# Files of weights, best first: safetensors files run no code and can be mapped.
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file. Raises InputError if it is missing or no JSON."""
+    """Content of a JSON file. Raises InputError if it is missing or not JSON."""
     try:
         if path.stat().st_size > _MAX_JSON:
-            raise InputError(f"{path}: too large for a JSON file of a checkpoint")
+            raise InputError(f"{path}: a JSON file must have at most {_MAX_JSON} bytes, got {path.stat().st_size}")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror}") from e
@@ -38,18 +38,18 @@ def read_object(path: Path) -> dict[str, Any]:
     """Like `read_json`, for files that must hold a JSON object."""
     found = read_json(path)
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds no JSON object")
+        raise InputError(f"{path}: must hold a JSON object, got {type(found).__name__}")
     return found
 
 
 class Config:
-    """What config.json says, with checked types. `path` is for messages."""
+    """The content of config.json, with checked types. `path` is for messages."""
 
     def __init__(self, values: dict[str, Any], path: Path):
         self.values, self.path = values, path
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The raw value; a null counts as missing."""
+        """The unchecked value; null means missing."""
         found = self.values.get(key)
         return default if found is None else found
 
@@ -57,45 +57,48 @@ class Config:
         return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
 
     def size(self, *keys: str, default: int | None = None, most: int = 1 << 24) -> int:
-        """A positive integer under one of the keys (older names last), at most `most`. Raises InputError."""
+        """A positive integer of at most `most`, under one of the keys (older names last).
+
+        Raises InputError for other values.
+        """
         found = self._first(keys)
         if found is None:
             found = default
         if found is None:
             raise InputError(f"{self.path}: has no {keys[0]}")
         if not isinstance(found, int) or isinstance(found, bool) or not 0 < found <= most:
-            raise InputError(f"{self.path}: {keys[0]} is {found!r}, wanted a number from 1 to {most}")
+            raise InputError(f"{self.path}: {keys[0]} must be a number from 1 to {most}, got {found!r}")
         return found
 
     def number(self, *keys: str, default: float | None = None) -> float:
-        """A positive, finite number under one of the keys. Raises InputError."""
+        """A positive, finite number under one of the keys. Raises InputError for other values."""
         found = self._first(keys)
         if found is None:
             found = default
         if found is None:
             raise InputError(f"{self.path}: has no {keys[0]}")
         if not isinstance(found, (int, float)) or isinstance(found, bool) or not 0 < found < float("inf"):
-            raise InputError(f"{self.path}: {keys[0]} is {found!r}, wanted a positive number")
+            raise InputError(f"{self.path}: {keys[0]} must be a positive number, got {found!r}")
         return float(found)
 
     def flag(self, key: str, default: bool) -> bool:
-        """A truth value. Raises InputError."""
+        """True or false. Raises InputError for other values."""
         found = self.get(key, default)
         if not isinstance(found, bool):
-            raise InputError(f"{self.path}: {key} is {found!r}, wanted true or false")
+            raise InputError(f"{self.path}: {key} must be true or false, got {found!r}")
         return found
 
     def require(self, key: str, wanted: Any, default: Any, why: str) -> None:
-        """Raises InputError unless the value (or its default) is what the family's graph in llama.cpp computes."""
+        """Raises InputError unless the value (or its default) is the one that llama.cpp's graph computes."""
         found = self.get(key, default)
         if found != wanted:
-            raise InputError(f"{self.path}: {key} {found!r} is not supported ({why})")
+            raise InputError(f"{self.path}: {key} must be {wanted!r}, got {found!r} ({why})")
 
 
 def read_config(folder: Path) -> Config:
-    """The checked beginning of every import. Raises InputError for what is no folder with a config.json."""
+    """Reads config.json. Raises InputError if the folder or the file is missing or not JSON."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; wanted a Hugging Face checkpoint with config.json and weights")
+        raise InputError(f"{folder}: not a folder; give a Hugging Face checkpoint folder with config.json and weights")
     return Config(read_object(folder / "config.json"), folder / "config.json")
 
 
@@ -103,13 +106,13 @@ class _File(Protocol):
     """One file of weights."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name; raises InputError for a tensor that is not float."""
+        """Shapes by name; () for a tensor that is not float."""
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
 
     def release(self) -> None:
-        """Frees what the file keeps in memory; the next call reads it again."""
+        """Frees the file's memory; the next call reads the file again."""
 
 
 class _SafetensorsFile:
@@ -117,7 +120,7 @@ class _SafetensorsFile:
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError as e:
-            raise HostError("reading safetensors needs safetensors: pip install 'agq-gguf[convert]'") from e
+            raise missing_package("this checkpoint", e, "convert") from e
         self._path, self._error = path, SafetensorError
         try:
             self._file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -129,7 +132,7 @@ class _SafetensorsFile:
         for name in self._file.keys():  # noqa: SIM118  # not a dict
             part = self._file.get_slice(name)
             if part.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-                found[name] = ()  # of no use to us, unless it is wanted
+                found[name] = ()  # an error if the plan needs this tensor
                 continue
             found[name] = tuple(part.get_shape())
         return found
@@ -141,7 +144,7 @@ class _SafetensorsFile:
             raise InputError(f"{self._path}: tensor {name} cannot be read: {e}") from e
 
     def release(self) -> None:
-        pass  # nothing is kept
+        pass  # holds no memory
 
 
 class _PytorchFile:
@@ -163,14 +166,14 @@ class _PytorchFile:
             found = torch.load(self._path, mmap=self._mapped, **options)
         except OSError as e:
             raise InputError(f"{self._path}: cannot be read: {e.strerror or e}") from e
-        except Exception as e:  # what damaged or hostile pickles raise has no common base
+        except Exception as e:  # damaged or hostile pickles raise exceptions of many types
             cure = "" if self._allow else "; if it holds more than tensors and you trust its author, use --allow-pickle"
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise InputError(f"{self._path}: PyTorch cannot load it safely: {reason}{cure}") from e
         if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
             found = found["state_dict"]
         if not isinstance(found, dict):
-            raise InputError(f"{self._path}: holds no dictionary of tensors")
+            raise InputError(f"{self._path}: must hold a dictionary of tensors, got {type(found).__name__}")
         return {str(k): v.detach() for k, v in found.items() if isinstance(v, torch.Tensor)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -188,11 +191,11 @@ class _PytorchFile:
 class Checkpoint:
     """The weights of a checkpoint folder; a context manager.
 
-    `shapes` maps the name of each tensor to its shape, () for those that hold no plain floats.
+    `shapes` maps the name of each tensor to its shape, or to () if the tensor does not hold plain floats.
     """
 
     def __init__(self, folder: Path, *, allow_pickle: bool = False):
-        """Opens all files. Raises InputError when one is missing, damaged or outside the folder."""
+        """Opens all files. Raises InputError if one is missing, damaged or outside the folder."""
         self.folder = folder
         self._stack = ExitStack()
         try:
@@ -228,20 +231,20 @@ class Checkpoint:
                 return [_PytorchFile(self.folder / name, allow_pickle) for name in names]
             return [_SafetensorsFile(self.folder / name, self._stack) for name in names]
         raise InputError(
-            f"{self.folder}: holds no weights; wanted model.safetensors or pytorch_model.bin, or one of them in parts "
-            "with its .index.json"
+            f"{self.folder}: has no weights; expected model.safetensors or pytorch_model.bin, or parts of one of them "
+            "with an .index.json"
         )
 
     def _indexed(self, index: Path) -> list[str]:
-        """The files that an index names, checked to lie in the folder itself."""
+        """The files that an index names; raises InputError for names outside the folder."""
         table = read_object(index).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise InputError(f"{index}: has no weight_map")
         names = list(dict.fromkeys(table.values()))
         for name in names:
-            # Only the name is looked at: in the cache of huggingface_hub the files themselves are links to elsewhere.
+            # Only the name is checked: in the cache of huggingface_hub the files are links to other folders.
             if not isinstance(name, str) or not _is_plain_name(name):
-                raise InputError(f"{index}: names the file {name!r}, which is not a file of this folder; refused")
+                raise InputError(f"{index}: names the file {name!r}, which is not a file of this folder")
         return names
 
     def load(self, name: str) -> torch.Tensor:
@@ -259,7 +262,7 @@ class Checkpoint:
         self._file_of = {}
 
     def __enter__(self) -> Checkpoint:
-        """Nothing to do: it is open already."""
+        """Returns the checkpoint, which is already open."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""LLaMA (and Mistral without sliding windows, which is the same graph) as llama.cpp's `llama`."""
+"""LLaMA as llama.cpp's `llama`; also Mistral without sliding windows, which has the same graph."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from agq_gguf.import_hf.checkpoint import Config
 from agq_gguf.import_hf.plan import Plan, Source, Target
 
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", "MistralForCausalLM")
-_MISTRAL_WINDOW = 4096  # transformers' default for a config that does not say
+_MISTRAL_WINDOW = 4096  # transformers' default if the config has no window
 _MAX_LAYERS = 4096
 
 
 def plan(config: Config) -> Plan:
-    """The plan for a config. Raises InputError for what the graph in llama.cpp does not compute."""
+    """The plan for a config. Raises InputError for options that llama.cpp's graph does not support."""
     n_layer = config.size("num_hidden_layers", most=_MAX_LAYERS)
     n_embd, n_ff = config.size("hidden_size"), config.size("intermediate_size")
     n_vocab, n_head = config.size("vocab_size"), config.size("num_attention_heads")
     n_kv = config.size("num_key_value_heads", default=n_head)
     if n_head % n_kv or (config.get("head_dim") is None and n_embd % n_head):
-        raise InputError(f"{config.path}: {n_head} heads do not fit {n_kv} key/value heads and {n_embd} channels")
+        raise InputError(f"{config.path}: {n_head} heads do not match {n_kv} key/value heads and {n_embd} channels")
     head = config.size("head_dim", default=n_embd // n_head)
     if head % 2:
-        raise InputError(f"{config.path}: heads of {head} channels; rotary positions need an even number")
-    config.require("hidden_act", "silu", "silu", "llama.cpp computes LLaMA with SiLU")
+        raise InputError(f"{config.path}: heads must have an even number of channels for rotary positions, got {head}")
+    config.require("hidden_act", "silu", "silu", "llama.cpp's LLaMA uses SiLU")
     warnings: list[str] = []
     context = config.size("max_position_embeddings", default=2048)
     if "MistralForCausalLM" in config.get("architectures", []):
@@ -89,36 +89,39 @@ def plan(config: Config) -> Plan:
 
 
 def _within_window(config: Config, context: int, warnings: list[str]) -> int:
-    """The context in which Mistral's sliding window hides nothing."""
+    """The context within which Mistral's sliding window hides no token."""
     window = config.values.get("sliding_window", _MISTRAL_WINDOW)
     if not isinstance(window, int) or isinstance(window, bool) or not 0 < window < context:
         return context
-    warnings.append(f"sliding window of {window} tokens: the context is limited to that, where both compute the same")
+    warnings.append(
+        f"the context is limited to the sliding window of {window} tokens, because llama.cpp's graph has no window"
+    )
     return window
 
 
 def interleave_halves(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorders the rows of each head: Hugging Face rotates row i with row i + size/2, llama.cpp neighbours."""
+    """Reorders the rows of each head: Hugging Face rotates row i with row i + size/2, llama.cpp with its neighbour."""
     return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 class _Rope:
-    """Rotary positions: the base, and the scaling that stretches them over longer texts.
+    """Rotary positions: the base, and the scaling that stretches them for longer texts.
 
-    transformers 5 keeps both in `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
+    transformers 5 stores both in `rope_parameters`; earlier releases use `rope_theta` and `rope_scaling`.
     """
 
     def __init__(self, config: Config, head: int, context: int, warnings: list[str]):
         found = config.get("rope_parameters", config.get("rope_scaling", {}))
         if not isinstance(found, dict):
-            raise InputError(f"{config.path}: rope_scaling is {found!r}, wanted an object")
+            raise InputError(f"{config.path}: rope_scaling must be an object, got {found!r}")
         self._scaling = Config({**config.values, **found}, config.path)
         self.base = self._scaling.number("rope_theta", default=10000.0)
         self.kind = str(found.get("rope_type", found.get("type", "default")) or "default").lower()
         self.factors: torch.Tensor | None = None
+
         config.require("partial_rotary_factor", 1.0, 1.0, "LLaMA rotates whole heads")
         self._scaling.require("partial_rotary_factor", 1.0, 1.0, "LLaMA rotates whole heads")
-        self.magnitude = 1.0  # of rotated queries and keys
+        self.magnitude = 1.0  # factor for rotated queries and keys
         if self.kind in ("linear", "yarn", "llama3"):
             self.factor = self._scaling.number("factor")
         if self.kind == "llama3":
@@ -128,14 +131,14 @@ class _Rope:
             self.magnitude = self._yarn_magnitude()
         elif self.kind == "dynamic":
             warnings.append(
-                f"rope scaling 'dynamic' only acts beyond {context} tokens, which llama.cpp does not compute: "
-                f"the context is {context}"
+                f"the context is limited to {context} tokens, because llama.cpp does not support rope scaling "
+                "'dynamic', which starts beyond that"
             )
         elif self.kind not in ("default", "linear"):
             raise InputError(f"{config.path}: rope scaling {self.kind!r} is not supported for LLaMA")
 
     def _llama3_factors(self, head: int) -> torch.Tensor:
-        """Divisors of the frequencies [head/2]: long waves are stretched, short ones kept, smoothly in between."""
+        """Divisors of the frequencies [head/2]: long waves are stretched, short ones kept, with a smooth transition."""
         low, high = self._scaling.number("low_freq_factor"), self._scaling.number("high_freq_factor")
         original = self._scaling.number("original_max_position_embeddings")
         if low >= high:
@@ -145,9 +148,9 @@ class _Rope:
         return self._divisors(((turns - low) / (high - low)).clamp(0, 1))
 
     def _yarn_factors(self, head: int, context: int) -> torch.Tensor:
-        """The same for YaRN (arXiv 2309.00071, section 3.2), where the ramp runs over the number of the channel.
+        """The same for YaRN (arXiv 2309.00071, section 3.2), where the transition depends on the channel's number.
 
-        llama.cpp has YaRN, too, but takes its limits from the file for few architectures, and `llama` is none of them.
+        llama.cpp has YaRN, too, but reads its limits from the file only for some architectures, and not for `llama`.
         """
         original = self._scaling.size("original_max_position_embeddings", default=context)
 
@@ -164,11 +167,11 @@ class _Rope:
         return self._divisors(1 - ramp.clamp(0, 1))
 
     def _divisors(self, kept: torch.Tensor) -> torch.Tensor:
-        """Divisors of frequencies of which the share `kept` stays as it is and the rest is divided by the factor."""
+        """Divisors of frequencies: the share `kept` of each is unchanged, the rest is divided by the factor."""
         return (1 / (kept + (1 - kept) / self.factor)).float()
 
     def _yarn_magnitude(self) -> float:
-        """By how much YaRN makes queries and keys larger (section 3.4), unless the config says otherwise."""
+        """The factor by which YaRN enlarges queries and keys (section 3.4), unless the config sets it."""
 
         def magnitude(scale: float) -> float:
             return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0

@@ -1,8 +1,8 @@
-"""OPT as llama.cpp's `mpt`, which computes the same but for the activation: GELU, where OPT has ReLU.
+"""OPT as llama.cpp's `mpt`, which differs only in the activation: GELU instead of OPT's ReLU.
 
-GELU(c x) / c tends to ReLU(x) as c grows, so `ffn_up` (weight and bias) is multiplied by c, and the graph divides
-by `blk.N.ffn.act.scales`, a tensor that `mpt` has for AWQ. ggml's GELU is exactly ReLU beyond 10 in size, so with
-c = 1024 only inputs within 0.01 of zero differ at all, by at most 0.17 / c.
+GELU(c x) / c approaches ReLU(x) as c grows. So `ffn_up` (weight and bias) is multiplied by c, and the graph divides by
+`blk.N.ffn.act.scales`, a tensor that `mpt` has for AWQ. ggml's GELU equals ReLU for |x| > 10. So with c = 1024 only
+inputs within 0.01 of zero differ, by at most 0.17 / c.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from agq_gguf.import_hf.plan import Change, Plan, Source, Target
 
 ARCHITECTURES = ("OPTForCausalLM", "OPTModel")
 GELU_SCALE = 1024.0
-_OFFSET = 2  # rows at the beginning of OPT's table of positions that stand for no position
+_OFFSET = 2  # the first rows of OPT's position table belong to no position
 _LAYER_NORM_EPS = 1e-5  # torch's default; OPT's config has no key for it
 _MAX_LAYERS = 4096
 
 
 def plan(config: Config) -> Plan:
-    """The plan for a config. Raises InputError for what the graph in llama.cpp does not compute."""
+    """The plan for a config. Raises InputError for options that llama.cpp's graph does not support."""
     n_layer = config.size("num_hidden_layers", most=_MAX_LAYERS)
     n_embd, n_ff = config.size("hidden_size"), config.size("ffn_dim")
     n_vocab, n_head = config.size("vocab_size"), config.size("num_attention_heads")
     context = config.size("max_position_embeddings", default=2048)
     if n_embd % n_head:
         raise InputError(f"{config.path}: {n_embd} channels cannot be split into {n_head} heads")
-    reason = "llama.cpp's graph normalizes before attention and feed-forward, OPT-350m behind them"
+    reason = "llama.cpp's graph normalizes before attention and feed-forward; OPT-350m normalizes after them"
     config.require("do_layer_norm_before", True, True, reason)
-    config.require("word_embed_proj_dim", n_embd, n_embd, "embeddings of another width than the layers, as in OPT-350m")
+    config.require(
+        "word_embed_proj_dim", n_embd, n_embd, "embeddings as wide as the layers are needed; OPT-350m has others"
+    )
     config.require("_remove_final_layer_norm", False, False, "llama.cpp's graph has a final norm")
-    config.require("activation_function", "relu", "relu", "only OPT with ReLU can be expressed")
-    config.require("layer_norm_elementwise_affine", True, True, "norms without weights are not OPT's")
+    config.require("activation_function", "relu", "relu", "only OPT with ReLU is supported")
+    config.require("layer_norm_elementwise_affine", True, True, "OPT's norms have weights")
     biases = config.flag("enable_bias", True)
 
     def name_of(kind: MODEL_TENSOR, layer: int, suffix: str) -> str:

@@ -1,8 +1,8 @@
-"""The checkpoint's tokenizer as llama.cpp wants it: tokens, their kinds, scores or merges, and the name of the rule by
-which text is cut before merging.
+"""Converts the checkpoint's tokenizer to llama.cpp's form.
 
-Two kinds are known: byte-level BPE (GPT-2, LLaMA 3, OPT, BLOOM) and SentencePiece's BPE (LLaMA 1 and 2). What special
-tokens there are and the chat template is found by `gguf.SpecialVocab`.
+That form has tokens, their kinds, scores or merges, and the name of the rule that splits text before merging. Two kinds
+of tokenizers are supported: byte-level BPE (GPT-2, LLaMA 3, OPT, BLOOM) and SentencePiece's BPE (LLaMA 1 and 2).
+`gguf.SpecialVocab` finds the special tokens and the chat template.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import gguf
 from gguf import TokenType
 
-from agq_gguf.errors import HostError, InputError
+from agq_gguf.errors import InputError, missing_package
 from agq_gguf.import_hf.checkpoint import read_json, read_object
 
-_SPACE = "\u2581"  # what SentencePiece writes for a space
+_SPACE = "\u2581"  # SentencePiece's character for a space
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MAX_TOKENS = 1 << 24
 _SPECIAL_KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
-# Rules by which text is cut before merging: the parts of the pre-tokenizer in tokenizer.json, and whether words that
-# are tokens skip the merging -> llama.cpp's name of that rule.
+# Rules that split text before merging. Key: the steps of the pre-tokenizer in tokenizer.json, and whether words that
+# are tokens skip merging. Value: llama.cpp's name of the rule.
 _GPT2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 _REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
@@ -42,14 +42,14 @@ _CUTS: dict[tuple[tuple[str, ...], bool], str] = {
 
 @dataclass
 class Vocabulary:
-    """What goes into `tokenizer.ggml.*`."""
+    """The content of `tokenizer.ggml.*`."""
 
     model: str  # "llama": SentencePiece, "gpt2": byte-level BPE
     pre: str
     tokens: list[str]
     kinds: list[TokenType]
     special: gguf.SpecialVocab
-    scores: list[float] | None = None  # SentencePiece: higher ones are merged first
+    scores: list[float] | None = None  # SentencePiece: higher scores are merged first
     add_space_prefix: bool | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -70,7 +70,7 @@ def read_vocabulary(folder: Path, n_vocab: int, config: dict[str, Any]) -> Vocab
     """The tokenizer in a checkpoint folder, for a model of `n_vocab` tokens.
 
     Looks for tokenizer.json, then tokenizer.model (SentencePiece), then vocab.json with merges.txt. Raises InputError
-    when there is none, or none that llama.cpp has.
+    if there is none, or if it is damaged or not supported.
     """
     builder = _Builder(folder, n_vocab)
     if builder.fast.is_file():
@@ -81,7 +81,7 @@ def read_vocabulary(folder: Path, n_vocab: int, config: dict[str, Any]) -> Vocab
         found = _guarded(folder / "vocab.json", builder.from_vocab)
     else:
         raise InputError(
-            f"{folder}: has no tokenizer; wanted tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+            f"{folder}: has no tokenizer; expected tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
         )
     _check_texts(found, folder)
     _complete_special(found, folder, config)
@@ -89,12 +89,12 @@ def read_vocabulary(folder: Path, n_vocab: int, config: dict[str, Any]) -> Vocab
 
 
 def _guarded(path: Path, build: Any) -> Vocabulary:
-    """Runs `build`; whatever a malformed file makes it stumble over becomes an error that names the file."""
+    """Runs `build`, and turns exceptions caused by a malformed file into an InputError that names the file."""
     try:
         found: Vocabulary = build()
         return found
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
-        raise InputError(f"{path}: not a tokenizer as checkpoints have them ({type(e).__name__}: {e})") from e
+        raise InputError(f"{path}: not a valid tokenizer ({type(e).__name__}: {e})") from e
 
 
 class _Builder:
@@ -110,7 +110,7 @@ class _Builder:
         self._beyond = 0
 
     def put(self, number: int, text: str, kind: TokenType, score: float = 0.0) -> None:
-        """Takes one token; those past the model's vocabulary are counted and left out."""
+        """Adds one token; tokens beyond the model's vocabulary are counted and left out."""
         if not isinstance(number, int) or not isinstance(text, str) or not 0 <= number < _MAX_TOKENS:
             raise ValueError(f"token {text!r} has the number {number!r}")
         if number >= self.n_vocab:
@@ -119,11 +119,11 @@ class _Builder:
         self.tokens[number], self.kinds[number], self.scores[number] = text, kind, score
 
     def put_added(self, number: int, text: str, special: bool) -> None:
-        """Takes a token that is found in the text before it is cut."""
+        """Adds a token that is matched before the text is split."""
         kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
         known = 0 <= number < self.n_vocab and self.tokens[number] == text
         if known and self.kinds[number] in (TokenType.UNKNOWN, TokenType.BYTE):
-            return  # stays what it is
+            return  # keeps its kind
         self.put(
             number, text if special else text.replace(_SPACE, " "), kind, self.scores[number] if known else -1000.0
         )
@@ -144,13 +144,13 @@ class _Builder:
     # tokenizer.json
 
     def from_json(self) -> Vocabulary:
-        """The tokenizer that the library `tokenizers` runs."""
+        """From tokenizer.json, the file of the library `tokenizers`."""
         data = read_object(self.fast)
         model = data["model"]
         if model.get("type", "BPE") != "BPE" or not isinstance(model["vocab"], dict):
-            raise InputError(f"{self.fast}: a tokenizer of type {model.get('type')!r}; only BPE is supported here")
+            raise InputError(f"{self.fast}: only BPE tokenizers are supported, got type {model.get('type')!r}")
         if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-            raise InputError(f"{self.fast}: dropout, prefixes or suffixes of BPE tokens are not supported by llama.cpp")
+            raise InputError(f"{self.fast}: llama.cpp does not support dropout, prefixes or suffixes of BPE tokens")
         for text, number in model["vocab"].items():
             self.put(number, text, TokenType.NORMAL)
         sentencepiece = bool(model.get("byte_fallback"))
@@ -161,7 +161,7 @@ class _Builder:
         for token in added:
             self.put_added(token["id"], token["content"], bool(token["special"]))
         if any(token.get("lstrip") or token.get("rstrip") or token.get("single_word") for token in added):
-            self.warnings.append("some special tokens take the spaces around them along, which llama.cpp does not do")
+            self.warnings.append("some special tokens remove the spaces around them, which llama.cpp does not support")
         if not sentencepiece:
             return self.done("gpt2", self._cut(data), merges=True)
         found = self.done("llama", "default", merges=False)
@@ -169,7 +169,7 @@ class _Builder:
         return found
 
     def _score_by_rank(self, model: dict[str, Any]) -> None:
-        """SentencePiece knows scores of tokens where `tokenizers` has ranks of merges: the first merge counts."""
+        """Sets SentencePiece's scores of tokens from the ranks of merges; the first merge of a token counts."""
         numbers = model["vocab"]
         for rank, merge in enumerate(model["merges"]):
             left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
@@ -182,45 +182,45 @@ class _Builder:
                 self.kinds[number] = TokenType.UNKNOWN if text == unknown else TokenType.BYTE
 
     def _check_sentencepiece(self, data: dict[str, Any]) -> bool:
-        """Whether a text gets a space in front. Raises InputError for normalizations that llama.cpp does not do."""
+        """Whether a text gets a space in front. Raises InputError for steps that llama.cpp does not support."""
         prepend = False
         for part in _parts(data.get("normalizer"), "normalizers"):
             if part["type"] == "Prepend" and part["prepend"] == _SPACE:
                 prepend = True
             elif part["type"] != "Replace" or part["pattern"] != {"String": " "} or part["content"] != _SPACE:
-                raise InputError(f"{self.fast}: the normalizer {part['type']} is not supported by llama.cpp here")
+                raise InputError(f"{self.fast}: the normalizer {part['type']} is not supported")
         for part in _parts(data.get("pre_tokenizer"), "pretokenizers"):
             if part["type"] != "Metaspace" or part.get("split", True):
-                raise InputError(f"{self.fast}: the pre-tokenizer {part['type']} is not supported by llama.cpp here")
+                raise InputError(f"{self.fast}: the pre-tokenizer {part['type']} is not supported")
             scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space") else "never")
             prepend = scheme != "never"
             if prepend:
-                where = " and text behind a special token" if scheme == "first" else ""
+                where = " and text after a special token" if scheme == "first" else ""
                 self.warnings.append(f"text that begins with a space{where} gets one more space in llama.cpp")
         return prepend
 
     def _cut(self, data: dict[str, Any]) -> str:
-        """llama.cpp's name of the rule by which text is cut into words."""
+        """llama.cpp's name of the rule that splits text into words."""
         normalizers = [part["type"] for part in _parts(data.get("normalizer"), "normalizers")]
         if normalizers == ["NFC"]:
-            self.warnings.append("the tokenizer composes characters (NFC) first, which llama.cpp does not do")
+            self.warnings.append("the tokenizer composes characters (NFC) first, which llama.cpp does not support")
         elif normalizers:
-            raise InputError(f"{self.fast}: the normalizer {normalizers[0]} is not supported by llama.cpp here")
+            raise InputError(f"{self.fast}: the normalizer {normalizers[0]} is not supported")
         steps = tuple(map(_step, _parts(data.get("pre_tokenizer"), "pretokenizers")))
         rule = _CUTS.get((steps, bool(data["model"].get("ignore_merges"))))
         if rule is None:
             raise InputError(
-                f"{self.fast}: cuts text by a rule that is not known here ({'; '.join(steps) or 'none'}); "
-                "llama.cpp's convert_hf_to_gguf.py knows more of them, and `quantize` takes its F16 file"
+                f"{self.fast}: the rule that splits text ({'; '.join(steps) or 'none'}) is not supported; use "
+                "llama.cpp's convert_hf_to_gguf.py, and then `agq-gguf quantize` with its F16 file"
             )
         return rule
 
     # other files
 
     def from_sentencepiece(self) -> Vocabulary:
-        """tokenizer.model, which SentencePiece itself reads."""
+        """From tokenizer.model, the file of SentencePiece."""
         if gguf.vocab.SentencePieceProcessor is None:
-            raise HostError("a tokenizer.model needs sentencepiece: pip install 'agq-gguf[convert]'")
+            raise missing_package("reading tokenizer.model", "sentencepiece", "convert")
         path = self.folder / "tokenizer.model"
         try:
             vocabulary = gguf.SentencePieceVocab(self.folder)
@@ -229,22 +229,24 @@ class _Builder:
         for number, (text, score, kind) in enumerate(vocabulary.all_tokens()):
             self.put(number, bytes(text).decode("utf-8"), TokenType(kind), score)
         if not all(float(score).is_integer() for score in self.scores):
-            raise InputError(f"{path}: a Unigram model (its scores are no ranks); only BPE is supported here")
+            raise InputError(
+                f"{path}: only BPE models are supported, this is a Unigram model (its scores are not ranks)"
+            )
         self._put_configured()
         found = self.done("llama", "default", merges=False)
         found.add_space_prefix = vocabulary.sentencepiece_tokenizer.encode("a", out_type=str)[0].startswith(_SPACE)
-        found.special.add_special_token.setdefault("bos", True)  # as transformers does for this file
+        found.special.add_special_token.setdefault("bos", True)  # as in transformers for this file
         return found
 
     def from_vocab(self) -> Vocabulary:
-        """vocab.json and merges.txt of GPT-2 and OPT."""
+        """From vocab.json and merges.txt, the files of GPT-2 and OPT."""
         for text, number in read_object(self.folder / "vocab.json").items():
             self.put(number, text, TokenType.NORMAL)
         self._put_configured()
         return self.done("gpt2", "gpt-2", merges=True)
 
     def _put_configured(self) -> None:
-        """Special and added tokens, for folders without tokenizer.json."""
+        """Adds special and added tokens, for folders without tokenizer.json."""
         extra = self.folder / "added_tokens.json"
         for text, number in (read_object(extra) if extra.is_file() else {}).items():
             self.put_added(number, text, False)
@@ -266,13 +268,13 @@ def _parts(found: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _step(part: dict[str, Any]) -> str:
-    """One step of a pre-tokenizer, in the words of `_CUTS`."""
+    """One step of a pre-tokenizer, as written in `_CUTS`."""
     kind = part["type"]
     if kind == "ByteLevel" and not part.get("add_prefix_space"):
         return "words" if part.get("use_regex", True) else "bytes"
     if kind == "Digits" and part.get("individual_digits"):
         return "digits"
-    # Keeping what matches and dropping what does not is the same for rules that match everything.
+    # Some rules match everything. For them keeping the matches is the same as dropping the rest.
     keeps = (part.get("behavior"), bool(part.get("invert"))) in (("Isolated", False), ("Removed", True))
     if kind == "Split" and keeps and "Regex" in part["pattern"]:
         return f"split {part['pattern']['Regex']}"
@@ -285,7 +287,7 @@ def named_specials(folder: Path) -> dict[str, str]:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         values = read_json(folder / name) if (folder / name).is_file() else {}
         if not isinstance(values, dict):
-            raise InputError(f"{folder / name}: holds no JSON object")
+            raise InputError(f"{folder / name}: must hold a JSON object, got {type(values).__name__}")
         for kind in _SPECIAL_KINDS:
             entry = values.get(f"{kind}_token")
             text = entry.get("content") if isinstance(entry, dict) else entry
@@ -295,7 +297,7 @@ def named_specials(folder: Path) -> dict[str, str]:
 
 
 def _check_texts(found: Vocabulary, folder: Path) -> None:
-    """Raises InputError where llama.cpp would end the process: a text twice; it also renames empty texts."""
+    """Renames tokens with empty text. Raises InputError for a text that occurs twice, where llama.cpp would abort."""
     numbers: dict[str, int] = {}
     for number, text in enumerate(found.tokens):
         if not text:
@@ -307,7 +309,7 @@ def _check_texts(found: Vocabulary, folder: Path) -> None:
 
 
 def _complete_special(found: Vocabulary, folder: Path, config: dict[str, Any]) -> None:
-    """Special tokens that `gguf.SpecialVocab` leaves open, because llama.cpp's defaults are those of other models."""
+    """Sets special tokens that `gguf.SpecialVocab` did not find; llama.cpp's defaults would belong to other models."""
     ids = found.special.special_token_ids
     numbers = {text: number for number, text in enumerate(found.tokens)}
     for kind, text in named_specials(folder).items():
@@ -317,7 +319,7 @@ def _complete_special(found: Vocabulary, folder: Path, config: dict[str, Any]) -
     if "eos" not in ids and isinstance(ends, list) and ends and ends[0] in range(len(found.tokens)):
         ids["eos"] = int(ends[0])
     if "eos" not in ids:
-        found.warnings.append("the checkpoint names no token that ends a text; llama.cpp will assume one")
+        found.warnings.append("the checkpoint names no end-of-text token; llama.cpp will use a default")
     adds = found.special.add_special_token
     for kind in ("bos", "eos"):
         adds.setdefault(kind, False)
@@ -326,7 +328,7 @@ def _complete_special(found: Vocabulary, folder: Path, config: dict[str, Any]) -
     template = found.special.chat_template
     if template is not None and not isinstance(template, str) and not _named_templates(template):
         found.special.chat_template = None
-        found.warnings.append("left out the chat template, which has an unknown form")
+        found.warnings.append("left out the chat template, because its form is not supported")
 
 
 def _named_templates(template: Any) -> bool:

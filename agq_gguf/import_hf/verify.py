@@ -1,4 +1,4 @@
-"""Compares the imported tokenizer in llama.cpp with the checkpoint's own, on texts that tell tokenizers apart."""
+"""Compares the imported tokenizer in llama.cpp with the checkpoint's own tokenizer, on difficult texts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from gguf import TokenType
 
-from agq_gguf.errors import InputError
+from agq_gguf.errors import InputError, install_command
 from agq_gguf.import_hf.tokenizer import Vocabulary
 from agq_gguf.runtime.model import Model
 
-_SPECIALS = 8  # tokens tried in text, at most
+_SPECIALS = 8  # maximum number of special tokens to try
 
 Encode = Callable[[str], list[int]]
 
 
 def sample_texts(special: list[str]) -> Iterator[str]:
-    """Texts that tell tokenizers apart: spaces, digits, scripts, emoji, special tokens in between."""
+    """Texts on which tokenizers differ: spaces, digits, scripts, emoji, special tokens within text."""
     yield from (
         "Hello, world!",
         " leading and trailing ",
@@ -39,9 +39,9 @@ def sample_texts(special: list[str]) -> Iterator[str]:
 
 
 def tokenizer_warnings(model: Path, folder: Path, vocabulary: Vocabulary) -> list[str]:
-    """What to tell the user about a GGUF (metadata is enough) whose tokenizer came from `folder`; [] if all is well.
+    """Warnings about the tokenizer of a GGUF (with or without tensors) that came from `folder`; [] if it is right.
 
-    Raises InputError when llama.cpp does not take the tokenizer at all.
+    Raises InputError if llama.cpp cannot load the tokenizer.
     """
     kinds = (TokenType.CONTROL, TokenType.USER_DEFINED)
     special = [text for text, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True) if kind in kinds][
@@ -50,9 +50,13 @@ def tokenizer_warnings(model: Path, folder: Path, vocabulary: Vocabulary) -> lis
     with Model(model, vocab_only=True) as host:
         encode = _own_tokenizer(folder, special)
         if encode is None:
-            return ["the tokenizer was not compared with the checkpoint's own: pip install 'agq-gguf[convert]'"]
+            command = install_command("convert", "tokenizers")
+            return [
+                "the tokenizer was not compared with the checkpoint's own, because tokenizers is not installed; "
+                f"install it with: {command}"
+            ]
         if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
-            special = []  # SentencePiece alone takes them for text
+            special = []  # SentencePiece itself treats them as text
         texts = list(sample_texts(special))
         different = [
             text
@@ -62,12 +66,13 @@ def tokenizer_warnings(model: Path, folder: Path, vocabulary: Vocabulary) -> lis
     if not different:
         return []
     return [
-        f"llama.cpp cuts {len(different)} of {len(texts)} test texts otherwise than the checkpoint, as {different[0]!r}"
+        f"llama.cpp tokenizes {len(different)} of {len(texts)} test texts differently from the checkpoint, such as "
+        f"{different[0]!r}"
     ]
 
 
 def _own_tokenizer(folder: Path, special: list[str]) -> Encode | None:
-    """What the checkpoint's own tokenizer makes of a text, without special tokens around; None: library missing."""
+    """The checkpoint's own tokenizer, without special tokens at the ends; None if its library is not installed."""
     if (folder / "tokenizer.json").is_file():
         return _fast(folder / "tokenizer.json")
     if (folder / "tokenizer.model").is_file():
@@ -91,13 +96,13 @@ def _fast(path: Path) -> Encode | None:
         return None
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises nothing more special
+    except Exception as e:  # the library raises no more specific type
         raise InputError(f"{path}: cannot be read by the tokenizers library: {e}") from e
 
     def encode(text: str) -> list[int]:
         try:
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
         except Exception as e:
-            raise InputError(f"{path}: the tokenizers library cannot cut {text!r} with it: {e}") from e
+            raise InputError(f"{path}: the tokenizers library cannot tokenize {text!r} with it: {e}") from e
 
     return encode
