@@ -152,7 +152,7 @@ def test_damaged_sets_are_refused(cut: Path, whole: Path, tmp_path: Path) -> Non
     folder = copy("swapped")
     (folder / "cut-00003-of-00003.gguf").replace(folder / "cut-00002-of-00003.gguf")
     shutil.copy(cut, folder / "cut-00003-of-00003.gguf")
-    refused(folder / "cut-00001-of-00003.gguf", r"says it is part 2 of 3 \(from 0\), not 1")
+    refused(folder / "cut-00001-of-00003.gguf", r"must be part 1 of 3 \(counted from 0\), but says it is part 2 of 3")
     folder = copy("truncated")
     with (folder / "cut-00003-of-00003.gguf").open("r+b") as file:
         file.truncate(5000)
@@ -294,6 +294,6 @@ def test_auxiliary_files_are_left_alone(tmp_path: Path, kind: str, architecture:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(InputError, match=f"aux.gguf: .*{message}.*stays as it is"):
+    with pytest.raises(InputError, match=f"aux.gguf: .*{message}.*is not quantized; quantize the"):
         quantize(tmp_path / "aux.gguf", tmp_path / "out.gguf", options=OPTIONS)
     assert [p.name for p in tmp_path.iterdir()] == ["aux.gguf"]

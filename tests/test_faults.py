@@ -81,7 +81,7 @@ def test_checksums_of_attributes_count_too(made: Path, tmp_path: Path) -> None:
             for name, data in damaged.items():
                 writer.write(name, [memoryview(data)])
     problems = verify(tmp_path / "damaged.gguf").problems
-    assert len(problems) == 1 and "blk.0.ffn_up.weight: the attributes begin with" in problems[0]
+    assert len(problems) == 1 and "blk.0.ffn_up.weight: the attributes must begin with" in problems[0]
 
 
 def test_files_without_digests_are_refused(source: Path, tmp_path: Path) -> None:
@@ -224,8 +224,8 @@ def test_read_error(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("truncate", "ends too soon"), ("write", "was changed while it was read"),
-        ("replace", "was changed while it was read"), ("remove", "went away"),
+        ("truncate", "is cut off"), ("write", "was changed while it was read"),
+        ("replace", "was changed while it was read"), ("remove", "was removed while it was read"),
     ],
 )  # fmt: skip
 def test_source_changes_under_us(source: Path, tmp_path: Path, change: str, message: str) -> None:

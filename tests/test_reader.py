@@ -99,7 +99,7 @@ def test_damaged_header_fields(rewritten) -> None:
 
     embedding = b"token_embd.weight"
     for change, message in [
-        (put(4, "<I", 1), "GGUF version 1"),
+        (put(4, "<I", 1), "GGUF version must be 2 or 3, got 1"),
         (put(4, "<I", 0x03000000), "big-endian"),
         (put(8, "<Q", 2**63), "list of tensors"),
         (put(8, "<Q", 10**6), "list of tensors"),
@@ -109,13 +109,13 @@ def test_damaged_header_fields(rewritten) -> None:
         (put_behind(b"tokenizer.ggml.tokens", 8, "<Q", 2**61), "tokenizer.ggml.tokens"),
         (put_behind(b"tokenizer.ggml.scores", 8, "<Q", 2**61), "tokenizer.ggml.scores"),
         (put_behind(b"tokenizer.ggml.scores", 4, "<I", 9), "tokenizer.ggml.scores"),
-        (put_behind(embedding, 0, "<I", 0), "0 dimensions"),
-        (put_behind(embedding, 0, "<I", 9), "9 dimensions"),
+        (put_behind(embedding, 0, "<I", 0), "1 to 4 dimensions, got 0"),
+        (put_behind(embedding, 0, "<I", 9), "1 to 4 dimensions, got 9"),
         (put_behind(embedding, 4, "<Q", 0), "cannot have the shape"),
         (put_behind(embedding, 4, "<Q", 2**62), "token_embd.weight needs"),
         (put_behind(embedding, 20, "<I", 999), "unknown type 999"),
         (put_behind(embedding, 24, "<Q", 2**62), "token_embd.weight needs"),
-        (put_behind(embedding, 24, "<Q", 7), "not a multiple"),
+        (put_behind(embedding, 24, "<Q", 7), "must begin at a multiple of"),
     ]:
         with pytest.raises(InputError, match=message):
             rewritten(change)
@@ -169,7 +169,7 @@ def test_unsuitable_sources(tmp_path: Path) -> None:
     adapter.write_header_to_file()
     adapter.write_kv_data_to_file()
     adapter.close()
-    with open_gguf(tmp_path / "l") as reader, pytest.raises(InputError, match="a LoRA adapter; it stays"):
+    with open_gguf(tmp_path / "l") as reader, pytest.raises(InputError, match="a LoRA adapter is not quantized"):
         check_source(reader)
     with open_gguf(write_small(tmp_path / "a", arch="")) as reader, pytest.raises(InputError, match="no general"):
         check_source(reader)

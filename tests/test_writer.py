@@ -162,7 +162,7 @@ def test_impossible_targets(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
 def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OutputError, match="pipe: is there already and no file"):
+    with pytest.raises(OutputError, match="pipe: exists and is not a regular file"):
         Writer(tmp_path / "pipe", {}, {}, [])
     assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
 

@@ -26,18 +26,18 @@ _ERROR_TENSORS, _ERROR_VALUES = "agq.error.tensors", "agq.error.values"
 
 PRUNE_PREFIX = "agq.prune."
 PRUNE_LAYERS = "agq.prune.layers"
-PRUNE_CURVE = "curve."  # after PRUNE_PREFIX: what each setting of the calibration saves and costs
+PRUNE_CURVE = "curve."  # after PRUNE_PREFIX: savings and costs of each setting that calibration measured
 
 
 def error_table(errors: dict[str, float]) -> dict[str, Any]:
-    """The keys that hold the squared output error of each AGQ4 tensor; none without tensors."""
+    """The keys for the squared output error of each AGQ4 tensor; empty without tensors."""
     if not errors:
         return {}
     return {_ERROR_TENSORS: list(errors), _ERROR_VALUES: np.array(list(errors.values()), np.float32)}
 
 
 def read_errors(reader: Reader) -> dict[str, float]:
-    """Tensor name -> squared output error, from what `error_table` wrote; empty where that is missing or damaged."""
+    """Tensor name -> squared output error, as `error_table` wrote it; empty if that is missing or damaged."""
     names, values = reader.get(_ERROR_TENSORS), reader.get(_ERROR_VALUES)
     if names is None or values is None or np.ndim(names) != 1 or np.shape(names) != np.shape(values):
         return {}

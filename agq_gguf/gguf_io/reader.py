@@ -1,7 +1,7 @@
-"""GGUF in: reads and checks an untrusted header, hands out tensors one at a time.
+"""Reads GGUF files: checks an untrusted header and gives access to one tensor at a time.
 
-The header is parsed here rather than by `gguf.GGUFReader` for two reasons: that class trusts every count and length,
-and it does not keep the bytes of a metadata value, which a converter must pass on unchanged.
+The header is not parsed by `gguf.GGUFReader`, for two reasons: that class trusts every count and length, and it does
+not keep the bytes of a metadata value, which a converter must copy unchanged.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 63  # bytes, as in ggml
 _MAX_NESTING = 4
-_CHUNK = 1 << 24  # bytes that are copied at a time
+_CHUNK = 1 << 24  # bytes that are copied at one time
 
 # Metadata value types of GGUF: code -> struct format.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# Types of tensors: id -> (name, elements of a block, bytes of a block). Only their sizes are needed here.
+# Tensor types: id -> (name, elements per block, bytes per block).
 TYPES: dict[int, tuple[str, int, int]] = {
     0: ("f32", 1, 4), 1: ("f16", 1, 2), 2: ("q4_0", 32, 18), 3: ("q4_1", 32, 20), 6: ("q5_0", 32, 22),
     7: ("q5_1", 32, 24), 8: ("q8_0", 32, 34), 9: ("q8_1", 32, 36), 10: ("q2_K", 256, 84), 11: ("q3_K", 256, 110),
@@ -53,7 +53,7 @@ _PLAIN = {"f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64"}
 
 @dataclass(frozen=True)
 class Field:
-    """One metadata entry: its value, and the bytes (type and value) as they stand in the file."""
+    """One metadata entry: its value, and its bytes in the file (type and value)."""
 
     value: Any
     raw: bytes
@@ -76,12 +76,12 @@ class Tensor:
 
     @property
     def n_matrices(self) -> int:
-        """Matrices in the tensor: one for each expert, one if it is an ordinary matrix."""
+        """Matrices in the tensor: one for each expert, or one if there are no experts."""
         return math.prod(self.shape[:-2])
 
 
 def decode_text(raw: bytes) -> str:
-    """Text of a GGUF string; bytes that are no UTF-8 survive a round trip through `encode_text`."""
+    """Text of a GGUF string; `encode_text` restores its bytes, even if they are not UTF-8."""
     return raw.decode("utf-8", "surrogateescape")
 
 
@@ -91,7 +91,7 @@ def encode_text(text: str) -> bytes:
 
 
 class _Cursor:
-    """Walks through bytes and never past their end."""
+    """Reads values from a file one after another, and raises InputError at its end."""
 
     def __init__(self, data: mmap.mmap, path: Path):
         self.data, self.path, self.at, self.what = data, path, 0, "the header"
@@ -118,16 +118,16 @@ class _Cursor:
         item, count = self.number("I"), self.number("Q")
         if item in _SCALARS:
             return np.frombuffer(self.take(count * struct.calcsize("<" + _SCALARS[item])), "<" + _SCALARS[item])
-        if count > len(self.data) - self.at:  # each item takes more than one byte
+        if count > len(self.data) - self.at:  # each item needs at least one byte, so `take` raises
             self.take(count)
         return [self.value(item, depth + 1) for _ in range(count)]
 
 
 @dataclass
 class Reader:
-    """An open GGUF file. Build with `open_gguf`; use as a context manager or call `close`.
+    """An open GGUF file, made by `open_gguf`. Use it as a context manager or call `close`.
 
-    Arrays from `read` do not depend on the file staying open; those from `raw` do.
+    Arrays from `read` remain valid after the file is closed; those from `raw` do not.
     """
 
     path: Path
@@ -140,7 +140,7 @@ class Reader:
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name of the architecture, '' if the file has none."""
+        """llama.cpp's name of the architecture; '' if the file has none."""
         return str(self.get("general.architecture", ""))
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -170,27 +170,27 @@ class Reader:
         return value
 
     def _unlike(self, key: str, value: Any, wanted: str) -> InputError:
-        return InputError(f"{self.path}: {key} is {str(value)[:60]}, wanted {wanted}; the file is damaged")
+        return InputError(f"{self.path}: {key} must be {wanted}, got {str(value)[:60]}; the file is damaged")
 
     def raw(self, name: str) -> memoryview:
-        """The bytes of a tensor, mapped from the file: for looking at a few of them."""
+        """The bytes of a tensor, mapped from the file; for reading a few of them."""
         tensor = self.tensors[name]
         return memoryview(self._map)[tensor.offset : tensor.offset + tensor.n_bytes]
 
     def matrices(self, name: str) -> NDArray[np.uint8]:
-        """The stored rows of a tensor, uint8 [experts, rows, bytes of a row], mapped from the file as `raw` is.
+        """The stored rows of a tensor, uint8 [experts, rows, bytes per row], mapped from the file like `raw`.
 
-        Raises FormatError for a tensor of one dimension.
+        Raises FormatError for a one-dimensional tensor.
         """
         tensor = self.tensors[name]
         if len(tensor.shape) < 2:
-            raise FormatError(f"one-dimensional, shape {tensor.shape}: AGQ4 holds matrices")
+            raise FormatError(f"an AGQ4 tensor must have at least 2 dimensions, got shape {tensor.shape}")
         return np.frombuffer(self.raw(name), np.uint8).reshape(tensor.n_matrices, tensor.shape[-2], -1)
 
     def parameters(self, name: str) -> blocks.Parameters:
-        """What the attribute stream of an AGQ4 tensor says, of its first matrix if it holds experts.
+        """The parameters in the attribute stream of an AGQ4 tensor; with experts, those of the first one.
 
-        Only the pages with attributes are read. Raises FormatError, which names the file and the tensor.
+        Reads only the pages with attributes. Raises FormatError, which names the file and the tensor.
         """
         try:
             return blocks.read_parameters(self.matrices(name)[0])
@@ -200,8 +200,7 @@ class Reader:
     def read_bytes(self, name: str, begin: int, end: int) -> bytearray:
         """Bytes `begin` to `end` of a tensor, read from the file.
 
-        Unlike a mapping, whose user is killed by a disk that fails or a file that is cut short meanwhile, this raises
-        InputError.
+        Raises InputError if the disk fails or the file was truncated. With a mapping the system would kill the process.
         """
         tensor = self.tensors[name]
         data = bytearray(end - begin)
@@ -212,14 +211,16 @@ class Reader:
                 while done < len(data):
                     n = self._file.readinto(view[done:])  # type: ignore[attr-defined]
                     if not n:
-                        raise InputError(f"{self.path}: tensor {name} ends too soon; the file changed meanwhile")
+                        raise InputError(
+                            f"{self.path}: tensor {name} is cut off: the file was changed while it was read; try again"
+                        )
                     done += n
         except OSError as e:
             raise InputError(f"{self.path}: tensor {name} cannot be read: {e.strerror}") from e
         return data
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """All bytes of a tensor, some megabytes at a time. Raises InputError like `read_bytes`."""
+        """All bytes of a tensor, in parts of some megabytes. Raises InputError like `read_bytes`."""
         n_bytes = self.tensors[name].n_bytes
         for begin in range(0, n_bytes, _CHUNK):
             yield memoryview(self.read_bytes(name, begin, min(begin + _CHUNK, n_bytes)))
@@ -231,7 +232,7 @@ class Reader:
         """
         tensor = self.tensors[name]
         if tensor.type_name not in ("f32", "f16", "bf16"):
-            raise InputError(f"{self.path}: tensor {name} is {tensor.type_name}, wanted f32, f16 or bf16")
+            raise InputError(f"{self.path}: tensor {name} must be f32, f16 or bf16, got {tensor.type_name}")
         shape, begin, end = tensor.shape, 0, tensor.n_bytes
         if rows is not None:
             row_bytes = tensor.n_bytes // math.prod(shape[:-1])
@@ -247,13 +248,15 @@ class Reader:
         return values.reshape(shape)
 
     def check_unchanged(self) -> None:
-        """Raises InputError if the file was written to, cut short or replaced since it was opened."""
+        """Raises InputError if the file was written to, truncated, replaced or removed since it was opened."""
         try:
             now = (_identity(os.fstat(self._file.fileno())), _identity(self.path.stat()))
         except OSError as e:
-            raise InputError(f"{self.path}: went away while it was read: {e.strerror}") from e
+            raise InputError(f"{self.path}: was removed while it was read: {e.strerror}") from e
         if now != (self._identity, self._identity):
-            raise InputError(f"{self.path}: was changed while it was read; what was made is of two models, try again")
+            raise InputError(
+                f"{self.path}: was changed while it was read, so the result would mix two models; try again"
+            )
 
     def close(self) -> None:
         """Closes the file."""
@@ -274,11 +277,10 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def open_gguf(path: str | os.PathLike[str]) -> Reader:
-    """Opens a GGUF file of any tensor types (also our own) and checks its whole header.
+    """Opens a GGUF file with tensors of any type, including AGQ4, and checks its whole header.
 
-    Raises InputError naming the file, and the tensor where there is one, when the file is missing, is not GGUF, is cut
-    off, or announces sizes that do not fit into it. A part of a model in several files is opened alone;
-    `shards.open_model` joins them.
+    Raises InputError, which names the file and the tensor, if the file is missing, is not GGUF, is truncated, or states
+    sizes that exceed it. Opens a part of a split model alone; `shards.open_model` joins the parts.
     """
     path = Path(path)
     try:
@@ -303,22 +305,22 @@ def open_gguf(path: str | os.PathLike[str]) -> Reader:
 
 
 def check_source(reader: Reader) -> None:
-    """Raises InputError unless the file is a model in one piece whose weights are still floats."""
+    """Raises InputError unless the file is a whole model with float weights."""
     if reader.number("split.count", 0) not in (0, 1):
-        raise InputError(f"{reader.path}: one part of a split model, without the others")
+        raise InputError(f"{reader.path}: is one part of a split model; all parts are needed")
     kind = reader.text("general.type", "model")
     if kind == "mmproj" or reader.architecture == "clip":
         raise InputError(
-            f"{reader.path}: the vision or audio part of a model (mmproj); it stays as it is: quantize the language "
-            "model only, and give this file to llama.cpp beside it, unchanged"
+            f"{reader.path}: the vision or audio part of a model (mmproj) is not quantized; quantize the language "
+            "model, and give this file to llama.cpp unchanged"
         )
     if kind == "adapter":
         raise InputError(
-            f"{reader.path}: a LoRA adapter; it stays as it is: quantize the model that it belongs to, "
-            "and load this file on top"
+            f"{reader.path}: a LoRA adapter is not quantized; quantize the model that it belongs to, and load the "
+            "adapter on top"
         )
     if kind != "model":
-        raise InputError(f"{reader.path}: is of general.type {kind!r}, wanted a language model")
+        raise InputError(f"{reader.path}: general.type must be 'model', got {kind!r}; use a language model")
     if not reader.architecture:
         raise InputError(f"{reader.path}: has no general.architecture, so it is not a model")
     if not reader.tensors:
@@ -327,7 +329,7 @@ def check_source(reader: Reader) -> None:
         if tensor.type_name not in _PLAIN:
             raise InputError(
                 f"{reader.path}: tensor {tensor.name} is already quantized ({tensor.type_name}); "
-                "quantizing twice ruins a model: start from its F32, F16 or BF16 file"
+                "quantizing twice ruins a model, so start from its F32, F16 or BF16 file"
             )
 
 
@@ -339,7 +341,7 @@ def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Field], dict[str, Ten
     if version & 0xFFFF == 0:
         raise InputError(f"{path}: a big-endian GGUF file; convert it with gguf-convert-endian first")
     if version not in (2, 3):
-        raise InputError(f"{path}: GGUF version {version}; versions 2 and 3 can be read")
+        raise InputError(f"{path}: GGUF version must be 2 or 3, got {version}")
     n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
 
     metadata: dict[str, Field] = {}
@@ -356,7 +358,7 @@ def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Field], dict[str, Ten
     infos = [_parse_tensor_info(cursor) for _ in range(_checked_count(cursor, n_tensors))]
     alignment = metadata[ALIGNMENT_KEY].value if ALIGNMENT_KEY in metadata else DEFAULT_ALIGNMENT
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise InputError(f"{path}: {ALIGNMENT_KEY} is {alignment!r}, wanted a power of two")
+        raise InputError(f"{path}: {ALIGNMENT_KEY} must be a power of two, got {alignment!r}; the file is damaged")
     data_begin = -(-cursor.at // alignment) * alignment
 
     tensors: dict[str, Tensor] = {}
@@ -364,10 +366,12 @@ def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Field], dict[str, Ten
         if name in tensors:
             raise InputError(f"{path}: tensor {name} occurs twice")
         if offset % alignment:
-            raise InputError(f"{path}: tensor {name} begins at {offset}, not a multiple of {alignment}")
+            raise InputError(
+                f"{path}: tensor {name} must begin at a multiple of {alignment}, got {offset}; the file is damaged"
+            )
         if data_begin + offset + n_bytes > len(data):
             raise InputError(
-                f"{path}: tensor {name} needs {n_bytes} bytes at {data_begin + offset}, the file has {len(data)}; "
+                f"{path}: tensor {name} needs {n_bytes} bytes at {data_begin + offset}, but the file has {len(data)}; "
                 "it is truncated: download or convert it again"
             )
         tensors[name] = Tensor(name, type_name, shape, data_begin + offset, n_bytes)
@@ -386,15 +390,21 @@ def _parse_tensor_info(cursor: _Cursor) -> tuple[str, str, tuple[int, ...], int,
     cursor.what = "the list of tensors"
     path, name = cursor.path, cursor.string()
     if not name or len(encode_text(name)) > _MAX_NAME:
-        raise InputError(f"{path}: a tensor name of {len(name)} characters; the file is damaged")
+        raise InputError(
+            f"{path}: a tensor name must have 1 to {_MAX_NAME} bytes, got {len(encode_text(name))}; the file is damaged"
+        )
     n_dims = cursor.number("I")
     if not 1 <= n_dims <= _MAX_DIMENSIONS:
-        raise InputError(f"{path}: tensor {name} has {n_dims} dimensions, wanted 1 to {_MAX_DIMENSIONS}")
+        raise InputError(
+            f"{path}: tensor {name} must have 1 to {_MAX_DIMENSIONS} dimensions, got {n_dims}; the file is damaged"
+        )
     sizes = [cursor.number("Q") for _ in range(n_dims)]
     type_id, offset = cursor.number("I"), cursor.number("Q")
     if type_id not in TYPES:
         raise InputError(f"{path}: tensor {name} has the unknown type {type_id}; the file is damaged or too new")
     type_name, block, block_bytes = TYPES[type_id]
     if any(size == 0 for size in sizes) or sizes[0] % block:
-        raise InputError(f"{path}: tensor {name} of type {type_name} cannot have the shape {sizes}")
+        raise InputError(
+            f"{path}: tensor {name} of type {type_name} cannot have the shape {sizes}; the file is damaged"
+        )
     return name, type_name, tuple(reversed(sizes)), offset, math.prod(sizes) // block * block_bytes

@@ -1,7 +1,7 @@
-"""Models in several files (NAME-00001-of-0000N.gguf): how they are named, and how they are read as one.
+"""Reads split models (NAME-00001-of-0000N.gguf) as one, and names their parts.
 
-The other parts are looked for beside the file that was named, under names made from its own name and the number of
-parts; nothing in a file can point anywhere else.
+The other parts are expected beside the given file. Their names follow from its name and the number of parts, so nothing
+in a file can point to another place.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def part_path(path: Path, number: int, count: int) -> Path:
 
 
 class ShardedReader(Reader):
-    """Several files as one `Reader`; metadata is that of the first part, without the keys of the split."""
+    """Several files as one `Reader`; the metadata is that of the first part, without the keys of the split."""
 
     def __init__(self, parts: list[Reader]):
-        """For `open_model`; takes over the parts."""
+        """Called by `open_model`; closes `parts` when it is closed."""
         first = parts[0]
         metadata = {key: found for key, found in first.metadata.items() if key not in _KEYS}
         tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
@@ -61,15 +61,15 @@ def paths_of(reader: Reader) -> list[Path]:
 
 
 def open_model(path: str | os.PathLike[str]) -> Reader:
-    """Opens a model in one file or, given any of its parts, in several; see `reader.open_gguf`.
+    """Opens a model in one file, or a split model from any of its parts; see `reader.open_gguf`.
 
-    Raises InputError if a part is missing, is not one of this model, or holds a tensor that another part has too.
+    Raises InputError if a part is missing, belongs to another model, or holds a tensor that another part has too.
     """
     with ExitStack() as stack:
         named = stack.enter_context(open_gguf(path))
         count = named.get("split.count", 1)
         if type(count) is not int or not 0 <= count <= MAX_PARTS:
-            raise InputError(f"{path}: split.count is {count!r}, wanted a number of parts")
+            raise InputError(f"{path}: split.count must be 0 to {MAX_PARTS}, got {count!r}; the file is damaged")
         if count <= 1:
             stack.pop_all()
             return named
@@ -84,7 +84,10 @@ def open_model(path: str | os.PathLike[str]) -> Reader:
             parts.append(part)
             found = part.get("split.no"), part.get("split.count")
             if found != (i, count):
-                raise InputError(f"{part_at}: says it is part {found[0]} of {found[1]} (from 0), not {i} of {count}")
+                raise InputError(
+                    f"{part_at}: must be part {i} of {count} (counted from 0), but says it is part {found[0]} of "
+                    f"{found[1]}; give the files their original names"
+                )
         _check_tensors(parts)
         named.close()
         stack.pop_all()
@@ -92,12 +95,12 @@ def open_model(path: str | os.PathLike[str]) -> Reader:
 
 
 def _whole(named: Reader, count: int) -> Path:
-    """The path that the model would have in one file."""
+    """The path of the model if it were one file."""
     match = _NAME.fullmatch(named.path.name)
     if match is None or int(match["count"]) != count:
         raise InputError(
-            f"{named.path}: part of a model in {count} files, which must be called NAME-00001-of-{count:05d}.gguf "
-            "and so on; give the files back the names they had"
+            f"{named.path}: is part of a model in {count} files, which must be called NAME-00001-of-{count:05d}.gguf "
+            "and so on; give the files their original names"
         )
     return named.path.with_name(match["prefix"] + ".gguf")
 
@@ -107,8 +110,13 @@ def _check_tensors(parts: list[Reader]) -> None:
     for part in parts:
         for name in part.tensors:
             if name in owners:
-                raise InputError(f"{part.path}: tensor {name} is in {owners[name].name} too; mixed models?")
+                raise InputError(
+                    f"{part.path}: tensor {name} is in {owners[name].name} too; the parts belong to different models"
+                )
             owners[name] = part.path
     announced = parts[0].get("split.tensors.count", len(owners))
     if announced != len(owners):
-        raise InputError(f"{parts[0].path}: {announced} tensors are announced, the parts hold {len(owners)}")
+        raise InputError(
+            f"{parts[0].path}: the parts must hold {announced} tensors, but hold {len(owners)}; they are damaged or "
+            "belong to different models"
+        )

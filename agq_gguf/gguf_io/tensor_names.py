@@ -1,4 +1,4 @@
-"""What the names of a model's tensors say. gguf's own tables map Hugging Face names to these."""
+"""Parses and builds the names of a model's tensors. Tables in the `gguf` package map Hugging Face names to them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""GGUF out: tensor by tensor into temporary files beside the target, which take their names when all is written.
+"""Writes GGUF files, tensor by tensor, into temporary files that get their final names when all data is written.
 
-A digest of each tensor is kept while it is written and stored in the metadata, so that `verify` can tell years later
-whether the file is still what was written. Large models can be cut into several files.
+The metadata stores a digest of each tensor, so that `verify` can later check that the file is still what was written.
+Large models can be split into several files.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ try:
 except ImportError:  # Windows, where an open file cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
-ALIGNMENT = 64  # of files with AGQ4, a cache line: tiles of a mapped file then begin on one. Of others it is the
-# default, because llama.cpp's quantizer writes damaged files from sources with another one.
+# Alignment of files with AGQ4: one cache line, so that tiles of a mapped file begin on a cache line. Other files have
+# the default alignment, because llama.cpp's quantizer writes damaged files from sources with another one.
+ALIGNMENT = 64
 _NO_HASH = "0" * 64
 
 Value = str | bool | int | float | np.generic | Sequence[str] | NDArray[Any]
@@ -40,8 +41,11 @@ _ARRAY_TYPES = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f4": 6, "
 
 
 def encode_value(value: Value) -> bytes:
-    """A metadata value with its type: string, bool, u32 (u64 where needed), f32; an array of texts, or one of numbers
-    with the type that it has in numpy (a numpy scalar is a number of that type)."""
+    """Bytes of a metadata value with its type.
+
+    Types are string, bool, u32 (u64 if needed), f32, array of strings, and array of numbers. Numpy arrays and scalars
+    keep their numpy type.
+    """
     if isinstance(value, str):
         return struct.pack("<I", 8) + _text(value)
     if isinstance(value, np.generic) and not isinstance(value, float):
@@ -64,9 +68,9 @@ def _text(text: str) -> bytes:
 
 
 def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], alignment: int = 0) -> list[Tensor]:
-    """Places (name, type name, shape) one behind the other; offsets count from the beginning of the data section.
+    """Places tensors (name, type name, shape) one after another; offsets count from the beginning of the data section.
 
-    `alignment` 0 is what these tensors want.
+    `alignment` 0 means the alignment that these tensors need.
     """
     found = list(tensors)
     alignment = alignment or _wanted_alignment(type_name for _, type_name, _ in found)
@@ -88,10 +92,10 @@ def _padded(n_bytes: int, alignment: int) -> int:
 
 
 def metadata_digest(metadata: Mapping[str, bytes], tensors: Iterable[Tensor]) -> str:
-    """SHA-256, in hexadecimal, of what a model is besides its weights.
+    """SHA-256, in hexadecimal, of a model's metadata and of the names, types and shapes of its tensors.
 
-    `metadata` maps keys to encoded values; those of digests, of the split and the alignment do not count, so the
-    digest is that of the model, however many files it is in.
+    `metadata` maps keys to encoded values. Keys of digests, of the split and of the alignment are left out, so the
+    digest does not depend on the number of files.
     """
     digest = hashlib.sha256()
     for key in sorted(metadata):
@@ -105,7 +109,7 @@ def metadata_digest(metadata: Mapping[str, bytes], tensors: Iterable[Tensor]) ->
 
 
 def _entry(tensor: Tensor) -> bytes:
-    """What the header says of a tensor."""
+    """The header entry of a tensor."""
     shape = tuple(reversed(tensor.shape))
     about = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPE_IDS[tensor.type_name], tensor.offset)
     return _text(tensor.name) + about
@@ -117,7 +121,7 @@ def _size(metadata: Mapping[str, bytes]) -> int:
 
 
 class _File:
-    """One file in the making: a temporary one that is locked as long as this process lives."""
+    """A file that is being written: a temporary file, locked while this process lives."""
 
     def __init__(self, path: Path, values: dict[str, bytes], tensors: list[Tensor], alignment: int):
         self.path, self.values, self._alignment = path, values, alignment
@@ -147,45 +151,45 @@ class _File:
                 fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._file.fileno()).st_nlink:
                 break
-            self._file.close()  # another process took it for a dead one before it was locked
+            self._file.close()  # another process removed it as abandoned before it was locked
         self.write_header()
         os.ftruncate(self._file.fileno(), self.n_bytes)
 
     def write_header(self) -> None:
-        """Writes metadata and places as they are now; their length never changes."""
+        """Writes the current metadata and offsets; their length never changes."""
         self.write(0, self._header())
 
     def write(self, at: int, data: memoryview | bytes) -> None:
-        """Writes bytes at a place of the file."""
+        """Writes bytes at an offset of the file."""
         assert self._file is not None
         self._file.seek(at)
         self._file.write(data)
 
     def sync(self) -> None:
-        """All bytes are on the disk when this returns."""
+        """Flushes all bytes to the disk and closes the file."""
         assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def rename(self) -> None:
-        """From here on the file is there under its name."""
+        """Gives the file its final name."""
         self._temporary.replace(self.path)
         self._renamed = True
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
-        if self._renamed:  # a part of a set that did not get complete
+        """Removes the file."""
+        if self._renamed:  # one part of a split model whose other parts failed
             self.path.unlink(missing_ok=True)
         if self._file is not None:
-            with suppress(OSError):  # a full disk shows again when the rest of the buffer is flushed
+            with suppress(OSError):  # on a full disk, flushing the rest of the buffer fails again
                 self._file.close()
         with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
 
 
 def _remove_dead(path: Path) -> None:
-    """Removes what a process that was killed left of an earlier try: temporary files that nobody holds a lock on."""
+    """Removes temporary files that a killed process left behind: those that no process has locked."""
     if fcntl is None:
         return
     for candidate in path.parent.glob(f".{_escaped(_short(path.name))}.????????.part"):
@@ -195,7 +199,7 @@ def _remove_dead(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes new names last through a power failure, where the system can."""
+    """Flushes a folder to the disk, so that new names survive a power failure, if the system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -205,7 +209,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _short(name: str) -> str:
-    """A name of a temporary file must not be too long where that of the target is not."""
+    """A shortened name, so that the name of the temporary file is not too long."""
     return name[:48]
 
 
@@ -214,9 +218,9 @@ def _escaped(name: str) -> str:
 
 
 def _cut(tensors: list[Tensor], split: int, metadata: tuple[int, int], alignment: int) -> list[list[Tensor]]:
-    """Tensors of each file: as many as fit into one of `split` bytes, at least one; 0: all in one file.
+    """The tensors of each file: as many as fit into `split` bytes, but at least one; 0: all in one file.
 
-    `metadata` is the size of the header without tensors, of the first file and of each other.
+    `metadata` holds the sizes of the headers without tensors, of the first file and of each further file.
     """
     if not split:
         return [tensors]
@@ -233,10 +237,10 @@ def _cut(tensors: list[Tensor], split: int, metadata: tuple[int, int], alignment
 
 
 class Writer:
-    """Writes one model, in one GGUF file or several; a context manager.
+    """Writes a model into one GGUF file or several; a context manager.
 
-    The target appears only when the block ends without an error and every tensor was written; otherwise nothing is left
-    behind. Tensors may come in any order. Raises OutputError for whatever the disk refuses.
+    The target appears only if the block ends without an error and every tensor was written; otherwise all files are
+    removed. Tensors may be written in any order. Raises OutputError if a file cannot be written.
     """
 
     def __init__(
@@ -248,10 +252,10 @@ class Writer:
         *,
         split: int = 0,
     ):
-        """`metadata` keeps its bytes and its place unless `added` has the key; keys of a split are left out.
+        """Entries of `metadata` are copied unchanged, unless `added` has the key; keys of a split are left out.
 
-        With `split` > 0 files have at most so many bytes (but one tensor at least) and are called
-        NAME-00001-of-0000N.gguf, unless one is enough.
+        With `split` > 0 files have at most so many bytes (but at least one tensor) and are called
+        NAME-00001-of-0000N.gguf, unless one file is enough.
         """
         self.path = Path(path)
         self._tensors = tensors
@@ -268,17 +272,19 @@ class Writer:
         later = self._metadata_of_part(values, 1, 2)
         parts = _cut(tensors, split, (_size(values | later), _size(later)), alignment)
         if len(parts) > MAX_PARTS:
-            raise OutputError(f"{self.path}: would be {len(parts)} files; choose a larger size to split at")
+            raise OutputError(
+                f"{self.path}: can have at most {MAX_PARTS} files, got {len(parts)}; choose a larger --split-max-size"
+            )
         self._files = [_File(*part, alignment) for part in self._split(values, parts)]
         self._place = {tensor.name: (file, tensor) for file in self._files for tensor in file.tensors}
         self.n_bytes = sum(file.n_bytes for file in self._files)
         try:
             for file in self._files:
                 if file.path.is_dir():
-                    raise OutputError(f"{file.path}: is a folder, wanted a file name")
+                    raise OutputError(f"{file.path}: is a folder; give the name of a file")
                 if file.path.exists() and not file.path.is_file():
-                    # A device or a pipe cannot be written in any order, and would be replaced by a file.
-                    raise OutputError(f"{file.path}: is there already and no file")
+                    # A device or a pipe cannot be written out of order, and would be replaced by a file.
+                    raise OutputError(f"{file.path}: exists and is not a regular file; give another name")
             for file in self._files:
                 file.open()
             self._check_room()
@@ -290,13 +296,13 @@ class Writer:
 
     @property
     def paths(self) -> list[Path]:
-        """The files that are made; the first is what programs open."""
+        """The files to write; programs open the first one."""
         return [file.path for file in self._files]
 
     def _split(
         self, values: dict[str, bytes], parts: list[list[Tensor]]
     ) -> Iterable[tuple[Path, dict[str, bytes], list[Tensor]]]:
-        """Path, metadata and tensors of each file. As in llama.cpp's own splits, the first has the metadata."""
+        """Path, metadata and tensors of each file. As in llama.cpp's own splits, the first file has the metadata."""
         if len(parts) == 1:
             return [(self.path, values, parts[0])]
         return [
@@ -313,16 +319,18 @@ class Writer:
         return values | keys if i == 0 else {**keys, **self._alignment_key}
 
     def _check_room(self) -> None:
-        """A disk that is too full is better found out now than after hours."""
+        """Raises OutputError if the disk is too full, before hours of work."""
         try:
             free = shutil.disk_usage(self.path.parent).free
         except OSError:
             return
         if free < self.n_bytes:
-            raise OutputError(f"{self.path}: cannot be written: {self.n_bytes} bytes are needed, {free} are free there")
+            raise OutputError(
+                f"{self.path}: cannot be written: {self.n_bytes} bytes are needed, {free} are free there; make room"
+            )
 
     def write(self, name: str, parts: Iterable[NDArray[Any] | memoryview]) -> None:
-        """Writes the bytes of one tensor, in parts, at its place."""
+        """Writes the bytes of one tensor, given in parts."""
         file, tensor = self._place[name]
         self._missing.remove(name)
         written, digest = 0, hashlib.sha256()
@@ -338,14 +346,14 @@ class Writer:
                 raise
             digest.update(view)
         if written != tensor.n_bytes:
-            raise ValueError(f"tensor {name}: {written} bytes, its place has {tensor.n_bytes}")
+            raise ValueError(f"tensor {name} needs {tensor.n_bytes} bytes, got {written}")
         self._digests[name] = digest.hexdigest()
 
     def replace(self, key: str, value: Value) -> None:
-        """Gives a key of `added` another value, which must take as many bytes: for what is known only at the end."""
+        """Replaces the value of a key of `added`, for values known only at the end; the new one must be as long."""
         raw, values = encode_value(value), self._files[0].values
         if len(raw) != len(values[key]):
-            raise ValueError(f"metadata {key}: {len(raw)} bytes in place of {len(values[key])}")
+            raise ValueError(f"metadata {key} needs {len(values[key])} bytes, got {len(raw)}")
         values[key] = raw
 
     def _hashes(self) -> bytes:
@@ -353,7 +361,7 @@ class Writer:
 
     def _explain(self, e: BaseException) -> None:
         if isinstance(e, OSError):
-            raise OutputError(f"{self.path}: cannot be written: {e.strerror}; nothing was left behind") from e
+            raise OutputError(f"{self.path}: cannot be written: {e.strerror}; incomplete files were removed") from e
 
     def _discard(self) -> None:
         for file in self._files:
@@ -369,7 +377,7 @@ class Writer:
         for file in self._files:
             file.sync()
         if len(self._files) > 1:
-            # Programs open the first part. It must never stand beside parts of another try, whenever we are killed.
+            # Programs open the first part. It must never exist beside parts of another run, even if we are killed.
             self._files[0].path.unlink(missing_ok=True)
         for file in reversed(self._files):
             file.rename()
