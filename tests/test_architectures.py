@@ -142,13 +142,13 @@ def test_what_cannot_be_agq4_says_why(tmp_path: Path) -> None:
         return {tensor.name: (tensor.type_name, tensor.reason) for tensor in report.tensors if tensor.reason}
 
     mamba = reasons("mamba")
-    assert mamba["blk.0.ssm_x.weight"] == ("q8_0", "40 rows, not a multiple of 16")
+    assert mamba["blk.0.ssm_x.weight"] == ("q8_0", "rows must be a multiple of 16, got 40")
     assert mamba["blk.0.ssm_dt.weight"] == ("f32", "recurrent state")
     assert mamba["blk.0.ssm_conv1d.weight"] == ("f32", "convolution")
     assert mamba["blk.0.ssm_a"] == ("f32", "not a weight")
     odd = reasons("odd")
-    assert odd["blk.1.attn_q.weight"] == ("q8_0", "160 columns, not a multiple of 128")
-    assert odd["output.weight"] == ("q8_0", "160 columns, not a multiple of 128")
+    assert odd["blk.1.attn_q.weight"] == ("q8_0", "columns must be a multiple of 128, got 160")
+    assert odd["output.weight"] == ("q8_0", "columns must be a multiple of 128, got 160")
     assert "blk.0.ffn_down.weight" not in odd
 
 

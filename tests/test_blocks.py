@@ -166,12 +166,12 @@ def test_nearest_direction() -> None:
 @pytest.mark.parametrize(
     ("at", "byte", "message"),
     [
-        (44, 2, "are not what 256 columns"),
-        (58, 1, "announces 3 channels, has 3"),
-        (56, 4, "announces 4 channels, has 3"),
-        (56, 2, "are not what 256 columns"),
-        (56, 0, "are not what 256 columns"),
-        (55, 0x7F, "factor of the direction for pruning is inf"),
+        (44, 2, "bytes for 256 columns"),
+        (58, 1, "must have 3 channels and then zero, got 3 and 1"),
+        (56, 4, "must have 4 channels and then zero, got 3 and 0"),
+        (56, 2, "bytes for 256 columns"),
+        (56, 0, "bytes for 256 columns"),
+        (55, 0x7F, "factor of the pruning direction must be finite and >= 0, got inf"),
     ],
 )
 def test_damaged_directions_are_refused(at: int, byte: int, message: str) -> None:
@@ -199,19 +199,19 @@ def test_record_says_whether_states_are_used_again(reuse: bool) -> None:
     ("pruning", "message"),
     [
         (Pruning("newest", 0.5), "pruning score is 'newest'"),
-        (Pruning("first", -0.5), "threshold for pruning is -0.5"),
-        (Pruning("first", float("nan")), "threshold for pruning is nan"),
-        (Pruning("first", 1e39), "threshold for pruning is inf"),
-        (Pruning("first", 1, keep=256), "keep the last 256 tokens"),
-        (Pruning("first", 1, reach=16), "reach of importance for pruning is 16"),
+        (Pruning("first", -0.5), "pruning threshold must be finite and >= 0, got -0.5"),
+        (Pruning("first", float("nan")), "pruning threshold must be finite and >= 0, got nan"),
+        (Pruning("first", 1e39), "pruning threshold must be finite and >= 0, got inf"),
+        (Pruning("first", 1, keep=256), "keep the last 0 to 255 tokens, got 256"),
+        (Pruning("first", 1, reach=16), "pruning reach must be 0 to 15, got 16"),
         (Pruning("learned", 1), "'learned' needs a direction"),
         (Pruning("recent", 1, direction=pruning_record.Direction(1, (1,))), "'recent' has no direction"),
         (
             Pruning("learned", 1, direction=pruning_record.Direction(-1, (1,))),
-            "factor of the direction for pruning is -1",
+            "factor of the pruning direction must be finite and >= 0, got -1",
         ),
-        (Pruning("learned", 1, direction=pruning_record.Direction(1, ())), "has 0 channels"),
-        (Pruning("learned", 1, direction=pruning_record.Direction(1, (128,))), "does not fit into a signed byte"),
+        (Pruning("learned", 1, direction=pruning_record.Direction(1, ())), "must have 1 to 65535 channels, got 0"),
+        (Pruning("learned", 1, direction=pruning_record.Direction(1, (128,))), "must be -128 to 127"),
     ],
 )
 def test_bad_records_are_not_written(pruning: Pruning, message: str) -> None:
@@ -226,7 +226,7 @@ def test_bad_records_are_not_written(pruning: Pruning, message: str) -> None:
 def test_no_room_for_a_record_and_damaged_matrices() -> None:
     matrix = make_agq4.matrix()
     full = replace(matrix.parameters, listed=np.arange(blocks.listable(32, 256) + 1, dtype=np.uint16))
-    with pytest.raises(FormatError, match="offers 64 bytes for its parameters, they need 66"):
+    with pytest.raises(FormatError, match="room for 64 bytes of parameters, but they need 66"):
         blocks.with_pruning(blocks.pack(replace(matrix, parameters=full)), make_agq4.PRUNING)
     with pytest.raises(FormatError, match="checksum"):
         blocks.with_pruning(corrupt({20: b"\x25"}, seal=False), make_agq4.PRUNING)
@@ -237,16 +237,16 @@ def test_no_room_for_a_record_and_damaged_matrices() -> None:
     [
         ({44: b"\x03"}, "ends before its direction"),
         ({44: b"\x04"}, "unknown pruning record (score 4"),
-        ({46: b"\x10"}, "reach of importance for pruning is 16"),
+        ({46: b"\x10"}, "pruning reach must be 0 to 15, got 16"),
         ({47: b"\x02"}, "flags 2"),
-        ({48: struct.pack("<f", -1.0)}, "threshold for pruning is -1"),
-        ({48: struct.pack("<f", float("nan"))}, "threshold for pruning is nan"),
-        ({48: struct.pack("<f", float("inf"))}, "threshold for pruning is inf"),
-        ({3: b"\x01"}, "36 bytes of parameters"),
-        ({3: b"\x02"}, "direction for pruning"),
-        ({12: struct.pack("<I", 28)}, "pruning record has 0 bytes"),
-        ({12: struct.pack("<I", 20), 3: b"\x02"}, "pruning record has 0 bytes"),
-        ({52: b"\x01"}, "not zero"),
+        ({48: struct.pack("<f", -1.0)}, "threshold must be finite and >= 0, got -1"),
+        ({48: struct.pack("<f", float("nan"))}, "threshold must be finite and >= 0, got nan"),
+        ({48: struct.pack("<f", float("inf"))}, "threshold must be finite and >= 0, got inf"),
+        ({3: b"\x01"}, "flags 0x01, got 36"),
+        ({3: b"\x02"}, "pruning direction"),
+        ({12: struct.pack("<I", 28)}, "pruning record needs 8 bytes, got 0"),
+        ({12: struct.pack("<I", 20), 3: b"\x02"}, "pruning record needs 8 bytes, got 0"),
+        ({52: b"\x01"}, "after the parameters must be zero"),
     ],
 )
 def test_bad_records_are_refused(change: dict[int, bytes], message: str) -> None:
@@ -273,31 +273,31 @@ def corrupt(change: dict[int, bytes], seal: bool = True, data: np.ndarray | None
 @pytest.mark.parametrize(
     ("change", "seal", "message"),
     [
-        ({0: b"\xa5"}, True, "0xA5, wanted 0xA4"),
-        ({1: b"\x02"}, True, "version 2"),
-        ({2: b"\x15"}, True, "5 activation bits"),
+        ({0: b"\xa5"}, True, "must begin with 0xA4, got 0xA5"),
+        ({1: b"\x02"}, True, "version must be 1, got 2"),
+        ({2: b"\x15"}, True, "activation bits must be 4 or 8, got 5"),
         ({2: b"\x38"}, True, "unknown attributes"),
         ({3: b"\x05"}, True, "unknown attributes"),
         ({3: b"\x00"}, True, "flags 0x00"),
-        ({4: struct.pack("<f", 0.0)}, True, "tensor scale is 0"),
-        ({4: struct.pack("<f", -1.0)}, True, "tensor scale is -1"),
-        ({4: struct.pack("<f", float("nan"))}, True, "tensor scale is nan"),
-        ({4: struct.pack("<f", float("inf"))}, True, "tensor scale is inf"),
+        ({4: struct.pack("<f", 0.0)}, True, "tensor scale must be finite and > 0, got 0"),
+        ({4: struct.pack("<f", -1.0)}, True, "tensor scale must be finite and > 0, got -1"),
+        ({4: struct.pack("<f", float("nan"))}, True, "tensor scale must be finite and > 0, got nan"),
+        ({4: struct.pack("<f", float("inf"))}, True, "tensor scale must be finite and > 0, got inf"),
         ({8: b"\0\0\0\0"}, False, "checksum"),
         ({20: b"\x25"}, False, "checksum"),
-        ({12: struct.pack("<I", 27)}, True, "channel order announces 3"),
-        ({12: struct.pack("<I", 20)}, True, "20 bytes of parameters"),
-        ({12: struct.pack("<I", 0)}, True, "0 bytes of parameters"),
-        ({12: struct.pack("<I", 2**32 - 1)}, True, "4294967295 bytes of parameters are announced"),
+        ({12: struct.pack("<I", 27)}, True, "channel order must list 3 channels, got 2"),
+        ({12: struct.pack("<I", 20)}, True, "flags 0x01, got 20"),
+        ({12: struct.pack("<I", 0)}, True, "flags 0x01, got 0"),
+        ({12: struct.pack("<I", 2**32 - 1)}, True, "at most 48 bytes in this matrix, got 4294967295"),
         ({16: b"\xff"}, True, "codebook"),
         ({31: b"\x80"}, True, "codebook"),
         ({17: b"\x7f"}, True, "codebook"),
-        ({33: b"\x10"}, True, "exponent is 16"),
-        ({36: struct.pack("<H", 0)}, True, "announces 0 channels"),
-        ({36: struct.pack("<H", 4)}, True, "announces 4 channels"),
+        ({33: b"\x10"}, True, "exponent must be 0 to 15, got 16"),
+        ({36: struct.pack("<H", 0)}, True, "at least 1 channel, got 0"),
+        ({36: struct.pack("<H", 4)}, True, "must list 4 channels, got 3"),
         ({38: struct.pack("<H", 256)}, True, "beyond the 256 columns"),
         ({38: struct.pack("<H", 3)}, True, "twice"),
-        ({63: b"\x01"}, True, "not zero"),
+        ({63: b"\x01"}, True, "after the parameters must be zero"),
     ],
 )  # fmt: skip
 def test_each_clause_is_refused(change: dict[int, bytes], seal: bool, message: str) -> None:

@@ -260,7 +260,7 @@ def test_another_tensor_carries_if_the_first_has_no_room(llama_agq: Path, tmp_pa
     (tmp_path / "full.gguf").write_bytes(raw)
     with open_gguf(tmp_path / "full.gguf") as reader:
         assert carriers(reader)[1].startswith("blk.1.") and carriers(reader)[1] != name
-        with pytest.raises(FormatError, match=r"full.gguf: blk.1.attn_output.weight: the matrix offers"):
+        with pytest.raises(FormatError, match=r"full.gguf: blk.1.attn_output.weight: the matrix has room for"):
             write_plan(reader, tmp_path / "out.gguf", {name: pruning_record.Pruning("first", 1)}, {}, quiet)
     assert not (tmp_path / "out.gguf").exists()
 

@@ -1,1 +1,1 @@
-"""The AGQ4 format in numpy."""
+"""The AGQ4 format, in numpy."""

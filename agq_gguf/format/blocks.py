@@ -1,7 +1,7 @@
-"""The AGQ4 format in numpy: pack, unpack, check.
+"""Packs, unpacks and checks AGQ4 matrices, in numpy.
 
-This is the reference twin of ``cpp/format/blocks.h``; ``docs/format.md`` is the text that both follow. All of it is
-pure functions of arrays that import numpy only.
+This is the reference for ``cpp/format/blocks.h``; ``docs/format.md`` specifies both. All functions are pure functions
+of arrays, and only numpy is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agq_gguf.format.pruning_record import (
     pruning_bytes,
 )
 
-TYPE_ID = 38  # a retired slot of ggml's type table
+TYPE_ID = 38  # a retired number in ggml's type table
 TYPE_NAME = "agq4"
 VERSION = 1  # of the format; the byte in the attribute stream
 
@@ -33,12 +33,12 @@ PANEL_ROWS = 16
 TILE_COLUMNS = 128
 GROUP_COLUMNS = 64
 TILE_BYTES = 1088
-BLOCK_BYTES = TILE_BYTES // PANEL_ROWS  # of ggml's view: one row of a tile
+BLOCK_BYTES = TILE_BYTES // PANEL_ROWS  # one row of a tile: ggml's block
 MAX_EXPONENT = 15
 MAX_SCALE = 65024.0  # the largest binary16 whose lowest four bits are zero
 
 
-# What shares a scale for the activations; the index is what is stored. "rotated": a group of a token, after `rotate`.
+# Which activations share a scale; files store the index. "rotated": the 64 channels of a group, after `rotate`.
 ACTIVATION_SCALES = ("token", "group", "rotated")
 
 _MAGIC = 0xA4
@@ -57,7 +57,7 @@ def _no_channels() -> NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What holds for a whole matrix: the content of its attribute stream."""
+    """Parameters of a whole matrix: the content of its attribute stream."""
 
     codebook: NDArray[np.uint8]  # [16], 0..127, ascending; u stands for u - 64
     exponents: NDArray[np.uint8]  # [K / 64], 0..15
@@ -69,7 +69,7 @@ class Parameters:
 
     @property
     def per_group(self) -> bool:
-        """Whether every group of a token has a scale of its own."""
+        """Whether every group of a token has its own scale."""
         return self.activation_scale != "token"
 
     @property
@@ -88,7 +88,7 @@ class Matrix:
 
 
 def round_scale(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Nearest scales the format can store: binary16 with the lowest four bits zero, ties to even, clamped to finite."""
+    """Nearest storable scales: binary16 with the lowest four bits zero, ties to even, clamped to finite values."""
     exact = np.asarray(values, np.float64)
     _, exponent = np.frexp(exact)
     step = np.ldexp(1.0, np.maximum(exponent - 1, -14) - 6)  # 6 bits of mantissa; subnormals share the last step
@@ -96,65 +96,69 @@ def round_scale(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def parameters_bytes(columns: int, n_listed: int, pruning: int = 0) -> int:
-    """Bytes of the attribute stream that a matrix with K = `columns` needs; `pruning` are those of its record."""
+    """Bytes that a matrix with K = `columns` needs in its attribute stream; its pruning record has `pruning` bytes."""
     order = 2 + 2 * n_listed if n_listed else 0
     return _HEADER.size + 16 + columns // GROUP_COLUMNS + order + pruning
 
 
 def stream_bytes(rows: int, columns: int) -> int:
-    """Bytes of the attribute stream that a matrix offers."""
+    """Size in bytes of the attribute stream of a matrix."""
     return rows * columns // TILE_COLUMNS
 
 
 def listable(rows: int, columns: int) -> int:
-    """How many channels a matrix of this shape can list in its channel order and still take a pruning record."""
+    """How many channels the channel order of such a matrix can list if a pruning record must still fit."""
     return max(0, (stream_bytes(rows, columns) - parameters_bytes(columns, 0, pruning_bytes()) - 2) // 2)
 
 
 def shape_problem(rows: int, columns: int) -> str | None:
-    """Why a matrix of this shape cannot be AGQ4, or None."""
+    """Why AGQ4 does not support a matrix of this shape; None if it does."""
     if columns % TILE_COLUMNS or columns == 0:
-        return f"{columns} columns, not a multiple of {TILE_COLUMNS}"
+        return f"columns must be a multiple of {TILE_COLUMNS}, got {columns}"
     if rows % PANEL_ROWS or rows == 0:
-        return f"{rows} rows, not a multiple of {PANEL_ROWS}"
+        return f"rows must be a multiple of {PANEL_ROWS}, got {rows}"
     if stream_bytes(rows, columns) < parameters_bytes(columns, 0):
-        return f"{rows} x {columns} is too small to carry its parameters"
+        return f"{rows} x {columns} is too small to store its parameters"
     return None
 
 
 def _check_shape(rows: int, columns: int) -> None:
     problem = shape_problem(rows, columns)
     if problem:
-        raise FormatError(f"the matrix cannot be AGQ4: {problem}")
+        raise FormatError(f"AGQ4 does not support this matrix: {problem}")
 
 
 def _check_parameters(parameters: Parameters, columns: int) -> None:
-    """Every clause of the format about values, for the packer and the reader alike."""
+    """Checks every rule of the format about values, for packing and for reading."""
     codebook, exponents, listed = parameters.codebook, parameters.exponents, parameters.listed
     with np.errstate(over="ignore"):
         scale = np.float32(parameters.tensor_scale)
     if not (np.isfinite(scale) and scale > 0):
-        raise FormatError(f"the tensor scale is {scale}, it must be finite and > 0")
+        raise FormatError(f"the tensor scale must be finite and > 0, got {scale}")
     if parameters.activation_bits not in (4, 8):
-        raise FormatError(f"{parameters.activation_bits} activation bits, wanted 8 or 4")
+        raise FormatError(f"activation bits must be 4 or 8, got {parameters.activation_bits}")
     if parameters.activation_scale not in ACTIVATION_SCALES:
-        raise FormatError(f"an activation scale per {parameters.activation_scale!r}, wanted {ACTIVATION_SCALES}")
+        known = ", ".join(ACTIVATION_SCALES)
+        raise FormatError(f"activation scale must be one of {known}, got {parameters.activation_scale!r}")
     if codebook.shape != (16,) or codebook.max() > 127 or np.any(np.diff(codebook.astype(np.int16)) < 0):
-        raise FormatError(f"the codebook must be 16 ascending values 0..127, found {codebook.tolist()}")
+        raise FormatError(f"the codebook must be 16 ascending values 0..127, got {codebook.tolist()}")
     if exponents.shape != (columns // GROUP_COLUMNS,):
-        raise FormatError(f"{exponents.size} exponents for {columns} columns, wanted one per {GROUP_COLUMNS}")
+        raise FormatError(
+            f"{columns} columns need {columns // GROUP_COLUMNS} exponents (one per {GROUP_COLUMNS}), "
+            f"got {exponents.size}"
+        )
     if exponents.max() > MAX_EXPONENT:
-        raise FormatError(f"a refinement exponent is {exponents.max()}, the largest is {MAX_EXPONENT}")
+        raise FormatError(f"a refinement exponent must be 0 to {MAX_EXPONENT}, got {exponents.max()}")
     if listed.size > columns or (listed.size and listed.max() >= columns):
-        raise FormatError(f"the channel order names a channel beyond the {columns} columns")
+        raise FormatError(f"the channel order lists a channel beyond the {columns} columns")
     if np.unique(listed).size != listed.size:
-        raise FormatError("the channel order names a channel twice")
+        raise FormatError("the channel order lists a channel twice")
     if parameters.pruning is not None:
         check_pruning(parameters.pruning)
 
 
 def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint8]:
-    """The attribute stream, `capacity` bytes long."""
+    """The attribute stream of `capacity` bytes."""
     body = parameters.codebook.tobytes() + parameters.exponents.tobytes()
     flags = 0
     if parameters.listed.size:
@@ -172,7 +176,9 @@ def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint
         _MAGIC, VERSION, activation, flags, np.float32(parameters.tensor_scale), zlib.crc32(body), len(body)
     )
     if len(header) + len(body) > capacity:
-        raise FormatError(f"the matrix offers {capacity} bytes for its parameters, they need {len(header) + len(body)}")
+        raise FormatError(
+            f"the matrix has room for {capacity} bytes of parameters, but they need {len(header) + len(body)}"
+        )
     return np.frombuffer((header + body).ljust(capacity, b"\0"), np.uint8)
 
 
@@ -180,31 +186,40 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
     raw = stream.tobytes()
     magic, version, activation, flags, tensor_scale, crc, length = _HEADER.unpack_from(raw)
     if magic != _MAGIC:
-        raise FormatError(f"the attributes begin with 0x{magic:02X}, wanted 0x{_MAGIC:02X}: damaged, or not AGQ4")
+        raise FormatError(
+            f"the attributes must begin with 0x{_MAGIC:02X}, got 0x{magic:02X}: the file is damaged or not AGQ4"
+        )
     if version != VERSION:
-        raise FormatError(f"AGQ4 version {version}; this release reads version {VERSION}, update agq-gguf")
+        raise FormatError(f"AGQ4 version must be {VERSION}, got {version}; update agq-gguf")
     if flags & ~(_FLAG_CHANNEL_ORDER | _FLAG_PRUNING) or activation >> 4 >= len(ACTIVATION_SCALES):
         raise FormatError(f"unknown attributes (activation 0x{activation:02X}, flags 0x{flags:02X}); update agq-gguf")
     if length > len(raw) - _HEADER.size:
-        raise FormatError(f"{length} bytes of parameters are announced, the matrix holds {len(raw) - _HEADER.size}")
+        raise FormatError(
+            f"the parameters must have at most {len(raw) - _HEADER.size} bytes in this matrix, got {length}: "
+            "the file is damaged"
+        )
     body = raw[_HEADER.size : _HEADER.size + length]
     if zlib.crc32(body) != crc:
-        raise FormatError("the checksum of the parameters does not fit: the file is damaged")
+        raise FormatError("the checksum of the parameters does not match: the file is damaged")
     n_groups = columns // GROUP_COLUMNS
     listed, record = _no_channels(), body[16 + n_groups :]
     if flags & _FLAG_CHANNEL_ORDER and len(record) >= 2:
         announced = struct.unpack_from("<H", record)[0]
         listed = np.frombuffer(record[2 : 2 + 2 * announced], "<u2", len(record[2 : 2 + 2 * announced]) // 2)
-        if listed.size != announced or announced == 0:
-            raise FormatError(f"the channel order announces {announced} channels, has {listed.size}")
+        if announced == 0:
+            raise FormatError("the channel order must list at least 1 channel, got 0")
+        if listed.size != announced:
+            raise FormatError(f"the channel order must list {announced} channels, got {listed.size}")
         listed, record = listed.astype(np.uint16), record[2 + 2 * announced :]
     pruning = decode_pruning(record) if flags & _FLAG_PRUNING else None
     present = (_FLAG_CHANNEL_ORDER if listed.size else 0) | (_FLAG_PRUNING if pruning else 0)
     needed = parameters_bytes(columns, listed.size, pruning.n_bytes if pruning else 0) - _HEADER.size
     if flags != present or length != needed:
-        raise FormatError(f"{length} bytes of parameters are not what {columns} columns and flags 0x{flags:02X} need")
+        raise FormatError(
+            f"the parameters must have {needed} bytes for {columns} columns and flags 0x{flags:02X}, got {length}"
+        )
     if any(raw[_HEADER.size + length :]):
-        raise FormatError("the attributes after the parameters are not zero")
+        raise FormatError("the bytes after the parameters must be zero: the file is damaged")
     parameters = Parameters(
         codebook=np.frombuffer(body[:16], np.uint8),
         exponents=np.frombuffer(body[16 : 16 + n_groups], np.uint8),
@@ -228,7 +243,7 @@ def pack(matrix: Matrix) -> NDArray[np.uint8]:
     _check_parameters(matrix.parameters, columns)
     panels, tiles = rows // PANEL_ROWS, columns // TILE_COLUMNS
     if matrix.codes.max() > 15:
-        raise FormatError(f"a code is {matrix.codes.max()}, the largest is 15")
+        raise FormatError(f"codes must be 0 to 15, got {matrix.codes.max()}")
     if matrix.scales.shape != (rows, 2 * tiles) or not np.array_equal(matrix.scales, round_scale(matrix.scales)):
         raise FormatError(f"the scales must be [{rows}, {2 * tiles}] and rounded with round_scale")
 
@@ -249,23 +264,25 @@ def pack(matrix: Matrix) -> NDArray[np.uint8]:
 def _tiles(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """GGUF rows [M, K / 128 * 68] as tiles [M / 16, K / 128, 1088]."""
     if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] % BLOCK_BYTES:
-        raise FormatError(f"wanted uint8 rows of a multiple of {BLOCK_BYTES} bytes, found {data.dtype} {data.shape}")
+        raise FormatError(
+            f"AGQ4 data must be uint8 rows of a multiple of {BLOCK_BYTES} bytes, got {data.dtype} {data.shape}"
+        )
     rows, tiles = data.shape[0], data.shape[1] // BLOCK_BYTES
     _check_shape(rows, tiles * TILE_COLUMNS)
     return np.ascontiguousarray(data).reshape(rows // PANEL_ROWS, tiles, TILE_BYTES)
 
 
 def read_parameters(data: NDArray[np.uint8]) -> Parameters:
-    """Parameters of a packed matrix (uint8 [M, K / 128 * 68]), checked; cheap. Raises FormatError."""
+    """Reads and checks the parameters of a packed matrix (uint8 [M, K / 128 * 68]); fast. Raises FormatError."""
     tiles = _tiles(data)
     return _decode_parameters(tiles[..., _ATTRIBUTES], tiles.shape[1] * TILE_COLUMNS)
 
 
 def with_pruning(data: NDArray[np.uint8], pruning: Pruning | None) -> NDArray[np.uint8]:
-    """A copy of a packed matrix (uint8 [M, K / 128 * 68]) whose pruning record is `pruning`; None: that has none.
+    """A copy of a packed matrix (uint8 [M, K / 128 * 68]) with `pruning` as its pruning record; None removes it.
 
     Only attribute bytes differ. Raises FormatError if the matrix is damaged, the record breaks a rule of the format, or
-    the matrix has no room for it (a channel order may take all there is).
+    the matrix has no room for it (a channel order may use all of it).
     """
     tiles = _tiles(data).copy()
     columns = tiles.shape[1] * TILE_COLUMNS
@@ -277,7 +294,7 @@ def with_pruning(data: NDArray[np.uint8], pruning: Pruning | None) -> NDArray[np
 
 
 def unpack(data: NDArray[np.uint8]) -> Matrix:
-    """Inverse of `pack`: checks every rule of the format and raises FormatError."""
+    """Inverse of `pack`. Raises FormatError if the data breaks a rule of the format."""
     tiles = _tiles(data)
     panels, n_tiles = tiles.shape[:2]
     rows, columns = panels * PANEL_ROWS, n_tiles * TILE_COLUMNS
@@ -295,7 +312,7 @@ def unpack(data: NDArray[np.uint8]) -> Matrix:
 
 
 def channel_order(listed: Sequence[int] | NDArray[np.uint16], columns: int) -> NDArray[np.int64]:
-    """`order[k]`, the input channel of stored column k: the listed ones first, then the others, ascending."""
+    """`order[k]` is the input channel of stored column k: first the listed channels, then the others, ascending."""
     first = np.asarray(listed, np.int64)
     others = np.ones(columns, bool)
     others[first] = False

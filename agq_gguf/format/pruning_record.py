@@ -45,47 +45,49 @@ def score_named(name: str) -> Score:
 RECORD = struct.Struct("<BBBBf")
 
 
-DIRECTION = struct.Struct("<fHH")  # factor, number of channels, 0; behind it a signed byte for each
+DIRECTION = struct.Struct("<fHH")  # factor, number of channels, 0; followed by a signed byte for each channel
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What a learned score multiplies the state of a token with: factor * codes."""
+    """The vector factor * codes; a learned score is its product with the state of a token."""
 
     factor: float  # finite, >= 0; rounded to binary32
     codes: tuple[int, ...]  # one for each channel of the state, -128..127
 
     @classmethod
     def of(cls, values: NDArray[np.floating]) -> Direction:
-        """The nearest one that can be stored."""
+        """The nearest storable direction."""
         factor = float(np.float32(np.abs(values).max(initial=0) / 127))
         codes = np.rint(values / factor) if factor else np.zeros(len(values))
         return cls(factor, tuple(codes.clip(-127, 127).astype(int).tolist()))
 
     def values(self) -> NDArray[np.float32]:
-        """The numbers that stand for it."""
+        """The direction as numbers [E]."""
         return np.float32(self.factor) * np.array(self.codes, np.float32)
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """The pruning record: behind this layer's attention, drop prompt tokens whose importance is below the threshold."""
+    """The pruning record: after this layer's attention, drop prompt tokens with importance below the threshold."""
 
     score: str  # one of SCORES
     threshold: float  # finite, >= 0; rounded to binary32
-    keep: int = 0  # the last so many tokens of a call always stay; 0..255
-    reach: int = 0  # a token counts as much as the best one at most so many places away; 0..15
-    reuse: bool = False  # later layers still get keys and values of dropped tokens, from the state in which they left
-    direction: Direction | None = None  # of the score `learned`, and of no other
+    keep: int = 0  # the last N tokens of a call are never dropped; 0..255
+    reach: int = 0  # each token gets the highest importance within N places; 0..15
+    reuse: bool = (
+        False  # later layers still get keys and values of dropped tokens, from the state when they were dropped
+    )
+    direction: Direction | None = None  # only for scores with a direction
 
     @property
     def n_bytes(self) -> int:
-        """Of the attribute stream."""
+        """Size of the record in the attribute stream."""
         return RECORD.size + (DIRECTION.size + len(self.direction.codes) if self.direction else 0)
 
 
 def pruning_bytes(channels: int = 0) -> int:
-    """Bytes of a pruning record: with a direction over so many channels, or without one."""
+    """Bytes of a pruning record with a direction of so many channels; 0: without a direction."""
     return RECORD.size + (DIRECTION.size + channels if channels else 0)
 
 
@@ -95,11 +97,11 @@ def check_pruning(pruning: Pruning) -> None:
     with np.errstate(over="ignore"):
         threshold = np.float32(pruning.threshold)
     if not (np.isfinite(threshold) and threshold >= 0):
-        raise FormatError(f"the threshold for pruning is {threshold}, it must be finite and >= 0")
+        raise FormatError(f"the pruning threshold must be finite and >= 0, got {threshold}")
     if not 0 <= pruning.keep <= MAX_KEEP:
-        raise FormatError(f"pruning is to keep the last {pruning.keep} tokens, the most are {MAX_KEEP}")
+        raise FormatError(f"pruning must keep the last 0 to {MAX_KEEP} tokens, got {pruning.keep}")
     if not 0 <= pruning.reach <= MAX_REACH:
-        raise FormatError(f"the reach of importance for pruning is {pruning.reach}, the largest is {MAX_REACH}")
+        raise FormatError(f"the pruning reach must be 0 to {MAX_REACH}, got {pruning.reach}")
     if (pruning.direction is not None) != score.has_direction:
         wanted = "needs a direction" if score.has_direction else "has no direction"
         raise FormatError(f"the pruning score {pruning.score!r} {wanted}")
@@ -111,17 +113,17 @@ def _check_direction(direction: Direction) -> None:
     with np.errstate(over="ignore"):
         factor = np.float32(direction.factor)
     if not (np.isfinite(factor) and factor >= 0):
-        raise FormatError(f"the factor of the direction for pruning is {factor}, it must be finite and >= 0")
+        raise FormatError(f"the factor of the pruning direction must be finite and >= 0, got {factor}")
     if not 1 <= len(direction.codes) < 1 << 16:
-        raise FormatError(f"the direction for pruning has {len(direction.codes)} channels, it can have 1 to 65535")
+        raise FormatError(f"the pruning direction must have 1 to 65535 channels, got {len(direction.codes)}")
     if not all(-128 <= code <= 127 for code in direction.codes):
-        raise FormatError("a number of the direction for pruning does not fit into a signed byte")
+        raise FormatError("the numbers of the pruning direction must be -128 to 127")
 
 
 def decode_pruning(record: bytes) -> Pruning:
-    """The record that the rest of the parameters begins with; the caller compares the lengths."""
+    """The pruning record at the beginning of `record`, the rest of the parameters; the caller checks the length."""
     if len(record) < RECORD.size:
-        raise FormatError(f"the pruning record has {len(record)} bytes, it needs {RECORD.size}")
+        raise FormatError(f"the pruning record needs {RECORD.size} bytes, got {len(record)}")
     score, keep, reach, flags, threshold = RECORD.unpack_from(record)
     if score >= len(SCORES) or flags > 1:
         raise FormatError(f"unknown pruning record (score {score}, flags {flags})")
@@ -131,9 +133,9 @@ def decode_pruning(record: bytes) -> Pruning:
 
 def _decode_direction(data: bytes) -> Direction:
     if len(data) < DIRECTION.size:
-        raise FormatError("the pruning record ends before its direction")
+        raise FormatError("the pruning record ends before its direction: the file is damaged")
     factor, n, zero = DIRECTION.unpack_from(data)
     codes = np.frombuffer(data[DIRECTION.size : DIRECTION.size + n], np.int8)
     if zero or len(codes) != n:
-        raise FormatError(f"the direction for pruning announces {n} channels, has {len(codes)}")
+        raise FormatError(f"the pruning direction must have {n} channels and then zero, got {len(codes)} and {zero}")
     return Direction(factor, tuple(codes.tolist()))

@@ -1,4 +1,4 @@
-"""The AGQ4 reference: dequantize, quantize activations, multiply. Slow and obvious."""
+"""Reference implementation of AGQ4 (dequantize, quantize activations, multiply): slow but easy to read."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from agq_gguf.format.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_or
 _Float = TypeVar("_Float", bound=np.floating)
 
 
-_TINY = np.float32(2.0**-100)  # below this maximum a token counts as zero
+_TINY = np.float32(2.0**-100)  # tokens with a smaller maximum count as zero
 
 
 def rotate(x: NDArray[_Float]) -> NDArray[_Float]:
-    """Groups of 64 columns [..., K] times the Hadamard matrix of that size over 8; its own inverse.
+    """Multiplies groups of 64 columns of x [..., K] by the 64 x 64 Hadamard matrix over 8, which is its own inverse.
 
-    A channel's outlier becomes a part of all 64, and the largest of them is then nearer to the others: rounding with
-    one scale loses less (QuaRot, arXiv 2404.00456). Sums and differences are rounded one by one, neighbours first: the
-    same bits on every machine.
+    It spreads the outlier of a channel over all 64 channels. The largest value is then closer to the others, so
+    rounding with one scale loses less (QuaRot, arXiv 2404.00456). Each sum and difference is rounded, neighbours first,
+    so the result has the same bits on every machine.
     """
     columns = x.shape[-1]
-    found = x * x.dtype.type(0.125)  # first, so that what is finite seldom overflows
+    found = x * x.dtype.type(0.125)  # scaled first, so that finite values rarely overflow
     for half in (1, 2, 4, 8, 16, 32):
         pairs = found.reshape(*x.shape[:-1], columns // (2 * half), 2, half)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
@@ -34,7 +34,7 @@ def rotate(x: NDArray[_Float]) -> NDArray[_Float]:
 def dequantize(matrix: Matrix) -> NDArray[np.float32]:
     """Weights [M, K] f32 with columns in input-channel order.
 
-    D * 2^-e * code is exact in binary32, so each weight that is not rotated is rounded once, by the product with the
+    D * 2^-e * code is exact in binary32. So without rotation each weight is rounded only once, in the product with the
     tensor scale.
     """
     parameters = matrix.parameters
@@ -45,7 +45,7 @@ def dequantize(matrix: Matrix) -> NDArray[np.float32]:
     if parameters.rotated:
         grouped = rotate(grouped)
         values = grouped.reshape(rows, columns)
-    with np.errstate(over="ignore"):  # a damaged tensor scale may be huge; infinite is what it says then
+    with np.errstate(over="ignore"):  # a damaged tensor scale may be huge; the weights are then infinite
         grouped *= np.float32(parameters.tensor_scale)
     if not parameters.listed.size:
         return values
@@ -57,10 +57,10 @@ def dequantize(matrix: Matrix) -> NDArray[np.float32]:
 def quantize_activations(
     x: NDArray[np.float32], parameters: Parameters
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Activations [T, K] f32 as the runtime quantizes them.
+    """Quantizes activations [T, K] f32 as the runtime does.
 
-    Returns xq int8 [T, K] in stored order and s f32 [T, 1] or, with `per_group`, [T, K / 64]. A token that holds a NaN
-    or an infinity, before or after rotation, gets scales of NaN and zeros.
+    Returns xq int8 [T, K] in stored order, and s f32 [T, 1] or, with `per_group`, [T, K / 64]. A token that holds a NaN
+    or an infinity, before or after rotation, gets zeros in xq and NaN in s.
     """
     tokens, columns = x.shape
     limit = np.float32(127 if parameters.activation_bits == 8 else 7)
@@ -86,7 +86,7 @@ def quantize_activations(
 def matmul_reference(x: NDArray[np.float32], matrix: Matrix) -> NDArray[np.float32]:
     """Product y [T, M] f32 of activations x [T, K] f32 with an AGQ4 matrix, as the runtime defines it.
 
-    The sums inside a group are exact integers; what follows is done in binary64 and rounded once, so a kernel may
+    The sums inside a group are exact integers. The rest is computed in binary64 and rounded once, so a kernel may
     differ by the rounding of its sum over groups.
     """
     xq, s = quantize_activations(x, matrix.parameters)
