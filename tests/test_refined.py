@@ -93,7 +93,9 @@ def test_graph_gives_the_logits_of_llama_cpp(graph_of: Opener, name: str, tmp_pa
 def test_graph_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     cases = {
         "architecture gpt2": tiny_models.write_gpt2(tmp_path / "gpt2.gguf"),
-        "ffn_gate_inp.weight is not part": tiny_models.write_llama(tmp_path / "moe.gguf", n_expert=4, n_expert_used=2),
+        "ffn_gate_inp.weight is not supported": tiny_models.write_llama(
+            tmp_path / "moe.gguf", n_expert=4, n_expert_used=2
+        ),
     }
     for expected, path in cases.items():
         with open_gguf(path) as reader:

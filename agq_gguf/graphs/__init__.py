@@ -1,1 +1,1 @@
-"""Runs a model in PyTorch, with gradients."""
+"""Runs models in PyTorch, with gradients."""

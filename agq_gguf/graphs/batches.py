@@ -7,7 +7,7 @@ import torch
 
 
 def batches_of(chunks: list[np.ndarray], tokens: int) -> list[torch.Tensor]:
-    """Chunks of tokens as tensors [batch, length] of about `tokens` tokens; neighbours of equal length share one."""
+    """Tensors [batch, length] of about `tokens` tokens each, from neighbouring chunks of equal length."""
     found: list[list[np.ndarray]] = []
     for chunk in chunks:
         if found and len(found[-1][0]) == len(chunk) and (len(found[-1]) + 1) * len(chunk) <= tokens:

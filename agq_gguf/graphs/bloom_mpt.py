@@ -1,7 +1,7 @@
-"""The graphs of BLOOM and of MPT (as which OPT is written) in PyTorch: `llama_graph` with other parts.
+"""The graphs of BLOOM and MPT in PyTorch: `LlamaGraph` with other parts. OPT models are written as MPT.
 
-Norms have a mean and mostly a bias, queries, keys and values come from one matrix, the feed-forward has one matrix and
-a GELU, and positions are added to the embedding or, as slopes (ALiBi, arXiv 2108.12409), to the scores.
+Norms subtract the mean and mostly have a bias. One matrix produces queries, keys and values. The feed-forward has one
+matrix before a GELU. Positions are added to the embedding or, as slopes (ALiBi, arXiv 2108.12409), to the scores.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _TENSORS = (
 
 
 def why_not(reader: Reader) -> str:
-    """Why a model of these architectures cannot run here; empty if it can."""
+    """Why this graph does not support a model of these architectures; empty if it does."""
     for name in reader.tensors:
         if not re.fullmatch(_TENSORS, name):
-            return f"the tensor {name} is not part of the plain graph"
+            return f"its tensor {name} is not supported"
     return why_not_causal(reader)
 
 
 class GeluGraph(LlamaGraph):
-    """A model of which `why_not` says nothing."""
+    """A model that `why_not` finds supported."""
 
     stages = (("attn_qkv",), ("attn_output",), ("ffn_up",), ("ffn_down",))
     levelled = ()
@@ -46,7 +46,7 @@ class GeluGraph(LlamaGraph):
         self._slopes = _slopes(self.shape.n_head, bias) if bias > 0 else None
 
     def enter(self, rows: torch.Tensor) -> torch.Tensor:
-        """x of rows [batch, tokens, n_embd] of the embedding."""
+        """x from rows [batch, tokens, n_embd] of the embedding."""
         if self.has("position_embd.weight"):
             rows = rows + self.tensor("position_embd.weight")[: rows.shape[1]]
         return self._norm(rows, "token_embd_norm") if self.has("token_embd_norm.weight") else rows
@@ -76,7 +76,7 @@ class GeluGraph(LlamaGraph):
 
 
 def _slopes(heads: int, bias: float) -> torch.Tensor:
-    """ALiBi's slope of each head, as llama.cpp has them."""
+    """ALiBi's slope of each head, as in llama.cpp."""
     whole = 1 << (heads.bit_length() - 1)  # the largest power of two
     exponents = [
         bias * (h + 1) / whole if h < whole else bias / 2 * (2 * (h - whole) + 1) / whole for h in range(heads)

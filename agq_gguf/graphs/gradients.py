@@ -1,4 +1,4 @@
-"""Gradients of the divergence from the float model, block by block."""
+"""Gradients of -log p(token) for tokens drawn from the model's own prediction, block by block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agq_gguf.graphs.llama import LlamaGraph, State
 def logits_gradient(
     graph: LlamaGraph, x: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of -log p of drawn tokens, by the last block's x and by the logits [tokens, vocabulary]."""
+    """Gradients of -log p of drawn tokens, with respect to the last block's x and the logits [tokens, vocabulary]."""
     x = x.detach().requires_grad_()
     logits = graph.logits(x)
     scores = functional.log_softmax(logits, -1).flatten(0, -2)
@@ -25,7 +25,7 @@ def logits_gradient(
 
 @dataclass(frozen=True)
 class Product:
-    """What a matrix of a block is multiplied with, and the gradient by what comes out; [tokens, channels]."""
+    """The input of a matrix of a block, and the gradient with respect to its output; [tokens, channels]."""
 
     stage: int
     name: str  # without ".weight"
@@ -36,7 +36,7 @@ class Product:
 def block_gradients(
     graph: LlamaGraph, layer: int, x: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, list[Product]]:
-    """Gradient by the block's x, given the one by its result, and those by all its products."""
+    """Gradients with respect to the block's x and to all its products, given `gradient` with respect to its output."""
     x = x.detach().requires_grad_()
     state: State = (x, None)
     made: list[tuple[int, str, torch.Tensor, torch.Tensor]] = []

@@ -1,10 +1,10 @@
-"""The LLaMA graph in PyTorch, stage by stage, for what llama.cpp's graph cannot give: gradients, and a second model
-that is quantized while it runs.
+"""The LLaMA graph in PyTorch, stage by stage.
 
-A block has four stages, each a group of matrices with one input: q, k, v; the attention's output; gate and up; down.
-A stage turns the state (x, y) into the input of its matrices (`stage_input`) and their outputs into the next state
-(`stage_output`): x is the residual stream, y what the previous stage left for this one. Who calls decides what a matrix
-does. Everything is float32, [batch, tokens, channels].
+llama.cpp's graph gives no gradients, and cannot run a second model that is quantized while it runs; this graph can.
+A block has four stages, each a group of matrices with one input: q, k, v; attention output; gate and up; down. A stage
+computes the input of its matrices from the state (x, y) (`stage_input`), and the next state from their outputs
+(`stage_output`). x is the residual stream, y the input that the previous stage computed for this one. The caller
+multiplies with the matrices. Everything is float32, [batch, tokens, channels].
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.nn import functional
 from agq_gguf.gguf_io.reader import Reader
 
 STAGES = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
-State = tuple[torch.Tensor, torch.Tensor | None]  # x [batch, tokens, n_embd], y [batch, tokens, inputs of the next]
-Linear = Callable[[str, torch.Tensor], torch.Tensor]  # weight's name without ".weight", input -> product, no bias
+State = tuple[torch.Tensor, torch.Tensor | None]  # x [batch, tokens, n_embd], y [batch, tokens, channels]
+Linear = Callable[[str, torch.Tensor], torch.Tensor]  # weight's name without ".weight", input -> product without bias
 
-# Whether rotary embedding turns neighbours (i, i + 1) or halves (i, i + n / 2): llama.cpp's choice per architecture.
+# Whether rotary embedding rotates halves (i, i + n / 2) or neighbours (i, i + 1): llama.cpp's choice per architecture.
 _TURNS_HALVES = {"llama": False, "qwen2": True, "qwen3": True}
 ARCHITECTURES = tuple(_TURNS_HALVES)
 _BLOCK_TENSORS = (
@@ -48,42 +48,42 @@ class Shape:
 
 
 def why_not(reader: Reader) -> str:
-    """Why a model of these architectures cannot run here; empty if it can."""
+    """Why this graph does not support a model of these architectures; empty if it does."""
     arch = reader.architecture
     for name in reader.tensors:
         if not re.fullmatch(_BLOCK_TENSORS, name):
-            return f"the tensor {name} is not part of the plain graph"
+            return f"its tensor {name} is not supported"
     scaling = reader.get(f"{arch}.rope.scaling.type", "none")
     if not isinstance(scaling, str) or scaling not in ("none", "linear"):
-        return f"rotary scaling {scaling!r}"
+        return f"its rotary scaling {scaling!r} is not supported"
     return why_not_causal(reader)
 
 
 def why_not_causal(reader: Reader) -> str:
-    """What stands against plain causal attention and plain scales; empty if nothing does."""
+    """Why a model needs more than plain causal attention without extra scales; empty if it does not."""
     arch = reader.architecture
     causal, window = (reader.get(f"{arch}.attention.{key}") for key in ("causal", "sliding_window"))
     if not (causal is None or causal is True) or type(window) not in (int, type(None)) or window:
-        return "its attention is not plainly causal"
+        return "its attention is not plain causal attention"
     for key in ("attention.scale", "logit_scale", "residual_scale", "embedding_scale", "attention.clamp_kqv"):
         if reader.get(f"{arch}.{key}") is not None:
-            return f"it has {arch}.{key}"
+            return f"its metadata key {arch}.{key} is not supported"
     counts = reader.get(f"{arch}.attention.head_count"), reader.get(f"{arch}.attention.head_count_kv", 1)
-    return "" if all(type(n) is int and n > 0 for n in counts) else "head counts differ from layer to layer"
+    return "" if all(type(n) is int and n > 0 for n in counts) else "its head counts differ from layer to layer"
 
 
 class LlamaGraph:
-    """A model of which `why_not` says nothing. Weights are read when they are used, and kept up to `cache` bytes."""
+    """A model that `why_not` finds supported. Reads weights when they are used, and caches up to `cache` bytes."""
 
     stages: tuple[tuple[str, ...], ...] = STAGES
-    # Pairs of matrices between which channels may be scaled: what rows of the first are multiplied by, columns of the
-    # second are divided by.
+    # Pairs of matrices between which channels may be scaled: rows of the first are multiplied by factors, and columns
+    # of the second are divided by them.
     levelled: tuple[tuple[str, str], ...] = (("attn_v", "attn_output"), ("ffn_up", "ffn_down"))
 
     def __init__(self, reader: Reader, cache: int):
         self._reader, self._room = reader, cache
         self._cache: dict[str, torch.Tensor] = {}
-        self._replaced: dict[str, torch.Tensor] = {}  # tensors to use in place of the file's
+        self._replaced: dict[str, torch.Tensor] = {}  # tensors to use instead of the file's
         arch = reader.architecture
 
         def value(key: str, default: float) -> float:
@@ -100,7 +100,7 @@ class LlamaGraph:
             rotated=int(value("rope.dimension_count", head)),
             eps=value("attention.layer_norm_rms_epsilon", 1e-5),
             base=value("rope.freq_base", 10000.0),
-            position_scale=1 / (value("rope.scaling.factor", 1.0) or 1.0) if linear else 1.0,  # llama.cpp: 0 is none
+            position_scale=1 / (value("rope.scaling.factor", 1.0) or 1.0) if linear else 1.0,  # as in llama.cpp, 0 is 1
             halves=_TURNS_HALVES.get(arch, False),
         )
         self.output_name = "output.weight" if "output.weight" in reader.tensors else "token_embd.weight"
@@ -109,7 +109,7 @@ class LlamaGraph:
     # weights
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the file in float32, or what replaces it."""
+        """A tensor of the file in float32, or its replacement."""
         if name in self._replaced:
             return self._replaced[name]
         if name in self._cache:
@@ -122,7 +122,7 @@ class LlamaGraph:
 
     @contextmanager
     def replacing(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Inside the block these tensors take the place of the file's: norms under training, levelled matrices."""
+        """Inside the block, these tensors replace the file's: for norms in training and levelled matrices."""
         before, self._replaced = self._replaced, dict(tensors)
         try:
             yield
@@ -135,26 +135,26 @@ class LlamaGraph:
 
     @property
     def norms(self) -> list[str]:
-        """Names of the tensors that are multiplied into a normalized input, where they are stored as F32."""
+        """Names of the norm weights that are stored as F32."""
         tensors = self._reader.tensors.values()
         return [tensor.name for tensor in tensors if tensor.name.endswith("_norm.weight") and tensor.type_name == "f32"]
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The product with a weight as it is in the file."""
+        """The product with a weight of the file."""
         return functional.linear(x, self.tensor(f"{name}.weight"))
 
     # the graph
 
     def embed(self, tokens: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens [batch, tokens] int64 -> x; `table` [vocabulary, n_embd] replaces the embedding."""
+        """x from tokens [batch, tokens] int64; `table` [vocabulary, n_embd] replaces the embedding."""
         return self.enter((self.tensor("token_embd.weight") if table is None else table)[tokens])
 
     def enter(self, rows: torch.Tensor) -> torch.Tensor:
-        """x of rows [batch, tokens, n_embd] of the embedding."""
+        """x from rows [batch, tokens, n_embd] of the embedding."""
         return rows
 
     def stage_input(self, layer: int, stage: int, state: State) -> torch.Tensor:
-        """What the matrices of a stage are multiplied with."""
+        """The input of the matrices of a stage."""
         x, y = state
         if stage == 0:
             return self._norm(x, f"blk.{layer}.attn_norm")
@@ -164,7 +164,7 @@ class LlamaGraph:
         return y
 
     def stage_output(self, layer: int, stage: int, state: State, products: list[torch.Tensor]) -> State:
-        """The state after a stage whose matrices gave `products`, in the order of `stages`."""
+        """The state after a stage, from the `products` of its matrices in the order of `stages`."""
         names = [f"blk.{layer}.{name}.bias" for name in self.stages[stage]]
         products = [
             product + self.tensor(name) if self.has(name) else product
@@ -185,12 +185,12 @@ class LlamaGraph:
         return state[0]
 
     def logits(self, x: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [batch, tokens, vocabulary] of the last block's x; `output` replaces the output matrix."""
+        """Logits [batch, tokens, vocabulary] from the last block's x; `output` replaces the output matrix."""
         matrix = self.tensor(self.output_name) if output is None else output
         return functional.linear(self.normed(x), matrix)
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
-        """What the output matrix is multiplied with."""
+        """The input of the output matrix."""
         return self._norm(x, "output_norm")
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which models run in PyTorch: the graph of each architecture that has one, or why there is none."""
+"""Chooses the PyTorch graph of a model, or says why it is not supported."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ ARCHITECTURES = (*llama.ARCHITECTURES, *bloom_mpt.ARCHITECTURES)
 
 
 def why_not(reader: Reader) -> str:
-    """Why this model cannot run here; empty if it can."""
+    """Why no PyTorch graph supports this model; empty if one does."""
     if reader.architecture not in ARCHITECTURES:
-        return f"architecture {reader.architecture}, known here are {', '.join(ARCHITECTURES)}"
+        return f"architecture {reader.architecture}; supported are {', '.join(ARCHITECTURES)}"
     return (bloom_mpt if reader.architecture in bloom_mpt.ARCHITECTURES else llama).why_not(reader)
 
 
 def graph_of(reader: Reader, cache: int) -> LlamaGraph:
-    """The graph of a model of which `why_not` says nothing; it keeps up to `cache` bytes of weights."""
+    """The graph of a model that `why_not` finds supported; it caches up to `cache` bytes of weights."""
     return (GeluGraph if reader.architecture in bloom_mpt.ARCHITECTURES else LlamaGraph)(reader, cache)
