@@ -1,4 +1,4 @@
-"""Agile-Quant for GGUF: quantize models to AGQ4 and run them in the stock llama.cpp.
+"""Agile-Quant for GGUF: quantizes models to AGQ4 and runs them in stock llama.cpp.
 
 Importing this package is light: it loads neither torch nor llama_cpp. If ``gguf`` is installed it learns the type AGQ4,
 so that ``gguf.GGUFReader`` and ``gguf.quants.dequantize`` read our files.
@@ -88,7 +88,7 @@ except Exception as error:
 
 
 def __getattr__(name: str) -> Any:
-    """Loads what is heavy only when it is asked for."""
+    """Imports heavy modules only when they are used."""
     if name in _LAZY:
         return getattr(import_module(f"agq_gguf.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The demonstration: the packaged model through the whole pipeline, beside stock Q4_0 made from the same file."""
+"""The demo: quantizes the packaged model to AGQ4, and compares it with stock Q4_0 made from the same file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agq_gguf.arguments import Progress, no_progress
-from agq_gguf.errors import HostError
+from agq_gguf.errors import HostError, missing_package
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.bench import bench
 from agq_gguf.measure.evaluate import evaluate
@@ -23,13 +23,13 @@ _TEXT_TOKENS, _TEMPERATURE, _SEED = 96, 0.7, 4
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table; speeds in tokens per second, medians."""
+    """One model of the table; speeds are medians in tokens per second."""
 
     name: str
     path: str
     file_bytes: int
     bits_per_weight: float
-    mean_kl: float  # to the F16 model, nats per token
+    mean_kl: float  # from the F16 model, in nats per token
     perplexity: float
     prompt_speed: float
     generation_speed: float
@@ -37,23 +37,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What the demo shows."""
+    """Results of the demo."""
 
     prompt: str
-    text: str  # by the AGQ4 model
+    text: str  # written by the AGQ4 model
     rows: list[Row]
 
 
 def run(folder: Path, *, threads: int = 0, progress: Progress = no_progress) -> Demonstration:
-    """Makes the AGQ4 and the Q4_0 model in `folder` (which exists), compares them. Raises AgqError."""
+    """Makes the AGQ4 and the Q4_0 model in `folder`, which must exist, and compares them. Raises AgqError."""
     try:
         from agq_gguf.quantization.options import QuantizeOptions
         from agq_gguf.quantization.pipeline import quantize
     except ImportError as e:
-        raise HostError(f"the demo quantizes, which needs {e.name}: pip install 'agq-gguf[convert]'") from e
+        raise missing_package("the demo", e, "convert") from e
     missing = [path.name for path in (MODEL, CALIBRATION, EVALUATION) if not path.is_file()]
     if missing:
-        raise HostError(f"the package has no {', '.join(missing)} in {DATA}; install it again")
+        raise HostError(f"this package has no {', '.join(missing)} in {DATA}; install it again")
     paths = {"F16": MODEL, "Q4_0": folder / "story-q4_0.gguf", "AGQ4": folder / "story-agq4.gguf"}
 
     quantize(MODEL, paths["AGQ4"], calibration=CALIBRATION, options=QuantizeOptions(threads=threads), progress=progress)
@@ -102,12 +102,12 @@ def run(folder: Path, *, threads: int = 0, progress: Progress = no_progress) -> 
 
 
 def _renamed(progress: Progress, phase: str) -> Progress:
-    """Progress that is shown under another name, so that two evaluations have a line each."""
+    """Progress shown under another name, so that each of two evaluations has its own line."""
     return lambda _, done, total, what: progress(phase, done, total, what)
 
 
 def _generate(path: Path, threads: int) -> str:
-    """A text that starts with PROMPT, through the ordinary interface of llama-cpp-python."""
+    """A text that starts with PROMPT, generated through llama-cpp-python's normal interface."""
     llama = open_llama(path, threads=threads)
     try:
         pieces = generated_text(llama, PROMPT, tokens=_TEXT_TOKENS, temperature=_TEMPERATURE, seed=_SEED)

@@ -59,5 +59,5 @@ def test_quantizes_through_gguf() -> None:
 def test_refuses_a_taken_number(monkeypatch: pytest.MonkeyPatch) -> None:
     types = gguf.GGMLQuantizationType
     monkeypatch.setitem(types._value2member_map_, 38, types.Q8_0)
-    with pytest.raises(HostError, match="38 for Q8_0"):
+    with pytest.raises(HostError, match="38, which is AGQ4's, for Q8_0"):
         gguf_package.extend()

@@ -142,8 +142,8 @@ def test_refusals_are_one_line(llama_agq: Path, bert_f16: Path, tmp_path: Path) 
         assert result.returncode == InputError.exit_code
         assert f"port {port}" in result.stderr and result.stderr.count("\n") == 1
     for options, message in (
-        (["--set", "n_cxt=3"], "no setting 'n_cxt'; known are api_key"),
-        (["--set", "n_batch=many"], "refuses n_batch='many'"),
+        (["--set", "n_cxt=3"], "no setting 'n_cxt'; its settings are api_key"),
+        (["--set", "n_batch=many"], "does not accept n_batch='many'"),
     ):
         result = process("serve", llama_agq, "--port", "0", *options)
         assert result.returncode == InputError.exit_code, result.stderr

@@ -1,1 +1,1 @@
-"""Other packages that learn the type AGQ4: gguf, and llama-cpp-python's server."""
+"""Adds AGQ4 to other packages: gguf, and llama-cpp-python's server."""

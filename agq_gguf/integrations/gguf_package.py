@@ -1,4 +1,4 @@
-"""Teaches the `gguf` package (PyPI) the type AGQ4, so that GGUFReader, gguf-dump and scripts read our files."""
+"""Adds the type AGQ4 to the `gguf` package (PyPI), so that GGUFReader, gguf-dump and scripts read AGQ4 files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAME = "AGQ4"
 
 
 class _Agq4:
-    """What `gguf.quants` asks of a type; whole tensors only, since the parameters of a matrix span all its rows."""
+    """The type for `gguf.quants`. It supports whole matrices only, because all rows share a matrix's parameters."""
 
     block_size = blocks.TILE_COLUMNS
     type_size = blocks.BLOCK_BYTES
@@ -26,7 +26,7 @@ class _Agq4:
 
     @classmethod
     def quantize(cls, tensor: NDArray[Any]) -> NDArray[np.uint8]:
-        """Without activation statistics, which `agq_gguf.pack_agq4` can take."""
+        """Quantizes without activation statistics; `agq_gguf.pack_agq4` can use them."""
         from agq_gguf.quantization.packing import pack_agq4
 
         return pack_agq4(tensor)
@@ -35,15 +35,15 @@ class _Agq4:
     def dequantize(cls, tensor: NDArray[Any]) -> NDArray[np.float32]:
         rows = tensor.view(np.uint8)
         if rows.ndim < 2:
-            raise FormatError(f"AGQ4 data of shape {rows.shape}: a whole matrix is needed, not a row")
+            raise FormatError(f"AGQ4 data must be a whole matrix, got one row of shape {rows.shape}")
         matrices = [reference.dequantize(blocks.unpack(m)) for m in rows.reshape(-1, *rows.shape[-2:])]
         return np.stack(matrices).reshape(*rows.shape[:-1], -1)
 
 
 def extend() -> bool:
-    """Adds AGQ4 to the enum, the size table and the quantizers of `gguf`; False when `gguf` is not installed.
+    """Adds AGQ4 to the enum, the size table and the quantizers of `gguf`. Returns False if `gguf` is not installed.
 
-    May be called any number of times. Raises HostError if `gguf` already gives our type number another meaning.
+    May be called any number of times. Raises HostError if `gguf` uses the type number of AGQ4 for another type.
     """
     if importlib.util.find_spec("gguf") is None:
         return False
@@ -52,7 +52,7 @@ def extend() -> bool:
     types: Any = constants.GGMLQuantizationType
     member = types._value2member_map_.get(blocks.TYPE_ID)
     if member is None:
-        # Enums are closed to users; these are the steps that the enum machinery itself takes for a member.
+        # An enum has no function to add a member; these are the steps that the enum module itself takes for each.
         member = int.__new__(types, blocks.TYPE_ID)
         member._name_, member._value_, member._sort_order_ = _NAME, blocks.TYPE_ID, len(types)
         member.__objclass__ = types
@@ -62,7 +62,7 @@ def extend() -> bool:
         types._value2member_map_[blocks.TYPE_ID] = member
     elif member.name != _NAME:
         raise HostError(
-            f"the installed gguf package uses type {blocks.TYPE_ID} for {member.name}, which is AGQ4 here; "
+            f"the installed gguf package uses type number {blocks.TYPE_ID}, which is AGQ4's, for {member.name}; "
             "install the gguf release named in the README"
         )
     constants.GGML_QUANT_SIZES[member] = (blocks.TILE_COLUMNS, blocks.BLOCK_BYTES)

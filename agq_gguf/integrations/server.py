@@ -1,7 +1,7 @@
-"""AGQ4 models behind llama-cpp-python's own OpenAI-compatible server (`llama_cpp.server`), with the plugin registered.
+"""Serves AGQ4 models with llama-cpp-python's OpenAI-compatible server (`llama_cpp.server`) and the plugin.
 
-The server is the stock one: routes, settings and their meaning are documented by llama-cpp-python. This module checks
-the files, sets what it was given, and keeps llama.cpp's log off the screen.
+The server is the stock one; llama-cpp-python documents its routes and settings. This module checks the files, passes on
+the settings, and hides llama.cpp's log.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agq_gguf.errors import HostError, InputError
+from agq_gguf.errors import InputError, missing_package
 from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.runtime.log import quiet_log
 from agq_gguf.runtime.model_file import prepare
@@ -21,19 +21,19 @@ from agq_gguf.runtime.model_file import prepare
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_CONTEXT = 4096  # tokens, unless said otherwise or trained for less
+_CONTEXT = 4096  # tokens, unless the user sets it or the trained context is smaller
 
 
 def create_app(
     models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], settings: Mapping[str, Any] | None = None
 ) -> FastAPI:
-    """The ASGI application of llama-cpp-python's server; loads the first model, the others when a request names them.
+    """The ASGI application of llama-cpp-python's server. It loads the first model now, others when requests name them.
 
-    `models` are GGUF files, known to clients by their file names without ``.gguf``. `settings` are fields of
-    `llama_cpp.server.settings`, for example ``{"n_ctx": 8192, "api_key": "..."}``; text is converted. Left out, the
-    context is that of the model, at most 4096 tokens, all CPUs are used, and logits are kept for the last token
-    only (``logits_all``: True if clients ask for log probabilities). Raises InputError for a file or a setting that
-    cannot be used, HostError if the server's packages are missing.
+    `models` are GGUF files; clients name them by their file names without ``.gguf``. `settings` are fields of
+    `llama_cpp.server.settings`, for example ``{"n_ctx": 8192, "api_key": "..."}``; text is converted. By default the
+    context is the model's, at most 4096 tokens, all CPUs are used, and logits are kept only for the last token (set
+    ``logits_all`` to True if clients request log probabilities). Raises InputError for a file or a setting that cannot
+    be used, HostError if the server's packages are missing.
     """
     paths = [Path(models)] if isinstance(models, (str, os.PathLike)) else [Path(path) for path in models]
     given = dict(settings or {})
@@ -43,15 +43,19 @@ def create_app(
     unknown = sorted(set(given) - set(ModelSettings.model_fields) - set(ServerSettings.model_fields))
     if unknown:
         known = ", ".join(sorted({*ModelSettings.model_fields, *ServerSettings.model_fields} - {"model"}))
-        raise InputError(f"the server has no setting {unknown[0]!r}; known are {known}")
+        raise InputError(f"the server has no setting {unknown[0]!r}; its settings are {known}")
     aliases = [path.name.removesuffix(".gguf") for path in paths]
     if len(set(aliases)) < len(aliases) or not paths:
-        raise InputError(f"models need different file names, by which clients know them; found {', '.join(aliases)}")
+        raise InputError(
+            f"each model needs its own file name, because clients name models by it; got {', '.join(aliases) or 'none'}"
+        )
     described = []
     for path, alias in zip(paths, aliases, strict=True):
         facts = prepare(path)
         if not facts.causal and not given.get("embedding"):
-            raise InputError(f"{path}: an encoder model, it generates no text; serve it with the setting embedding=1")
+            raise InputError(
+                f"{path}: an encoder model generates no text; serve embeddings with the setting embedding=1"
+            )
         threads = default_threads()
         defaults = {
             "n_ctx": min(facts.n_ctx_train or _CONTEXT, _CONTEXT),
@@ -85,8 +89,8 @@ def serve(
 ) -> None:
     """Serves models (see `create_app`) until a signal ends the process.
 
-    `port` 0 takes a free one. `ready` is called with the address once the first model is loaded. Raises InputError if
-    the address cannot be used, and what `create_app` raises.
+    `port` 0 means any free port. `ready` is called with the address when the first model is loaded. Raises InputError
+    if the address cannot be used, and the errors of `create_app`.
     """
     _server_module()
     import uvicorn
@@ -101,7 +105,7 @@ def serve(
         if ready is not None:
             shown = f"[{host}]" if ":" in host else host
             ready(f"{'https' if config.ssl_certfile else 'http'}://{shown}:{listener.getsockname()[1]}")
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has closed its connections by then
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has already closed its connections
             uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -110,7 +114,7 @@ def _server_module() -> Any:
         import uvicorn  # noqa: F401
         from llama_cpp.server import app
     except ImportError as e:
-        raise HostError(f"serving needs {e.name}: pip install 'agq-gguf[serve]'") from e
+        raise missing_package("serving", e, "serve") from e
     return app
 
 
@@ -126,7 +130,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _checked(kind: Any, values: dict[str, Any]) -> Any:
-    """An object of the server's settings. Raises InputError for values it refuses."""
+    """An object of the server's settings. Raises InputError for values that the server does not accept."""
     from pydantic import ValidationError
 
     try:
@@ -134,4 +138,4 @@ def _checked(kind: Any, values: dict[str, Any]) -> Any:
     except ValidationError as e:
         first = e.errors()[0]
         name = ".".join(map(str, first["loc"])) or "settings"
-        raise InputError(f"the server refuses {name}={values.get(name)!r}: {first['msg']}") from e
+        raise InputError(f"the server does not accept {name}={values.get(name)!r}: {first['msg']}") from e
