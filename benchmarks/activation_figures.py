@@ -1,12 +1,12 @@
-"""What settings of the runtime cost: bits of activations by token, and the paper's attention.
+"""Measures the quality cost of runtime settings: activation bits per token, and the attention of the paper.
 
     python benchmarks/activation_figures.py model-f16.gguf model-agq4.gguf text.txt \\
         "" AGQ_ACT_BITS=4 "AGQ_ACT_BITS=mixed:0.5;score=first" AGQ_ATTENTION=paper
 
-The text is cut into windows of 512 tokens: a prompt of 448, which is what mixed bits are for, and a rest of 64 in one
-more call, whose logits are compared with those of the float model. A setting is one or more variables, separated by
-spaces; an empty one is the file as it is. With --speed nothing is compared: prompts of 512 tokens are timed, settings
-taking turns.
+The text is cut into windows of 512 tokens. The first 448 tokens are the prompt, to which mixed bits apply. The last 64
+are run in a second call, and their logits are compared with those of the float model. A setting is one or more
+environment variables, separated by spaces; an empty setting changes nothing. With --speed nothing is compared; instead
+prompts of 512 tokens are timed, and the settings alternate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPT, REST = 448, 64
 
 @contextmanager
 def environment(setting: str) -> Iterator[None]:
-    """Variables of a setting, while a context is created."""
+    """Sets the variables of a setting inside the block, in which a context is created."""
     variables = dict(part.split("=", 1) for part in setting.split())
     os.environ.update(variables)
     yield
@@ -41,7 +41,7 @@ def environment(setting: str) -> Iterator[None]:
 
 
 def logits(context: Context, window: np.ndarray) -> np.ndarray:
-    """Of all tokens of the rest but the last, whose target lies beyond the window."""
+    """Logits of the last 64 tokens without the very last, whose next token is outside the window."""
     context.clear()
     context.decode(Batch(window[:PROMPT]))
     batch = Batch(window[PROMPT:-1], first_position=PROMPT, first_logits=0)
@@ -50,7 +50,7 @@ def logits(context: Context, window: np.ndarray) -> np.ndarray:
 
 
 def time_prompts(model: Model, settings: list[str], threads: int, rounds: int) -> None:
-    """Prints the median speed of each setting, and its ratio to the first one's."""
+    """Prints the median speed of each setting, and its ratio to the first setting."""
     window = np.random.default_rng(0).integers(260, model.n_vocab, PROMPT + REST).astype(np.int32)
     seconds: list[list[float]] = [[] for _ in settings]
     with ExitStack() as stack:
@@ -66,7 +66,7 @@ def time_prompts(model: Model, settings: list[str], threads: int, rounds: int) -
                 found.append(time.perf_counter() - began)
     speeds = [len(window) / float(np.median(found[1:])) for found in seconds]  # the first round warms up
     for setting, speed in zip(settings, speeds, strict=True):
-        print(f"{setting or 'as it is':45} {speed:7.1f} tokens/s  ({speed / speeds[0]:.2f})")
+        print(f"{setting or 'no setting':45} {speed:7.1f} tokens/s  ({speed / speeds[0]:.2f})")
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", default=[""])
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="time prompts in so many rounds")
+    parser.add_argument("--speed", type=int, metavar="ROUNDS", help="measure speed in this many rounds")
     args = parser.parse_args()
     agq_gguf.register()
     if args.speed:
@@ -110,8 +110,8 @@ def main() -> None:
         error = np.std(by_window, ddof=1) / np.sqrt(len(by_window))
         nll, agree = (np.concatenate(rows)[:, i].mean() for i in (1, 3))
         print(
-            f"{setting or 'as it is':45} KL {np.mean(by_window):.5f} +- {error:.5f}"
-            f"  perplexity {np.exp(nll):.4f}  same first token {agree:.2%}"
+            f"{setting or 'no setting':45} KL {np.mean(by_window):.5f} +- {error:.5f}"
+            f"  perplexity {np.exp(nll):.4f}  same most likely token {agree:.2%}"
         )
 
 

@@ -1,7 +1,7 @@
-/* A plugin of QEMU's user-mode emulator that prints how many instructions the program executed, all threads together.
+/* A plugin of QEMU's user-mode emulator that prints how many instructions the program executed in all threads.
  *
- * benchmarks/instructions.py builds and uses it. QEMU's own examples are not packaged by Debian, nor is the header, so
- * the few functions that are needed are declared here. */
+ * benchmarks/instructions.py builds and uses it. Debian packages neither QEMU's own examples nor the header, so the
+ * functions that are needed are declared here. */
 #include <inttypes.h>
 #include <stdio.h>
 

@@ -1,6 +1,6 @@
-"""What format_study.py compares: 4-bit weight formats and activation roundings, as fake quantization in PyTorch.
+"""The methods that format_study.py compares: 4-bit weight formats and roundings of activations, simulated in PyTorch.
 
-Each function takes f32 tensors and returns what a file or a kernel would make of them, also in f32.
+Each function takes f32 tensors and returns them as rounded by a file or a kernel, also in f32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IQ4_NL = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A 4-bit weight format and how to find its numbers."""
+    """A 4-bit weight format, and the options to choose its numbers."""
 
     group: int = 64
     scale: str = "12"  # "f32", "16": binary16, "12": its upper 12 bits, "sub": binary16 per 128 and 4 bits per 64
@@ -36,7 +36,7 @@ class Scheme:
 
 @dataclass
 class Stats:
-    """What calibration knows of one input: second moments (K, K), largest values (K), a few rows (n, K)."""
+    """Calibration statistics of one input: second moments (K, K), largest values (K), a few rows (n, K)."""
 
     hessian: torch.Tensor
     amax: torch.Tensor
@@ -45,7 +45,7 @@ class Stats:
 
 
 def round_scale(d: torch.Tensor, kind: str) -> torch.Tensor:
-    """Scales as the file holds them; "12" is sign, 5 bits of exponent, 6 of mantissa, with a common factor alpha."""
+    """Scales rounded as in the file; "12" is sign, 5 bits of exponent, 6 of mantissa, with a common factor alpha."""
     if kind == "f32":
         return d
     alpha = d.abs().amax().clamp_min(1e-30)
@@ -57,10 +57,10 @@ def round_scale(d: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 class Codebook:
-    """16 ascending values; rounding goes through a table of 4096 cells, much faster than a search."""
+    """16 ascending values; rounds with a table of 4096 cells, which is much faster than a search."""
 
     def __init__(self, values: torch.Tensor):
-        """Makes the table of the code next to each cell's middle."""
+        """Makes the table: for each cell the code nearest to its middle."""
         self.values, self.top = values, float(values.abs().max())
         cells = (torch.arange(4096) - 2047.5) / 2048 * self.top
         self.table = torch.bucketize(cells, (values[1:] + values[:-1]) / 2)
@@ -71,16 +71,16 @@ class Codebook:
         return x.mul(2048 / self.top).add_(2048).clamp_(0, 4095).long()
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
-        """The value next to each x."""
+        """The value nearest to each x."""
         return self.rounded.take(self.cell(x))
 
     def code(self, x: torch.Tensor) -> torch.Tensor:
-        """The index of the value next to each x."""
+        """The index of the value nearest to each x."""
         return self.table.take(self.cell(x))
 
 
 def search_scale(w: torch.Tensor, h: torch.Tensor, book: Codebook, scheme: Scheme, kind: str = "") -> torch.Tensor:
-    """Signed scale per row that makes sum h (w - d * code)^2 least. w: (rows, n), h: (n); returns (rows, 1)."""
+    """Signed scale per row that minimizes sum h (w - d * code)^2. w: (rows, n), h: (n); returns (rows, 1)."""
     kind = kind or scheme.scale
     top = w.abs().amax(1, keepdim=True).clamp_min(1e-12) / book.top
     best_d, best_e = top, torch.full_like(top, torch.inf)
@@ -106,7 +106,7 @@ def search_scale(w: torch.Tensor, h: torch.Tensor, book: Codebook, scheme: Schem
 
 
 def uniform(w: torch.Tensor, h: torch.Tensor, scheme: Scheme) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """Asymmetric grid d * (q - z), z in sixteenths in a byte; returns a function that rounds column i of the group."""
+    """Asymmetric grid d * (q - z), with z in sixteenths; returns a function that rounds column i of the group."""
     low, high = w.amin(1, keepdim=True).clamp_max(0), w.amax(1, keepdim=True).clamp_min(0)
     best = [torch.ones_like(low), torch.zeros_like(low), torch.full_like(low, torch.inf)]
     steps = torch.linspace(0.6, 1.0, scheme.candidates).tolist() if scheme.candidates > 1 else [1.0]
@@ -124,7 +124,7 @@ def uniform(w: torch.Tensor, h: torch.Tensor, scheme: Scheme) -> Callable[[torch
 def group_rounder(
     w: torch.Tensor, h: torch.Tensor, book: Codebook, scheme: Scheme
 ) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """Finds the numbers of one group (rows, group) and returns a function that rounds values of its column i."""
+    """Chooses the numbers of one group (rows, group), and returns a function that rounds values of its column i."""
     if scheme.codebook == "uniform":
         return uniform(w, h, scheme)
     if scheme.scale != "sub":
@@ -137,7 +137,7 @@ def group_rounder(
 
 
 def to_seven_bits(book: torch.Tensor) -> torch.Tensor:
-    """The codebook as integers -64..63, the largest magnitude at -64 (or 63)."""
+    """The codebook as integers -64..63, with the largest magnitude at -64 (or 63)."""
     if book.abs().max() != -book.min():
         book = -book.flip(0)
     return (book * 64 / book.abs().max()).round().clamp(-64, 63)
@@ -181,7 +181,7 @@ def column_order(activity: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def quantize(w: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Rounds a weight (rows, K), with error feedback if the scheme says so; returns what the file would mean."""
+    """Rounds a weight (rows, K), with error feedback if the scheme has it; returns the restored weight."""
     if scheme.rotated:
         return rotated(quantize(rotated(w), rotated(rotated(hessian).T), replace(scheme, rotated=False)))
     h = hessian.diagonal().clamp_min(1e-12) if scheme.weighted else torch.ones(w.shape[1])
@@ -231,7 +231,7 @@ def q8_0(w: torch.Tensor) -> torch.Tensor:
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """Groups of 64 columns (..., K) times the Hadamard matrix over 8; its own inverse."""
+    """Groups of 64 columns (..., K) times the Hadamard matrix over 8, which is its own inverse."""
     matrix = torch.ones(1, 1)
     for _ in range(6):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -274,7 +274,7 @@ def _grouped(x: torch.Tensor, factor: torch.Tensor, top: int, refinement: Refine
 
 
 def activation_error(stats: Stats, refinement: Refinement | None, bits: int, relative: bool) -> float:
-    """Error of the calibration rows as the matrices see it; ``relative``: mean of each row's share of its energy."""
+    """Error of the matrix products on the calibration rows; ``relative``: mean of each row's error over its energy."""
     error = (quantize_activations(stats.rows, bits, 0, refinement) - stats.rows).square() @ stats.importance
     energy = stats.rows.square() @ stats.importance
     return float((error / energy.clamp_min(1e-12)).mean() if relative else error.sum() / energy.sum())
@@ -283,7 +283,7 @@ def activation_error(stats: Stats, refinement: Refinement | None, bits: int, rel
 def refine(
     stats: Stats, exponents: tuple[int, ...], listed: tuple[int, ...], bits: int, relative: bool = True
 ) -> Refinement | None:
-    """Best of the given exponents and numbers of listed channels (0: order as it is), or None if nothing helps."""
+    """Best of the given exponents and numbers of listed channels (0: no reordering), or None if none helps."""
     count = len(stats.amax)
     best, least = None, activation_error(stats, None, bits, relative) * 0.98
     by_size = stats.amax.argsort(descending=True)
@@ -308,7 +308,7 @@ def refine(
 
 
 def threshold_refine(stats: Stats, r: int, times: float) -> Refinement | None:
-    """The simple rule: channels whose largest value exceeds ``times`` the median channel's are listed first, with r."""
+    """A simple rule: channels whose maximum exceeds ``times`` the median channel's come first, with exponent r."""
     n = int((stats.amax > times * stats.amax.median()).sum())
     if n == 0 or n >= len(stats.amax):
         return None
@@ -318,7 +318,7 @@ def threshold_refine(stats: Stats, r: int, times: float) -> Refinement | None:
 
 
 def sorted_refine(stats: Stats, bits: int = 8) -> Refinement:
-    """All channels by energy, as ``Scheme(order="stored")`` stores weights; exponents by coordinate descent."""
+    """Lists all channels by energy, as ``Scheme(order="stored")`` stores weights; exponents by coordinate descent."""
     order = stats.hessian.diagonal().argsort(descending=True)
     best = Refinement(order, torch.zeros(len(order) // 64))
     least = activation_error(stats, best, bits, relative=True)

@@ -1,8 +1,8 @@
-"""Why AGQ4 is as it is: formats of 4-bit weights and 8-bit activations, compared on trained models in PyTorch.
+"""Compares formats of 4-bit weights and 8-bit activations on trained models in PyTorch; the basis for AGQ4's design.
 
-Every figure is a distance to the same model in f32, on text that calibration has not seen: the KL divergence of the
-next token for a language model (the demo model), 1 - cosine of sentence embeddings for an encoder (BERT in Hugging
-Face's files), both times 1000. The tables of docs/research/format-study.md come from
+Every figure is a distance from the same model in f32, on text that calibration has not seen. For a language model (the
+demo model) it is the KL divergence of the next token; for an encoder (BERT in Hugging Face's files) it is 1 - cosine of
+sentence embeddings; both are multiplied by 1000. These commands made the tables of docs/research/format-study.md:
 
     python benchmarks/format_study.py story --calibration calibration.txt --test evaluation.txt  (of agq_gguf/data)
     python benchmarks/format_study.py bert --model FOLDER --calibration A.txt --test B.txt
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Subject:
-    """A trained model to study: its matrices, and how far it is from its f32 self."""
+    """A trained model to study: its matrices, and its distance from itself in f32."""
 
     model: nn.Module
     linears: dict[str, nn.Linear]
@@ -56,11 +56,11 @@ class Subject:
     unseen: dict[str, Stats] = field(default_factory=dict)
 
     def calibrate(self) -> None:
-        """Gathers statistics of calibration and test text."""
+        """Collects statistics of calibration and test text."""
         self.stats, self.unseen = self._gather(self.calibration), self._gather(self.tests)
 
     def output_error(self, new: dict[str, torch.Tensor]) -> float:
-        """Mean over matrices of |X W' - X W|^2 / |X W|^2 on the test text in per cent: less noisy than a distance."""
+        """Mean over matrices of |X W' - X W|^2 / |X W|^2 on the test text, in percent; less noisy than a distance."""
         errors = []
         for name, weight in new.items():
             old, hessian = self.linears[name].weight.data, self.unseen[name].hessian
@@ -69,7 +69,7 @@ class Subject:
         return 100 * float(torch.stack(errors).mean())
 
     def _gather(self, batches: list[torch.Tensor]) -> dict[str, Stats]:
-        """Statistics of every matrix's input in f32; matrices of equal input share theirs."""
+        """Statistics of every matrix's input in f32; matrices with the same input share them."""
         found: dict[str, Stats] = {}
 
         def tap(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -102,7 +102,7 @@ class Subject:
 
     @contextmanager
     def weights(self, new: dict[str, torch.Tensor]):
-        """The model with other weights, for a while."""
+        """A block in which the model has other weights."""
         old = {name: self.linears[name].weight.data for name in new}
         for name, weight in new.items():
             self.linears[name].weight.data = weight
@@ -114,7 +114,7 @@ class Subject:
 
     @contextmanager
     def activations(self, rounding: Callable[[str, torch.Tensor], torch.Tensor]):
-        """The model with its matrices' inputs rounded, for a while."""
+        """A block in which the inputs of the model's matrices are rounded."""
         hooks = [
             linear.register_forward_pre_hook(lambda _, args, name=name: (rounding(name, args[0]),))
             for name, linear in self.linears.items()
@@ -126,7 +126,7 @@ class Subject:
                 hook.remove()
 
     def quantized(self, scheme: Scheme) -> dict[str, torch.Tensor]:
-        """All matrices in the scheme."""
+        """All matrices, rounded with the scheme."""
         return {
             name: quantize(linear.weight.data, self.stats[name].hessian, scheme)
             for name, linear in self.linears.items()
@@ -134,7 +134,7 @@ class Subject:
 
 
 def load_story(path: Path, calibration: str, test: str) -> Subject:
-    """The demo model in PyTorch; distance: KL divergence to f32 per token, in thousandths."""
+    """The demo model in PyTorch; distance: 1000 times the KL divergence from f32 per token."""
     sys.path.insert(0, str(ROOT / "examples"))
     import gguf
     import llama_cpp
@@ -168,7 +168,7 @@ def load_story(path: Path, calibration: str, test: str) -> Subject:
 
 
 def load_bert(path: Path, calibration: str, test: str) -> Subject:
-    """A sentence encoder of Hugging Face's files; distance: 1 - cosine of mean embeddings to f32, in thousandths."""
+    """A sentence encoder from Hugging Face files; distance: 1000 times 1 - cosine with the mean embeddings of f32."""
     import transformers
 
     encoder = transformers.BertModel.from_pretrained(path, attn_implementation="sdpa").float().eval()
@@ -182,7 +182,7 @@ def load_bert(path: Path, calibration: str, test: str) -> Subject:
             self.encoder = encoder
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            """Embeddings (batch, n_embd) of token numbers (batch, tokens), no padding."""
+            """Embeddings (batch, n_embd) of token numbers (batch, tokens), without padding."""
             return functional.normalize(self.encoder(tokens).last_hidden_state.mean(1), dim=-1)
 
     model = Embedder().eval()
@@ -213,13 +213,13 @@ def load_bert(path: Path, calibration: str, test: str) -> Subject:
 
 
 def row(*cells: object) -> None:
-    """One line of a table in the docs."""
+    """Prints one line of a table."""
     texts = [f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells]
     print("| " + " | ".join(texts) + " |", flush=True)
 
 
 def study_formats(subject: Subject) -> None:
-    """Weight formats by method of rounding, f32 activations."""
+    """Compares weight formats and methods of rounding, with f32 activations."""
     row(
         "weights",
         "bpw",
@@ -255,7 +255,7 @@ def study_formats(subject: Subject) -> None:
 
 
 def study_procedure(subject: Subject) -> None:
-    """What the quantizer should do: iterations, candidates, damping, order."""
+    """Compares options of the quantizer: iterations, candidates, damping, order."""
     variants = {f"Lloyd iterations {n}": Scheme(lloyd=n) for n in (0, 1, 2, 4, 8, 16)}
     variants |= {f"scale candidates {n}": Scheme(candidates=n) for n in (1, 4, 12, 40)}
     variants["12 candidates, no refit"] = Scheme(refit=False)
@@ -279,7 +279,7 @@ def study_procedure(subject: Subject) -> None:
 
 
 def study_activations(subject: Subject) -> None:
-    """Activation modes, with f32 weights and with AGQ4 weights."""
+    """Compares activation modes, with f32 weights and with AGQ4 weights."""
     weights = subject.quantized(Scheme())
     stats = subject.stats
     few, many = (0, 16, 32, 64), (0, 16, 32, 64, 128, 192)
@@ -332,7 +332,7 @@ def study_activations(subject: Subject) -> None:
 
 
 def study_order(subject: Subject) -> None:
-    """Columns stored by energy, as they are, or rotated, with f32 activations and with int8 in several ways."""
+    """Compares columns stored by energy, unchanged, or rotated, with f32 activations and several int8 modes."""
     inputs = {id(s): s for s in subject.stats.values()}
     listed = {key: refine(s, (2,), (0, 16, 32, 64), 8) for key, s in inputs.items()}
     by_energy = {key: sorted_refine(s) for key, s in inputs.items()}
@@ -374,7 +374,7 @@ def study_order(subject: Subject) -> None:
 
 
 def study_ends(subject: Subject) -> None:
-    """Output head and token embedding of the demo model: AGQ4 or Q8_0."""
+    """Compares AGQ4 and Q8_0 for the output matrix and the token embedding of the demo model."""
     model = subject.model
     body = {k: w for k, w in subject.quantized(Scheme()).items() if k != "output"}
     head, embedding = subject.linears["output"].weight.data, model.token_embd.weight.data
@@ -402,7 +402,7 @@ STUDIES = {
 
 
 def main() -> None:
-    """Runs the studies asked for and prints tables."""
+    """Runs the requested studies and prints their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("story", "bert"))
     parser.add_argument("--model", type=Path, default=ROOT / "agq_gguf" / "data" / "story-f16.gguf")

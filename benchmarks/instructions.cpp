@@ -1,10 +1,10 @@
-// Calls one matrix product a given number of times and does nothing else, so that an emulator which counts instructions
-// (benchmarks/instructions.py) can tell what one call executes: the count of three calls minus that of two.
+// Calls one matrix product a given number of times and does nothing else. An emulator counts the instructions
+// (benchmarks/instructions.py): those of one call are the count of three calls minus that of two.
 //
-//   instructions KERNEL BITS M K TOKENS CALLS           a kernel of ours
+//   instructions KERNEL BITS M K TOKENS CALLS           a kernel of this project
 //   instructions FUNCTION LIBRARY M K TOKENS CALLS      q4_0_4x4 or q4_0_4x8, stock ggml's kernels for repacked Q4_0
 //
-// Operands are zero: no kernel's way depends on them.
+// Operands are zero, because the instructions do not depend on them.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

@@ -1,9 +1,10 @@
-"""Counts the instructions per multiply-accumulate of the kernels under QEMU, next to stock ggml's for the same CPU.
+"""Counts instructions per multiply-accumulate of the kernels and of stock ggml's for the same CPU, under QEMU.
 
     python benchmarks/instructions.py [--stock LIBGGML_CPU_FOR_AARCH64] [--tokens 64] [--rows 256] [--columns 2048]
 
 Needs g++-aarch64-linux-gnu, qemu-user (7.2 or later) and a C compiler. --stock takes a libggml-cpu.so, built for
-aarch64 with i8mm; docs/arm.md says how. Counts do not depend on the machine: one call is the difference of two runs.
+aarch64 with i8mm; docs/arm.md says how. Counts do not depend on the machine. The count of one call is the difference of
+two runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SYSROOT = "/usr/aarch64-linux-gnu"
 
 
 def command(*words: str | Path) -> str:
-    """Runs a program; its output, or an error that shows it."""
+    """Runs a program and returns its output; exits with the output if it fails."""
     result = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, words))}\n{result.stdout}{result.stderr}")
@@ -27,7 +28,7 @@ def command(*words: str | Path) -> str:
 
 
 def build(folder: Path, toolchain: bool) -> Path:
-    """The driver `instructions`, for this machine or with the toolchain file for aarch64."""
+    """Builds the program `instructions`, for this machine or with the toolchain file for aarch64."""
     arguments = [f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64-linux-gnu.cmake'}"] if toolchain else []
     command("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DAGQ_BUILD_BENCHMARKS=ON", *arguments)
     command("cmake", "--build", folder, "--target", "instructions")
@@ -35,7 +36,7 @@ def build(folder: Path, toolchain: bool) -> Path:
 
 
 def build_plugin(folder: Path) -> Path:
-    """QEMU's plugin that counts."""
+    """Builds the QEMU plugin that counts instructions."""
     version = re.search(r"version (\d+)", command("qemu-aarch64", "--version"))
     api = 1 if version and int(version[1]) < 9 else 2
     library = folder / "count_plugin.so"

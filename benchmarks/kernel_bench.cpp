@@ -1,10 +1,10 @@
-// How fast the kernels are, next to what the machine could do at best. Every measurement of a kernel alternates with
-// one of the peak, so that both meet the same clock and the same neighbours; what counts is the best of all
-// repetitions.
+// Measures the speed of the kernels, and compares it with the machine's peak. Every measurement of a kernel alternates
+// with one of the peak, so that both run at the same clock and beside the same other work. The best of all repetitions
+// counts.
 //
 //   kernel_bench [--filter TEXT] [--isa NAME] [--threads N] [--repeat N] [--clock wall|cpu]
 //
-// --clock cpu counts the time in which the threads really ran (for machines that are busy with other work).
+// --clock cpu counts only the time in which the threads really ran (for machines with other work).
 #include <algorithm>
 #include <atomic>
 #include <chrono>

@@ -1,8 +1,8 @@
-"""Needles in a haystack for chat models: facts at random places of a long text, one of them asked for at its end.
+"""Needle-in-a-haystack tasks for chat models: facts at random places of a long text, and a question about one of them.
 
-The text is made of sentences of a file, so that none repeats. The answer is what the model must find likeliest, token
-by token, behind the beginning of its reply: that is the same as greedy decoding, and takes one call in place of many.
-Used by prune_figures.py.
+The text consists of sentences of a file, without repetition. The reply is right if each token of the answer is the most
+likely one after the given beginning of the reply. This gives the same result as greedy decoding with one call instead
+of many. Used by prune_figures.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CITIES = [
     "Cairo", "Dublin", "Athens", "Lisbon", "Oslo", "Prague", "Sydney", "Toronto", "Houston", "Dallas",
 ]  # fmt: skip
 
-# What is planted, what is asked, how the reply begins; by kind of fact.
+# For each kind of fact: the sentence, the question, and the beginning of the reply.
 KINDS = {
     "code": ("The secret code of {0} is {1}.", "What is the secret code of {0}?", "The secret code of {0} is"),
     "city": ("{0} lives in the city of {1}.", "In which city does {0} live?", "{0} lives in the city of"),
@@ -36,14 +36,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Needle:
-    """A prompt, ending in the first words of the reply, and how the reply must go on."""
+    """A prompt that ends with the first words of the reply, and the right continuation."""
 
     prompt: NDArray[np.int32]
     answer: NDArray[np.int32]
 
 
 def sentences_of(path: Path) -> list[str]:
-    """Whole sentences of a text, without digits, quotation marks and whatever may look like a fact."""
+    """Whole sentences of a text, without those that have digits, quotation marks or similarity to a fact."""
     text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8", errors="replace"))
     found = re.split(r"(?<=[.!?]) ", text)
     return [s for s in found if 30 < len(s) < 200 and not re.search(r"[\d\"'<>@=]| lives? | code ", s)]
@@ -52,7 +52,7 @@ def sentences_of(path: Path) -> list[str]:
 def make_needles(
     model: Model, text: Path, seed: int, count: int, tokens: tuple[int, int], facts: int, kind: str
 ) -> list[Needle]:
-    """Tasks for the model, whose vocabulary knows the marks of a ChatML conversation."""
+    """Tasks for a model whose vocabulary has the special tokens of ChatML."""
     fact, question, reply = KINDS[kind]
     sentences = sentences_of(text)
     dice = random.Random(seed)

@@ -1,10 +1,10 @@
-"""What 8-bit activations cost with and without outliers, as run: refinement, scales per group, equalization.
+"""Measures the cost of 8-bit activations with and without outliers: refinement, scales per group, equalization.
 
     python benchmarks/outlier_study.py MODEL-f16.gguf --calibration A.txt --text B.txt --folder OUT [--factor 30]
 
-With --factor the model first gets outliers that do not change what it computes: a few channels of each norm's weight
-are multiplied, the columns behind them divided. Every variant is quantized by the product and compared with the float
-model twice: as it runs, and with its weights restored to F32, that is, with float activations. Prints Markdown.
+With --factor the model first gets outliers that do not change its function: a few channels of each norm's weight are
+multiplied, and the columns that read them are divided. Every variant is quantized with agq_gguf and compared with the
+float model twice: as it runs, and with its weights restored to F32, that is, with float activations. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VARIANTS = {
 
 
 def rewrite(source: Path, target: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A copy of a model in F32 with other tensors."""
+    """Writes a copy of a model with other tensors, in F32."""
     with open_gguf(source) as reader:
         placed = layout((name, "f32", values.shape) for name, values in tensors.items())
         with Writer(target, reader.metadata, {}, placed) as writer:
@@ -45,7 +45,7 @@ def rewrite(source: Path, target: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def inject(source: Path, target: Path, factor: float, channels: int) -> None:
-    """The same function with outliers."""
+    """Writes a model with outliers that computes the same function."""
     with open_gguf(source) as reader:
         tensors = {name: reader.read(name) for name in reader.tensors}
         layers = int(reader.get(f"{reader.architecture}.block_count"))
@@ -61,7 +61,7 @@ def inject(source: Path, target: Path, factor: float, channels: int) -> None:
 
 
 def restore(source: Path, target: Path) -> None:
-    """A quantized model with float weights, which llama.cpp multiplies with float activations."""
+    """Writes a quantized model with restored float weights, which llama.cpp multiplies with float activations."""
     from gguf import GGMLQuantizationType, quants
 
     tensors = {}
@@ -79,7 +79,7 @@ def restore(source: Path, target: Path) -> None:
 
 
 def two_values(maxima: np.ndarray) -> np.ndarray:
-    """The paper's form: the groups with the largest peaks get r, all others 0; r and their number by the same cost."""
+    """The paper's form of exponents: r for the groups with the largest peaks, 0 for all others; minimizes the cost."""
     best = np.zeros(maxima.shape[1], np.uint8)
     cost = two_refine._cost(maxima, best)
     by_peak = np.argsort(-maxima.max(axis=0), kind="stable")
@@ -93,13 +93,13 @@ def two_values(maxima: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """The table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--factor", type=float, default=1.0, help="of the outliers; 1: the model as it is")
+    parser.add_argument("--factor", type=float, default=1.0, help="size of the outliers; 1: do not add any")
     parser.add_argument("--channels", type=int, default=4, help="outlier channels per norm")
     parser.add_argument("--bits", type=int, default=8, choices=(4, 8))
     parser.add_argument("--quality", default="balanced")

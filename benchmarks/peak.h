@@ -1,4 +1,4 @@
-// What the machine could do at best: integer products of one thread with nothing else in the way, and reading memory.
+// Measures the machine's peak: integer products of one thread without other work, and reading memory.
 #pragma once
 
 #include <cstddef>

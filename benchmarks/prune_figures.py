@@ -1,12 +1,12 @@
-"""What token pruning costs, measured in the running library: text behind long prompts, and facts recalled from them.
+"""Measures the quality cost of token pruning in the running library: text after long prompts, and recalled facts.
 
     python benchmarks/prune_figures.py MODEL --text held-out.txt --needles haystack.txt [--spec SPEC ...]
     python benchmarks/prune_figures.py MODEL --recall 77
 
-MODEL is AGQ4 and was calibrated (``agq-gguf calibrate-pruning``). Its own setting is compared with no pruning, with
-random pruning and the paper's score behind the same layers, with and without states used again, and with leaving out
-the oldest tokens of the prompt, all at the same saving of work. --needles is for chat models (needles.py), --recall for
-the story model. The tables of docs/research/pruning.md are from here.
+MODEL is an AGQ4 model with pruning (``agq-gguf calibrate-pruning``). Its own setting is compared with others that save
+the same work: random pruning and the paper's score after the same layers, with and without reuse of states, and
+leaving out the oldest tokens of the prompt. It is also compared with no pruning. --needles is for chat models
+(needles.py), --recall for the story model. This program made the tables of docs/research/pruning.md.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from agq_gguf.runtime.model import Batch, Context, Model
 from agq_gguf.text import read_text
 
 FOLLOWING = 64
-ANSWER = 24  # tokens, at most
+ANSWER = 24  # maximum number of tokens
 
 
 @dataclass
 class Task:
-    """A prompt, and what is measured behind it."""
+    """A prompt, and what is measured after it."""
 
     tokens: NDArray[np.int32]
-    following: NDArray[np.int32] | None = None  # its NLL is wanted
-    answer: NDArray[np.int32] | None = None  # the likeliest tokens should be these
-    recall: object = None  # knows whether a reply is right
+    following: NDArray[np.int32] | None = None  # tokens whose NLL is measured
+    answer: NDArray[np.int32] | None = None  # tokens that should be the most likely ones
+    recall: object = None  # decides whether a reply is right
 
 
 @dataclass
 class Works:
-    """The work of a token when dropped ones are gone for good, when their states are used again, and in the file."""
+    """The work of tokens: if states of dropped tokens are not reused, if they are, and with the file's setting."""
 
     gone: Work
     again: Work
     file: Work
 
     def of(self, spec: str) -> Work:
-        """That of a setting."""
+        """The work for a setting."""
         return self.file if spec == "file" else self.again if "reuse=1" in spec else self.gone
 
 
 @dataclass
 class Result:
-    """Of one setting, by task."""
+    """Results of one setting, by task."""
 
     nll: list[float]
     right: list[bool]
@@ -65,12 +65,12 @@ class Result:
 
 
 def leave_out_oldest(tokens: NDArray[np.int32], share: float) -> NDArray[np.int32]:
-    """A prompt without its oldest tokens, but for the first one."""
+    """A prompt without its oldest tokens, except the first one, which is kept."""
     return np.concatenate([tokens[:1], tokens[1 + round(share * len(tokens)) :]])
 
 
 def read(context: Context, tokens: NDArray[np.int32], work: Work) -> tuple[NDArray[np.float32], float]:
-    """Logits behind a prompt, and the share of its work that was saved."""
+    """Logits after a prompt, and the share of its work that was saved."""
     context.clear()
     batch = Batch(tokens)
     context.decode(batch)
@@ -81,7 +81,7 @@ def read(context: Context, tokens: NDArray[np.int32], work: Work) -> tuple[NDArr
 
 
 def go_on(model: Model, context: Context, logits: NDArray[np.float32], n_past: int, end: int) -> str:
-    """The likeliest text, up to the end token."""
+    """The text of greedy decoding, up to the end token."""
     answer = []
     for i in range(ANSWER):
         token = int(logits.argmax())
@@ -97,7 +97,7 @@ def go_on(model: Model, context: Context, logits: NDArray[np.float32], n_past: i
 def behind(
     context: Context, logits: NDArray[np.float32], n_past: int, tokens: NDArray[np.int32]
 ) -> NDArray[np.float32]:
-    """Log-probabilities [tokens, vocabulary] of these tokens behind a prompt with these last logits."""
+    """Log-probabilities [tokens, vocabulary] of tokens after a prompt whose last logits are `logits`."""
     if len(tokens) == 1:
         return log_softmax(logits[None])
     batch = Batch(tokens[:-1], first_position=n_past, first_logits=0)
@@ -129,7 +129,7 @@ def measure(
 
 
 def text_tasks(model: Model, path: Path, length: int, count: int) -> list[Task]:
-    """Prompts spread over a text, and what follows each."""
+    """Prompts spread over a text, and the tokens that follow each."""
     tokens = model.tokenize(read_text(path))
     starts = np.linspace(0, len(tokens) - length - FOLLOWING, count).astype(int)
     tasks = [Task(tokens[s : s + length].copy(), tokens[s + length : s + length + FOLLOWING]) for s in starts]
@@ -139,16 +139,16 @@ def text_tasks(model: Model, path: Path, length: int, count: int) -> list[Task]:
 
 
 def main() -> None:
-    """Arguments, and the table."""
+    """Reads the arguments and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, help="whose continuations are measured")
-    parser.add_argument("--needles", type=Path, metavar="TEXT", help="of which the haystack is made, for chat models")
-    parser.add_argument("--kind", choices=sorted(KINDS), default="code", help="of the needles")
-    parser.add_argument("--facts", type=int, default=1, help="needles in a haystack, one of which is asked for")
-    parser.add_argument("--recall", type=int, metavar="SEED", help="of the tasks of recall_task.py")
-    parser.add_argument("--seed", type=int, default=1, help="of --needles")
-    parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
+    parser.add_argument("--text", type=Path, help="text for prompts and continuations")
+    parser.add_argument("--needles", type=Path, metavar="TEXT", help="text for the haystack, for chat models")
+    parser.add_argument("--kind", choices=sorted(KINDS), default="code", help="kind of facts of --needles")
+    parser.add_argument("--facts", type=int, default=1, help="facts in each haystack; the question is about one")
+    parser.add_argument("--recall", type=int, metavar="SEED", help="seed for the tasks of recall_task.py")
+    parser.add_argument("--seed", type=int, default=1, help="seed for --needles")
+    parser.add_argument("--count", type=int, default=200, help="number of prompts of each kind")
     parser.add_argument("--length", type=int, default=700, help="tokens of a prompt from --text")
     parser.add_argument("--tokens", type=int, nargs=2, default=(300, 500), help="length of prompts that ask for facts")
     parser.add_argument("--ubatch", type=int, default=512)
@@ -181,7 +181,7 @@ def main() -> None:
                   f"{max(len(t.tokens) for t in tasks)} tokens, calls of {args.ubatch}")  # fmt: skip
             print("| setting | work saved | NLL | right |\n|---|---|---|---|")
             base = measure(model, "off", tasks, work, args)
-            show("nothing is dropped", base, base)
+            show("no pruning", base, base)
             own = measure(model, "file", tasks, work, args)
             saved = float(np.mean(own.saved))
             show("as calibrated (file)", own, base)
@@ -190,7 +190,7 @@ def main() -> None:
                 for again in (False, True) if reuse else (False,):
                     spec = same_saving(layers, saved, work.again if again else work.gone, score)
                     spec += ";keep=64;reuse=1" if again else ""
-                    name = f"{score}, same layers, {'states used again' if again else 'gone for good'}"
+                    name = f"{score}, same layers, {'states reused' if again else 'states not reused'}"
                     show(name, measure(model, spec, tasks, work, args), base)
             show("oldest left out", measure(model, "off", tasks, work, args, oldest=saved), base)
             for spec in args.spec:
@@ -204,7 +204,7 @@ def inspect_layers(info: object) -> list[int]:
 
 
 def same_saving(layers: list[int], saving: float, work: Work, score: str) -> str:
-    """Shares by rank behind these layers that save as much, an equal part behind each."""
+    """A setting that drops shares of tokens after these layers, with an equal part of the saving at each."""
     rules, there = [], 1.0
     for layer in layers:
         leave = saving / len(layers) / work.worth(layer)
@@ -214,7 +214,7 @@ def same_saving(layers: list[int], saving: float, work: Work, score: str) -> str
 
 
 def show(name: str, found: Result, base: Result) -> None:
-    """One row; behind each difference to no pruning its standard error, task by task."""
+    """Prints one row; each difference from no pruning has its standard error over tasks."""
     nll = right = ""
     if found.nll:
         change = np.array(found.nll) - np.array(base.nll)

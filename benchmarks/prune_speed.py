@@ -1,10 +1,11 @@
-"""What token pruning gains and costs in time, in the running library.
+"""Measures the time that token pruning saves and costs, in the running library.
 
     python benchmarks/prune_speed.py MODEL --prune "3:0.5;score=recent" --prune "10:0.56;score=recent;keep=64;reach=2"
 
-Settings take turns in one run, "off" first; medians. Prompts are random tokens: give shares, not thresholds. "decode"
-is one token behind a prompt; its overhead is the planning of a step (the scan for dropped tokens, masks), measured
-inside the plugin, so that it does not hide in the noise of the steps. docs/research/pruning.md, "Speed", is from here.
+Each row is one setting; the settings alternate in one run, "off" first, and figures are medians. Prompts are random
+tokens, so give shares, not thresholds. "decode" is one token after a prompt. Its overhead is the planning of a step
+(the scan for dropped tokens, and masks). It is measured inside the plugin, because it is smaller than the noise of the
+steps. This program made docs/research/pruning.md, "Speed".
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def timed(context: Context, batch: Batch) -> float:
 
 
 def parts(context: Context, batches: list[Batch]) -> dict[str, float]:
-    """Milliseconds of what stands outside of all nodes, by call of the backend."""
+    """Milliseconds per call of the backend that are spent outside of graph nodes."""
     with profiled() as times:
         for batch in batches:
             context.decode(batch)
@@ -40,13 +41,15 @@ def parts(context: Context, batches: list[Batch]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Arguments, and the tables."""
+    """Reads the arguments and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--prune", action="append", default=[], help="a setting; may be repeated")
-    parser.add_argument("--prompt", type=int, action="append", help="tokens; may be repeated (512 and 2048)")
+    parser.add_argument(
+        "--prompt", type=int, action="append", help="prompt length; may be repeated (default: 512 and 2048)"
+    )
     parser.add_argument("--ubatch", type=int, default=512)
-    parser.add_argument("--decode", type=int, default=16, help="steps behind each prompt, for each setting")
+    parser.add_argument("--decode", type=int, default=16, help="steps after each prompt, for each setting")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--flash-attention", choices=["on", "off"], default="on")
@@ -68,7 +71,7 @@ def main() -> None:
                             flash_attention=args.flash_attention,
                         )
                     )
-            for context in contexts.values():  # pages of the file and of the caches are there from now on
+            for context in contexts.values():  # warm-up: loads the pages of the file and of the caches
                 context.decode(prompt)
             seconds: dict[str, list[float]] = {spec: [] for spec in settings}
             stepping: dict[str, list[float]] = {spec: [] for spec in settings}
@@ -78,7 +81,7 @@ def main() -> None:
                     context.clear()
                     seconds[spec].append(timed(context, prompt))
                     left[spec] = float(np.mean(np.array(agq_gguf.last_pruned()) >= 0))
-                for step in steps:  # settings take turns at every step
+                for step in steps:  # the settings alternate at every step
                     for spec, context in contexts.items():
                         stepping[spec].append(timed(context, step))
             print(f"\nprompt of {length} tokens, calls of {args.ubatch}, {args.threads} threads, "

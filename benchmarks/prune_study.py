@@ -1,8 +1,9 @@
-"""Which tokens of a prompt can leave: ways to score them, compared on a trained LLaMA in PyTorch.
+"""Compares scores for dropping tokens of a prompt, on a trained LLaMA in PyTorch.
 
-Tokens are physically removed behind the pruning layers, as the plugin does it. What follows a prompt is measured: its
-negative log-likelihood (NLL), the KL divergence to the model that keeps everything, and whether facts of the prompt are
-still answered. Ways that the plugin does not know can be tried, too. The tables of docs/research/pruning.md come from
+Tokens are removed after the pruning layers, as in the plugin. Three things are measured for the text after a prompt:
+its negative log-likelihood (NLL), the KL divergence from the model without pruning, and whether facts of the prompt are
+still answered. Scores that the plugin does not have can be tried, too. These commands made the tables of
+docs/research/pruning.md:
 
     python benchmarks/prune_study.py scores MODEL --plan 2:0.4 [--recall SEED] [--text TEXT]
     python benchmarks/prune_study.py outliers MODEL --plan 2:0.4 --text TEXT
@@ -25,65 +26,65 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SHORTEST = 64  # tokens of a call that is pruned
-QUERIES = 8  # the last ones of the prompt, for `recent`
+SHORTEST = 64  # tokens; shorter calls are not pruned
+QUERIES = 8  # number of last tokens of the prompt, for `recent`
 WINDOW = 64  # the same for `window`
-FOLLOWING = 64  # tokens behind a prompt that are scored
+FOLLOWING = 64  # tokens after a prompt that are scored
 
 
-# ways to score: what the attention of a layer shows of the T tokens of a call -> importance [T]
+# scores: from the attention of a layer between the T tokens of a call to their importance [T]
 
 
 @dataclass(frozen=True)
 class Seen:
     """Attention of the tokens of a call."""
 
-    own: Tensor  # [heads, T, T]: paid by each to those of the same call
-    start: Tensor  # [heads, T]: paid by each to the first token of the sequence
-    visible: Tensor  # [T, 1]: how many tokens each sees, earlier calls included
+    own: Tensor  # [heads, T, T]: attention of each token to each token of the same call
+    start: Tensor  # [heads, T]: attention of each token to the first token of the sequence
+    visible: Tensor  # [T, 1]: how many tokens each can attend to, including those of earlier calls
 
     def tail(self, n: int) -> Tensor:
-        """What the last n tokens pay, as a multiple of even attention, [heads, n, T]."""
+        """Attention of the last n tokens, as a multiple of even attention, [heads, n, T]."""
         return (self.own * self.visible)[:, -n:]
 
     @property
     def share(self) -> Tensor:
-        """What each token would receive of all later ones if they spread their attention evenly, [T]."""
+        """Attention that each token would receive from all later ones if they spread it evenly, [T]."""
         return (torch.ones_like(self.own[0]).tril(-1) / self.visible).sum(0).clamp(min=1e-9)
 
 
 def first(seen: Seen) -> Tensor:
-    """The attention that a token pays to the first one: the paper's score."""
+    """The attention of a token to the first token: the paper's score."""
     return seen.start.mean(0)
 
 
 def received(seen: Seen) -> Tensor:
-    """The attention that later tokens pay to it, as a multiple of what even attention would pay."""
+    """The attention of later tokens to a token, as a multiple of even attention."""
     return seen.own.mean(0).tril(-1).sum(0) / seen.share
 
 
 def received_max(seen: Seen) -> Tensor:
-    """`received`, but of the head that pays most."""
+    """`received`, from the head with the most attention."""
     return (seen.own.tril(-1).sum(1) / seen.share).amax(0)
 
 
 def recent(seen: Seen) -> Tensor:
-    """The attention that the last 8 tokens pay to it."""
+    """The attention of the last 8 tokens to a token."""
     return seen.tail(QUERIES).mean((0, 1))
 
 
 def window(seen: Seen) -> Tensor:
-    """The attention that the last 64 tokens pay to it."""
+    """The attention of the last 64 tokens to a token."""
     return seen.tail(WINDOW).mean((0, 1))
 
 
 def recent_max(seen: Seen) -> Tensor:
-    """The attention that the last 8 tokens pay to it in the head that pays most."""
+    """The attention of the last 8 tokens to a token, in the head with the most attention."""
     return seen.tail(QUERIES).mean(1).amax(0)
 
 
 def strongest(seen: Seen) -> Tensor:
-    """The largest attention that any of the last 8 tokens pays in any head."""
+    """The largest attention of any of the last 8 tokens in any head."""
     return seen.tail(QUERIES).amax((0, 1))
 
 
@@ -93,12 +94,12 @@ def both(seen: Seen) -> Tensor:
 
 
 def random(seen: Seen) -> Tensor:
-    """Nothing at all."""
+    """A random score."""
     return torch.rand(seen.own.shape[1], generator=torch.Generator().manual_seed(seen.own.shape[1]))
 
 
 def oldest(seen: Seen) -> Tensor:
-    """The age: what stood first leaves first."""
+    """The position: the oldest tokens are dropped first."""
     return torch.arange(seen.own.shape[1]).float()
 
 
@@ -111,17 +112,17 @@ SCORES: dict[str, Callable[[Seen], Tensor]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is dropped: shares of the tokens by layer, and how tokens are chosen."""
+    """The shares of tokens to drop, by layer, and the rules to choose them."""
 
     shares: dict[int, float] = field(default_factory=dict)
     score: str = "recent"
-    layers: int = 1  # the score is the mean over so many layers, the pruning layer being the last
-    reach: int = 0  # a token counts as much as the best of its neighbours, so many to each side
-    mean: int = 0  # the same, as much as their mean
-    keep: int = QUERIES  # the last tokens of a call always stay
-    keep_rare: float = 0.0  # this share of the prompt, of the rarest tokens, always stays
+    layers: int = 1  # the score is the mean over so many layers, up to the pruning layer
+    reach: int = 0  # each token gets the highest score within N places
+    mean: int = 0  # each token gets the mean score within N places
+    keep: int = QUERIES  # the last tokens of a call that are never dropped
+    keep_rare: float = 0.0  # share of the prompt, the rarest tokens, that is never dropped
     ubatch: int = 1 << 30  # tokens of a call
-    reuse: bool = False  # later layers get keys and values of dropped tokens from the state in which they left
+    reuse: bool = False  # later layers get keys and values of dropped tokens, from the state when they were dropped
 
 
 @dataclass
@@ -131,7 +132,7 @@ class _State:
     keys: list[Tensor]
     values: list[Tensor]
     n_past: int = 0
-    read: int = 0  # tokens of the prompt
+    read: int = 0  # number of prompt tokens read
     done: float = 0.0  # work done for them, in tokens times layers
 
 
@@ -156,10 +157,10 @@ class TorchLlama:
         self.eps, self.base = value("attention.layer_norm_rms_epsilon"), value("rope.freq_base", 10000.0)
         self.weights.setdefault("output", self.weights["token_embd"])
         block = [(name, w.numel()) for name, w in self.weights.items() if name.startswith("blk.0.")]
-        # Share of a layer's work that stands behind its attention.
+        # Share of a layer's work after its attention.
         self.ffn_share = sum(n for name, n in block if "ffn" in name) / sum(n for _, n in block)
-        self.rarity: Tensor | None = None  # by token; the larger, the rarer
-        self.tap: Callable[[str, Tensor], None] | None = None  # sees the input of each matrix product of the prompt
+        self.rarity: Tensor | None = None  # by token; larger means rarer
+        self.tap: Callable[[str, Tensor], None] | None = None  # called with the input of each matrix product
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """Product with the transposed weight."""
@@ -183,7 +184,7 @@ class TorchLlama:
         return k.transpose(0, 1), self.linear(h, f"{block}.attn_v").view(shape).transpose(0, 1)
 
     def _attend(self, h: Tensor, block: str, positions: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple:
-        """Output and attention weights; `hidden` [T, cells]: what a token does not see."""
+        """Output and attention weights; `hidden` [T, cells] marks the cells that a token cannot attend to."""
         q = self.rope(self.linear(h, f"{block}.attn_q").view(len(h), self.n_head, -1), positions).transpose(0, 1)
         repeat = self.n_head // self.n_kv
         k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
@@ -196,7 +197,7 @@ class TorchLlama:
         return self.linear(hidden, f"{block}.ffn_down")
 
     def prompt(self, tokens: Tensor, plan: Plan) -> tuple[Tensor, _State]:
-        """Logits [vocabulary] behind the prompt, read in calls, and the state to go on from."""
+        """Logits [vocabulary] after the prompt, which is read in calls, and the state to continue from."""
         empty = torch.empty(self.n_kv, 0, self.weights["blk.0.attn_q"].shape[0] // self.n_head)
         state = _State([empty] * self.n_layer, [empty] * self.n_layer)
         for part in tokens.split(plan.ubatch):
@@ -205,9 +206,9 @@ class TorchLlama:
         return logits[-1], state
 
     def call(self, tokens: Tensor, state: _State, plan: Plan) -> Tensor:
-        """Logits of the tokens that are still there at the end; extends the state."""
+        """Logits of the tokens that were not dropped; extends the state."""
         x, positions = self.weights["token_embd"][tokens], torch.arange(len(tokens))  # within this call
-        left, gone = positions[:0], x[:0]  # dropped tokens and the states in which they left
+        left, gone = positions[:0], x[:0]  # dropped tokens, and their states when they were dropped
         history = torch.zeros(0, len(tokens))
         for i in range(self.n_layer):
             block = f"blk.{i}"
@@ -242,7 +243,7 @@ class TorchLlama:
     def _choose(
         self, importance: Tensor, positions: Tensor, tokens: Tensor, plan: Plan, layer: int, n_past: int
     ) -> Tensor:
-        """Which of the tokens that are still there stay, bool: a share of them leaves, the least important ones."""
+        """Which of the remaining tokens are kept, bool: drops a share of them, the least important ones."""
         importance = functional.max_pool1d(importance[None, None], 2 * plan.reach + 1, 1, plan.reach)[0, 0]
         importance = functional.avg_pool1d(importance[None, None], 2 * plan.mean + 1, 1, plan.mean)[0, 0]
         n = len(importance)
@@ -261,14 +262,14 @@ class TorchLlama:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and what follows it."""
+    """A prompt and the tokens that follow it."""
 
     prompt: Tensor
     following: Tensor
 
 
 def log_probabilities(model: TorchLlama, example: Example, plan: Plan) -> tuple[Tensor, float]:
-    """Log-probabilities [following, vocabulary] of what follows, and the share of the prompt's work that was saved."""
+    """Log-probabilities [following, vocabulary] of the tokens that follow, and the share of the prompt's work saved."""
     last, state = model.prompt(example.prompt, plan)
     saved = 1 - state.done / (state.read * model.n_layer)
     rest = model.call(example.following[:-1], state, Plan()) if len(example.following) > 1 else last[None][:0]
@@ -281,7 +282,7 @@ class Outcome:
 
     nll: float
     kl: float
-    right: float  # share of examples whose whole following text is the likeliest
+    right: float  # share of examples in which greedy decoding gives all the tokens that follow
     saved: float
 
 
@@ -298,7 +299,7 @@ def measure(model: TorchLlama, examples: list[Example], plan: Plan, full: list[T
 
 
 def tokenizer_of(path: Path) -> Callable[[str, bool], Tensor]:
-    """The model's own tokenizer, without special tokens unless the text spells them."""
+    """The model's own tokenizer; it adds no special tokens but parses those written in the text."""
     from agq_gguf.runtime.model import Model
 
     model = Model(path, vocab_only=True)
@@ -308,7 +309,7 @@ def tokenizer_of(path: Path) -> Callable[[str, bool], Tensor]:
 
 
 def text_examples(tokens: Tensor, length: int, count: int) -> list[Example]:
-    """Prompts of `length` tokens spread over a text, and the 64 tokens behind each."""
+    """Prompts of `length` tokens spread over a text, and the 64 tokens after each."""
     starts = np.linspace(0, len(tokens) - length - FOLLOWING, count).astype(int)
     return [Example(tokens[s : s + length], tokens[s + length : s + length + FOLLOWING]) for s in starts]
 
@@ -316,14 +317,14 @@ def text_examples(tokens: Tensor, length: int, count: int) -> list[Example]:
 def recall_examples(
     seed: int, tokenize: Callable[[str, bool], Tensor], count: int, tokens: tuple[int, int]
 ) -> list[Example]:
-    """Prompts with a question at their end, and the answers."""
+    """Prompts that end with a question, and the answers."""
     from recall_task import recall_tasks
 
     tasks = recall_tasks(seed, count, tokens, lambda prompt: len(tokenize(prompt, True)))
     return [Example(tokenize(t.prompt, True), tokenize(f" {t.answer}", False)) for t in tasks]
 
 
-# Variants, as parse_variant reads them.
+# Variants, in the form that parse_variant reads.
 VARIANTS = """
 first first+keep64 first+reach2+keep64 notfirst+keep64 oldest random random+keep64 random+reach2+keep64 received recent
 received+keep64 recent+keep64 window+keep64 both+keep64 recent_max+keep64 received_max+keep64 strongest+keep64
@@ -335,7 +336,7 @@ recent+rare0.1+keep64 received+rare0.1+keep64 random+reuse+keep64 received+reuse
 
 
 def parse_variant(text: str, plan: Plan) -> Plan:
-    """``recent+pool5+keep64``: a score and what is done with it; see the fields of `Plan`."""
+    """Parses ``recent+reach2+keep64``: a score, and values for fields of `Plan`."""
     score, *changes = text.split("+")
     plan = replace(plan, score=score)
     for change in changes:
@@ -347,7 +348,7 @@ def parse_variant(text: str, plan: Plan) -> Plan:
 
 
 def sets(args: argparse.Namespace, model: TorchLlama) -> Iterator[tuple[str, list[Example]]]:
-    """The sets of examples that were asked for."""
+    """The requested sets of examples."""
     tokenize = tokenizer_of(args.model)
     if args.text:
         tokens = tokenize(args.text.read_text(encoding="utf-8"), True)
@@ -359,7 +360,7 @@ def sets(args: argparse.Namespace, model: TorchLlama) -> Iterator[tuple[str, lis
 
 
 def scores(args: argparse.Namespace) -> None:
-    """A table: every variant on every set of examples."""
+    """Prints a table of every variant on every set of examples."""
     model, plan = TorchLlama(args.model), parse_plan(args.plan, args.ubatch)
     for name, examples in sets(args, model):
         full = [log_probabilities(model, e, Plan())[0] for e in examples]
@@ -379,7 +380,7 @@ def scores(args: argparse.Namespace) -> None:
 
 
 def outliers(args: argparse.Namespace) -> None:
-    """Largest input of each matrix product against its root mean square, in the layers behind the first pruning one."""
+    """Prints the largest input of each matrix product over its root mean square, after the first pruning layer."""
     model, plan = TorchLlama(args.model), parse_plan(args.plan, args.ubatch)
     _, examples = next(sets(args, model))
     behind = min(plan.shares)
@@ -407,29 +408,29 @@ def outliers(args: argparse.Namespace) -> None:
 
 
 def rounding_loss(x: Tensor) -> Tensor:
-    """What int8 with one scale per token loses of each token, relative, [T]."""
+    """Relative error of each token from int8 rounding with one scale per token, [T]."""
     scale = x.abs().amax(1, keepdim=True) / 127
     return ((x / scale).round() * scale - x).square().sum(1) / x.square().sum(1)
 
 
 def parse_plan(text: str, ubatch: int) -> Plan:
-    """``2:0.3,4:0.5`` as shares by layer."""
+    """Parses ``2:0.3,4:0.5`` into shares by layer."""
     parts = (part.split(":") for part in text.split(","))
     return Plan({int(layer): float(share) for layer, share in parts}, ubatch=ubatch)
 
 
 def main() -> None:
-    """Arguments."""
+    """Reads the arguments and runs the study."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["scores", "outliers"])
     parser.add_argument("model", type=Path)
     parser.add_argument("--plan", default="2:0.4", help="share dropped by layer, such as 1:0.2,3:0.4")
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--recall", type=int, metavar="SEED", help="of the tasks of recall_task.py")
+    parser.add_argument("--recall", type=int, metavar="SEED", help="seed for the tasks of recall_task.py")
     parser.add_argument("--tokens", type=int, nargs=2, default=(300, 600), help="length of the prompts of --recall")
     parser.add_argument("--length", type=int, default=448, help="tokens of a prompt from --text")
-    parser.add_argument("--ubatch", type=int, default=512, help="tokens of a call")
-    parser.add_argument("--count", type=int, default=24, help="prompts")
+    parser.add_argument("--ubatch", type=int, default=512, help="tokens per call")
+    parser.add_argument("--count", type=int, default=24, help="number of prompts")
     parser.add_argument("--only", action="append", help="a variant, as the table names it; may be repeated")
     args = parser.parse_args()
     torch.set_num_threads(1)

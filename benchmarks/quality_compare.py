@@ -1,11 +1,11 @@
-"""Quality for size: AGQ4 beside llama.cpp's own types, made from one float model with statistics of one text.
+"""Compares quality and size of AGQ4 and llama.cpp's own types, made from one float model and one calibration text.
 
     python benchmarks/quality_compare.py MODEL-f16.gguf --calibration A.txt --text B.txt --folder OUT [--agq X.gguf ...]
 
-Each stock type gets an importance matrix of the calibration text (the mean squares that llama-imatrix gathers, in the
-graph of llama.cpp) and is made twice: as llama-quantize makes it, and with token embedding and output matrix in Q8_0,
-as AGQ4 has them by default, so that only the other matrices differ. All run in the stock library. Prints a table in
-Markdown; figures are those of ``agq-gguf evaluate``.
+Each stock type gets an importance matrix of the calibration text (the mean squares that llama-imatrix collects, from
+llama.cpp's graph). It is made twice: as llama-quantize makes it, and with token embedding and output matrix in Q8_0,
+AGQ4's default, so that only the other matrices differ. All models run in the stock library. Prints a table in Markdown
+with the figures of ``agq-gguf evaluate``.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ def importance(model: Path, text: Path, tokens: int, threads: int) -> dict[str, 
     }
 
 
-def quantize_stock(src: Path, dst: Path, file_type: int, data: dict[str, np.ndarray], same_ends: bool, threads: int):
-    """What ``llama-quantize --imatrix`` does."""
+def quantize_stock(src: Path, dst: Path, file_type: int, data: dict[str, np.ndarray], large: bool, threads: int):
+    """Quantizes as ``llama-quantize --imatrix`` does; `large`: with token embedding and output matrix in Q8_0."""
     api = llama_api()
     entry = api.llama_model_imatrix_data
     keep = {name: np.ascontiguousarray(values, np.float32) for name, values in data.items()}
     floats = ctypes.POINTER(ctypes.c_float)
     rows = [entry(name.encode(), v.ctypes.data_as(floats), v.size) for name, v in keep.items()]
-    array = (entry * (len(rows) + 1))(*rows)  # the last, all zero, ends the list
+    array = (entry * (len(rows) + 1))(*rows)  # an entry of zeros ends the list
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = file_type, threads
     parameters.imatrix = ctypes.cast(array, type(parameters.imatrix))
-    if same_ends:
+    if large:
         parameters.output_tensor_type = parameters.token_embedding_type = Q8_0
     with quiet_log():
         if api.llama_model_quantize(os.fsencode(src), os.fsencode(dst), ctypes.byref(parameters)):
@@ -63,12 +63,12 @@ def quantize_stock(src: Path, dst: Path, file_type: int, data: dict[str, np.ndar
 
 
 def main() -> None:
-    """The table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="must not be the calibration text")
-    parser.add_argument("--folder", type=Path, required=True, help="for the models made; those there are used again")
+    parser.add_argument("--folder", type=Path, required=True, help="for the models; existing ones are reused")
     parser.add_argument("--agq", type=Path, nargs="*", default=[], help="AGQ4 files of the same model")
     parser.add_argument("--types", nargs="*", default=["Q4_0", "Q4_K_S", "IQ4_XS"], choices=list(FILE_TYPES))
     parser.add_argument("--tokens", type=int, default=32768)
@@ -79,15 +79,15 @@ def main() -> None:
     files: list[tuple[str, Path]] = []
     data: dict[str, np.ndarray] = {}
     for name in args.types:
-        for same_ends in (False, True):
-            path = args.folder / f"{args.model.stem}-{name}{'-same-ends' if same_ends else ''}.gguf"
+        for large in (False, True):
+            path = args.folder / f"{args.model.stem}-{name}{'-embedding-output-q8_0' if large else ''}.gguf"
             if not path.exists():
                 data = data or importance(args.model, args.calibration, args.tokens, args.threads)
-                quantize_stock(args.model, path, FILE_TYPES[name], data, same_ends, args.threads)
-            files.append((name + (", ends Q8_0" if same_ends else ""), path))
+                quantize_stock(args.model, path, FILE_TYPES[name], data, large, args.threads)
+            files.append((name + (", embedding and output Q8_0" if large else ""), path))
     files += [(path.stem, path) for path in args.agq]
     text = args.text.read_text("utf-8")
-    print("| type | kB | bpw | bpw of the AGQ4-able | KL x 1000 | perplexity | same top token |")
+    print("| type | kB | bpw | bpw of matrices that AGQ4 supports | KL x 1000 | perplexity | same top token |")
     print("|---|---|---|---|---|---|---|")
     for name, path in files:
         found = evaluate(path, args.model, text, chunks=args.chunks or None, threads=args.threads)

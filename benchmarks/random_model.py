@@ -1,9 +1,9 @@
-"""Writes LLaMA-shaped GGUF models with random weights and no vocabulary, to measure speed at sizes nobody should ship.
+"""Writes GGUF models in the shape of LLaMA with random weights and no vocabulary, to measure speed.
 
     python benchmarks/random_model.py 1.1b f16 OUT.gguf       the source for llama-quantize or llama_model_quantize
     python benchmarks/random_model.py 1.1b agq4 OUT.gguf      the same shape, packed as AGQ4
 
-Layers share their bytes in memory but not in the file, so that a run reads as much as with a real model.
+Layers share their bytes while the file is written, but not in the file, so a run reads as much as a real model.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from agq_gguf.format import blocks
 # name: (embedding, feed-forward, layers, heads, key/value heads, vocabulary)
 SHAPES = {
     "tiny": (256, 768, 2, 4, 2, 4096),
-    "thin": (128, 128, 22, 4, 2, 256),  # the nodes of 1.1b with next to nothing to multiply
+    "thin": (128, 128, 22, 4, 2, 256),  # as many nodes as 1.1b, with very small matrices
     "1.1b": (2048, 5632, 22, 32, 4, 32000),
     "7b": (4096, 11008, 32, 32, 32, 32000),
 }
 
 
 def tensors(shape: str, layers: int = 0) -> Iterator[tuple[str, int, int]]:
-    """Name, rows and columns of every matrix; `layers` other than 0 replaces the shape's own number."""
+    """Name, rows and columns of every matrix; a `layers` other than 0 replaces the shape's number of layers."""
     n_embd, n_ff, n_layer, n_head, n_kv, n_vocab = SHAPES[shape]
     n_layer = layers or n_layer
     kv_rows = n_embd // n_head * n_kv
@@ -47,7 +47,7 @@ def tensors(shape: str, layers: int = 0) -> Iterator[tuple[str, int, int]]:
 
 
 def random_agq4(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """A packed matrix of random codes with a plausible spread of values."""
+    """A packed matrix of random codes with a realistic distribution of values."""
     values = np.array([0, 12, 22, 31, 39, 46, 53, 59, 65, 71, 77, 84, 91, 100, 112, 127], np.uint8)
     parameters = blocks.Parameters(
         values, np.zeros(columns // 64, np.uint8), tensor_scale=columns**-0.5 / 32, activation_scale="rotated"
@@ -57,7 +57,7 @@ def random_agq4(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray
 
 
 def write(shape: str, type_name: str, path: str, layers: int = 0) -> None:
-    """Write one model; bytes depend only on the arguments."""
+    """Writes one model; its bytes depend only on the arguments."""
     n_embd, n_ff, n_layer, n_head, n_kv, n_vocab = SHAPES[shape]
     n_layer = layers or n_layer
     rng = np.random.default_rng(0)
@@ -100,6 +100,6 @@ if __name__ == "__main__":
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("type", choices=["f16", "agq4"])
     parser.add_argument("out")
-    parser.add_argument("--layers", type=int, default=0, help="instead of the shape's own number")
+    parser.add_argument("--layers", type=int, default=0, help="number of layers; 0: that of the shape")
     arguments = parser.parse_args()
     write(arguments.shape, arguments.type, arguments.out, arguments.layers)

@@ -1,10 +1,10 @@
-"""Questions behind long stories, each about one sentence somewhere in the story; and how many a model answers.
+"""Counts how many questions about one sentence in a long story a model answers.
 
     python benchmarks/recall_task.py MODEL.gguf [--tokens 300 600] [--count 200]
 
-The stories are those of ``examples/story_grammar.py``, from seeds that training does not use; each fact is told exactly
-once, at a random place, among a dozen or more others of the same kinds. An answer is right if all its words are. Runs
-the model in llama.cpp without pruning; ``prune_figures.py`` uses the same tasks.
+The stories come from ``examples/story_grammar.py``, with seeds that training does not use. Each fact is told exactly
+once, at a random place, among a dozen or more facts of the same kinds. An answer is right if all its words are right.
+Runs the model in llama.cpp without pruning; ``prune_figures.py`` uses the same tasks.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from agq_gguf.runtime.model import Batch, Context, Model
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import story_grammar
 
-TOKENS_OF_FACT = 28  # in such a story, about: one fact and what stands between it and the next
-ANSWER = 24  # tokens, at most
+TOKENS_OF_FACT = 28  # average of one fact and the text up to the next fact
+ANSWER = 24  # maximum number of tokens
 
 
 @dataclass
 class RecallTask:
-    """A prompt that ends where the answer is wanted; spells the special tokens but the first."""
+    """A prompt that ends where the answer begins; its text includes all special tokens except the first."""
 
     prompt: str
     answer: str
     place: float  # of the fact in the story, 0..1
 
     def right(self, reply: str) -> bool:
-        """Whether the reply is the answer, each word of it."""
+        """Whether each word of the reply is right."""
         return reply.strip() == self.answer
 
 
 def recall_tasks(seed: int, count: int, tokens: tuple[int, int], length: Callable[[str], int]) -> list[RecallTask]:
-    """Tasks whose prompts have so many tokens (at least, at most), counted by `length`."""
+    """Tasks whose prompts have `tokens` (minimum, maximum) tokens, counted by `length`."""
     rng, tasks = random.Random(seed), []
     while len(tasks) < count:
         facts = rng.randint(max(2, tokens[0] // TOKENS_OF_FACT - 3), max(3, tokens[1] // TOKENS_OF_FACT))
@@ -54,7 +54,7 @@ def recall_tasks(seed: int, count: int, tokens: tuple[int, int], length: Callabl
 
 
 def reply(model: Model, context: Context, prompt: str) -> str:
-    """The likeliest answer."""
+    """The answer of greedy decoding."""
     context.clear()
     batch = Batch(model.tokenize(prompt, parse_special=True))
     past, answer = batch.raw.n_tokens, []
@@ -68,14 +68,14 @@ def reply(model: Model, context: Context, prompt: str) -> str:
 
 
 def main() -> None:
-    """Arguments, and shares of right answers by the place of the fact."""
+    """Prints the shares of right answers, also by the place of the fact."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, nargs=2, default=(300, 600), help="length of the prompts")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=77)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print so many wrong answers")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N wrong answers")
     args = parser.parse_args()
     with Model(args.model) as model, agq_gguf.options(prune="off"):
         tasks = recall_tasks(
@@ -87,7 +87,7 @@ def main() -> None:
     for task, found in [pair for pair, good in zip(zip(tasks, replies, strict=True), right, strict=True) if not good][
         : args.show
     ]:
-        print(f"wanted: {task.answer}  got: {found.strip()}")
+        print(f"expected: {task.answer}  got: {found.strip()}")
     print(f"{args.model}: {sum(right)} of {len(right)} right ({sum(right) / len(right):.1%}), "
           f"prompts of {args.tokens[0]} to {args.tokens[1]} tokens")  # fmt: skip
     for part in range(4):

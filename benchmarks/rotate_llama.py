@@ -1,11 +1,12 @@
-"""The same LLaMA with pairs of residual channels turned into each other, so that its weights lie on no type's grid.
+"""Rotates pairs of residual channels of a LLaMA, so that its weights fit no quantization type's grid.
 
     python benchmarks/rotate_llama.py IN.gguf OUT.gguf
 
-For comparisons on models that were once quantized: weights that come from Q4_1, say, fit Q4_K's grid by construction.
-Each channel of the residual stream is paired with another and turned by 17 to 34 degrees; norm weights, folded into the
-matrices for that, are taken out again with values between the old two, so that activations keep their outliers. The
-function stays, but for rounding to the tensors' types. The output matrix becomes one of its own.
+For comparisons on models that were quantized before: weights restored from Q4_1, for example, fit Q4_K's grid exactly.
+Each channel of the residual stream is paired with another, and the pair is rotated by 17 to 34 degrees. For this the
+norm weights are folded into the matrices, and afterwards taken out again with values between the old two, so that
+activations keep their outliers. The model's function does not change, apart from rounding to the tensors' types. The
+output matrix becomes a separate tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Array = NDArray[np.float64]
 
 
 class Turn:
-    """A rotation of random pairs of the channels that are in use."""
+    """A rotation of random pairs of the used channels."""
 
     def __init__(self, used: NDArray[np.int64], seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -36,7 +37,7 @@ class Turn:
         self.cos, self.sin = np.cos(angle), np.sin(angle)
 
     def columns(self, w: Array) -> Array:
-        """W R^T: a matrix that reads the turned stream, or rows of it."""
+        """W R^T: a matrix, or rows of it, that reads the rotated stream."""
         w = w.copy()
         x, y = w[:, self.a].copy(), w[:, self.b].copy()
         w[:, self.a], w[:, self.b] = self.cos * x + self.sin * y, self.cos * y - self.sin * x
@@ -51,7 +52,7 @@ class Turn:
 
 
 def main() -> None:
-    """Reads, turns, writes."""
+    """Reads, rotates, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)

@@ -1,13 +1,13 @@
-"""Trains a LLaMA of about ten million parameters on text files: a language model for benchmarks/quality_compare.py.
+"""Trains a LLaMA of about ten million parameters on text files, for benchmarks/quality_compare.py.
 
-Its matrices have 512 or 1024 columns, so that llama.cpp's K types can hold them (the demo model's have 128). An hour or
-two on one core; not part of the package:
+Its matrices have 512 or 1024 columns, so that llama.cpp's K types support them (the demo model's have 128). Training
+takes an hour or two on one core; the model is not part of the package:
 
     export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
     python benchmarks/train_text_model.py wikitext.txt other.txt --output FOLDER --minutes 65
 
-Of the first text the last 220 kB are kept from training: FOLDER/calibration.txt and FOLDER/evaluation.txt. The model is
-written every ``--save-minutes``, so that it can be looked at before the end.
+The last 220 kB of the first text are held out: FOLDER/calibration.txt and FOLDER/evaluation.txt. The model is written
+every ``--save-minutes``, so that it can be tried before the end.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--columns", type=int, default=512, help="of the residual stream")
+    parser.add_argument("--columns", type=int, default=512, help="width of the residual stream")
     parser.add_argument("--feed-forward", type=int, default=1024)
-    parser.add_argument("--heads", type=int, default=8, help="of queries; half as many of keys and values")
+    parser.add_argument("--heads", type=int, default=8, help="query heads; there are half as many key and value heads")
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--window", type=int, default=256)
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def save(path: Path, model: StoryModel, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
-    """Writes the file in one go, so that a reader never sees half of it."""
+    """Writes the file under its name only when it is complete."""
     part = path.with_suffix(".part")
     write_gguf(part, model, tokenizer)
     part.replace(path)

@@ -1,8 +1,7 @@
-"""One model in a process of its own that runs when it is told to, so that processes which differ in their libraries or
-in their environment can take turns.
+"""Runs a model in its own process, step by step on request, so that processes with different libraries can alternate.
 
-Run as ``python benchmarks/turns.py MODEL ...`` (by `Runner`), it answers each line "prompt" or "generation" on its
-standard input with the seconds that one took.
+`Runner` starts it as ``python benchmarks/turns.py MODEL ...``. It answers each line "prompt" or "generation" on its
+standard input with the seconds of one run.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Runner:
         self, model: Path, *, threads: int, flash: str, prompt: int, generation: int = 0, register: bool = False,
         environment: Mapping[str, str] | None = None,
     ):  # fmt: skip
-        """`register`: with the plugin even if the model does not need it."""
+        """`register` loads the plugin even if the model does not need it."""
         command = [sys.executable, __file__, model, "--threads", threads, "--flash", flash]
         command += ["--prompt", prompt, "--generation", generation, *(["--register"] if register else [])]
         self._process = subprocess.Popen(
@@ -56,7 +55,7 @@ class Runner:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    """The child: answers until its input ends."""
+    """The child process: answers until its input ends."""
     import numpy as np
 
     from agq_gguf.measure.bench import resident_bytes

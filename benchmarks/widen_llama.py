@@ -1,12 +1,12 @@
-"""Widens a LLaMA so that block types of 128 and 256 columns fit it; what the model computes stays the same.
+"""Zero-pads a LLaMA, so that types with blocks of 128 and 256 columns support it; its function does not change.
 
     python benchmarks/widen_llama.py SmolLM2-135M.gguf widened-f16.gguf --columns 768
     python benchmarks/widen_llama.py story-f16.gguf widened-f16.gguf --columns 256 --inner 512
 
 New channels of the residual stream and of the feed-forward network are zero everywhere; new heads have zero weights.
-RMS norms count the new zeros, so their weights and epsilon are scaled by what the mean of squares loses. Quantized
-tensors are dequantized to F16, so a model that exists only in a quantized type can serve as the float model of a
-comparison (say so: that type's grid is then exact for it, others' are not). Used for the real checkpoint of
+RMS norms include the new zeros in the mean of squares, so their weights and epsilon are scaled to compensate. Quantized
+tensors are dequantized to F16, so a model that exists only in a quantized type can be the float model of a comparison.
+(State this: that type's grid is then exact for the model, other grids are not.) Used for the real checkpoint of
 docs/research/quality.md and docs/research/pruning.md.
 """
 
@@ -22,23 +22,23 @@ from numpy.typing import NDArray
 
 
 def widen(array: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
-    """A matrix with zeros below and to the right, (rows, columns)."""
+    """A matrix zero-padded to (rows, columns)."""
     return np.pad(array, ((0, rows - array.shape[0]), (0, columns - array.shape[1])))
 
 
 def main() -> None:
-    """Reads, widens, writes."""
+    """Reads, zero-pads, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--columns", type=int, required=True, help="new width; a multiple of the heads' size")
-    parser.add_argument("--inner", type=int, help="new width of the feed-forward network; as it is, if left out")
+    parser.add_argument("--inner", type=int, help="new width of the feed-forward network; default: unchanged")
     args = parser.parse_args()
 
     reader = GGUFReader(args.source)
     keys = {name: field.contents() for name, field in reader.fields.items()}
     if keys["general.architecture"] != "llama":
-        parser.error("only arch llama is understood")
+        parser.error(f"architecture must be llama, got {keys['general.architecture']}")
     old, n_head, n_kv = (
         int(keys[f"llama.{key}"]) for key in ("embedding_length", "attention.head_count", "attention.head_count_kv")
     )

@@ -1,8 +1,8 @@
-"""A chat in the browser: one page in front of the OpenAI-compatible server, all in one process.
+"""A chat in the browser: one page and the OpenAI-compatible server in one process.
 
     python examples/chat_app.py model-agq4.gguf
 
-Then open http://127.0.0.1:8000. The page loads nothing from elsewhere.
+Then open http://127.0.0.1:8000. The page loads nothing from other servers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An AGQ4 model as the language model of a LangChain chain, in this process: `LlamaCpp` needs one line of ours.
+"""Uses an AGQ4 model in a LangChain chain, in this process; `LlamaCpp` needs one extra line, `agq_gguf.register()`.
 
 python examples/langchain_llamacpp.py model-agq4.gguf "a dog" "a box"
 """

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal before the step, so that all directions learn equally fast."""
+"""Muon, an optimizer that makes the momentum of each matrix orthogonal, so that all directions learn equally fast."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Matrices (many, rows, columns) with their singular values moved to about 1, by a quintic Newton iteration."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # steep at 0; ends between 0.7 and 1.2, which is near enough for a step
+    """Moves the singular values of matrices (many, rows, columns) to about 1, with a quintic Newton iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # steep at 0; gives values between 0.7 and 1.2, which is good enough for a step
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.transpose(1, 2)
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step; matrices of one shape are worked on together."""
+        """Does one step; matrices of the same shape are processed together."""
         for group in self.param_groups:
             shapes = defaultdict(list)
             for weight in group["params"]:

@@ -1,4 +1,4 @@
-"""The `openai` client against an AGQ4 model on this machine: a completion, and a chat answer as it comes.
+"""Uses an AGQ4 model on this machine with the `openai` client: a completion, and a streamed chat answer.
 
 agq-gguf serve model-agq4.gguf
 python examples/openai_client.py "Once upon a time"
@@ -13,11 +13,11 @@ from openai import OpenAI
 
 
 def main() -> None:
-    """Asks for both and prints them."""
+    """Requests both and prints them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--api-key", default="none", help="what the server was given with --api-key")
+    parser.add_argument("--api-key", default="none", help="the key that was given to the server with --api-key")
     parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()
 

@@ -1,9 +1,9 @@
-"""Endless English stories from a small simulated world: what a tiny language model can learn, and be asked about.
+"""Generates endless English stories from a small simulated world, for a tiny language model to learn and answer about.
 
 A story has a hero, a friend, strangers and many small scenes. Scenes tell *facts*: a sentence with a key that no other
-sentence of the story has and a value chosen freely ("Mia hid the red key under the bed."). The question about it shares
-the key's words ("Where did Mia hide the red key?"), the answer is the telling sentence once more. Between the facts
-stand scenes that tell none. The same seed gives the same stories.
+sentence of the story has, and a value chosen at random ("Mia hid the red key under the bed."). The question about it
+shares the key's words ("Where did Mia hide the red key?"), and the answer repeats the sentence. Between the facts there
+are scenes without facts. The same seed gives the same stories.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Person:
 
 @dataclass
 class Fact:
-    """Something to remember: a question, its answer as a sentence, and the part of it that cannot be guessed."""
+    """A fact to remember: a question, its answer as a sentence, and the part of the answer that cannot be guessed."""
 
     question: str
     answer: str
@@ -103,7 +103,7 @@ class Fact:
 
 
 class Exhausted(Exception):
-    """The story has used all keys of a kind; another fact could not be told from the earlier ones."""
+    """The story has used all keys of a kind, so another fact would be confused with an earlier one."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class World:
     used: set[str] = field(default_factory=set)
 
     def key(self, options: list[str]) -> str:
-        """One of the options that this story has not used as a key so far."""
+        """One of the options that this story has not used as a key yet."""
         fresh = [option for option in options if option not in self.used]
         if not fresh:
             raise Exhausted
@@ -128,11 +128,11 @@ class World:
         return choice
 
     def any(self, options: list[str]) -> str:
-        """One of the options, whatever was before."""
+        """One of the options, used before or not."""
         return self.rng.choice(options)
 
     def once(self, what: str, people: list[Person]) -> Person:
-        """One of the people of whom this was not told so far."""
+        """One of the people about whom this was not told yet."""
         name = self.key([f"{what} {person.name}" for person in people]).removeprefix(f"{what} ")
         return next(person for person in people if person.name == name)
 
@@ -141,17 +141,17 @@ class World:
         return (self.hero, self.friend) if self.rng.random() < 0.5 else (self.friend, self.hero)
 
     def say(self, *choices: str) -> None:
-        """Adds one of the sentences; a small letter at the start of a sentence is made large."""
+        """Adds one of the sentences, with a capital letter at its start."""
         self.lines.append(sentence(self.rng.choice(choices)))
 
     def tell(self, question: str, answer: str, value: str, *leads: str) -> None:
-        """Tells a fact, perhaps behind an opening word, and remembers it."""
+        """Tells a fact, perhaps after an opening word, and remembers it."""
         self.say(self.rng.choice(["", *leads]) + answer)
         self.facts.append(Fact(question, sentence(answer), value))
 
 
 def sentence(text: str) -> str:
-    """Large letters where sentences start."""
+    """The text with capital letters at the start of sentences."""
     return re.sub(r'(^"?|[.!?] "?)([a-z])', lambda found: found[1] + found[2].upper(), text)
 
 
@@ -161,7 +161,7 @@ def article(noun: str) -> str:
 
 
 def person(rng: random.Random, used: set[str]) -> Person:
-    """Somebody whose name is not taken."""
+    """A person with an unused name."""
     girl = rng.random() < 0.5
     names = [n for n in (GIRLS if girl else BOYS) if n not in used]
     if not names:
@@ -349,11 +349,11 @@ FACTS = [
 ]  # fmt: skip
 
 
-# scenes that tell none
+# scenes without facts
 
 
 def landscape(w: World) -> None:
-    """What is to be seen and heard."""
+    """Sights and sounds."""
     w.say(
         f"the {w.any(['grass', 'water', 'snow', 'moss', 'sand'])} was soft under their feet.",
         f"the wind blew over the {w.any(['hills', 'fields', 'roofs', 'trees'])}.",
@@ -364,7 +364,7 @@ def landscape(w: World) -> None:
 
 
 def chatter(w: World) -> None:
-    """Something is said that matters little."""
+    """Small talk."""
     a, b = w.pair()
     w.say(
         f'"good {w.any(TIMES)}," said {a.name}. "How are you?" {b.name} {w.any(["laughed", "smiled", "nodded"])}.',
@@ -405,7 +405,7 @@ FILLERS = [landscape, chatter, game, landscape, chatter, game, trouble]
 
 
 def remember(w: World) -> None:
-    """A fact of before comes up in talk."""
+    """The people talk about an earlier fact."""
     fact, (asker, teller) = w.rng.choice(w.facts), w.pair()
     w.say(
         f'"{fact.question}" asked {asker.name}. {teller.name} remembered: "{fact.answer}"',
@@ -447,9 +447,9 @@ def ending(w: World) -> None:
 
 
 def tell(rng: random.Random, facts: int, fillers: float = 0.5, memories: float = 0.2) -> World:
-    """One story with at least so many facts, if they can be told apart; the world at its end holds lines and facts.
+    """One story with at least `facts` facts, unless its keys run out; the returned world holds its lines and facts.
 
-    fillers, memories: how often a scene without a fact, or a fact of before, follows a scene with facts.
+    fillers, memories: how often a scene without a fact, or a repeated fact, follows a scene with facts.
     """
     used: set[str] = set()
     world = World(rng, person(rng, used), person(rng, used), rng.choice(PLACES), used=used)
@@ -473,7 +473,7 @@ def tell(rng: random.Random, facts: int, fillers: float = 0.5, memories: float =
 
 @dataclass
 class Talk:
-    """A document: a story alone, or what was asked for, the story, and facts to be asked about."""
+    """A document: a story alone, or a request, the story, and facts to ask about."""
 
     request: str
     story: str
@@ -481,7 +481,7 @@ class Talk:
 
 
 def talk(rng: random.Random, max_facts: int = 12) -> Talk:
-    """One document of up to so many facts, all of which are asked for if any is."""
+    """One document of up to `max_facts` facts, with questions about all of them or none."""
     world = tell(rng, rng.randint(1, max_facts), 0.8 * rng.random() * rng.random(), rng.choice([0, 0.2]))
     story = " ".join(world.lines)
     if rng.random() < 0.15:
@@ -507,7 +507,7 @@ def as_text(document: Talk) -> str:
 
 
 def texts(seed: int, max_facts: int = 12) -> Iterator[Talk]:
-    """Documents without end."""
+    """Endless documents."""
     rng = random.Random(seed)
     while True:
         yield talk(rng, max_facts)

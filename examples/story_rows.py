@@ -1,7 +1,7 @@
 """Tokenizer and training rows of the demo model: stories and questions about them.
 
-A row is a window of tokens that begins with a document, and says which of them are answers and where these stand in the
-story.
+A row is a window of tokens that begins with a document. It also says which tokens are answers, and where the story
+tells them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Tokenizer = sentencepiece.SentencePieceProcessor
 
 
 def train_tokenizer(vocab: int, seed: int, documents: int = 4000) -> Tokenizer:
-    """SentencePiece BPE with bytes for what it does not know; no space is added before a text."""
+    """SentencePiece BPE with bytes for unknown characters; it adds no space before a text."""
     talks = story_grammar.texts(seed)
     lines = (line for _ in range(documents) for line in story_grammar.as_text(next(talks)).split("\n"))
     model = io.BytesIO()
@@ -35,7 +35,7 @@ def train_tokenizer(vocab: int, seed: int, documents: int = 4000) -> Tokenizer:
 
 @dataclass
 class Row:
-    """Tokens, and where in them is what only an earlier place tells.
+    """Tokens, and the places of tokens that can only be copied from an earlier place.
 
     values: position of such a token of an answer -> position of the same token in the sentence that told it, or -1 if
     it was told more than once. keys: position of any other token of an answer -> the same in the question, or -1.
@@ -46,14 +46,14 @@ class Row:
     keys: dict[int, int] = field(default_factory=dict)
 
     def append(self, other: Row) -> None:
-        """Adds another row's tokens behind these."""
+        """Appends another row's tokens."""
         begin = len(self.tokens)
         self.tokens += other.tokens
         for mine, theirs in ((self.values, other.values), (self.keys, other.keys)):
             mine |= {begin + at: begin + source if source >= 0 else -1 for at, source in theirs.items()}
 
     def cut(self, size: int) -> None:
-        """Leaves out all behind the first tokens."""
+        """Keeps only the first `size` tokens."""
         del self.tokens[size:]
         for places in (self.values, self.keys):
             for at in [at for at in places if at >= size]:
@@ -61,7 +61,7 @@ class Row:
 
 
 def encode(talk: Talk, tokenizer: Tokenizer, chat: bool = True) -> Row:
-    """A document as the chat template writes it, with an end token behind each answer, or as plain text."""
+    """A document in the form of the chat template, with an end token after each answer, or as plain text."""
     if not chat:
         return Row(tokenizer.encode(story_grammar.as_text(talk) + "\n\n"))
     if not talk.request:
@@ -71,7 +71,7 @@ def encode(talk: Talk, tokenizer: Tokenizer, chat: bool = True) -> Row:
     for fact in talk.facts:
         before, behind = fact.answer.rsplit(f" {fact.value}", 1)
         key, value = tokenizer.encode(f" {before}"), tokenizer.encode(f" {fact.value}")
-        told = as_characters(key[1:] + value)  # an answer starts with a large letter, a telling perhaps not
+        told = as_characters(key[1:] + value)  # without the first token: only an answer always has a capital letter
         source = story.find(told) + len(key) - 1 if story.count(told) == 1 else -1
         asked = len(row.tokens)
         row.tokens += tokenizer.encode(f"\nUser: {fact.question}\nBot:")
@@ -97,13 +97,13 @@ class Rows:
     """Rows of whole documents, of which the last is cut off; the same seed gives the same rows."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int):
-        """seed: of all rows."""
+        """`seed` decides all rows."""
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
         self.documents = 0
 
     def next(self, size: int) -> Row:
-        """A row of so many tokens; its stories have as many facts as go well with it."""
+        """A row of `size` tokens; the number of facts in its stories fits its length."""
         row = Row()
         while len(row.tokens) < size:
             self.documents += 1

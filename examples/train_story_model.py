@@ -1,24 +1,25 @@
-"""Trains the demo model that ships with agq_gguf: a LLaMA of 1.9 million parameters that tells stories and answers.
+"""Trains the demo model of agq_gguf: a LLaMA of 1.9 million parameters that tells stories and answers questions.
 
-The text comes from ``story_grammar.py`` and is never repeated; the model is plain PyTorch; the file is GGUF (arch
-``llama``, F16). Everything follows from ``--seed``. 2600 steps of 0.6 to 1.2 seconds on one core (the variables keep
-the C library from giving memory back to the system after every step, which costs half of the time):
+The text comes from ``story_grammar.py`` and is never repeated. The model is plain PyTorch, the file is GGUF (arch
+``llama``, F16). ``--seed`` decides everything. Training takes 2600 steps of 0.6 to 1.2 seconds on one core. Without the
+variables below, the C library would return memory to the system after every step, which doubles the time:
 
     export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
     python examples/train_story_model.py --output agq_gguf/data/story-f16.gguf
 
-With ``--texts FOLDER`` it writes the calibration and evaluation texts instead (other seeds than training's);
-``--calibration-bytes`` asks for a longer text to calibrate with, which begins as the shipped one.
+With ``--texts FOLDER`` it writes the calibration and evaluation texts instead, from seeds that training does not use;
+``--calibration-bytes`` makes the calibration text longer than the shipped one, with the same beginning.
 
-A model this small would need very long to find out that answers stand in the story. So two heads of one layer are
-shown: a second loss draws their attention from a token of an answer to where the story has told it (and from other
-words of an answer to the question). It fades out over the training. ``--ask-every`` prints what share of questions
-about unseen stories is answered.
+A model this small would need very long to learn that the answers are in the story. So training guides two heads of one
+layer: a second loss moves their attention from a token of an answer to the place in the story that tells it (and from
+other words of an answer to the question). Its weight falls to zero during training. ``--ask-every`` prints the share of
+questions about unseen stories that the model answers.
 
-The shipped file is from three runs, because settings were changed on the way: steps 0 to 800 and 800 to 1000 with
-``--guided-part 0.4`` and a longer full rate (the first with an earlier marking of values in two kinds of answers), and
-from there ``--first-step 1000 --learning-rate 0.013 --adam-rate 0.0015 --minutes 26`` up to step 2195; about half an
-hour of computing in all. The defaults are what these runs taught; one run with them was not made.
+The shipped file comes from three runs, because settings changed between them. Steps 0 to 800 and 800 to 1000 used
+``--guided-part 0.4`` and the full learning rate for longer (the first run marked values differently in two kinds of
+answers). The rest, up to step 2195, used ``--first-step 1000 --learning-rate 0.013 --adam-rate 0.0015 --minutes 26``.
+Together they took about half an hour. The defaults are the settings learned from these runs; no single run was made
+with them.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 TRAIN_SEED, CALIBRATION_SEED, EVALUATION_SEED = 1, 1001, 2002
-STEADY = 0.3  # of the training, with the full learning rate
-KEY_WEIGHT = 3.0  # of the other tokens of an answer, in the loss
-GUIDED = 4  # the layer that is shown where answers stand, in the first part of the training
+STEADY = 0.3  # share of the training with the full learning rate
+KEY_WEIGHT = 3.0  # weight in the loss of the other tokens of an answer
+GUIDED = 4  # the layer whose attention is guided to answers in the first part of the training
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ 'Bot: ' + message['content'] + eos_token + '\n' }}"
@@ -81,7 +82,7 @@ def rope_turns(shape: Shape) -> torch.Tensor:
 def rope(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """Rotates neighbouring pairs (2i, 2i + 1), llama.cpp's order for arch ``llama``.
 
-    x: (batch, heads, tokens, size); turns: see ``rope_turns``, for at least so many tokens.
+    x: (batch, heads, tokens, size); turns: see ``rope_turns``, for at least as many tokens.
     """
     cosine, sine = turns[:, : x.shape[2]]
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -89,10 +90,10 @@ def rope(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Attention with grouped heads, then SwiGLU; both behind an RMS norm and added to the stream."""
+    """Attention with grouped heads, then SwiGLU; each has an RMS norm before it and is added to the residual stream."""
 
     def __init__(self, shape: Shape):
-        """Fresh weights of these sizes."""
+        """Initial weights of these sizes."""
         super().__init__()
         self.shape = shape
         n, kv = shape.n_embd, shape.n_kv * (shape.n_embd // shape.n_head)
@@ -104,10 +105,10 @@ class Block(nn.Module):
         self.ffn_down = nn.Linear(shape.n_ff, n, bias=False)
 
     def astray(self, x: torch.Tensor, turns: torch.Tensor, lead: torch.Tensor) -> torch.Tensor:
-        """How far heads are from looking where they should, as a cross entropy.
+        """Cross entropy between the attention of guided heads and the places they should attend to.
 
-        lead: (4, many) with row, number of a head in its group (of all groups), position, and the earlier position to
-        look at.
+        lead: (4, many) with row, number of a head in its group (for all groups), position, and the earlier position to
+        attend to.
         """
         tokens, size = x.shape[1], self.shape.n_embd // self.shape.n_head
         h = self.attn_norm(x)
@@ -138,7 +139,7 @@ class StoryModel(nn.Module):
     """LLaMA; the names of the parameters are those of the GGUF tensors."""
 
     def __init__(self, shape: Shape):
-        """Fresh weights, normal, smaller where they write into the residual stream."""
+        """Initial weights, normal, smaller where they write into the residual stream."""
         super().__init__()
         self.shape = shape
         self.token_embd = nn.Embedding(shape.vocab, shape.n_embd)
@@ -152,7 +153,7 @@ class StoryModel(nn.Module):
                 nn.init.normal_(weight, std=0.05 / math.sqrt(2 * shape.n_layer) if residual else 0.05)
 
     def prepare_to_copy(self) -> None:
-        """Large embeddings, and a head that is like them: what attention copies is what the model says, at first."""
+        """Large embeddings and an equal output matrix, so that at first the model says what attention copies."""
         nn.init.normal_(self.token_embd.weight)
         self.output.weight.data.copy_(0.05 * self.token_embd.weight)
 
@@ -161,7 +162,7 @@ class StoryModel(nn.Module):
         return self.guided(tokens, None)[0]
 
     def guided(self, tokens: torch.Tensor, lead: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits, and how far layer GUIDED is ``astray`` of the lead."""
+        """Logits, and the loss ``astray`` of layer GUIDED."""
         x, astray = self.token_embd(tokens), torch.zeros(())
         for number, block in enumerate(self.blk):
             if lead is not None and number == GUIDED:
@@ -187,18 +188,19 @@ def write_texts(folder: Path, calibration_bytes: int) -> None:
 
 
 def schedule(progress: float, peak: float, steady: float = 0.0) -> float:
-    """Learning rate at 0..1 of the way: short warm-up, steady for a while, then down to zero in a straight line."""
+    """Learning rate at progress 0..1: a short warm-up, constant for a while, then linear to zero."""
     return peak * min(1.0, progress / 0.02) * min(1.0, (1.0 - progress) / (1.0 - steady))
 
 
 def window_size(progress: float, context: int) -> int:
-    """Tokens per row: short ones first, which is faster, whole contexts at the end."""
+    """Tokens per row: short rows first, which is faster, whole contexts at the end."""
     return context // (4 if progress < 0.1 else 2 if progress < 0.45 else 1)
 
 
 def answered(model: StoryModel, tokenizer: Tokenizer, facts: int, count: int) -> tuple[float, float]:
-    """Of questions about unseen stories with so many facts: share of answers, and of their values, where each token is
-    the likeliest one.
+    """Share of right answers, and of right values in answers, to questions about unseen stories with `facts` facts.
+
+    An answer is right if each of its tokens is the most likely one.
     """
     rng, right, known = random.Random(EVALUATION_SEED), [], []
     while len(right) < count:
@@ -268,7 +270,7 @@ def train(model: StoryModel, tokenizer: Tokenizer, args: argparse.Namespace) -> 
 
 
 def tensors(rows: list[Row], value_weight: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens of rows, the weight of the loss behind each but the last (flat), and the lead for ``Block.astray``."""
+    """Tokens of rows, the loss weight after each token except the last (flat), and the lead for ``Block.astray``."""
     tokens = torch.tensor([row.tokens for row in rows])
     weights = torch.ones_like(tokens, dtype=torch.float32)
     lead = []
@@ -362,24 +364,32 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="only write the calibration and evaluation text into this folder")
     parser.add_argument("--calibration-bytes", type=int, default=80_000, help="length of the calibration text")
     parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--first-step", type=int, default=0, help="where to go on with --continue-from")
-    parser.add_argument("--minutes", type=float, default=0, help="hurry if steps take longer (then not reproducible)")
+    parser.add_argument("--first-step", type=int, default=0, help="first step with --continue-from")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="shorten the training to this time (then not reproducible)"
+    )
     parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--learning-rate", type=float, default=0.02, help="of Muon, for the matrices of the layers")
-    parser.add_argument("--adam-rate", type=float, default=2e-3, help="of AdamW, for embedding, head and norms")
-    parser.add_argument("--decay", type=float, default=0.1, help="of the matrices of the layers")
+    parser.add_argument(
+        "--learning-rate", type=float, default=0.02, help="rate of Muon, for the matrices of the layers"
+    )
+    parser.add_argument(
+        "--adam-rate", type=float, default=2e-3, help="rate of AdamW, for embedding, output matrix and norms"
+    )
+    parser.add_argument("--decay", type=float, default=0.1, help="weight decay of the matrices of the layers")
     parser.add_argument(
         "--value-weight",
         type=float,
         default=10.0,
-        help="of the part of an answer that only the story tells, in the loss",
+        help="weight in the loss of the part of an answer that only the story tells",
     )
     parser.add_argument(
-        "--guidance", type=float, default=0.3, help="weight of what shows one layer where answers stand"
+        "--guidance", type=float, default=0.3, help="weight of the loss that guides attention to answers"
     )
-    parser.add_argument("--guided-part", type=float, default=0.8, help="of the training, in which it fades out")
+    parser.add_argument(
+        "--guided-part", type=float, default=0.8, help="share of the training after which guidance ends"
+    )
     parser.add_argument("--ask-every", type=int, default=100, help="steps between two counts of right answers")
-    parser.add_argument("--continue-from", type=Path, help="a model written by this script, to be trained further")
+    parser.add_argument("--continue-from", type=Path, help="model written by this script, to train further")
     parser.add_argument("--seed", type=int, default=TRAIN_SEED)
     parser.add_argument("--threads", type=int, default=1, help="more than one rarely helps matrices this small")
     args = parser.parse_args()
