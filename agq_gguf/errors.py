@@ -27,6 +27,12 @@ class FormatError(InputError):
     exit_code = 3
 
 
+class EditedError(FormatError):
+    """All tensors are what `quantize` wrote, but the metadata is not."""
+
+    exit_code = 6
+
+
 class HostError(AgqError):
     """The installed llama-cpp-python (or the program that loads the plugin) cannot be used with this plugin."""
 

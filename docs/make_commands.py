@@ -22,7 +22,7 @@ HEAD = """# Commands
 `docs/make_commands.py` writes this page from the program itself. `agq-gguf --version` shows the versions of this
 package and of the packages it needs. `agq-gguf --debug COMMAND` shows tracebacks and llama.cpp's log. Exit codes:
 0 success, 2 a file or an option cannot be used, 3 damaged AGQ4 data, 4 the installed llama-cpp-python cannot be used or
-a package is missing, 5 the result cannot be written.
+a package is missing, 5 the result cannot be written, 6 only the metadata of a model was edited.
 """
 
 

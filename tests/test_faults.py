@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import tiny_models
 from command_line import environment, heeding_interrupts, run
 
-from agq_gguf.errors import FormatError, InputError, OutputError
+from agq_gguf.errors import EditedError, FormatError, InputError, OutputError
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.gguf_io.writer import Writer, layout
 from agq_gguf.inspection.verify import verify
@@ -65,10 +66,33 @@ def test_every_flipped_byte_is_found(made: Path) -> None:
     rope = original.index(b"llama.rope.freq_base")
     for at in (rope, rope + 24, original.index(b"general.name") + 26, names_at):
         made.write_bytes(original[:at] + bytes([original[at] ^ 1]) + original[at + 1 :])
-        assert verify(made).problems == ["the metadata was edited or damaged"]
-    result = run("verify", made, code=FormatError.exit_code)
-    assert "damaged" in result.stderr
-    assert '"problems": [' in run("verify", made, "--json", code=FormatError.exit_code).stdout
+        assert verify(made).problems == ["the metadata was edited"] and verify(made).only_edited
+
+
+def test_what_verify_says_of_a_changed_model(made: Path) -> None:
+    """Damage and edited metadata have exit codes of their own; damage is worse."""
+    original = made.read_bytes()
+    with open_gguf(made) as reader:
+        weight, n = reader.tensors["blk.0.ffn_up.weight"].offset, len(reader.tensors)
+    renamed = original.replace(b"tiny random", b"tiny Random")
+    damaged = original[:weight] + bytes([original[weight] ^ 1]) + original[weight + 1 :]
+    both = renamed[:weight] + damaged[weight:]
+
+    made.write_bytes(renamed)
+    edited = run("verify", made, "-q", code=EditedError.exit_code)
+    assert f"made.gguf: the metadata was edited; all {n} tensors are intact" in edited.stderr
+    assert "damaged" not in edited.stderr and edited.stdout == ""
+    found = json.loads(run("verify", made, "--json", code=EditedError.exit_code).stdout)
+    assert found["metadata_edited"] and found["problems"] == ["the metadata was edited"]
+
+    made.write_bytes(damaged)
+    worse = run("verify", made, "-q", code=FormatError.exit_code).stderr
+    assert "made.gguf: damaged (1 problems)" in worse and "edited" not in worse
+    found = json.loads(run("verify", made, "--json", code=FormatError.exit_code).stdout)
+    assert not found["metadata_edited"] and len(found["problems"]) == 1
+
+    made.write_bytes(both)
+    assert "made.gguf: damaged (2 problems)" in run("verify", made, "-q", code=FormatError.exit_code).stderr
 
 
 def test_checksums_of_attributes_count_too(made: Path, tmp_path: Path) -> None:

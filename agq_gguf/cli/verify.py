@@ -10,7 +10,7 @@ import typer
 
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Quiet
-from agq_gguf.errors import FormatError
+from agq_gguf.errors import EditedError, FormatError
 
 
 def verify(
@@ -22,7 +22,8 @@ def verify(
 ) -> None:
     """Check that a model is exactly what quantize wrote.
 
-    Reads the whole file and compares every tensor and the metadata with the digests stored in it.
+    Reads the whole file and compares every tensor and the metadata with the digests stored in it. If only the metadata
+    was edited, the exit code is 6.
     """
     from agq_gguf.inspection.verify import verify as run
 
@@ -30,6 +31,11 @@ def verify(
         found = run(model, view.update)
     if as_json:
         show.write_json({"model": str(model), **asdict(found)})
+    if found.only_edited:
+        raise EditedError(
+            f"{model}: the metadata was edited; all {found.tensors} tensors are intact ({show.size(found.bytes)}). "
+            "If you did not edit it, make or download the file again"
+        )
     if found.problems:
         for problem in found.problems if not as_json else ():
             show.complain(problem)

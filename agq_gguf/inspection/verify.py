@@ -22,6 +22,12 @@ class Verification:
     tensors: int
     bytes: int  # of all tensors
     problems: list[str]  # one line each
+    metadata_edited: bool  # the metadata is not what was written; `problems` says so, too
+
+    @property
+    def only_edited(self) -> bool:
+        """Whether the metadata was edited and all tensors are intact."""
+        return self.metadata_edited and len(self.problems) == 1
 
 
 def verify(path: str | os.PathLike[str], progress: Progress = no_progress) -> Verification:
@@ -39,8 +45,9 @@ def verify(path: str | os.PathLike[str], progress: Progress = no_progress) -> Ve
         if len(wanted) != len(reader.tensors):
             problems.append(f"the file holds {len(wanted)} digests, but {len(reader.tensors)} tensors")
         found = metadata_digest({key: field.raw for key, field in reader.metadata.items()}, reader.tensors.values())
-        if found != reader.get(METADATA_HASH):
-            problems.append("the metadata was edited or damaged")
+        edited = found != reader.get(METADATA_HASH)
+        if edited:
+            problems.append("the metadata was edited")
         total, done = sum(tensor.n_bytes for tensor in reader.tensors.values()), 0
         for tensor, digest in zip(reader.tensors.values(), wanted, strict=False):
             progress("verify", done, total, tensor.name)
@@ -49,7 +56,7 @@ def verify(path: str | os.PathLike[str], progress: Progress = no_progress) -> Ve
                 problems.append(f"tensor {tensor.name}: {problem}")
             done += tensor.n_bytes
         progress("verify", done, total, "")
-        return Verification(len(reader.tensors), total, problems)
+        return Verification(len(reader.tensors), total, problems, edited)
 
 
 def _problem(reader: Reader, tensor: Tensor, wanted: str) -> str:
