@@ -18,7 +18,8 @@ _FILE_NAME = "libggml-agq" + (".dll" if sys.platform == "win32" else ".so")
 
 _POINTER, _TEXT, _INT, _COUNT = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
 
-# Result and arguments of each function. Those for rounding need no host library; all others need the plugin registered.
+# Result and arguments of each function. Those for rounding, and the kernels and their speed, need no host library; all
+# others need the plugin registered.
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "agq_last_error": (_TEXT, []),
     # index, name, what was found, whether it passed, microseconds
@@ -26,6 +27,11 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
         _INT,
         [_INT, ctypes.POINTER(_TEXT), ctypes.POINTER(_TEXT), ctypes.POINTER(_INT), ctypes.POINTER(ctypes.c_double)],
     ),
+    # index, name, whether supported, whether chosen
+    "agq_kernel": (_INT, [_INT, ctypes.POINTER(_TEXT), ctypes.POINTER(_INT), ctypes.POINTER(_INT)]),
+    # words, n, seconds
+    "agq_read_speed": (ctypes.c_double, [_POINTER, _COUNT, ctypes.c_double]),
+    "agq_product_speed": (ctypes.c_double, [ctypes.c_double]),
     "agq_set_option": (_TEXT, [_INT, _TEXT]),
     "agq_last_pruned": (_INT, [ctypes.POINTER(_INT), _INT]),
     "agq_last_bits": (_INT, [ctypes.POINTER(_INT), _INT]),

@@ -174,6 +174,15 @@ def test_a_sandbox_that_says_little(machine: Machine) -> None:
     assert machine.threads == 64
 
 
+def test_threads_of_one_core(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpu in range(8):
+        machine.write(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 4},{cpu % 4 + 4}\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 4, 5, 6}, raising=False)
+    assert available_cpus(machine.root) == AvailableCpus(5, None, cores=3)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 99}, raising=False)
+    assert available_cpus(machine.root).cores is None
+
+
 def test_affinity(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.groups("0::/\n", V2.format(top="/", mount="/sys/fs/cgroup"))
     machine.write("/sys/fs/cgroup/cpu.max", "800000 100000\n")

@@ -27,6 +27,7 @@ class AvailableCpus:
 
     allowed: int  # CPUs that the scheduler lets it run on
     quota: Quota | None  # the smallest one; None: no quota
+    cores: int | None = None  # physical cores of these CPUs; None: unknown
 
     @property
     def threads(self) -> int:
@@ -45,8 +46,23 @@ def default_threads() -> int:
 
 def available_cpus(root: Path = Path("/")) -> AvailableCpus:
     """The CPUs that this process may use. `root` is the folder with proc and sys, for tests."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return AvailableCpus(allowed, min(_quotas(root), key=lambda quota: quota.cpus, default=None))
+    quota = min(_quotas(root), key=lambda quota: quota.cpus, default=None)
+    if not hasattr(os, "sched_getaffinity"):
+        return AvailableCpus(os.cpu_count() or 1, quota)
+    allowed = os.sched_getaffinity(0)
+    return AvailableCpus(len(allowed), quota, _cores(root, allowed))
+
+
+def _cores(root: Path, cpus: set[int]) -> int | None:
+    """The number of physical cores among CPUs, which may be several threads of one core; None if that is unknown."""
+    siblings = set()
+    for cpu in cpus:
+        file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        try:
+            siblings.add(file.read_text(encoding="ascii").strip())
+        except (OSError, ValueError):
+            return None
+    return len(siblings)
 
 
 def _quotas(root: Path) -> Iterator[Quota]:

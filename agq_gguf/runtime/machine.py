@@ -1,0 +1,118 @@
+"""The machine: its processor, which kernels it can run, and how fast it reads memory and multiplies."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agq_gguf.errors import HostError
+from agq_gguf.native import plugin_library
+
+READ_BYTES = 256 << 20  # more than most caches hold
+# What Linux calls the features that decide how fast ggml and the plugin are.
+_FEATURES = (
+    "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
+    "amx_int8", "asimd", "asimddp", "i8mm", "sve", "sve2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What the operating system says of the processor."""
+
+    name: str
+    features: list[str]  # those that matter for speed; empty where the system has no /proc/cpuinfo
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of the plugin."""
+
+    name: str
+    supported: bool  # by this CPU and operating system
+    chosen: bool  # whether products run with it
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What all threads did together."""
+
+    threads: int
+    read_bytes_per_second: float
+    operations_per_second: float  # of the chosen kernel's product of 8-bit by 4-bit integers; 0: no kernel is chosen
+    cpu_share: float  # of the time in which the threads could have run; less than 1 if they had to wait for a CPU
+
+
+def processor(root: Path = Path("/")) -> Processor:
+    """The processor of this machine. `root` is the folder with proc, for tests."""
+    fields: dict[str, str] = {}
+    try:
+        text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        for line in text.split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    except OSError:
+        pass
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return Processor(name, [feature for feature in _FEATURES if feature in flags])
+
+
+def kernels() -> list[Kernel]:
+    """All kernels of the plugin, best first. Raises HostError if the plugin cannot be loaded."""
+    return list(_kernels())
+
+
+def _kernels() -> Iterator[Kernel]:
+    name, supported, chosen = ctypes.c_char_p(), ctypes.c_int32(), ctypes.c_int32()
+    with plugin_library() as plugin:
+        index = 0
+        while plugin.agq_kernel(index, ctypes.byref(name), ctypes.byref(supported), ctypes.byref(chosen)):
+            yield Kernel((name.value or b"").decode(), bool(supported.value), bool(chosen.value))
+            index += 1
+
+
+def measure_speed(threads: int, seconds: float = 2.0) -> Speed:
+    """Measures for about `seconds`: half of them reads, half of them products, in `threads` threads at once.
+
+    Raises HostError if the plugin cannot be loaded or memory is lacking.
+    """
+    n = max(READ_BYTES // 8 // threads // 8 * 8, 1 << 20)  # words that each thread reads
+    try:
+        with plugin_library() as plugin, ThreadPoolExecutor(threads) as pool:
+            begin = threading.Barrier(threads, timeout=60)  # or all would wait for a thread that could not start
+            busy: list[float] = []
+
+            def read(_: int) -> float:
+                try:
+                    words = np.ones(n, np.uint64)  # in memory near the CPU of the thread
+                except MemoryError:
+                    begin.abort()
+                    raise
+                return _share(begin, busy, lambda: plugin.agq_read_speed(words.ctypes.data, n, seconds / 2))
+
+            def multiply(_: int) -> float:
+                return _share(begin, busy, lambda: plugin.agq_product_speed(seconds / 2))
+
+            read_speed = sum(pool.map(read, range(threads)))
+            operations = sum(pool.map(multiply, range(threads)))
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: a thread cannot be started, or the barrier is broken
+        raise HostError(f"too little memory or too many threads to measure with {threads} threads") from error
+    return Speed(threads, read_speed, operations, min(1.0, float(np.mean(busy))))
+
+
+def _share(begin: threading.Barrier, busy: list[float], work: Callable[[], float]) -> float:
+    """The result of `work`, which all threads begin at once; adds the share of the time that this thread ran."""
+    begin.wait()
+    wall, cpu = time.perf_counter(), time.thread_time()
+    result = work()
+    busy.append((time.thread_time() - cpu) / (time.perf_counter() - wall))
+    return result
