@@ -72,7 +72,7 @@ int cache_layer(const ggml_tensor *cache) {
 void graph_facts::read(ggml_tensor **nodes, int n) {
     *this = {};
     n_nodes = n;
-    complete = true;
+    complete = is_part = true;
     const size_t count = static_cast<size_t>(n);
     tensors.assign(nodes, nodes + n);
     numbers_.reserve(2 * count + 16);
@@ -94,6 +94,7 @@ void graph_facts::read(ggml_tensor **nodes, int n) {
         // Cells that are written now must be known, or they would be taken for those of dropped tokens.
         const bool stores = nodes[i]->op == host.op_set_rows && begins(root_of(nodes[i]), cache_prefix);
         unknown_store = unknown_store || (stores && nodes[i]->src[1] != k_cells);
+        if (nodes[i]->flags & ggml_flag_output) is_part = false;
         find_site(i);
     }
 }

@@ -37,6 +37,7 @@ class graph_facts {
     std::vector<int> last_use;           ///< by number: the last node that reads it, or -1
     std::vector<attention_site> sites;   ///< in graph order
     bool complete = false;               ///< whether all sources are leaves or nodes of this graph
+    bool is_part = false;                ///< whether another graph holds what the host wants: this one has no result
 
     // Inputs, or null; `ambiguous` if there are several of a kind.
     const ggml_tensor *mask = nullptr, *tokens = nullptr, *positions = nullptr, *k_cells = nullptr, *out_ids = nullptr;

@@ -11,6 +11,9 @@ std::string find_gap(const graph_facts &facts) {
     if (!facts.complete || (facts.k_cells && !facts.out_ids)) {
         return "the host computes the graph in parts (an evaluation callback, or several devices)";
     }
+    if (facts.is_part && facts.sites.empty()) {
+        return "attention and its K/V cache are on another device, or the host computes the graph in parts";
+    }
     if (facts.ambiguous) return "the model has several attention masks or caches (sliding windows)";
     if (!facts.mask || !facts.k_cells || facts.sites.empty()) return "the model has no causal K/V cache";
     if (facts.mask->ne[3] != 1) return "the batch holds several sequences";
