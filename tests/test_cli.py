@@ -126,7 +126,7 @@ def test_a_missing_plugin_is_explained(llama_agq: Path, monkeypatch: pytest.Monk
     def refuse() -> None:
         raise HostError("llama-cpp-python 0.2.0 was found; supported are 0.3.30 to 0.3.36")
 
-    monkeypatch.setattr("agq_gguf.runtime.model_file.register", refuse)
+    monkeypatch.setattr("agq_gguf.runtime.model_file.register_for_models", refuse)
     error = run("generate", llama_agq, "-p", "the", code=4).stderr
     assert "holds 14 AGQ4 tensors, which need the AGQ plugin" in error
     assert "supported are 0.3.30 to 0.3.36" in error

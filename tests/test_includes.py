@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels/x86", "kernels/arm"),
     ("kernels/portable",),
     ("kernels",),
+    ("proof",),
     ("host",),
     ("format",),
     ("base",),

@@ -1,6 +1,5 @@
 // The releases with which the plugin was tested; nothing else in the project says which they are. There is no upper
-// bound: abi_proof.h decides about every host that is not older than the first. `benchmarks/hosts.py` reads these
-// lines, tests each host, and writes the table of docs/releases.md.
+// bound: abi_proof.h decides about every host that is not older than the first.
 #pragma once
 
 // X(version of ggml, name of the package or program, its version), oldest ggml first.
