@@ -1,6 +1,6 @@
 // A device of type GPU for tests of models that run on two devices: it takes every operation that has no AGQ4 weights,
-// and runs it on an inner CPU backend in host memory. What a real one would copy stays where it is; which part of a graph
-// each device is given is the same.
+// and runs it on an inner CPU backend in host memory. What a real one would copy stays where it is; which part of a
+// graph each device is given is the same.
 #include <cstring>
 #include <string>
 

@@ -154,7 +154,7 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
 
 // many tokens: two panels at a time, codes looked up once for many blocks
 
-/// A group of 64 columns of two panels, ready for pair_block: codebook bytes and scales.
+/// A group of 64 columns of two panels, ready for pair_blocks: codebook bytes and scales.
 struct pair_group {
     uint8_t u[16][2][64];  ///< [4 columns][panel][16 rows x 4 columns]
     float d[2][16];
