@@ -11,6 +11,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
+from agq_gguf.inspection.program import examine
 from agq_gguf.native import backend_path
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
@@ -55,6 +56,12 @@ def test_preloading_registers_the_backend(program: Path) -> None:
 def test_a_default_build_ignores_the_variable(program: Path) -> None:
     """The reason for all this; if it fails one day, the documents can be simpler."""
     assert run(program, GGML_BACKEND_PATH=str(backend_path())) == ["before 0", "after 0"]
+
+
+def test_the_doctor_says_the_same(program: Path) -> None:
+    found = examine(program, backend_path())
+    assert found.preload.works and not found.backend_path.works
+    assert found.ggml_library is not None and "ggml-base" in found.ggml_library
 
 
 def test_programs_without_llama_do_not_mind() -> None:

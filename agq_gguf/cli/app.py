@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from agq_gguf._version import __version__
-from agq_gguf.cli import bench, chat, demo, evaluate, import_hf, inspect, prune, quantize, report, serve, verify
+from agq_gguf.cli import bench, chat, demo, doctor, evaluate, import_hf, inspect, prune, quantize, report, serve, verify
 from agq_gguf.cli import output as show
 from agq_gguf.errors import AgqError, HostError
 
@@ -110,6 +110,7 @@ for _command in (
     chat.chat,
     demo.backend_path,
     demo.demo,
+    doctor.doctor,
     prune.calibrate_pruning,
     serve.serve,
     verify.verify,
