@@ -180,7 +180,7 @@ std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int
     const bool ordered = result->header.flags & flag_channel_order;
     const bool prunes = result->header.flags & flag_pruning;
     size_t expected = fixed;
-    if (ordered && bytes.size() >= fixed + 2) expected = fixed + 2 + 2u * read_u16(&bytes[fixed]);
+    if (ordered && bytes.size() >= fixed + 2) expected = fixed + 2 + size_t{2} * read_u16(&bytes[fixed]);
     const bool order_fits = !ordered || expected >= fixed + 4;
     const size_t record = expected;
     if (prunes) expected += record < bytes.size() ? pruning_bytes(&bytes[record], bytes.size() - record) : 1;

@@ -72,7 +72,7 @@ bool write_constant(const void *target, const void *source, size_t bytes) {
     const uintptr_t first = reinterpret_cast<uintptr_t>(target) & ~(page - 1);
     const uintptr_t last = (reinterpret_cast<uintptr_t>(target) + bytes - 1) & ~(page - 1);
     const auto protect = [page](uintptr_t at, int protection) {
-        return mprotect(reinterpret_cast<void *>(at), page, protection) == 0;
+        return mprotect(reinterpret_cast<void *>(at), page, protection) == 0;  // NOLINT(performance-no-int-to-ptr)
     };
     const int before_first = protection_of(first), before_last = protection_of(last);
     // `bytes` is less than a page, so that it lies on one or two.

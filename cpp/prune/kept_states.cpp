@@ -51,9 +51,10 @@ std::vector<int> stores_between(const graph_facts &facts, int begin, int end) {
     return found;
 }
 
-}  // namespace
-
+/// Why a cut is refused.
 const char *const odd_layers = "states can not be used again: the layers of this model are built in another way";
+
+}  // namespace
 
 int find_state(const graph_facts &facts, const std::vector<token_dim> &dims, int at) {
     for (int i = at + 1; i < facts.n_nodes; ++i) {
@@ -71,9 +72,8 @@ int find_state(const graph_facts &facts, const std::vector<token_dim> &dims, int
 
 std::string plan_states(const graph_facts &facts, const std::vector<token_dim> &dims, int site, int at, int state,
                         kept_states *plan) {
-    const std::string odd = odd_layers;
     *plan = {};
-    if (state < 0) return odd;
+    if (state < 0) return odd_layers;
     std::set<int> gathered;
     plan->state = state;
     if (state > at) {
@@ -89,7 +89,7 @@ std::string plan_states(const graph_facts &facts, const std::vector<token_dim> &
         const std::vector<int> stores = stores_between(facts, facts.sites[s - 1].last + 1, facts.sites[s].first);
         walk to_stores(facts, dims, at);
         for (int store : stores) to_stores.sources_of(store);
-        if (stores.size() != 2 || to_stores.sums.size() != 1) return odd;
+        if (stores.size() != 2 || to_stores.sums.size() != 1) return odd_layers;
         kept_states::layer layer;
         layer.input = *to_stores.sums.begin();
         layer.nodes.assign(to_stores.nodes.begin(), to_stores.nodes.end());
@@ -100,7 +100,7 @@ std::string plan_states(const graph_facts &facts, const std::vector<token_dim> &
     }
     plan->gathered.assign(gathered.begin(), gathered.end());
     for (int i : plan->gathered) {
-        if (!is_contiguous(facts.tensors[static_cast<size_t>(i)])) return odd;
+        if (!is_contiguous(facts.tensors[static_cast<size_t>(i)])) return odd_layers;
     }
     return "";
 }

@@ -32,9 +32,6 @@ int find_state(const graph_facts &facts, const std::vector<token_dim> &dims, int
 std::string plan_states(const graph_facts &facts, const std::vector<token_dim> &dims, int site, int at, int state,
                         kept_states *plan);
 
-/// Why a cut is refused whose state find_state does not find.
-extern const char *const odd_layers;
-
 /// Copies of all these nodes for `n_gone` tokens in memory of their own, to be run in this order. Rows come from
 /// `current` and are chosen by `rows`, which both must outlive the run. Adds to `nodes`, and to `job` what has to be
 /// copied before. Throws std::bad_alloc.

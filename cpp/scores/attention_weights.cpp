@@ -75,7 +75,8 @@ void attention_meter::add_rows(const weight_block &block, const int64_t *scales,
     float *total = block.weights;  // the first row becomes the sum of all
     for (int64_t r = 0; r < block.n_tokens * block.group; ++r) {
         const float *row = block.weights + r * block.stride;
-        const float scale = scales ? static_cast<float>(scales[r / block.group]) : 1.0f;
+        const int64_t token = r / block.group;
+        const float scale = scales ? static_cast<float>(scales[token]) : 1.0f;
         if (r == 0) {
             for (int64_t j = 0; j < block.stride; ++j) total[j] *= scale;
         } else {

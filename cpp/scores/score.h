@@ -1,5 +1,8 @@
-// The pruning scores: ways to measure how important a token is (docs/pruning.md, "Scores"). Adding one is a file
-// scores/NAME.cpp that defines `score_NAME`, and a row of the table below.
+// The pruning scores: ways to measure how important a token is (docs/pruning.md, "Scores").
+//
+// Adding one is a file scores/NAME.cpp that defines `score_NAME`, a row of the table below, and the file's line in
+// CMakeLists.txt. If files are to store it, it also gets the number after `max_prune_score` (format/blocks.h) and a row
+// in agq_gguf/format/pruning_record.py.
 #pragma once
 
 #include <cstdint>
