@@ -75,6 +75,8 @@ def test_the_requirement_is_the_oldest_tested_release() -> None:
     assert next(row[1:] for row in rows) == ("llama-cpp-python", "0.3.30")
     assert sorted(rows, key=lambda row: [int(n) for n in row[0].split(".")]) == rows
     assert '"llama-cpp-python>=0.3.30",' in (ROOT / "pyproject.toml").read_text()
+    table = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \|", (ROOT / "docs/releases.md").read_text(), re.M)
+    assert table == [(release, ggml) for ggml, name, release in rows if name == "llama-cpp-python"]
 
 
 def test_proofs_pass_in_the_installed_host_and_cost_little() -> None:

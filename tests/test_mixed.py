@@ -98,4 +98,4 @@ def test_mistakes_are_refused(model: LowModel, monkeypatch: pytest.MonkeyPatch, 
     log.clear()
     with pytest.raises(AssertionError), model.context("off"):  # llama.cpp returns no context
         pass
-    assert any(f"AGQ_ACT_BITS is '{text}'" in line for line in log)
+    assert any("AGQ_ACT_BITS must be 8, 4, or mixed:SHARE" in line and f"got '{text}'" in line for line in log)

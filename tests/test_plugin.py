@@ -333,14 +333,14 @@ def damage(source: Path, target: Path, tensor_name: str, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("offset", "value", "message"),
     [
-        (48, 0, "not those of an AGQ4 matrix"),
-        (49, 2, "version 2"),
+        (48, 0, "the attributes must begin with 164, got 0"),
+        (49, 2, "AGQ4 version must be 1 for this plugin, got 2"),
         (50, 0x13, "activation mode"),
         (51, 0x80, "flags"),
         (55, 0xFF, "tensor scale"),
         (56, 0x77, "checksum"),
         (62, 0xFF, "longer than"),
-        (60, 1, "does not fit"),
+        (60, 1, "bytes for their content, got"),
         (blocks.TILE_BYTES + 48, 127, "checksum"),
     ],
 )

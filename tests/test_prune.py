@@ -118,7 +118,11 @@ def test_learned_score(learned: GetModel, arch: str, spec: str, flash: bool) -> 
 def test_learned_score_needs_a_direction(model: GetModel, learned: GetModel) -> None:
     for m, spec, reason in (
         (model("llama"), "1:0.5;score=learned", "the file has no learned score for layer 1"),
-        (learned("falcon"), "1:0.5;score=learned", "a learned score needs layers whose attention and feed-forward"),
+        (
+            learned("falcon"),
+            "1:0.5;score=learned",
+            "a learned score needs layers in which the feed-forward part follows",
+        ),
     ):
         low_level.log.clear()
         whole, _ = run(m, "off")
@@ -182,7 +186,7 @@ def test_states_used_again_need_layers_one_behind_the_other(model: GetModel) -> 
     whole, _ = run(model("falcon"), "off")
     again, fate = run(model("falcon"), "1:0.5;reuse=1")
     assert np.array_equal(whole, again) and set(fate) == {-1}
-    assert sum("states can not be used again" in line for line in low_level.log) == 1
+    assert sum("states cannot be reused" in line for line in low_level.log) == 1
 
 
 def plain_fate(model: LowModel) -> int:

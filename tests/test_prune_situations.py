@@ -318,7 +318,7 @@ def test_off_not_causal(model: LowModel) -> None:
 
 @pytest.mark.parametrize("spec", ["3:0.5", "1:0.5,3:0.5", "7:0.5"])
 def test_off_layer_that_nothing_follows(model: LowModel, spec: str) -> None:
-    unpruned_with_one_warning(model, "is not one that others follow (the last is 3)", prompt_of(120), spec)
+    unpruned_with_one_warning(model, "before the last layer, which is 3", prompt_of(120), spec)
 
 
 def test_off_in_parts(model: LowModel) -> None:

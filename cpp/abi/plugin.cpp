@@ -34,7 +34,7 @@ bool is_in_use(const agq::loaded_library &library) {
         return false;
     }
     last_error = "the AGQ plugin is loaded already, into the ggml of " + path +
-                 "; one copy of the plugin serves one ggml, so load a copy of its file into the other";
+                 "; one copy of the plugin works with one ggml only, so load a copy of its file into the other";
     return true;
 }
 

@@ -48,7 +48,8 @@ bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *r
     for (size_t i = 0; i < n; ++i) {
         const uint16_t channel = read_u16(bytes + 2 * i);
         if (channel >= k) {
-            *error = "channel " + std::to_string(channel) + " of the channel order is not below " + std::to_string(k);
+            *error = "channels of the channel order must be below " + std::to_string(k) + ", got " +
+                     std::to_string(channel) + ": the file is damaged";
             return false;
         }
         result->listed.push_back(channel);
@@ -56,7 +57,7 @@ bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *r
     result->listed_sorted = result->listed;
     std::sort(result->listed_sorted.begin(), result->listed_sorted.end());
     if (std::adjacent_find(result->listed_sorted.begin(), result->listed_sorted.end()) != result->listed_sorted.end()) {
-        *error = "the channel order names a channel twice";
+        *error = "the channel order lists a channel twice: the file is damaged";
         return false;
     }
     return true;
@@ -77,7 +78,7 @@ bool parse_direction(const uint8_t *bytes, matrix_attributes *result, std::strin
     const size_t n = read_u16(bytes + 4);
     if (n == 0 || read_u16(bytes + 6) != 0 || !std::isfinite(factor) || factor < 0) {
         *error = "the direction of the pruning record is not valid (" + std::to_string(n) + " channels, factor " +
-                 std::to_string(factor) + ")";
+                 std::to_string(factor) + "): the file is damaged";
         return false;
     }
     for (size_t i = 0; i < n; ++i) {
@@ -93,7 +94,7 @@ bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string 
     if (bytes[0] > max_prune_score || bytes[2] > max_prune_reach || bytes[3] > 1 || !std::isfinite(threshold) ||
         threshold < 0) {
         *error = "the pruning record is not valid (score " + std::to_string(bytes[0]) + ", threshold " +
-                 std::to_string(threshold) + ")";
+                 std::to_string(threshold) + "): the file is damaged";
         return false;
     }
     result->prunes = true;
@@ -108,18 +109,19 @@ bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string 
 bool check_header(const attribute_header &h, size_t stream_bytes, std::string *error) {
     const int bits = h.activation & 15, granularity = h.activation >> 4;
     if (h.magic != attribute_magic) {
-        *error = "the attribute bytes are not those of an AGQ4 matrix (magic " + std::to_string(h.magic) + ")";
+        *error = "the attributes must begin with " + std::to_string(attribute_magic) + ", got " +
+                 std::to_string(h.magic) + ": the file is damaged or not AGQ4";
     } else if (h.version != attribute_version) {
-        *error = "AGQ4 version " + std::to_string(h.version) + " is not known to this plugin, which reads version " +
-                 std::to_string(attribute_version) + "; update agq-gguf";
+        *error = "AGQ4 version must be " + std::to_string(attribute_version) + " for this plugin, got " +
+                 std::to_string(h.version) + "; update agq-gguf";
     } else if ((bits != 8 && bits != 4) || granularity > max_activation_scale) {
-        *error = "activation mode " + std::to_string(h.activation) + " is unknown; update agq-gguf";
+        *error = "activation mode " + std::to_string(h.activation) + " is not supported; update agq-gguf";
     } else if (h.flags & ~(flag_channel_order | flag_pruning)) {
-        *error = "flags " + std::to_string(h.flags) + " are unknown";
+        *error = "flags " + std::to_string(h.flags) + " are not supported; update agq-gguf";
     } else if (!(h.tensor_scale > 0) || !std::isfinite(h.tensor_scale)) {
-        *error = "the tensor scale is not a positive number";
+        *error = "the tensor scale must be finite and > 0: the file is damaged";
     } else if (h.length > stream_bytes - 16) {
-        *error = "the parameters are longer than the attribute stream";
+        *error = "the parameters are longer than the attribute stream: the file is damaged";
     } else {
         return true;
     }
@@ -185,21 +187,22 @@ std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int
     const size_t record = expected;
     if (prunes) expected += record < bytes.size() ? pruning_bytes(&bytes[record], bytes.size() - record) : 1;
     if (bytes.size() != expected || !order_fits) {
-        *error = "the parameters have " + std::to_string(bytes.size()) + " bytes, which does not fit their content";
+        *error = "the parameters must have " + std::to_string(expected) + " bytes for their content, got " +
+                 std::to_string(bytes.size()) + ": the file is damaged";
         return nullptr;
     }
     if (crc32(bytes) != result->header.crc32) {
-        *error = "the checksum of the parameters is wrong: the file is damaged";
+        *error = "the checksum of the parameters does not match: the file is damaged";
         return nullptr;
     }
     std::copy_n(bytes.begin(), 16, result->codebook);
     if (!std::is_sorted(result->codebook, result->codebook + 16) || result->codebook[15] > 127) {
-        *error = "the codebook is not ascending within 0..127";
+        *error = "the codebook must be ascending within 0..127: the file is damaged";
         return nullptr;
     }
     result->exponents.assign(bytes.begin() + 16, bytes.begin() + static_cast<std::ptrdiff_t>(fixed));
     if (*std::max_element(result->exponents.begin(), result->exponents.end()) > max_exponent) {
-        *error = "a refinement exponent is above " + std::to_string(max_exponent);
+        *error = "refinement exponents must be 0 to " + std::to_string(max_exponent) + ": the file is damaged";
         return nullptr;
     }
     if (ordered && !parse_order(&bytes[fixed + 2], read_u16(&bytes[fixed]), k, result.get(), error)) return nullptr;

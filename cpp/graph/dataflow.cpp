@@ -224,7 +224,7 @@ bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t toke
     }
     const bool harmless = name == "out_ids" || name == "attn_inp_k_rot" || name == "attn_inp_v_rot";
     if (!(leaf->flags & ggml_flag_input) || harmless) return true;
-    *reason = "the graph has an input '" + name + "' that the pruning pass does not know";
+    *reason = "pruning does not support the graph's input '" + name + "'";
     return false;
 }
 
@@ -265,8 +265,8 @@ bool trace_tokens(const graph_facts &facts, int64_t tokens, std::vector<token_di
         if (!any || is_exit(x, facts)) continue;
         (*dims)[i] = trace_node(x);
         if (!(*dims)[i]) {
-            *reason = std::string("the operation ") + host.ggml_op_name(x.node->op) + " ('" + name_of(x.node) +
-                      "') is not covered by the pruning pass";
+            *reason = std::string("pruning does not support the operation ") + host.ggml_op_name(x.node->op) + " ('" +
+                      name_of(x.node) + "')";
             return false;
         }
     }

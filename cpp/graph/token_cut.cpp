@@ -37,8 +37,9 @@ std::string find_site(const graph_facts &facts, int layer, int *site) {
     const auto found = std::find_if(facts.sites.begin(), facts.sites.end(),
                                     [layer](const attention_site &s) { return s.layer == layer; });
     if (found == facts.sites.end() || found + 1 == facts.sites.end()) {
-        return "layer " + std::to_string(layer) + " is not one that others follow (the last is " +
-               std::to_string(facts.sites.back().layer) + ")";
+        return "layer " + std::to_string(layer) +
+               " cannot be a pruning layer: it must have attention and come before " + "the last layer, which is " +
+               std::to_string(facts.sites.back().layer);
     }
     *site = static_cast<int>(found - facts.sites.begin());
     return "";

@@ -18,17 +18,17 @@ std::string read_ubatch(const graph_facts &facts, ubatch_facts *ubatch) {
     const int64_t tokens = facts.k_cells->ne[0], columns = facts.mask->ne[0], offset = cell_offset(facts.sites[0]);
     const int64_t *indices = static_cast<const int64_t *>(facts.k_cells->data);
     const int32_t *out_ids = static_cast<const int32_t *>(facts.out_ids->data);
-    if (facts.out_ids->ne[0] >= tokens) return "the logits of all tokens are asked for";
+    if (facts.out_ids->ne[0] >= tokens) return "the logits of all tokens are requested";
     ubatch->wanted.assign(static_cast<size_t>(tokens), 0);
     for (int64_t i = 0; i < facts.out_ids->ne[0]; ++i) {
-        if (out_ids[i] < 0 || out_ids[i] >= tokens) return "the numbers of the tokens whose logits are wanted are odd";
+        if (out_ids[i] < 0 || out_ids[i] >= tokens) return "the graph requests logits of a token that it does not have";
         ubatch->wanted[static_cast<size_t>(out_ids[i])] = 1;
     }
     std::vector<int32_t> &cells = ubatch->cells;
     cells.resize(static_cast<size_t>(tokens));
     for (size_t t = 0; t < cells.size(); ++t) {
         const int64_t cell = indices[t] - offset;
-        if (cell < 0 || cell >= columns) return "a token's cell is out of sight";
+        if (cell < 0 || cell >= columns) return "the cell of a token is outside the attention mask";
         cells[t] = static_cast<int32_t>(cell);
     }
     // A token that sees the one before it, and not the one behind it, is of the same sequence.

@@ -92,7 +92,7 @@ bool register_type(std::string *error) {
         return true;
     }
     if (slot->blck_size != 0) {
-        *error = "type id " + std::to_string(ggml_type_id) + " of ggml " + host.ggml_version() + " is taken by '" +
+        *error = "type id " + std::to_string(ggml_type_id) + " of ggml " + host.ggml_version() + " is used by '" +
                  (slot->type_name ? slot->type_name : "?") + "' (block of " + std::to_string(slot->blck_size) +
                  "), expected an empty slot; " + advice();
         return false;

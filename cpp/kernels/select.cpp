@@ -36,7 +36,7 @@ const kernel *select_kernel(const char *forced_name, std::string *error) {
         if (error != nullptr) {
             *error = std::string("AGQ_FORCE_ISA is '") + forced_name + "', which is " +
                      (row == nullptr ? "not a known kernel" : "not supported by this CPU or operating system") +
-                     "; known: " + names(false) + "; supported here: " + names(true);
+                     "; all kernels: " + names(false) + "; supported here: " + names(true);
         }
         return nullptr;
     }

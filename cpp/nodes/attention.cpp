@@ -182,7 +182,7 @@ bool parse_attention_option(const std::string &text, const attention_kernel **ke
     if (text == "paper") *kern = AGQ_ATTENTION(attention_paper);
     if (text == "paper-normalized") *kern = AGQ_ATTENTION(attention_paper_normalized);
     if (*kern) return true;
-    *error = "AGQ_ATTENTION is '" + text + "'; wanted is paper or paper-normalized, in a build by GCC or Clang";
+    *error = "AGQ_ATTENTION must be paper or paper-normalized, in a build by GCC or Clang, got '" + text + "'";
     return false;
 }
 

@@ -52,7 +52,7 @@ std::vector<int> stores_between(const graph_facts &facts, int begin, int end) {
 }
 
 /// Why a cut is refused.
-const char *const odd_layers = "states can not be used again: the layers of this model are built in another way";
+const char *const odd_layers = "states cannot be reused, because the structure of this model's layers is not supported";
 
 }  // namespace
 

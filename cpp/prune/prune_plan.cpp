@@ -17,7 +17,7 @@ bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prun
     const attention_site &site = facts.sites[static_cast<size_t>(cut.site)];
     attention_job job;
     if (!plan_weights(site, kern, &job)) {
-        plan->obstacle = "the attention of layer " + std::to_string(stage.layer) + " is of a kind that is not covered";
+        plan->obstacle = "pruning does not support the attention of layer " + std::to_string(stage.layer);
         return false;
     }
     cut.at = site.last;
@@ -56,7 +56,7 @@ prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage>
         if (!plan_cut(facts, kern, stage, &plan)) return plan;
     }
     if (!plan.cuts.empty() && is_wanted_whole(facts, plan.dims, plan.cuts[0].at)) {
-        plan.obstacle = "the host wants a tensor of all tokens";
+        plan.obstacle = "the host requests a tensor of all tokens";
     }
     return plan;
 }

@@ -107,12 +107,12 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
         stage.reuse = reuse == 1;
     }
     if (!good) {
-        *error = "pruning is set to '" + text +
-                 "', which is not understood; known are 'file', 'off', 'mask', a list as '3:0.5' (share) or '3:t0.1' " +
-                 "(threshold), each layer once, 'mask,' and a list, and behind it ';score=" + score_names() +
-                 "', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1' (all four with "
-                 "a list) "
-                 "and ';min=TOKENS'";
+        *error =
+            "pruning is set to '" + text +
+            "', which is not understood; it must be 'file', 'off', 'mask', a list such as '3:0.5' (share) or " +
+            "'3:t0.1' (threshold) with each layer once, or 'mask,' and a list. A list may be followed by ';score=" +
+            score_names() + "', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15) and ';reuse=0|1'; all may " +
+            "be followed by ';min=TOKENS'";
     }
     return good;
 }

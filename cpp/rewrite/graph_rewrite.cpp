@@ -31,10 +31,10 @@ bool check_weights(const ggml_tensor *w, std::string *error) {
     const bool shape = w->ne[0] > 0 && w->ne[0] % tile_columns == 0 && w->ne[1] > 0 && w->ne[1] % panel_rows == 0 &&
                        w->ne[0] <= INT32_MAX && w->ne[3] == 1;
     if (!shape) {
-        *error = describe(w) + " has a shape that AGQ4 cannot have; convert the model again";
+        *error = describe(w) + " has a shape that AGQ4 does not support; convert the model again";
     } else if (w->view_src || !w->data) {
         *error =
-            describe(w) + " is part of an AGQ4 tensor, which the plugin cannot take apart; convert it to another type";
+            describe(w) + " is a view of an AGQ4 tensor, which the plugin does not support; convert it to another type";
     } else {
         return true;
     }
@@ -49,7 +49,7 @@ bool check_product(const ggml_tensor *node, std::string *error) {
         (experts ? is_plain_rows(ids, ggml_type_i32) && x->ne[3] == 1 : weights->ne[2] == 1)) {
         return true;
     }
-    *error = describe(weights) + " is used in a product that the plugin does not cover; convert it to another type";
+    *error = describe(weights) + " is used in a product that the plugin does not support; convert it to another type";
     return false;
 }
 
@@ -306,7 +306,7 @@ const tensor_attributes *graph_rewriter::find_attributes(const ggml_tensor *weig
         std::string reason;
         auto a = parse_attributes(tiles + i * matrix_tiles, weights->ne[1], weights->ne[0], &reason);
         if (a && i > 0 && a->format.per_group != kept[0]->format.per_group) {
-            reason = "its experts differ in how activations are scaled";
+            reason = "its experts must share one activation scale mode; convert the model again";
             a = nullptr;
         }
         if (!a) {
@@ -418,8 +418,8 @@ bool graph_rewriter::add_row_lookup(ggml_tensor *node, std::string *error) {
     const tensor_attributes *attributes = find_attributes(weights, error);
     if (!attributes) return false;
     if (weights->ne[2] != 1 || !is_plain_rows(node->src[1], ggml_type_i32) || !is_plain_rows(node, ggml_type_f32)) {
-        *error =
-            describe(weights) + " is used in a row look-up that the plugin does not cover; convert it to another type";
+        *error = describe(weights) +
+                 " is used in a row look-up that the plugin does not support; convert it to another type";
         return false;
     }
     row_lookup &lookup = lookups_.emplace_back();

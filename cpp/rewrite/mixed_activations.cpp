@@ -72,9 +72,8 @@ bool parse_activation_settings(const std::string &text, activation_settings *set
     }
     settings->mode = activation_settings::kind::mixed;
     if (!good) {
-        *error = "AGQ_ACT_BITS is '" + text +
-                 "'; wanted is 8, 4, or mixed:SHARE with a share of 0 to 1, then if need be ;layer=N and ;score=" +
-                 score_names(score_input::attention);
+        *error = "AGQ_ACT_BITS must be 8, 4, or mixed:SHARE with a share of 0 to 1, optionally followed by ;layer=N " +
+                 ("and ;score=" + score_names(score_input::attention)) + ", got '" + text + "'";
     }
     return good;
 }

@@ -55,10 +55,10 @@ std::string find_obstacle(const score_source &source) {
     const std::string layer = "layer " + std::to_string(source.layer);
     if (!source.direction) return "the file has no learned score for " + layer;
     const ggml_tensor *t = source.state;
-    if (!t) return "a learned score needs layers whose attention and feed-forward part stand one behind the other";
+    if (!t) return "a learned score needs layers in which the feed-forward part follows the attention";
     if (t->type != ggml_type_f32 || t->ne[0] != static_cast<int64_t>(source.direction->size()) || !is_contiguous(t)) {
-        return "the learned score of " + layer + " is for states of " + std::to_string(source.direction->size()) +
-               " channels, the model has " + std::to_string(t->ne[0]);
+        return "the learned score of " + layer + " has " + std::to_string(source.direction->size()) +
+               " channels, but the model's states have " + std::to_string(t->ne[0]);
     }
     return "";
 }

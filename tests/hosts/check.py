@@ -136,7 +136,9 @@ def _check_reference(host: HostUnderTest, models: HostModels, report: HostReport
         error = _distance(found["logits"], model.logits(prompt))
         report.expect(f"logits of a {name} model are the reference's", error < 1e-5, f"relative difference {error:.1e}")
         behind = _follow(model, prompt, found["tokens"]).max()
-        report.expect(f"text of a {name} model is the reference's", behind < _NEAR, f"{behind:.3f} behind the best token")
+        report.expect(
+            f"text of a {name} model is the reference's", behind < _NEAR, f"{behind:.3f} behind the best token"
+        )
         report.expect(f"saved and restored, {name}", found["restored"])
 
 

@@ -1,10 +1,10 @@
 """Runs a model in any host through libllama's C interface, without packages: inside the host's own Python, if need be.
 
 driver.py LIBRARY PLUGIN JOB: LIBRARY is the host's libllama (or what exports its functions), PLUGIN the plugin or
-"none", JOB a JSON file with {"model", "prompt", "runs": [{"flash", "prune", "cache", "outputs"}, ...]}. For each run the
-driver prints one line of JSON: "logits" of the prompt's last token (or of all, with outputs "all"), the "tokens" that
-follow greedily, "restored": whether a saved state went on the same way here and in a new context, and "log": what the
-plugin said.
+"none", JOB a JSON file with {"model", "prompt", "runs": [{"flash", "prune", "cache", "outputs"}, ...]}. For each run
+the driver prints one line of JSON: "logits" of the prompt's last token (or of all, with outputs "all"); the "tokens"
+that follow greedily; "restored": whether a saved state went on the same way here and in a new context; and "log": what
+the plugin said.
 
 Releases of llama.cpp differ in their parameter structs. They are handed over by value, in memory, so that a longer one
 does no harm; fields are found by the defaults beside them.
@@ -24,6 +24,7 @@ _WORDS = 256  # 32-bit words of a parameter struct, more than any release has
 _FLASH = {"off": 0, "on": 1, "auto": -1}
 _CACHE = {"f32": 0, "f16": 1, "q8_0": 8}
 _WARN, _ERROR = 3, 4
+_PRUNE = 0  # option of agq_set_option
 N_NEW = 16
 
 
@@ -93,12 +94,12 @@ class Host:
         if not lib.ggml_backend_dev_count():
             lib.ggml_backend_load_all_from_path(os.fsencode(Path(library).parent))
         lib.llama_backend_init()
-        self.set_prune: Any = None
+        self.set_option: Any = None
         if plugin != "none":
             if not lib.ggml_backend_load(os.fsencode(plugin)):
                 raise SystemExit(f"the plugin was refused: {self.log}")
-            self.set_prune = ctypes.CDLL(plugin).agq_set_prune
-            self.set_prune.restype, self.set_prune.argtypes = text, [text]
+            self.set_option = ctypes.CDLL(plugin).agq_set_option
+            self.set_option.restype, self.set_option.argtypes = text, [ctypes.c_int32, text]
 
     def _receive(self, level: int, text: bytes, _data: object) -> None:
         line = text.decode("utf-8", "replace").strip()
@@ -111,7 +112,9 @@ def context_parameters(host: Host, flash: str, cache: str) -> Parameters:
     p = host.lib.llama_context_default_params()
     words = p.words
     if list(words[:4]) != [512, 2048, 512, 1]:
-        raise SystemExit(f"llama_context_params begins with {list(words[:4])}, expected n_ctx, n_batch, n_ubatch, n_seq_max")
+        raise SystemExit(
+            f"llama_context_params begins with {list(words[:4])}, expected n_ctx, n_batch, n_ubatch, n_seq_max"
+        )
     # rope scaling, pooling, attention, flash attention: all "auto" or "unspecified"
     first = next(i for i in range(4, 40) if list(words[i : i + 4]) == [-1] * 4)
     threads = next(i for i in range(first - 1, 4, -1) if list(words[i - 1 : i + 1]) == [4, 4])
@@ -173,11 +176,13 @@ class Context:
         self.lib.llama_free(self.context)
 
 
-def run(host: Host, model: int, prompt: list[int], *, flash: str, prune: str, cache: str, outputs: str) -> dict[str, Any]:
+def run(
+    host: Host, model: int, prompt: list[int], *, flash: str, prune: str, cache: str, outputs: str
+) -> dict[str, Any]:
     """One run of the job."""
     host.log.clear()
-    if host.set_prune is not None:
-        problem = host.set_prune(prune.encode())
+    if host.set_option is not None:
+        problem = host.set_option(_PRUNE, prune.encode())
         if problem:
             raise SystemExit(problem.decode())
     context, n = Context(host, model, flash, cache), len(prompt)
@@ -213,7 +218,7 @@ def main() -> None:
     if isinstance(prompt, str):
         raw, room = prompt.encode(), (ctypes.c_int32 * 512)()
         n = host.lib.llama_tokenize(vocabulary, raw, len(raw), room, 512, True, False)
-        prompt = list(room[: host.lib.llama_tokenize(vocabulary, raw, len(raw), room, 512, True, False)])
+        prompt = list(room[:n])
     for settings in job["runs"]:
         found = run(host, model, prompt, **settings)
         text = b""
