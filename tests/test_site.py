@@ -60,7 +60,14 @@ def test_messages_in_troubleshooting_are_ours() -> None:
         if path.suffix in (".py", ".cpp", ".h")
     )  # fmt: skip
     sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # messages in several literals
-    theirs = ("Failed to load model from file", "invalid ggml type", "type 38", "invalid tensor type received")
+    theirs = (
+        "Failed to load model from file",
+        "invalid ggml type",
+        "type 38",
+        "invalid tensor type received",
+        "has invalid data",
+        "found tensors with invalid data",
+    )
     rows = re.findall(r"^\| (`.*?) \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) > 25
     missing = [m for row in rows for m in re.findall(r"`([^`]+)`", row) if m not in sources and m not in theirs]
