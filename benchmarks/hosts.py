@@ -26,12 +26,12 @@ sys.path.insert(0, str(ROOT / "tests" / "hosts"))
 
 from check import HostModels, HostReport, HostUnderTest, check_host  # noqa: E402  # found by the line above
 
-# What pip installs, and where its library is.
+# What pip installs, and where its library is: the tested releases of llama-cpp-python, and the newest xllamacpp.
+_TESTED = re.findall(
+    r'X\("[^"]+", "llama-cpp-python", "([^"]+)"\)', (ROOT / "cpp/host/tested_hosts.h").read_text("utf-8")
+)
 PACKAGES = {
-    "llama-cpp-python 0.3.30": ("llama-cpp-python==0.3.30", "llama_cpp/lib/libllama.so"),
-    "llama-cpp-python 0.3.34": ("llama-cpp-python==0.3.34", "llama_cpp/lib/libllama.so"),
-    "llama-cpp-python 0.3.35": ("llama-cpp-python==0.3.35", "llama_cpp/lib/libllama.so"),
-    "llama-cpp-python 0.3.36": ("llama-cpp-python==0.3.36", "llama_cpp/lib/libllama.so"),
+    **{f"llama-cpp-python {v}": (f"llama-cpp-python=={v}", "llama_cpp/lib/libllama.so") for v in _TESTED},
     "xllamacpp": ("xllamacpp", "xllamacpp/xllamacpp*.so"),
 }
 TABLE = ROOT / "docs" / "releases.md"

@@ -74,13 +74,6 @@ def test_messages_in_troubleshooting_are_ours() -> None:
     assert not missing
 
 
-def test_releases_are_those_of_the_plugin() -> None:
-    text = (DOCS / "releases.md").read_text(encoding="utf-8")
-    host = (ROOT / "cpp" / "host" / "host.cpp").read_text(encoding="utf-8")
-    found = re.search(r'supported_releases\[\] = "(.*?)"', host)
-    assert found and found[1] in text
-
-
 def snippets(page: str, language: str) -> list[str]:
     return re.findall(
         rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
