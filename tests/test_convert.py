@@ -258,7 +258,7 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
     check_file(src, tmp_path / "o", report)
     told = {t.name: t for t in report.tensors}
     assert (told["blk.0.attn_q.weight"].type_name, told["blk.0.ffn_down.weight"].type_name) == ("q8_0", "f16")
-    assert told["blk.0.attn_q.weight"].reason == "96 columns, not a multiple of 128"
+    assert told["blk.0.attn_q.weight"].reason == "columns must be a multiple of 128, got 96"
     assert told["blk.0.ffn_down.weight"].reason.endswith("q8_0 needs a multiple of 32 columns")
 
 

@@ -159,7 +159,7 @@ agq_gguf.register()
 try:
     agq_gguf.register(library=sys.argv[1])
 except agq_gguf.HostError as error:
-    print("one copy of the plugin serves one ggml" in str(error))
+    print("one copy of the plugin works with one ggml only" in str(error))
 copy = shutil.copy(native.backend_path(), sys.argv[2])
 native.backend_path = lambda: Path(copy)
 agq_gguf.register(library=sys.argv[1])
@@ -214,7 +214,7 @@ types._value2member_map_[38] = types.Q8_0
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import agq_gguf
-print(len(caught), "type 38 for Q8_0" in str(caught[0].message))
+print(len(caught), "which is AGQ4's, for Q8_0" in str(caught[0].message))
 from agq_gguf.integrations import gguf_package
 try:
     gguf_package.extend()

@@ -16,8 +16,8 @@ from agq_gguf.cli.options import Json, Quiet, Threads
 from agq_gguf.errors import AgqError
 
 if TYPE_CHECKING:
-    from agq_gguf.inspection.inspect import PruningInfo
     from agq_gguf.pruning.calibrate import PruneReport
+    from agq_gguf.pruning.file import PruningInfo
     from agq_gguf.text import LoadedText
 
 # One colour for each pruning layer, the earliest first; further layers share the last colour.

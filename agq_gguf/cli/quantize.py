@@ -101,7 +101,7 @@ def quantize(
     replaced only when the new file is complete.
     """
     try:
-        from agq_gguf.quantization import options, pipeline
+        from agq_gguf.quantization import pipeline
     except ImportError as e:
         raise missing_package("quantizing", e, "convert") from e
     options = QuantizeOptions(

@@ -139,7 +139,7 @@ class _SafetensorsFile:
 
     def load(self, name: str) -> torch.Tensor:
         try:
-            return self._file.get_tensor(name)  # type: ignore[no-any-return]
+            return self._file.get_tensor(name)
         except (OSError, self._error) as e:
             raise InputError(f"{self._path}: tensor {name} cannot be read: {e}") from e
 

@@ -219,7 +219,7 @@ class _Builder:
 
     def from_sentencepiece(self) -> Vocabulary:
         """From tokenizer.model, the file of SentencePiece."""
-        if gguf.vocab.SentencePieceProcessor is None:
+        if getattr(gguf.vocab, "SentencePieceProcessor", None) is None:
             raise missing_package("reading tokenizer.model", "sentencepiece", "convert")
         path = self.folder / "tokenizer.model"
         try:

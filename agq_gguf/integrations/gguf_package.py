@@ -63,7 +63,7 @@ def extend() -> bool:
     elif member.name != _NAME:
         raise HostError(
             f"the installed gguf package uses type number {blocks.TYPE_ID}, which is AGQ4's, for {member.name}; "
-            "install the gguf release named in the README"
+            "install an older release of gguf"
         )
     constants.GGML_QUANT_SIZES[member] = (blocks.TILE_COLUMNS, blocks.BLOCK_BYTES)
     registered: dict[Any, Any] = quants._type_traits

@@ -64,7 +64,7 @@ class Journal:
         temporary = path.with_name(f"{secrets.token_hex(4)}.part")
         try:
             with temporary.open("xb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+                np.savez(file, **arrays)
             temporary.replace(path)
         except OSError as e:
             raise OutputError(f"{self._folder}: cannot be written: {e.strerror}") from e

@@ -122,7 +122,7 @@ def tune(
             for group in optimizer.param_groups:
                 group["lr"] = _RATE * min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 - step / steps)
             optimizer.zero_grad()
-            _loss(graph, student, seen[i]).mean().backward()  # type: ignore[no-untyped-call]
+            _loss(graph, student, seen[i]).mean().backward()
             optimizer.step()
             step += 1
             progress(step, steps)
