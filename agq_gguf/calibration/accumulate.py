@@ -18,7 +18,7 @@ _EXPERT_PRIOR = 128  # the whole input is mixed into an expert's own statistics 
 class Accumulator:
     """Sums over the rows of one input."""
 
-    def __init__(self, columns: int, rows_per_call: int, with_hessian: bool, first_weight: float = 1.0):
+    def __init__(self, columns: int, rows_per_call: int, with_hessian: bool, first_weight: float = 1.0) -> None:
         self.tokens = self.calls = 0
         self.square = np.zeros(columns, np.float64)
         self.abs_max = np.zeros(columns, np.float32)

@@ -60,7 +60,7 @@ class Calibrator:
         context: int = 512,
         max_tokens: int = 32768,
         threads: int = 0,
-    ):
+    ) -> None:
         self._wanted, self._model = wanted, session.model
         self._visit: Callable[[GgmlTensor, bool], bool] = lambda node, ask: False
         self._failure: BaseException | None = None

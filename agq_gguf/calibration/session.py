@@ -25,7 +25,7 @@ class Session:
     Raises InputError if llama.cpp cannot load the model, if it has no tokenizer, or if the text is too short.
     """
 
-    def __init__(self, path: str | os.PathLike[str], text: Iterable[str]):
+    def __init__(self, path: str | os.PathLike[str], text: Iterable[str]) -> None:
         self.path = Path(path)
         self.model = Model(path)
         try:

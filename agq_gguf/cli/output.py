@@ -120,7 +120,7 @@ class ProgressView:
     """Shows `(phase, done, total, what)` with speed, time left and memory: bars on a terminal, a few plain lines
     elsewhere, on stderr."""
 
-    def __init__(self, *, quiet: bool = False):
+    def __init__(self, *, quiet: bool = False) -> None:
         """With `quiet` nothing is shown."""
         self._console = console(stderr=True)
         self._quiet = quiet

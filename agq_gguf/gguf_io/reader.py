@@ -93,7 +93,7 @@ def encode_text(text: str) -> bytes:
 class _Cursor:
     """Reads values from a file one after another, and raises InputError at its end."""
 
-    def __init__(self, data: mmap.mmap, path: Path):
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.at, self.what = data, path, 0, "the header"
 
     def take(self, n: int) -> bytes:

@@ -27,7 +27,7 @@ def part_path(path: Path, number: int, count: int) -> Path:
 class ShardedReader(Reader):
     """Several files as one `Reader`; the metadata is that of the first part, without the keys of the split."""
 
-    def __init__(self, parts: list[Reader]):
+    def __init__(self, parts: list[Reader]) -> None:
         """Called by `open_model`; closes `parts` when it is closed."""
         first = parts[0]
         metadata = {key: found for key, found in first.metadata.items() if key not in _KEYS}

@@ -123,7 +123,7 @@ def _size(metadata: Mapping[str, bytes]) -> int:
 class _File:
     """A file that is being written: a temporary file, locked while this process lives."""
 
-    def __init__(self, path: Path, values: dict[str, bytes], tensors: list[Tensor], alignment: int):
+    def __init__(self, path: Path, values: dict[str, bytes], tensors: list[Tensor], alignment: int) -> None:
         self.path, self.values, self._alignment = path, values, alignment
         self.tensors = layout(((tensor.name, tensor.type_name, tensor.shape) for tensor in tensors), alignment)
         self.data_begin = len(self._header())
@@ -251,7 +251,7 @@ class Writer:
         tensors: list[Tensor],
         *,
         split: int = 0,
-    ):
+    ) -> None:
         """Entries of `metadata` are copied unchanged, unless `added` has the key; keys of a split are left out.
 
         With `split` > 0 files have at most so many bytes (but at least one tensor) and are called

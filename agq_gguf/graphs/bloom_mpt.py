@@ -38,7 +38,7 @@ class GeluGraph(LlamaGraph):
     stages = (("attn_qkv",), ("attn_output",), ("ffn_up",), ("ffn_down",))
     levelled = ()
 
-    def __init__(self, reader: Reader, cache: int):
+    def __init__(self, reader: Reader, cache: int) -> None:
         super().__init__(reader, cache)
         arch = reader.architecture
         self.shape = replace(self.shape, eps=reader.number(f"{arch}.attention.layer_norm_epsilon", 1e-5))

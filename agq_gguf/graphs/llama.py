@@ -80,7 +80,7 @@ class LlamaGraph:
     # of the second are divided by them.
     levelled: tuple[tuple[str, str], ...] = (("attn_v", "attn_output"), ("ffn_up", "ffn_down"))
 
-    def __init__(self, reader: Reader, cache: int):
+    def __init__(self, reader: Reader, cache: int) -> None:
         self._reader, self._room = reader, cache
         self._cache: dict[str, torch.Tensor] = {}
         self._replaced: dict[str, torch.Tensor] = {}  # tensors to use instead of the file's

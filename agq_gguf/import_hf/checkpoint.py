@@ -45,7 +45,7 @@ def read_object(path: Path) -> dict[str, Any]:
 class Config:
     """The content of config.json, with checked types. `path` is for messages."""
 
-    def __init__(self, values: dict[str, Any], path: Path):
+    def __init__(self, values: dict[str, Any], path: Path) -> None:
         self.values, self.path = values, path
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -116,7 +116,7 @@ class _File(Protocol):
 
 
 class _SafetensorsFile:
-    def __init__(self, path: Path, stack: ExitStack):
+    def __init__(self, path: Path, stack: ExitStack) -> None:
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError as e:
@@ -148,7 +148,7 @@ class _SafetensorsFile:
 
 
 class _PytorchFile:
-    def __init__(self, path: Path, allow_pickle: bool):
+    def __init__(self, path: Path, allow_pickle: bool) -> None:
         self._path, self._allow = path, allow_pickle
         self._tensors: dict[str, torch.Tensor] | None = None
         self._mapped = False
@@ -194,7 +194,7 @@ class Checkpoint:
     `shapes` maps the name of each tensor to its shape, or to () if the tensor does not hold plain floats.
     """
 
-    def __init__(self, folder: Path, *, allow_pickle: bool = False):
+    def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
         """Opens all files. Raises InputError if one is missing, damaged or outside the folder."""
         self.folder = folder
         self._stack = ExitStack()

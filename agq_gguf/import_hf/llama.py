@@ -110,7 +110,7 @@ class _Rope:
     transformers 5 stores both in `rope_parameters`; earlier releases use `rope_theta` and `rope_scaling`.
     """
 
-    def __init__(self, config: Config, head: int, context: int, warnings: list[str]):
+    def __init__(self, config: Config, head: int, context: int, warnings: list[str]) -> None:
         found = config.get("rope_parameters", config.get("rope_scaling", {}))
         if not isinstance(found, dict):
             raise InputError(f"{config.path}: rope_scaling must be an object, got {found!r}")

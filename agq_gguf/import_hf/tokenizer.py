@@ -100,7 +100,7 @@ def _guarded(path: Path, build: Any) -> Vocabulary:
 class _Builder:
     """Collects tokens by number; numbers without a token get a placeholder."""
 
-    def __init__(self, folder: Path, n_vocab: int):
+    def __init__(self, folder: Path, n_vocab: int) -> None:
         self.folder, self.n_vocab = folder, n_vocab
         self.fast = folder / "tokenizer.json"
         self.tokens = [f"[PAD{i}]" for i in range(n_vocab)]

@@ -55,7 +55,7 @@ def read_elf(path: Path) -> Elf:
 
 
 class _Reader:
-    def __init__(self, path: Path, data: mmap.mmap):
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data = path, data
         self._segments: list[tuple[int, int, int]] = []  # address, offset, bytes of what is loaded
 

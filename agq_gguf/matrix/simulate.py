@@ -24,7 +24,7 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
 class Rounder:
     """Rounds inputs according to a matrix's parameters; matrices with the same input can share it."""
 
-    def __init__(self, parameters: Parameters, columns: int):
+    def __init__(self, parameters: Parameters, columns: int) -> None:
         self.order = torch.from_numpy(channel_order(parameters.listed, columns).astype(np.int64))
         self.back = self.order.argsort()
         exponents = np.ldexp(np.float32(1), parameters.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)

@@ -129,7 +129,7 @@ def learn_directions(
 class _Reader:
     """Collects the tensors of `Seen` from a running model."""
 
-    def __init__(self, length: int):
+    def __init__(self, length: int) -> None:
         self._length, self._ggml = length, ggml()
         self._seen = Seen()
         self._failure: BaseException | None = None

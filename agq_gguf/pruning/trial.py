@@ -86,7 +86,7 @@ def make_examples(tokens: NDArray[np.int32], count: int, following: int, context
 class Runtime:
     """Runs the model with the plugin on all examples. The plan of the first run must drop nothing."""
 
-    def __init__(self, model: Model, examples: list[Example], threads: int, progress: Callable[[], None]):
+    def __init__(self, model: Model, examples: list[Example], threads: int, progress: Callable[[], None]) -> None:
         self.model, self._examples, self._threads, self._progress = model, examples, threads, progress
         self._reuse = False
         self._full: list[NDArray[np.float32]] = []  # logits of the unpruned model, for each example

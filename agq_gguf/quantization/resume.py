@@ -27,7 +27,7 @@ from agq_gguf.matrix.quantize import QuantizedMatrix
 class Journal:
     """Arrays on disk, by name. Without a folder it stores nothing."""
 
-    def __init__(self, folder: Path | None, key: str = ""):
+    def __init__(self, folder: Path | None, key: str = "") -> None:
         self._folder = folder
         if folder is None:
             return

@@ -55,7 +55,7 @@ class _Closable:
 class Model(_Closable):
     """A loaded model; a context manager. Its contexts must be closed before it."""
 
-    def __init__(self, path: str | os.PathLike[str], *, use_mmap: bool = True, vocab_only: bool = False):
+    def __init__(self, path: str | os.PathLike[str], *, use_mmap: bool = True, vocab_only: bool = False) -> None:
         """Opens the file. Raises InputError if the file cannot be used, HostError if llama-cpp-python cannot."""
         self.path = Path(path)
         self.facts = prepare(path)
@@ -161,7 +161,7 @@ class Batch:
     def __init__(
         self, tokens: ArrayLike, *, first_position: int = 0, first_logits: int | None = None, sequence: int = 0,
         one_each: bool = False,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         """Logits are computed from the token with index `first_logits` on; None: only for the last token.
 
         The tokens are consecutive tokens of the sequence with the number `sequence`. With `one_each` they are instead
@@ -201,7 +201,7 @@ class Context(_Closable):
         flash_attention: FlashAttention,
         sequences: int,
         eval_callback: EvalCallback | None,
-    ):
+    ) -> None:
         """Called by `Model.context`."""
         self.model = model
         self._api = api = model._api

@@ -50,7 +50,7 @@ class Sequential:
         sensitivity: Sensitivity,
         options: MatrixOptions,
         embedding: torch.Tensor | None = None,
-    ):
+    ) -> None:
         self._graph, self._wanted, self._sensitivity, self._options = graph, wanted, sensitivity, options
         self._row_factors: dict[str, torch.Tensor] = {}  # factors by which rows of matrices were multiplied
         self._norms: dict[str, torch.Tensor] = {}  # equalized
@@ -199,7 +199,7 @@ def _sample(inputs: list[torch.Tensor]) -> torch.Tensor:
 class _Applied:
     """A quantized matrix as the runtime applies it."""
 
-    def __init__(self, matrix: Matrix):
+    def __init__(self, matrix: Matrix) -> None:
         self._round = Rounder(matrix.parameters, matrix.codes.shape[1])
         self._weight = restored(matrix, self._round)
 

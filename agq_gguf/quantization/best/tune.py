@@ -45,7 +45,7 @@ class _Student:
         norms: Mapping[str, torch.Tensor],
         embedding: torch.Tensor | None,
         output: torch.Tensor | None,
-    ):
+    ) -> None:
         self.graph, self.matrices, self.output = graph, matrices, output
         self.embedding = embedding
         self._biases = {name: bias for name, bias in norms.items() if name not in graph.norms}
