@@ -33,7 +33,7 @@ RACES = [
         "std::atomic<bool> agq4_seen{false};",
         "struct agq4_seen_flag { bool v = 0; void store(bool x, int) { v = x; } bool load(int) const { return v; } }"
         " agq4_seen;",
-        "agq4_seen",
+        "device_supports_op",
     ),
 ]
 
