@@ -31,8 +31,3 @@ def split_name(name: str) -> tuple[int | None, str]:
 def kind_of(name: str) -> str:
     """The name without its layer and without ``.weight``, such as ``attn_q``."""
     return split_name(name)[1].removesuffix(_SUFFIX)
-
-
-def without_suffix(name: str) -> str:
-    """The name without ``.weight``."""
-    return name.removesuffix(_SUFFIX)

@@ -119,9 +119,9 @@ def _set_option(name: str, value: str | None) -> None:
 
 
 def last_pruned() -> list[int]:
-    """What became of the tokens of the sequence that this thread has computed last.
+    """Which tokens of the sequence that this thread computed last were dropped.
 
-    For each position the layer behind which its token was dropped, or -1 if it was kept.
+    For each position the layer after which its token was dropped, or -1 if it was kept.
     """
     with registered_library() as library:
         n = library.agq_last_pruned(None, 0)
