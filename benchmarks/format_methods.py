@@ -208,14 +208,12 @@ def quantize(w: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> torch.Te
             s = slice(g * size, (g + 1) * size)
             static[g] = group_rounder(w0[:, s], weights[s], book, scheme)
     done = torch.empty_like(w)
-    rounder = None
     for start in range(0, count, size):
         stop = start + size
         errors = torch.empty(len(w), size)
-        if not static:
-            rounder = group_rounder(w[:, start:stop], h[start:stop], book, scheme)
+        own = None if static else group_rounder(w[:, start:stop], h[start:stop], book, scheme)
         for i in range(start, stop):
-            now = static[int(group_of[i])] if static else rounder
+            now = own or static[int(group_of[i])]
             done[:, i] = now(w[:, i : i + 1], int(order[i]) % size if static else i - start)[:, 0]
             errors[:, i - start] = (w[:, i] - done[:, i]) / upper[i, i]
             w[:, i + 1 : stop] -= errors[:, i - start, None] * upper[i, i + 1 : stop]

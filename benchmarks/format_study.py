@@ -16,7 +16,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,7 +101,7 @@ class Subject:
         return found
 
     @contextmanager
-    def weights(self, new: dict[str, torch.Tensor]):
+    def weights(self, new: dict[str, torch.Tensor]) -> Iterator[None]:
         """A block in which the model has other weights."""
         old = {name: self.linears[name].weight.data for name in new}
         for name, weight in new.items():
@@ -113,7 +113,7 @@ class Subject:
                 self.linears[name].weight.data = weight
 
     @contextmanager
-    def activations(self, rounding: Callable[[str, torch.Tensor], torch.Tensor]):
+    def activations(self, rounding: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """A block in which the inputs of the model's matrices are rounded."""
         hooks = [
             linear.register_forward_pre_hook(lambda _, args, name=name: (rounding(name, args[0]),))

@@ -80,7 +80,7 @@ def main() -> None:
                 for kernel, isa in (("q4_0_4x4", "neon_dotprod"), ("q4_0_4x8", "neon_i8mm")):
                     stock[isa] = per_product(on_arm, arm, kernel, options.stock.resolve(), tokens)
                     print(f"| stock {kernel} | 8 bits | {stock[isa]:.4f} | |")
-            eight = {}
+            eight: dict[str, float] = {}
             for emulator, driver, kernel, bits in [
                 (on_arm, arm, "neon_dotprod", 8),
                 (on_arm, arm, "neon_i8mm", 8),

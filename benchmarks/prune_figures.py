@@ -96,7 +96,7 @@ def go_on(model: Model, context: Context, logits: NDArray[np.float32], n_past: i
 
 def behind(
     context: Context, logits: NDArray[np.float32], n_past: int, tokens: NDArray[np.int32]
-) -> NDArray[np.float32]:
+) -> NDArray[np.float64]:
     """Log-probabilities [tokens, vocabulary] of tokens after a prompt whose last logits are `logits`."""
     if len(tokens) == 1:
         return log_softmax(logits[None])
@@ -174,8 +174,8 @@ def main() -> None:
             def tokenize(prompt: str) -> NDArray[np.int32]:
                 return model.tokenize(prompt, parse_special=True)
 
-            tasks = recall_tasks(args.recall, args.count, tuple(args.tokens), lambda prompt: len(tokenize(prompt)))
-            kinds["recall"] = [Task(tokenize(t.prompt), recall=t) for t in tasks]
+            recalls = recall_tasks(args.recall, args.count, tuple(args.tokens), lambda prompt: len(tokenize(prompt)))
+            kinds["recall"] = [Task(tokenize(t.prompt), recall=t) for t in recalls]
         for kind, tasks in kinds.items():
             print(f"\n{kind}: {len(tasks)} prompts of {min(len(t.tokens) for t in tasks)} to "
                   f"{max(len(t.tokens) for t in tasks)} tokens, calls of {args.ubatch}")  # fmt: skip

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -183,7 +184,9 @@ class TorchLlama:
         k = self.rope(self.linear(h, f"{block}.attn_k").view(shape), positions)
         return k.transpose(0, 1), self.linear(h, f"{block}.attn_v").view(shape).transpose(0, 1)
 
-    def _attend(self, h: Tensor, block: str, positions: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple:
+    def _attend(
+        self, h: Tensor, block: str, positions: Tensor, k: Tensor, v: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Output and attention weights; `hidden` [T, cells] marks the cells that a token cannot attend to."""
         q = self.rope(self.linear(h, f"{block}.attn_q").view(len(h), self.n_head, -1), positions).transpose(0, 1)
         repeat = self.n_head // self.n_kv
@@ -340,9 +343,12 @@ def parse_variant(text: str, plan: Plan) -> Plan:
     score, *changes = text.split("+")
     plan = replace(plan, score=score)
     for change in changes:
-        name, number = re.fullmatch(r"([a-z]+)([\d.]*)", change).groups()
+        found = re.fullmatch(r"([a-z]+)([\d.]*)", change)
+        if not found:
+            raise SystemExit(f"expected a name and a number, got {change!r}")
+        name, number = found.groups()
         field_name = {"rare": "keep_rare"}.get(name, name)
-        value = {"reuse": bool, "rare": float}.get(name, int)(number or 1)
+        value: Any = {"reuse": bool, "rare": float}.get(name, int)(number or 1)
         plan = replace(plan, **{field_name: value})
     return plan
 

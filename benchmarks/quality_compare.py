@@ -44,7 +44,9 @@ def importance(model: Path, text: Path, tokens: int, threads: int) -> dict[str, 
     }
 
 
-def quantize_stock(src: Path, dst: Path, file_type: int, data: dict[str, np.ndarray], large: bool, threads: int):
+def quantize_stock(
+    src: Path, dst: Path, file_type: int, data: dict[str, np.ndarray], large: bool, threads: int
+) -> None:
     """Quantizes as ``llama-quantize --imatrix`` does; `large`: with token embedding and output matrix in Q8_0."""
     api = llama_api()
     entry = api.llama_model_imatrix_data

@@ -41,7 +41,8 @@ class RecallTask:
 
 def recall_tasks(seed: int, count: int, tokens: tuple[int, int], length: Callable[[str], int]) -> list[RecallTask]:
     """Tasks whose prompts have `tokens` (minimum, maximum) tokens, counted by `length`."""
-    rng, tasks = random.Random(seed), []
+    rng = random.Random(seed)
+    tasks: list[RecallTask] = []
     while len(tasks) < count:
         facts = rng.randint(max(2, tokens[0] // TOKENS_OF_FACT - 3), max(3, tokens[1] // TOKENS_OF_FACT))
         world = story_grammar.tell(rng, facts, fillers=0.5, memories=0.0)
@@ -57,7 +58,8 @@ def reply(model: Model, context: Context, prompt: str) -> str:
     """The answer of greedy decoding."""
     context.clear()
     batch = Batch(model.tokenize(prompt, parse_special=True))
-    past, answer = batch.raw.n_tokens, []
+    past = batch.raw.n_tokens
+    answer: list[int] = []
     while True:
         context.decode(batch)
         token = int(context.logits(batch)[-1].argmax())

@@ -76,9 +76,9 @@ def main() -> None:
                 tensors[key] = turn.columns(tensors[key].T).T
                 if (bias := f"blk.{layer}.{name}.bias") in tensors:
                     tensors[bias] = turn.columns(tensors[bias][None])[0]
-        for norm, names in behind.items():
+        for norm, matrices in behind.items():
             new = turn.norm(tensors[norm])
-            for name in names:
+            for name in matrices:
                 tensors[name] = turn.columns(tensors[name] * tensors[norm]) / new
             tensors[norm] = new
         tensors["token_embd.weight"] = turn.columns(embedding)

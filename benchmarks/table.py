@@ -93,7 +93,7 @@ class Table:
         wanted = [(f"gemm {shape}, 512 tokens", "85%") for shape in shapes]
         wanted += [(f"gemv K 2048, {n} token{'s' * (n > 1)}", "95%") for n in (1, 2, 4, 8)]
         for filter_, asked in wanted:
-            command = [self.kernel_bench, "--threads", str(self.threads), "--repeat", "30", "--filter", filter_]
+            command = [str(self.kernel_bench), "--threads", str(self.threads), "--repeat", "30", "--filter", filter_]
             lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[1:]
             line = next(line for line in lines if "group scales" not in line and "bits" not in line)
             found = re.search(r"([\d.]+ \S+) +([\d.]+%) of ([\d.]+ .*)", line)
@@ -135,7 +135,9 @@ class Table:
     def overhead(self) -> Iterator[Row]:
         """The cost of the calls: a step of generation with matrices too small to matter."""
         results = self._bench(("thin-q4_0", "thin-agq4"), 7, generation=256)
-        stock, own = ([1e6 / speed for speed in result.generation.samples] for result in results)
+        stock, own = (
+            [1e6 / speed for speed in (result.generation.samples if result.generation else [])] for result in results
+        )
         more = sorted(b - a for a, b in zip(stock, own, strict=True))
         found = (
             f"{statistics.median(more):+.0f} us [{more[0]:+.0f} - {more[-1]:+.0f}] ({statistics.median(stock):.0f} us)"
@@ -193,7 +195,7 @@ class Table:
             parts = {"prompt": 128, "generation": 32}
             runners = [self._runner("q4_0", flash, register=register, **parts) for register in (True, False)]
             for part, speeds in self._turns(5, parts, runners).items():
-                yield f"Q4_0 with the plugin, {part}, flash {flash}, to without", "0.98x", ratio(*speeds)
+                yield f"Q4_0 with the plugin, {part}, flash {flash}, to without", "0.98x", ratio(speeds[0], speeds[1])
 
     def avx2(self) -> Iterator[Row]:
         """All kernels limited to AVX2."""
@@ -202,7 +204,8 @@ class Table:
             return
         environment = {"LLAMA_CPP_LIB_PATH": str(self.avx2_library.resolve()), "AGQ_FORCE_ISA": "avx2"}
         runners = [self._runner(name, "on", prompt=512, environment=environment) for name in ("agq4", "q4_0")]
-        yield "prompt of 512 on AVX2, to Q4_0", "2.0x", ratio(*self._turns(3, {"prompt": 512}, runners)["prompt"])
+        own, stock = self._turns(3, {"prompt": 512}, runners)["prompt"]
+        yield "prompt of 512 on AVX2, to Q4_0", "2.0x", ratio(own, stock)
 
 
 _PAIR = ("q4_0", "agq4")

@@ -27,8 +27,9 @@ class Runner:
         """`register` loads the plugin even if the model does not need it."""
         command = [sys.executable, __file__, model, "--threads", threads, "--flash", flash]
         command += ["--prompt", prompt, "--generation", generation, *(["--register"] if register else [])]
+        self._command = [str(part) for part in command]
         self._process = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, **(environment or {})},
         )  # fmt: skip
         self.resident_bytes = int(self._answer())
@@ -37,7 +38,7 @@ class Runner:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of {self._process.args[2]} ended")  # type: ignore[index]
+            raise RuntimeError(f"the process of {self._command[2]} ended")
         return line
 
     def seconds(self, part: str) -> float:

@@ -68,18 +68,18 @@ def main() -> None:
         kind = field.types[0]
         sub_type = field.types[-1] if kind is GGUFValueType.ARRAY else None
         writer.add_key_value(name, changed.get(name, keys[name]), kind, sub_type=sub_type)
-    rows = {"attn_q": args.columns, "attn_k": new_kv * size, "attn_v": new_kv * size}
+    rows: dict[str, int] = {"attn_q": args.columns, "attn_k": new_kv * size, "attn_v": new_kv * size}
     rows |= {"attn_output": args.columns, "ffn_down": args.columns, "ffn_gate": inner, "ffn_up": inner}
     for tensor in reader.tensors:
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        kind = tensor.name.split(".")[-2]
+        part = tensor.name.split(".")[-2]
         if weight.ndim == 1:
-            if kind.endswith("norm"):
+            if part.endswith("norm"):
                 weight = np.pad(weight * np.sqrt(share), (0, args.columns - len(weight)))
             writer.add_tensor(tensor.name, weight.astype(np.float32))
         else:
-            columns = inner if kind == "ffn_down" else args.columns
-            writer.add_tensor(tensor.name, widen(weight, rows.get(kind, weight.shape[0]), columns).astype(np.float16))
+            columns = inner if part == "ffn_down" else args.columns
+            writer.add_tensor(tensor.name, widen(weight, rows.get(part) or len(weight), columns).astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

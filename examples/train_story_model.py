@@ -166,6 +166,7 @@ class StoryModel(nn.Module):
         x, astray = self.token_embd(tokens), torch.zeros(())
         for number, block in enumerate(self.blk):
             if lead is not None and number == GUIDED:
+                assert isinstance(block, Block)
                 astray = block.astray(x, self.turns, lead)
             x = block(x, self.turns)
         return self.output(self.output_norm(x)), astray
@@ -202,7 +203,9 @@ def answered(model: StoryModel, tokenizer: Tokenizer, facts: int, count: int) ->
 
     An answer is right if each of its tokens is the most likely one.
     """
-    rng, right, known = random.Random(EVALUATION_SEED), [], []
+    rng = random.Random(EVALUATION_SEED)
+    right: list[bool] = []
+    known: list[bool] = []
     while len(right) < count:
         world = story_grammar.tell(rng, facts, 0.5, 0.0)
         asked = rng.sample(world.facts, len(world.facts))

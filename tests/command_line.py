@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import agq_gguf
 from agq_gguf.cli import app as cli
@@ -19,7 +20,7 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # what plain text must n
 runner = CliRunner()
 
 
-def run(*arguments: object, code: int = 0, **options):
+def run(*arguments: object, code: int = 0, **options: Any) -> Result:
     """Runs a command in this process; its exit code must be `code`, an error must be one line."""
     result = runner.invoke(cli.app, [str(a) for a in arguments], **options)
     assert result.exit_code == code, f"{result.exception!r}\n{result.output}"
@@ -42,7 +43,7 @@ def heeding_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs a command in a process of its own."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],

@@ -31,7 +31,7 @@ log: list[str] = []  # lines of level warning and above, since it was last clear
 _WARN, _ERROR = 3, 4
 
 
-@api.llama_log_callback
+@api.llama_log_callback  # type: ignore[untyped-decorator]
 def _collect(level: int, text: bytes, _: Any) -> None:
     if level in (_WARN, _ERROR):
         log.append(text.decode().strip())

@@ -112,9 +112,10 @@ class PrunedReference:
             x = x + mixed
             if i in self.rules and len(tokens) >= self.shortest:
                 cells = np.concatenate(self.caches[i].positions)
+                direction = self.rules[i].direction
                 values = (
-                    learned(x, self.rules[i].direction)
-                    if self.rules[i].direction is not None
+                    learned(x, direction)
+                    if direction is not None
                     else importance(weights, positions[here], cells, self.score)
                 )
                 kept = len(tokens) - max(self.rules[i].keep, always_kept(self.score))

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import tiny_checkpoints as tiny
 import torch
+import transformers
 
 # Parts of a layer: GGUF, Hugging Face.
 PARTS = {
@@ -53,7 +54,7 @@ def write(folder: Path, source: Path) -> None:
 
     heads, kv_heads = (value(f"llama.attention.head_count{kind}") for kind in ("", "_kv"))
     tokens = value("tokenizer.ggml.tokens")
-    config = tiny.transformers.LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokens),
         hidden_size=value("llama.embedding_length"),
         intermediate_size=value("llama.feed_forward_length"),
@@ -62,10 +63,10 @@ def write(folder: Path, source: Path) -> None:
         num_key_value_heads=kv_heads,
         max_position_embeddings=value("llama.context_length"),
         rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=value("llama.rope.freq_base"),
+        rope_theta=value("llama.rope.freq_base"),  # type: ignore[call-arg]
         tie_word_embeddings=False,
     )
-    model = tiny.transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     weights = {}
     for tensor in reader.tensors:
         rows = torch.from_numpy(np.array(tensor.data, dtype=np.float32))

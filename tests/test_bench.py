@@ -5,7 +5,9 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.measure import bench as module
 from agq_gguf.measure.bench import Speed, bench, measure_start, resident_bytes
-from agq_gguf.runtime.model import Batch, Model
+from agq_gguf.runtime.model import Batch, Context, Model
 from agq_gguf.runtime.profile import profiled
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -42,7 +44,7 @@ def test_models_take_turns(llama_q4: Path, llama_q8: Path, monkeypatch: pytest.M
     turns: list[str] = []
     times = {"prompt": iter([9, 9, 1, 2, 3, 4, 5, 6]), "generation": iter([10, 20, 30, 40, 50, 60])}
 
-    def fake(part: str):
+    def fake(part: str) -> Callable[[module._Runner], float]:
         def run(runner: module._Runner) -> float:
             turns.append(f"{part} {runner.model.path.name.removesuffix('.gguf')[-4:]}")
             return float(next(times[part]))
@@ -105,7 +107,7 @@ def test_parts_may_be_left_out(llama_q8: Path, prompt: int, generation: int) -> 
         ({"depth": -1}, "got 5, 1 and -1"),
     ],
 )
-def test_nothing_to_measure(llama_q8: Path, options: dict[str, int], message: str) -> None:
+def test_nothing_to_measure(llama_q8: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         bench([llama_q8], starts=False, **options)
     with pytest.raises(InputError, match="at least one model"):
@@ -162,7 +164,7 @@ def test_a_process_that_dies(llama_q8: Path, tmp_path: Path, monkeypatch: pytest
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho oh no >&2\nexit 7\n")
     script.chmod(0o755)
-    monkeypatch.setattr(module.sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(HostError, match="status 7: oh no"):
         measure_start(llama_q8)
 
@@ -172,15 +174,15 @@ def test_a_process_that_dies(llama_q8: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_sequences_step_together_behind_the_depth(llama_agq: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[tuple[int, list[int], set[int]]] = []
-    original = module.Context.decode
+    original = Context.decode
 
-    def decode(self: module.Context, batch: Batch) -> None:
+    def decode(self: Context, batch: Batch) -> None:
         raw = batch.raw
         numbers = {raw.seq_id[i][0] for i in range(raw.n_tokens)}
         decoded.append((raw.n_tokens, [raw.pos[0], raw.pos[raw.n_tokens - 1]], numbers))
         original(self, batch)
 
-    monkeypatch.setattr(module.Context, "decode", decode)
+    monkeypatch.setattr(Context, "decode", decode)
     (result,) = bench(
         [llama_agq], prompt=0, generation=2, depth=10, sequences=3, threads=1, repetitions=2, starts=False
     )

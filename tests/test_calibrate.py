@@ -19,16 +19,16 @@ from agq_gguf.text import load_text
 TEXT = ["the red key in the box and the blue door to a cat, a dog. ", "Where was the king? "] * 15
 BIG = 1 << 30
 
+# Statistics by weight, the chunks that ran, which weights share.
+Gathered = tuple[dict[str, WeightStats], list[np.ndarray], list[tuple[str, ...]]]
+
 
 def wanted(path: Path) -> dict[str, tuple[int, ...]]:
     with open_gguf(path) as reader:
         return {n: t.shape for n, t in reader.tensors.items() if len(t.shape) > 1 and n != "token_embd.weight"}
 
 
-def gather(
-    path: Path, memory: int = BIG, **options: int
-) -> tuple[dict[str, WeightStats], list[np.ndarray], list[tuple[str, ...]]]:
-    """Statistics by weight, the chunks that ran, which weights share."""
+def gather(path: Path, memory: int = BIG, **options: int) -> Gathered:
     found: dict[str, WeightStats] = {}
     with Calibrator.open(path, TEXT, wanted(path), context=64, threads=1, **options) as calibrator:
         for part in calibrator.passes(memory):
@@ -48,7 +48,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gathered(llama: Path) -> tuple[dict[str, WeightStats], list[np.ndarray], list[tuple[str, ...]]]:
+def gathered(llama: Path) -> Gathered:
     return gather(llama)
 
 
@@ -60,11 +60,12 @@ def first_input(path: Path, chunks: list[np.ndarray]) -> np.ndarray:
         return x * reader.read("blk.0.attn_norm.weight")
 
 
-def test_statistics_equal_a_forward_by_hand(llama: Path, gathered) -> None:
+def test_statistics_equal_a_forward_by_hand(llama: Path, gathered: Gathered) -> None:
     found, chunks, _ = gathered
     x = first_input(llama, chunks)
     stats = found["blk.0.attn_q.weight"].whole
     assert stats.tokens == len(x) and stats.sample is not None and stats.hessian is not None
+    assert stats.abs_max is not None
     np.testing.assert_allclose(stats.mean_square, (x * x).mean(axis=0), rtol=1e-4)
     np.testing.assert_allclose(stats.abs_max, np.abs(x).max(axis=0), rtol=1e-4)
     # Keys and values are made of it, and all tokens of a text read those of the first.
@@ -75,7 +76,7 @@ def test_statistics_equal_a_forward_by_hand(llama: Path, gathered) -> None:
         assert np.abs(x - row).max(axis=1).min() < 1e-3
 
 
-def test_only_keys_and_values_count_the_first_token_more(gathered) -> None:
+def test_only_keys_and_values_count_the_first_token_more(gathered: Gathered) -> None:
     found, _, _ = gathered
     for name in ("attn_output", "ffn_gate", "ffn_up", "ffn_down"):
         stats = found[f"blk.1.{name}.weight"].whole
@@ -91,7 +92,7 @@ def test_an_encoder_counts_all_tokens_alike(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.diag(stats.hessian), stats.mean_square, rtol=1e-3)
 
 
-def test_shared_inputs(gathered) -> None:
+def test_shared_inputs(gathered: Gathered) -> None:
     found, _, groups = gathered
     assert {frozenset(group) for group in groups} == {
         *(frozenset(f"blk.{i}.attn_{x}.weight" for x in "qkv") for i in (0, 1)),
@@ -109,7 +110,7 @@ def assert_same(a: InputStats, b: InputStats) -> None:
     np.testing.assert_array_equal(a.sample, b.sample)
 
 
-def test_many_passes_find_the_same(llama: Path, gathered) -> None:
+def test_many_passes_find_the_same(llama: Path, gathered: Gathered) -> None:
     with Calibrator.open(llama, TEXT, wanted(llama), context=64, threads=1) as calibrator:
         assert len(calibrator.passes(BIG)) == 1
         assert len(calibrator.passes(2 * 4 * 128**2)) > 3
@@ -121,7 +122,7 @@ def test_many_passes_find_the_same(llama: Path, gathered) -> None:
         assert_same(one[name].whole, many[name].whole)
 
 
-def test_chunks(llama: Path, gathered) -> None:
+def test_chunks(llama: Path, gathered: Gathered) -> None:
     _, chunks, _ = gathered
     _, fewer, _ = gather(llama, max_tokens=200)
     assert all(len(c) <= 64 and c[0] == 1 for c in chunks) and len(chunks) > 6
@@ -147,7 +148,9 @@ def test_experts_see_their_tokens(moe: Path) -> None:
     # The rows that the experts got are, together, all rows.
     down = "blk.0.ffn_down_exps.weight"
     np.testing.assert_allclose(pooled[down].whole.mean_square, found[down].whole.mean_square, rtol=1e-4)
-    np.testing.assert_allclose(pooled[down].whole.abs_max, found[down].whole.abs_max)
+    pooled_max, found_max = pooled[down].whole.abs_max, found[down].whole.abs_max
+    assert pooled_max is not None and found_max is not None
+    np.testing.assert_allclose(pooled_max, found_max)
     with Calibrator.open(moe, TEXT, wanted(moe), context=64, threads=1) as calibrator:
         assert calibrator.pooled(BIG) == []
         assert set(calibrator.pooled(4 * 128**2)) == {n for n in found if "_exps" in n}
@@ -229,7 +232,7 @@ def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Shifted(ctypes.Structure):
         pass
 
-    Shifted._fields_ = [
+    Shifted._fields_ = [  # type: ignore[misc]
         (
             name,
             ctypes.POINTER(Shifted) * 10 if name == "src" else ctypes.POINTER(Shifted) if name == "view_src" else kind,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,9 @@ def test_help_is_light() -> None:
 
 def test_help_at_80_columns() -> None:
     """No option name and no summary is cut, and no line is longer."""
-    commands = typer.main.get_command(cli.app).commands
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, typer.core.TyperGroup)
+    commands = group.commands
     assert set(commands) >= {"quantize", "inspect", "evaluate", "bench", "generate", "chat", "backend-path", "demo"}
     narrow = {"COLUMNS": "80", "TERM": "dumb"}
     summaries = run("--help", env=narrow).stdout
@@ -104,12 +107,12 @@ def test_unusable_files(
     command: str, what: str, message: str, unusable: dict[str, Path], words_file: Path, small: Path, tmp_path: Path
 ) -> None:
     path = unusable[what]
-    arguments = {
+    commands: dict[str, list[object]] = {
         "quantize": [path, tmp_path / "out.gguf"],
         "evaluate": [path, "--reference", small, "--text", words_file],
         "generate": [path, "-p", "the"],
-    }.get(command, [path])
-    error = run(command, *arguments, code=2).stderr
+    }
+    error = run(command, *commands.get(command, [path]), code=2).stderr
     assert message in error
     assert str(path) in error
     assert list(tmp_path.iterdir()) == []
@@ -250,7 +253,9 @@ def test_generate(kind: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(kind)
     shown = run("generate", path, "-p", "the red key", "-n", 6, "--temp", 0, "-t", 1)
     llama = llama_cpp.Llama(str(path), n_ctx=128, n_threads=1, verbose=False)
-    wanted = llama("the red key", max_tokens=6, temperature=0)["choices"][0]["text"]
+    answer = llama("the red key", max_tokens=6, temperature=0)
+    assert isinstance(answer, dict)
+    wanted = answer["choices"][0]["text"]
     llama.close()
     assert shown.stdout == output.safe(wanted) + "\n"
     assert shown.stderr == ""
@@ -278,7 +283,7 @@ def test_chat_from_a_pipe(llama_agq: Path) -> None:
 def test_chat_keeps_the_conversation(llama_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
-    def answer(llama: object, messages: list[dict[str, str]], **options: object):
+    def answer(llama: object, messages: list[dict[str, str]], **options: object) -> Iterator[str]:
         seen.append([f"{m['role']}: {m['content']}" for m in messages])
         yield from ("an", "swer")
 
@@ -302,7 +307,7 @@ def shown_demo(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Replaces the work of the demo; test_demo.py tests that."""
     folders: list[Path] = []
 
-    def work(folder: Path, *, threads: int, progress) -> demo.Demonstration:
+    def work(folder: Path, *, threads: int, progress: object) -> demo.Demonstration:
         assert folder.is_dir()
         folders.append(folder)
         row = demo.Row("AGQ4", "path", 2_000_000, 4.7, 0.012, 5.5, 1234.5, 99.4)

@@ -90,7 +90,7 @@ def test_quantize_refuses(
     target.write_text("an older file")
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    arguments: list[object] = {
+    cases: dict[str, list[object]] = {
         "same file": [small, small],
         "no folder": [small, tmp_path / "nowhere" / "out.gguf"],
         "output type": [small, target, "--output-type", "q3_k"],
@@ -98,8 +98,8 @@ def test_quantize_refuses(
         "missing text": [small, target, "--calibration", tmp_path / "none.txt"],
         "missing imatrix": [small, target, "--imatrix", tmp_path / "none.gguf"],
         "quantized source": [llama_q8, target],
-    }[case]
-    assert message in run("quantize", *arguments, "-t", 1, code=code).stderr
+    }
+    assert message in run("quantize", *cases[case], "-t", 1, code=code).stderr
     assert target.read_text() == "an older file"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "out.gguf"]
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -12,9 +14,10 @@ import tiny_models
 
 from agq_gguf.calibration import collect
 from agq_gguf.calibration.imatrix import load_imatrix
+from agq_gguf.calibration.stats import WeightStats
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.format import blocks
-from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.reader import Reader, open_gguf
 from agq_gguf.integrations import gguf_package
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.quantization.options import QuantizeOptions
@@ -26,9 +29,11 @@ TEXT = "the red key in the box and the blue door to a cat, a dog. Where was the 
 OPTIONS = QuantizeOptions(threads=1, context=64)
 ARCHITECTURES = ["llama", "gpt2", "bert", "bloom", "falcon", "qwen2"]
 
+Models = Callable[[str], Path]
+
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Paths of tiny models by name, each written when first asked for."""
     folder = tmp_path_factory.mktemp("convert")
 
@@ -73,7 +78,7 @@ def check_file(src: Path, dst: Path, report: Report) -> None:
     assert sum(n for n, _, _ in report.by_type().values()) == len(report.tensors)
 
 
-def moved_factors(source, ours, name: str) -> np.ndarray:
+def moved_factors(source: Reader, ours: Reader, name: str) -> np.ndarray | np.float32:
     """What equalization has multiplied the columns of a matrix by: what the norm in front of it has lost."""
     layer, _, kind = name.removesuffix(".weight").rpartition(".")
     if kind.startswith(("attn_q", "attn_k", "attn_v")):
@@ -89,7 +94,7 @@ def moved_factors(source, ours, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "moe", "tied"])
-def test_every_architecture(models, tmp_path: Path, name: str) -> None:
+def test_every_architecture(models: Models, tmp_path: Path, name: str) -> None:
     report = quantize(models(name), tmp_path / "out.gguf", calibration=[TEXT], options=OPTIONS)
     check_file(models(name), tmp_path / "out.gguf", report)
     linear = [t for t in report.tensors if t.name.startswith("blk.") and t.type_name == "agq4"]
@@ -106,7 +111,7 @@ def test_every_architecture(models, tmp_path: Path, name: str) -> None:
                 assert len({first_parameters(out, n) for n in names if n in out.tensors}) == 1
 
 
-def first_parameters(reader, name: str) -> tuple[bytes, bytes]:
+def first_parameters(reader: Reader, name: str) -> tuple[bytes, bytes]:
     tensor = reader.tensors[name]
     rows = np.frombuffer(reader.raw(name), np.uint8).reshape(-1, tensor.shape[-1] // 128 * 68)[: tensor.shape[-2]]
     parameters = blocks.read_parameters(rows)
@@ -135,7 +140,7 @@ def errors(report: Report) -> dict[str, float]:
     return {t.name: t.error for t in report.tensors if t.error is not None and t.name.startswith("blk.")}
 
 
-def test_without_guidance(models, tmp_path: Path) -> None:
+def test_without_guidance(models: Models, tmp_path: Path) -> None:
     report = quantize(models("llama"), tmp_path / "o", options=OPTIONS)
     check_file(models("llama"), tmp_path / "o", report)
     assert report.guidance == "none" and "without calibration" in report.warnings[0]
@@ -143,7 +148,7 @@ def test_without_guidance(models, tmp_path: Path) -> None:
     assert (tmp_path / "o").read_bytes() == (tmp_path / "p").read_bytes() and again == report
 
 
-def test_memory_and_threads_change_nothing(models, tmp_path: Path) -> None:
+def test_memory_and_threads_change_nothing(models: Models, tmp_path: Path) -> None:
     small = QuantizeOptions(threads=1, context=64, memory=3 * 4 * 128**2)
     calls: list[tuple[str, int, int, str]] = []
     a = quantize(models("llama"), tmp_path / "a", calibration=[TEXT], options=OPTIONS)
@@ -158,13 +163,13 @@ def test_memory_and_threads_change_nothing(models, tmp_path: Path) -> None:
     assert "pass 3 of" in "".join(c[3] for c in phases[0])
 
 
-def test_experts_sharing_a_hessian_is_told(models, tmp_path: Path) -> None:
+def test_experts_sharing_a_hessian_is_told(models: Models, tmp_path: Path) -> None:
     small = QuantizeOptions(threads=1, context=64, memory=2 * 4 * 128**2)
     report = quantize(models("moe"), tmp_path / "o", calibration=[TEXT], options=small)
     assert any("the experts of 3 tensors share" in w for w in report.warnings)
 
 
-def test_text_from_a_file(models, tmp_path: Path) -> None:
+def test_text_from_a_file(models: Models, tmp_path: Path) -> None:
     (tmp_path / "talk.txt").write_text(TEXT)
     report = quantize(models("llama"), tmp_path / "a", calibration=tmp_path / "talk.txt", options=OPTIONS)
     assert report.guidance.startswith("talk.txt, ")
@@ -185,12 +190,12 @@ def write_imatrix(path: Path, sums: dict[str, np.ndarray], kind: str = "imatrix"
     return path
 
 
-def test_imatrix(models, tmp_path: Path) -> None:
+def test_imatrix(models: Models, tmp_path: Path) -> None:
     """The statistics of a calibration, passed through an imatrix, guide like a calibration without Hessian."""
     src = models("moe")
     with open_gguf(src) as reader:
         shapes = {p.source.name: p.source.shape for p in plan(reader) if p.type_name == "agq4"}
-    found = {}
+    found: dict[str, WeightStats] = {}
     with collect.Calibrator.open(src, [TEXT], shapes, context=64, threads=1) as calibrator:
         for one, stats in zip(
             calibrator.inputs, calibrator.collect(calibrator.inputs, 1 << 30, lambda _: None), strict=True
@@ -203,7 +208,8 @@ def test_imatrix(models, tmp_path: Path) -> None:
     for name, stats in loaded.items():
         assert len(stats.experts) == len(found[name].experts)
         for i in range(max(1, len(stats.experts))):
-            np.testing.assert_allclose(stats.of(i).mean_square, found[name].of(i).mean_square, rtol=1e-6)
+            mean_square = stats.of(i).mean_square
+            np.testing.assert_allclose(mean_square, found[name].of(i).mean_square, rtol=1e-6)
     report = quantize(src, tmp_path / "o", imatrix=path, options=OPTIONS)
     assert report.guidance == "imatrix i.gguf" and not report.warnings
     plain = quantize(src, tmp_path / "p", calibration=[TEXT], options=QuantizeOptions(
@@ -212,7 +218,7 @@ def test_imatrix(models, tmp_path: Path) -> None:
         assert error == pytest.approx(errors(plain)[name], rel=1e-3)
 
 
-def test_bad_imatrix(models, tmp_path: Path) -> None:
+def test_bad_imatrix(models: Models, tmp_path: Path) -> None:
     name = "blk.0.attn_q.weight"
     for sums, kind, message in [
         ({name: np.ones((1, 128))}, "model", "not an imatrix"),
@@ -231,8 +237,8 @@ def test_bad_imatrix(models, tmp_path: Path) -> None:
     assert "no activations were seen for 13 tensors" in report.warnings[0]
 
 
-def test_recipe(models) -> None:
-    def types(name: str, **options: str) -> dict[str, str]:
+def test_recipe(models: Models) -> None:
+    def types(name: str, **options: Any) -> dict[str, str]:
         return {p.source.name: p.type_name for p in plan_file(models(name), QuantizeOptions(**options))}
 
     llama = types("llama")
@@ -262,7 +268,7 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
     assert told["blk.0.ffn_down.weight"].reason.endswith("q8_0 needs a multiple of 32 columns")
 
 
-def test_bad_sources_and_targets(models, tmp_path: Path) -> None:
+def test_bad_sources_and_targets(models: Models, tmp_path: Path) -> None:
     src = tmp_path / "m.gguf"
     src.write_bytes(models("llama").read_bytes())
     before = src.read_bytes()
@@ -286,7 +292,7 @@ def test_bad_sources_and_targets(models, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "m.gguf", "q.gguf"]
 
 
-def test_a_nan_weight_is_named_and_nothing_left(models, tmp_path: Path) -> None:
+def test_a_nan_weight_is_named_and_nothing_left(models: Models, tmp_path: Path) -> None:
     with open_gguf(models("llama")) as reader:
         at = reader.tensors["blk.1.ffn_up.weight"].offset
     data = bytearray(models("llama").read_bytes())
@@ -297,7 +303,7 @@ def test_a_nan_weight_is_named_and_nothing_left(models, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
-def test_interrupted_and_full_disk(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_and_full_disk(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(phase: str, done: int, *_: object) -> None:
         if phase == "quantize" and done > 50000:
             raise KeyboardInterrupt

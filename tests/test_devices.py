@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -67,7 +68,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["dense", "experts"])
 def model(request: pytest.FixtureRequest, models: Path) -> Path:
-    options = {"n_expert": 4, "n_expert_used": 2} if request.param == "experts" else {}
+    options: dict[str, Any] = {"n_expert": 4, "n_expert_used": 2} if request.param == "experts" else {}
     source = tiny_models.write_llama(models / f"devices-{request.param}.gguf", dtype="f32", n_ff=384, **options)
     quantize(source, models / f"devices-{request.param}-agq4.gguf", options=QUICK)
     return models / f"devices-{request.param}-agq4.gguf"

@@ -8,7 +8,6 @@ from importlib import metadata
 
 import pytest
 
-from agq_gguf import errors
 from agq_gguf.errors import HostError, install_command, missing_package
 
 METADATA = [
@@ -24,7 +23,7 @@ METADATA = [
 
 @pytest.fixture
 def requires(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(errors.metadata, "requires", lambda name: METADATA)
+    monkeypatch.setattr(metadata, "requires", lambda name: METADATA)
 
 
 @pytest.mark.usefixtures("requires")
@@ -45,7 +44,7 @@ def test_command_of_a_tree_that_was_never_installed(monkeypatch: pytest.MonkeyPa
     def missing(name: str) -> list[str]:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(errors.metadata, "requires", missing)
+    monkeypatch.setattr(metadata, "requires", missing)
     assert install_command("convert", "torch") == "pip install torch"
 
 

@@ -15,7 +15,7 @@ from agq_gguf.integrations import gguf_package
 def test_extends_once_and_again() -> None:
     assert gguf_package.extend() and gguf_package.extend()
     kind = gguf.GGMLQuantizationType(38)
-    assert kind is gguf.GGMLQuantizationType.AGQ4 is gguf.GGMLQuantizationType["AGQ4"]
+    assert kind is gguf.GGMLQuantizationType.AGQ4 is gguf.GGMLQuantizationType["AGQ4"]  # type: ignore[attr-defined]
     assert kind == 38 and kind.name == "AGQ4" and repr(kind) == "<GGMLQuantizationType.AGQ4: 38>"
     assert [t for t in gguf.GGMLQuantizationType if t.name == "AGQ4"] == [kind]
     assert gguf.GGML_QUANT_SIZES[kind] == (128, 68)

@@ -197,7 +197,7 @@ def test_more_tokens_than_the_model_has_are_left_out(own_checkpoint: Any, tmp_pa
     edit_tokenizer(folder, lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 600, "content": "<far>"}))
     report = import_checkpoint(folder, tmp_path / "out.gguf")
     assert "left out 1 tokens" in report.warnings[0]
-    assert len(gguf.GGUFReader(tmp_path / "out.gguf").get_field("tokenizer.ggml.tokens").contents()) == 576
+    assert len(gguf.GGUFReader(tmp_path / "out.gguf").fields["tokenizer.ggml.tokens"].contents()) == 576
 
 
 def test_missing_and_damaged_files(own_checkpoint: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 
@@ -72,9 +73,7 @@ def test_pruning_record(llama_agq: Path, tmp_path: Path) -> None:
     assert found[name].pruning == record
 
 
-def _rows(raw: bytes, rows: int):
-    import numpy as np
-
+def _rows(raw: bytes, rows: int) -> np.ndarray:
     return np.frombuffer(raw, np.uint8).reshape(rows, -1)
 
 

@@ -169,7 +169,7 @@ def test_generation_after_the_prompt(dense: Path) -> None:
 
 
 def test_chat_streaming_and_grammar(dense: Path) -> None:
-    from llama_cpp import LlamaGrammar
+    from llama_cpp.llama_grammar import LlamaGrammar
 
     llama = open_llama(dense, chat_format="llama-2")
     messages = [{"role": "user", "content": "who found the key"}]
@@ -241,7 +241,7 @@ def test_abort_callback_stops_a_prompt_and_leaves_the_context_usable(dense: Path
 
     calls = 0
 
-    @llama_cpp.ggml_abort_callback
+    @llama_cpp.ggml_abort_callback  # type: ignore[untyped-decorator]
     def abort(_data: object) -> bool:
         nonlocal calls
         calls += 1

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.format import blocks, pruning_record
 from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.tensor_names import layer_of
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.pruning.calibrate import PruneReport, metadata_of
-from agq_gguf.pruning.file import carriers, layer_of, write_plan
+from agq_gguf.pruning.file import carriers, write_plan
 from agq_gguf.pruning.options import PruneOptions
 from agq_gguf.pruning.plan import (
     STAYED,

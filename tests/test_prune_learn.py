@@ -33,9 +33,8 @@ def test_worth_is_attention_times_change() -> None:
 
 
 def test_normalized() -> None:
-    np.testing.assert_allclose(
-        normalized(np.array([[3, 4], [0, 0]], np.float32)), [[0.848528, 1.131371], [0, 0]], rtol=1e-6
-    )
+    wanted = np.array([[0.848528, 1.131371], [0, 0]])
+    np.testing.assert_allclose(normalized(np.array([[3, 4], [0, 0]], np.float32)), wanted, rtol=1e-6)
 
 
 def test_fit_finds_a_direction() -> None:

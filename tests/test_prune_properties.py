@@ -7,6 +7,7 @@ model then says, must be what the numpy forward of reference_pruning.py finds.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiny_models
@@ -64,7 +65,7 @@ RULES = st.builds(
 )
 def test_random_graphs(
     tmp_path: Path,
-    shape: dict[str, int],
+    shape: dict[str, Any],
     rules: list[tuple[int, Rule]],
     score: str,
     keep: int,

@@ -219,6 +219,7 @@ def test_thresholds_in_the_file(float32: Path, models: Path, score: str, reuse: 
         record = replace(
             record, threshold=4.0, direction=pruning_record.Direction.of(np.random.default_rng(2).normal(0, 0.2, 128))
         )
+        assert record.direction is not None
         direction = record.direction.values().astype(np.float64)
     with open_gguf(models / "prune-agq4.gguf") as reader:
         write_plan(reader, path, {"blk.0.ffn_up.weight": record}, {}, lambda *_: None)

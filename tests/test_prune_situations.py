@@ -93,6 +93,11 @@ class Pair:
         return sum(layer >= 0 for layer in self.fate[begin:])
 
 
+def shift(n: int) -> Callable[[LowContext], object]:
+    """Moves all positions after the second down by n."""
+    return lambda c: api.llama_memory_seq_add(c.memory, 0, 2 + n, -1, -n)
+
+
 def forget(begin: int, end: int, sequence: int = 0) -> Callable[[LowContext], object]:
     return lambda c: api.llama_memory_seq_rm(c.memory, sequence, begin, end)
 
@@ -477,7 +482,7 @@ def test_random_work(
                 pair.each(forget(length, -1))
             elif what == "shift" and length > n + 4:
                 pair.each(forget(2, 2 + n))
-                pair.each(lambda c, n=n: api.llama_memory_seq_add(c.memory, 0, 2 + n, -1, -n))
+                pair.each(shift(n))
                 length -= n
             elif what == "restore":
                 states = [c.save(0) for c in pair.contexts]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ PLAIN = MatrixOptions(activation_scale="token", refine=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Matrices this small are slower on two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -334,8 +335,8 @@ def test_what_is_prepared_for_rotated_groups() -> None:
     square = np.square(turned).mean(axis=0)
     known = prepare_input(stats, COLUMNS, 1000, MatrixOptions())
     expected = turned.T @ turned / len(x) / np.square(x).mean()
-    np.testing.assert_allclose(known.hessian, expected, atol=1e-3 * expected.max())
     assert known.correlations is not None and known.hessian is not None
+    np.testing.assert_allclose(known.hessian, expected, atol=1e-3 * expected.max())
     added = known.correlations.hessian.diagonal() - known.hessian.diagonal()
     noise = known.refinement.noise.repeat(64) / square.mean()
     np.testing.assert_allclose(added, 0.01 + noise, rtol=0.02, atol=1e-5)
@@ -360,8 +361,8 @@ def test_what_is_prepared_is_about_the_refined_input() -> None:
     np.testing.assert_allclose(searched.importance, square / square.mean(), rtol=1e-3)
     known = prepare_input(stats, COLUMNS, 1000, options)
     expected = refined.T @ refined / len(x) / square.mean()
-    np.testing.assert_allclose(known.hessian, expected, atol=1e-3 * expected.max())
     assert known.correlations is not None and known.hessian is not None
+    np.testing.assert_allclose(known.hessian, expected, atol=1e-3 * expected.max())
     added = known.correlations.hessian.diagonal() - known.hessian.diagonal()
     np.testing.assert_allclose(added, 0.01 + found.noise.repeat(64) / square.mean(), rtol=0.02, atol=1e-5)
     assert found.noise.min() / square.mean() > 1e-4

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -11,7 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agq_gguf.errors import InputError
-from agq_gguf.gguf_io.reader import TYPES, check_source, open_gguf
+from agq_gguf.gguf_io.reader import TYPES, Reader, check_source, open_gguf
+
+Change = Callable[[bytearray], bytes | bytearray | None]  # what to do with a file's bytes
+Rewritten = Callable[[Change], Reader]
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +24,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def rewritten(model: Path, tmp_path: Path):
+def rewritten(model: Path, tmp_path: Path) -> Rewritten:
     """Opens the model's bytes after a change."""
 
-    def open_changed(change):
+    def open_changed(change: Change) -> Reader:
         data = bytearray(model.read_bytes())
         changed = change(data)
         path = tmp_path / "changed.gguf"
@@ -80,20 +84,24 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
             open_gguf(tmp_path / "x")
 
 
-def test_truncated_anywhere(model: Path, rewritten) -> None:
+def first(n: int) -> Change:
+    return lambda data: data[:n]
+
+
+def test_truncated_anywhere(model: Path, rewritten: Rewritten) -> None:
     size = model.stat().st_size
     with open_gguf(model) as reader:
         header = min(t.offset for t in reader.tensors.values())
     for length in [*range(0, 400), *range(400, header, 997), header - 1, header, header + 5, size // 2, size - 1]:
         with pytest.raises(InputError, match=r"truncated|too short"):
-            rewritten(lambda data, n=length: data[:n])
+            rewritten(first(length))
 
 
-def test_damaged_header_fields(rewritten) -> None:
-    def put(at: int, form: str, value: int):
+def test_damaged_header_fields(rewritten: Rewritten) -> None:
+    def put(at: int, form: str, value: int) -> Change:
         return lambda data: struct.pack_into(form, data, at, value)
 
-    def put_behind(text: bytes, skip: int, form: str, value: int):
+    def put_behind(text: bytes, skip: int, form: str, value: int) -> Change:
         """`skip` counts from the end of a name: in metadata 0 is its type, in the list of tensors its dimensions."""
         return lambda data: struct.pack_into(form, data, data.index(text) + len(text) + skip, value)
 
@@ -121,7 +129,7 @@ def test_damaged_header_fields(rewritten) -> None:
             rewritten(change)
 
 
-def test_duplicates(rewritten) -> None:
+def test_duplicates(rewritten: Rewritten) -> None:
     with pytest.raises(InputError, match="occurs twice"):
         rewritten(lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"))
     with pytest.raises(InputError, match="occurs twice"):

@@ -67,10 +67,7 @@ def test_contexts_in_threads_share_one_model(dense: Path) -> None:
 
         alone = [run(i) for i in range(8)]
         together: list[np.ndarray | None] = [None] * 8
-        threads = [
-            threading.Thread(target=lambda i=i: together.__setitem__(i, run(i)))
-            for i in range(8)  # type: ignore[misc]
-        ]
+        threads = [threading.Thread(target=lambda i=i: together.__setitem__(i, run(i))) for i in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -90,7 +87,7 @@ def test_abort_in_the_middle_of_a_long_prompt(dense: Path) -> None:
     llama.eval(tokens)
     calls, limit = 0, 1 << 60
 
-    @llama_cpp.ggml_abort_callback
+    @llama_cpp.ggml_abort_callback  # type: ignore[untyped-decorator]
     def abort(_data: object) -> bool:
         nonlocal calls
         calls += 1

@@ -95,7 +95,7 @@ def test_ranges_are_those_of_the_activations(llama_agq: Path, words_file: Path) 
     seen: dict[str, list[np.ndarray]] = {}
 
     class Spy(ReferenceModel):
-        def linear(self, x, name, expert=None):
+        def linear(self, x: np.ndarray, name: str, expert: int | None = None) -> np.ndarray:
             seen.setdefault(name, []).append(np.asarray(x))
             return super().linear(x, name, expert)
 
@@ -206,7 +206,7 @@ def test_report_refuses(llama_agq: Path, tmp_path: Path, measured: tuple[Path, P
         ({"text": tmp_path / "none"}, "No such file"),
     ):
         with pytest.raises(InputError, match=message):
-            report.gather(llama_agq, tokens=64, threads=1, **options)  # type: ignore[arg-type]
+            report.gather(llama_agq, tokens=64, threads=1, **options)
     run("report", llama_agq, "-o", tmp_path / "no" / "r.html", "--tokens", 0, code=OutputError.exit_code)
 
 

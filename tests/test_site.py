@@ -110,9 +110,9 @@ def test_tutorial(tmp_path: Path) -> None:
     """The commands of the tutorial, one after the other, as they stand there."""
     (tmp_path / "bin").mkdir()
     for name, command in (("agq-gguf", "-m agq_gguf"), ("python", "")):
-        script = tmp_path / "bin" / name
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {command} "$@"\n')
-        script.chmod(0o755)
+        program = tmp_path / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {command} "$@"\n')
+        program.chmod(0o755)
     (tmp_path / "work").mkdir()
     script = "set -e\n" + "\n".join(snippets("tutorial.md", "sh"))
     result = subprocess.run(

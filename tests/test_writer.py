@@ -3,8 +3,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, Any
 
 import gguf
 import numpy as np
@@ -16,7 +18,7 @@ from agq_gguf.gguf_io.reader import Reader, open_gguf
 from agq_gguf.gguf_io.writer import ALIGNMENT, Writer, _File, layout
 
 TENSORS = [("a", "f32", (3, 5)), ("b", "q8_0", (2, 32)), ("c", "f16", (7,)), ("d", "agq4", (16, 512))]
-DATA = {
+DATA: dict[str, np.ndarray] = {
     "a": np.arange(15, dtype=np.float32).reshape(3, 5),
     "b": np.arange(68, dtype=np.uint8).reshape(2, 34),
     "c": np.arange(7, dtype=np.float16),
@@ -25,7 +27,7 @@ DATA = {
 
 
 @pytest.fixture
-def source(tmp_path: Path):
+def source(tmp_path: Path) -> Iterator[Reader]:
     with open_gguf(tiny_models.write_llama(tmp_path / "source.gguf", n_layer=1)) as reader:
         yield reader
 
@@ -140,7 +142,7 @@ def test_really_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """The kernel's own refusal, which arrives when buffers are flushed."""
     original = Path.open
 
-    def to_full(self: Path, *args: str):
+    def to_full(self: Path, *args: str) -> IO[Any]:
         original(self, "xb").close()
         return original(Path("/dev/full"), "wb")
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import tiny_checkpoints as tiny
 import torch
+import transformers
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -44,11 +45,11 @@ def fresh(family: str) -> tuple[Any, Any]:
     if family == "opt":
         tokenizer = tiny.opt_tokenizer(texts, VOCAB)
         config = tiny.opt_config(**sizes, num_hidden_layers=LAYERS, ffn_dim=512, max_position_embeddings=CONTEXT)
-        model = tiny.transformers.OPTForCausalLM(config)
+        model: transformers.PreTrainedModel = transformers.OPTForCausalLM(config)
     else:
         tokenizer = tiny.bloom_tokenizer(texts, VOCAB)
         config = tiny.bloom_config(**sizes, n_layer=LAYERS, seq_length=CONTEXT)
-        model = tiny.transformers.BloomForCausalLM(config)
+        model = transformers.BloomForCausalLM(config)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             residual = name.endswith(("out_proj.weight", "fc2.weight", "dense.weight", "dense_4h_to_h.weight"))

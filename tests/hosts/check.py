@@ -156,7 +156,7 @@ def _check_story(host: HostUnderTest, models: HostModels, report: HostReport) ->
         report.expect(f"flash attention {name} as off", same, f"{error:.1e}, {other['text']!r} for {off['text']!r}")
     error = _distance(q8["logits"], on["logits"])
     report.expect("a cache in q8_0", error < 0.1, f"relative difference {error:.1e}")
-    for name, cut, mask, whole in (("off", *results[4:6], off), ("on", *results[6:8], on)):
+    for name, (cut, mask), whole in (("off", results[4:6], off), ("on", results[6:8], on)):
         error, effect = _distance(cut["logits"], mask["logits"]), _distance(cut["logits"], whole["logits"])
         same = cut["tokens"] == mask["tokens"] and error < 0.02 and effect > 5 * error
         report.expect(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from agq_gguf.runtime.model import Batch, Model
 
 def main() -> None:
     """Prompts and single tokens in four Python threads."""
-    native.backend_path = lambda: Path(sys.argv[1])
+    native.backend_path = lru_cache(lambda: Path(sys.argv[1]))
     with Model(sys.argv[2]) as model:
 
         def work(i: int) -> None:
