@@ -1,0 +1,47 @@
+"""Models and contexts of llama.cpp, as the package opens them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agq_gguf.errors import InputError
+from agq_gguf.runtime.model import Batch, Model
+
+TEXT = "the red key in the box and the blue door"
+
+
+def test_tokens_and_text(llama_f16: Path) -> None:
+    with Model(llama_f16) as model:
+        tokens = model.tokenize(TEXT)
+        assert model.detokenize(tokens[1:]).strip() == TEXT  # the first token begins the text
+        assert model.detokenize([]) == ""
+        long = np.resize(tokens[1:], 5000)  # more than the first guess at the room
+        assert len(model.detokenize(long)) > 5000
+
+
+def test_an_unfinished_character_is_replaced(llama_f16: Path) -> None:
+    with Model(llama_f16) as model:
+        tokens = model.tokenize("\N{SNOWMAN}")  # one token for each byte
+        assert model.detokenize(tokens[:-1]).endswith("\N{REPLACEMENT CHARACTER}")
+
+
+def test_closing_twice_and_forgetting(llama_f16: Path) -> None:
+    model = Model(llama_f16)
+    context = model.context(64)
+    batch = Batch(model.tokenize(TEXT))
+    context.decode(batch)
+    first = context.logits(batch).copy()
+    context.forget(1)
+    context.decode(Batch(model.tokenize(TEXT)[1:], first_position=1))
+    np.testing.assert_allclose(context.logits(batch), first, atol=1e-3)
+    for _ in range(2):
+        context.close()
+        model.close()
+
+
+def test_a_model_without_logits(bert_f16: Path) -> None:
+    with Model(bert_f16) as model, pytest.raises(InputError, match="predicts no next token"):
+        model.require_logits()
