@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import field_architectures
 import gguf
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.gguf_io.writer import Writer, layout
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.quantization.options import QuantizeOptions
-from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.quantization.pipeline import plan_file, quantize
 from agq_gguf.quantization.report import Report
 from agq_gguf.runtime.log import quiet_log
 from agq_gguf.runtime.model import Batch, Model
@@ -135,6 +136,37 @@ def test_decoders_say_what_their_weights_say(name: str, tmp_path: Path, words: s
     check_pruning(name, path)
 
 
+# Tensors of the field's architectures that stay floats, because llama-quantize keeps them, too.
+SMALL = {
+    "one-dimensional", "norm", "router", "convolution", "recurrent state", "small low-rank or mixing matrix", "bias",
+    "not a weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in field_architectures.WRITERS if name != "gemma-embedding"])
+def test_architectures_of_the_field(name: str, tmp_path: Path, words: str) -> None:
+    source = field_architectures.WRITERS[name](tmp_path / f"{name}.gguf")
+    path, report = quantized(source, words)
+    floats = {t.name: t.reason for t in report.tensors if t.type_name in ("f32", "f16")}
+    assert {name: why for name, why in floats.items() if why.split(";")[0] not in SMALL} == {}
+    found, wanted, original = logits_of(path), logits_of(dequantized(path)), logits_of(source)
+    assert error(found, wanted) < 0.1
+    assert error(found, wanted) < error(wanted, original) / 2
+
+
+def test_tables_and_experts_of_all_names(tmp_path: Path) -> None:
+    """What once stayed F16 or F32 by oversight."""
+
+    def types(name: str) -> dict[str, str]:
+        source = field_architectures.WRITERS[name](tmp_path / f"{name}.gguf")
+        return {plan.source.name: plan.type_name for plan in plan_file(source, QuantizeOptions())}
+
+    assert types("gemma3n")["per_layer_token_embd.weight"] == "q8_0"  # 512 columns; AGQ4 from 1024 on
+    assert types("grovemoe")["blk.1.ffn_up_chexps.weight"] == "agq4"
+    latent = types("deepseek2")
+    assert latent["blk.0.attn_k_b.weight"] == latent["blk.1.attn_v_b.weight"] == "q8_0"
+
+
 def test_what_cannot_be_agq4_says_why(tmp_path: Path) -> None:
     def reasons(name: str) -> dict[str, tuple[str, str]]:
         source = tiny_architectures.DECODERS[name](tmp_path / f"{name}.gguf")
@@ -143,7 +175,8 @@ def test_what_cannot_be_agq4_says_why(tmp_path: Path) -> None:
 
     mamba = reasons("mamba")
     assert mamba["blk.0.ssm_x.weight"] == ("q8_0", "rows must be a multiple of 16, got 40")
-    assert mamba["blk.0.ssm_dt.weight"] == ("f32", "recurrent state")
+    # 8 columns, fewer than a block of Q8_0
+    assert mamba["blk.0.ssm_dt.weight"] == ("f16", "small and sensitive; q8_0 needs a multiple of 32 columns")
     assert mamba["blk.0.ssm_conv1d.weight"] == ("f32", "convolution")
     assert mamba["blk.0.ssm_a"] == ("f32", "not a weight")
     odd = reasons("odd")

@@ -41,6 +41,11 @@ class WeightStats:
     whole: InputStats
     experts: tuple[InputStats, ...] = ()
 
+    @property
+    def unused_experts(self) -> list[int]:
+        """The experts that no token reached; `of` gives them the statistics of all experts."""
+        return [expert for expert, stats in enumerate(self.experts) if not stats.tokens]
+
     def of(self, expert: int) -> InputStats:
         """Statistics for one expert's matrix."""
         return self.experts[expert] if self.experts else self.whole

@@ -31,3 +31,8 @@ def split_name(name: str) -> tuple[int | None, str]:
 def kind_of(name: str) -> str:
     """The name without its layer and without ``.weight``, such as ``attn_q``."""
     return split_name(name)[1].removesuffix(_SUFFIX)
+
+
+def is_further_prediction(name: str) -> bool:
+    """Whether the name shows that its layer is a block for multi-token prediction (metadata `nextn_predict_layers`)."""
+    return kind_of(name).startswith("nextn.")

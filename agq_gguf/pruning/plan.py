@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.format import pruning_record
-from agq_gguf.gguf_io.tensor_names import layer_of
+from agq_gguf.gguf_io.tensor_names import is_further_prediction, layer_of
 
 STAYED = -1  # never dropped, in arrays of the layers after which tokens were dropped
 MIN_PROMPT = 64  # tokens; the runtime does not prune shorter calls
@@ -89,9 +89,12 @@ class Work:
 def work_of(sizes: dict[str, int], reuse: bool = False) -> Work:
     """The work of a model, from the names and sizes (elements) of its tensors. Layers are called ``blk.N``.
 
+    Blocks that predict further tokens (``blk.N.nextn.*``) do not count: llama.cpp runs them apart from the others.
     With `reuse`, dropped tokens still need the products for keys and values. Raises ValueError if there are no layers.
     """
     per_layer = {name: layer for name in sizes if (layer := layer_of(name)) is not None}
+    apart = {layer for name, layer in per_layer.items() if is_further_prediction(name)}
+    per_layer = {name: layer for name, layer in per_layer.items() if layer not in apart}
     if not per_layer:
         raise ValueError("no tensor is called blk.N.*")
     ffn = sum(sizes[name] for name in per_layer if ".ffn" in name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +15,7 @@ from agq_gguf.calibration.imatrix import load_imatrix
 from agq_gguf.calibration.stats import WeightStats, check_shapes
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import Reader, Tensor
-from agq_gguf.gguf_io.tensor_names import EMBEDDING
+from agq_gguf.gguf_io.tensor_names import EMBEDDING, is_further_prediction, layer_of
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.resume import Journal, digest, folder_of
 from agq_gguf.quantization.type_plan import TensorPlan
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _FEW_TOKENS = 4096  # of calibration text; fewer cause a warning
+_NAMED_EXPERTS = 4  # in a warning about experts that were never used
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def from_imatrix(wanted: dict[str, Tensor], path: PathName) -> Guide:
     stats = load_imatrix(path)
     check_shapes(stats, {name: tensor.shape for name, tensor in wanted.items()}, str(path))
     warnings = _unseen([name for name in wanted if name not in stats and name != EMBEDDING])
+    warnings += unused_experts({name: stats[name].unused_experts for name in wanted if name in stats})
     return Guide(f"imatrix {Path(path).name}", (Group((name,), stats.get(name)) for name in wanted), warnings)
 
 
@@ -118,6 +120,8 @@ def from_text(
     seen = {name for part in parts for found in part for name in found.weights}
     unseen = [name for name in wanted if name not in seen]
 
+    unused: dict[str, Sequence[int]] = {}
+
     def groups() -> Iterator[Group]:
         total = calibrator.n_tokens * len(parts)
         for i, part in enumerate(parts):
@@ -128,8 +132,10 @@ def from_text(
             if part:
                 collected = calibrator.collect(part, options.memory, report, hessians)
                 for found, stats in zip(part, collected, strict=True):
+                    unused[found.weights[0]] = stats.unused_experts
                     yield Group(found.weights, stats, found.norms if _plain(reader, found.norms) else ())
         yield from (Group((name,)) for name in unseen)
+        warnings.extend(unused_experts(unused))
 
     warnings += _unseen([name for name in unseen if name != EMBEDDING])  # an embedding that is looked up has no input
     if hessians and (pooled := calibrator.pooled(options.memory)):
@@ -152,11 +158,34 @@ def _report(progress: Progress, before: int, total: int, detail: str, done: int)
 
 
 def _unseen(names: list[str]) -> list[str]:
-    """A warning about the weights that got no statistics."""
-    if not names:
+    """Warnings about the weights that got no statistics."""
+    apart = {layer_of(name) for name in names if is_further_prediction(name)}
+    further = [name for name in names if layer_of(name) in apart and layer_of(name) is not None]
+    others = [name for name in names if name not in further]
+    warnings = []
+    if further:
+        blocks_of = ", ".join(f"blk.{layer}" for layer in sorted({layer_of(name) or 0 for name in further}))
+        warnings.append(
+            f"{len(further)} tensors of {blocks_of} were quantized without calibration: llama.cpp does not run blocks "
+            "for multi-token prediction on a text"
+        )
+    if others:
+        which = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        warnings.append(
+            f"no activations were seen for {len(others)} tensors ({which}): they were quantized without calibration; "
+            "use a calibration text that reaches them"
+        )
+    return warnings
+
+
+def unused_experts(unused: Mapping[str, Sequence[int]]) -> list[str]:
+    """A warning about experts that no token reached; `unused` lists them for each tensor."""
+    found = sorted({(layer_of(name) or 0, expert) for name, experts in unused.items() for expert in experts})
+    if not found:
         return []
-    which = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    which = ", ".join(f"expert {expert} of blk.{layer}" for layer, expert in found[:_NAMED_EXPERTS])
+    more = f" and {len(found) - _NAMED_EXPERTS} more experts" if len(found) > _NAMED_EXPERTS else ""
     return [
-        f"no activations were seen for {len(names)} tensors ({which}): they were quantized without calibration; "
-        "use a calibration text that reaches them"
+        f"{which}{more} {'was' if len(found) == 1 else 'were'} never used by the calibration data; they got the "
+        "statistics of all experts; a longer text reaches more of them"
     ]
