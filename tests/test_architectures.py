@@ -19,6 +19,7 @@ import tiny_models
 
 import agq_gguf
 from agq_gguf.calibration.collect import Calibrator
+from agq_gguf.calibration.memory import hessian_bytes, work_bytes
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.gguf_io.writer import Writer, layout
@@ -220,7 +221,7 @@ def test_calibration_of_encoder_and_decoder_in_several_passes(tmp_path: Path, wo
     with Calibrator.open(source, [words], wanted, max_tokens=512, threads=1) as calibrator:
         assert [len(found.weights) for found in calibrator.inputs] == [1] * 6
         together = calibrator.collect(calibrator.inputs, 1 << 30, lambda done: None)
-        parts = calibrator.passes(2 * 4 * 128**2)
+        parts = calibrator.passes(2 * hessian_bytes(128) + work_bytes(128))
         assert [part[-1].weights[0].split(".")[0] for part in parts] == ["enc", "dec", "dec"]
         apart = [stats for part in parts for stats in calibrator.collect(part, 1 << 30, lambda done: None)]
     for one, other in zip(together, apart, strict=True):

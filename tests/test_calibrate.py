@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 
 from agq_gguf.calibration.collect import Calibrator
+from agq_gguf.calibration.memory import hessian_bytes, hessians_that_fit, work_bytes
 from agq_gguf.calibration.stats import InputStats, WeightStats
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.gguf_io.reader import open_gguf
@@ -18,6 +19,7 @@ from agq_gguf.text import load_text
 
 TEXT = ["the red key in the box and the blue door to a cat, a dog. ", "Where was the king? "] * 15
 BIG = 1 << 30
+LITTLE = hessian_bytes(256) + work_bytes(256)  # one Hessian of the models' feed-forward, at a time
 
 # Statistics by weight, the chunks that ran, which weights share.
 Gathered = tuple[dict[str, WeightStats], list[np.ndarray], list[tuple[str, ...]]]
@@ -113,10 +115,11 @@ def assert_same(a: InputStats, b: InputStats) -> None:
 def test_many_passes_find_the_same(llama: Path, gathered: Gathered) -> None:
     with Calibrator.open(llama, TEXT, wanted(llama), context=64, threads=1) as calibrator:
         assert len(calibrator.passes(BIG)) == 1
-        assert len(calibrator.passes(2 * 4 * 128**2)) > 3
-        assert calibrator.passes(1) == [[one] for one in calibrator.inputs]
+        assert len(calibrator.passes(LITTLE)) > 3
+        assert len(calibrator.passes(1)) == 1 and calibrator.too_large(1) == calibrator.inputs
+        assert not calibrator.too_large(LITTLE)
     one, _, _ = gathered
-    many, _, _ = gather(llama, 2 * 4 * 128**2)
+    many, _, _ = gather(llama, LITTLE)
     assert one.keys() == many.keys() == wanted(llama).keys()
     for name in one:
         assert_same(one[name].whole, many[name].whole)
@@ -137,23 +140,36 @@ def test_experts_see_their_tokens(moe: Path) -> None:
     for name in ("blk.0.ffn_up_exps.weight", "blk.0.ffn_down_exps.weight"):
         stats = found[name]
         assert len(stats.experts) == 4 and sum(e.tokens for e in stats.experts) == 2 * n == stats.whole.tokens
-        assert stats.whole.hessian is not None
-        np.testing.assert_allclose(np.diag(stats.whole.hessian), stats.whole.mean_square, rtol=1e-3)
+        for expert in stats.experts:
+            assert expert.hessian is not None
+            np.testing.assert_allclose(np.diag(expert.hessian), expert.mean_square, rtol=1e-3)
     # Each token has 2 experts: the input of gate and up, weighted by use, is the router's input counted twice.
     router = found["blk.0.ffn_gate_inp.weight"].whole
     np.testing.assert_allclose(found["blk.0.ffn_up_exps.weight"].whole.mean_square, router.mean_square, rtol=1e-3)
-    pooled, _, _ = gather(moe, 4 * 128**2)
-    assert not pooled["blk.0.ffn_up_exps.weight"].experts
+    up, down = "blk.0.ffn_up_exps.weight", "blk.0.ffn_down_exps.weight"
+    one_each = 2 * hessian_bytes(128) + work_bytes(128)  # too little for four experts
+    pooled, _, _ = gather(moe, one_each)
+    assert not pooled[up].experts
     np.testing.assert_allclose(pooled["blk.0.ffn_up_exps.weight"].whole.mean_square, router.mean_square, rtol=1e-3)
     # The rows that the experts got are, together, all rows.
-    down = "blk.0.ffn_down_exps.weight"
+    pooled, _, _ = gather(moe, LITTLE)
+    assert pooled[up].experts and not pooled[down].experts
     np.testing.assert_allclose(pooled[down].whole.mean_square, found[down].whole.mean_square, rtol=1e-4)
     pooled_max, found_max = pooled[down].whole.abs_max, found[down].whole.abs_max
     assert pooled_max is not None and found_max is not None
     np.testing.assert_allclose(pooled_max, found_max)
     with Calibrator.open(moe, TEXT, wanted(moe), context=64, threads=1) as calibrator:
         assert calibrator.pooled(BIG) == []
-        assert set(calibrator.pooled(4 * 128**2)) == {n for n in found if "_exps" in n}
+        assert set(calibrator.pooled(one_each)) == {n for n in found if "_exps" in n and n != down}
+        assert [one.weights for one in calibrator.too_large(one_each)] == [(down,)]
+        assert calibrator.pooled(LITTLE) == [down]
+
+
+def test_hessians_that_fit() -> None:
+    own = hessian_bytes(1000) + work_bytes(1000)
+    assert hessians_that_fit(1000, 0, own) == 1 and hessians_that_fit(1000, 0, own - 1) == 0
+    eight = own + 7 * hessian_bytes(1000)
+    assert [hessians_that_fit(1000, 8, memory) for memory in (eight, eight - 1, own, own - 1)] == [8, 1, 1, 0]
 
 
 @pytest.mark.parametrize("arch", ["bert", "gpt2", "falcon", "bloom", "qwen2"])

@@ -63,10 +63,27 @@ def test_calibration_tokens_bound_the_text(small: Path, words_file: Path, tmp_pa
     assert 0 < tokens <= 600
 
 
+def test_dry_run_as_json(small: Path, words_file: Path, tmp_path: Path) -> None:
+    """What a script wants to know before it starts a run of hours."""
+    shown = run("quantize", small, tmp_path / "out.gguf", "--dry-run", "--json", "--calibration", words_file, "-t", 1)
+    plan = json.loads(shown.stdout)
+    with open_gguf(small) as reader:
+        assert [tensor["name"] for tensor in plan["tensors"]] == list(reader.tensors)
+    kept = {tensor["name"]: tensor for tensor in plan["tensors"] if tensor["reason"]}
+    assert (
+        kept["output_norm.weight"]["type_name"] == "f32" and kept["output_norm.weight"]["reason"] == "one-dimensional"
+    )
+    assert plan["seconds"] > 0 and plan["memory_bytes"] > 400 << 20
+    report = json.loads(run("quantize", small, tmp_path / "out.gguf", "--json", "--calibration", words_file).stdout)
+    assert abs(plan["disk_bytes"] - report["n_bytes"]) < 100_000  # metadata
+    assert plan["bits_per_weight"] < 20
+
+
 def test_dry_run_writes_nothing(small: Path, tmp_path: Path) -> None:
     shown = run("quantize", small, tmp_path / "out.gguf", "--dry-run", "--output-type", "f16")
     assert re.search(r"blk\.0\.ffn_up\.weight +128 x 128 +f16 +agq4 +8\.5 KiB", shown.stdout)
     assert re.search(r"output\.weight +512 x 128 +f16 +f16 +128\.0 KiB +output type is f16", shown.stdout)
+    assert "the run would need about" in shown.stdout and "of memory" in shown.stdout
     assert "nothing was written" in shown.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -14,6 +14,7 @@ import tiny_models
 
 from agq_gguf.calibration import collect
 from agq_gguf.calibration.imatrix import load_imatrix
+from agq_gguf.calibration.memory import hessian_bytes, work_bytes
 from agq_gguf.calibration.stats import WeightStats
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.format import blocks
@@ -149,7 +150,7 @@ def test_without_guidance(models: Models, tmp_path: Path) -> None:
 
 
 def test_memory_and_threads_change_nothing(models: Models, tmp_path: Path) -> None:
-    small = QuantizeOptions(threads=1, context=64, memory=3 * 4 * 128**2)
+    small = QuantizeOptions(threads=1, context=64, memory=hessian_bytes(256) + work_bytes(256))
     calls: list[tuple[str, int, int, str]] = []
     a = quantize(models("llama"), tmp_path / "a", calibration=[TEXT], options=OPTIONS)
     b = quantize(
@@ -164,9 +165,9 @@ def test_memory_and_threads_change_nothing(models: Models, tmp_path: Path) -> No
 
 
 def test_experts_sharing_a_hessian_is_told(models: Models, tmp_path: Path) -> None:
-    small = QuantizeOptions(threads=1, context=64, memory=2 * 4 * 128**2)
+    small = QuantizeOptions(threads=1, context=64, memory=hessian_bytes(256) + work_bytes(256))
     report = quantize(models("moe"), tmp_path / "o", calibration=[TEXT], options=small)
-    assert any("the experts of 3 tensors share" in w for w in report.warnings)
+    assert any("the experts of 1 tensors share" in w for w in report.warnings)
 
 
 def test_text_from_a_file(models: Models, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_useless_hessian_is_told() -> None:
 
 def test_inverse_factor() -> None:
     h = torch.from_numpy(stats_of(correlated_input()).hessian)
-    known = column_feedback.correlations(h, 0.01)
+    known = column_feedback.correlations(h.clone(), 0.01)
     assert known is not None
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(COLUMNS)
     torch.testing.assert_close(known.hessian, damped)
@@ -170,7 +170,7 @@ def test_inverse_factor() -> None:
 
 def test_descent_never_loses() -> None:
     h = torch.from_numpy(stats_of(correlated_input()).hessian)
-    known = column_feedback.correlations(h, 0.01)
+    known = column_feedback.correlations(h.clone(), 0.01)
     assert known is not None
     w = torch.from_numpy(weights() * 20)
     book = codebook.fixed()
@@ -193,7 +193,7 @@ def gram_of(rows: int, rank: int) -> torch.Tensor:
 
 def test_rows_make_up_for_each_other() -> None:
     h = torch.from_numpy(stats_of(correlated_input()).hessian)
-    known = column_feedback.correlations(h, 0.01)
+    known = column_feedback.correlations(h.clone(), 0.01)
     assert known is not None
     w, book, gram = torch.from_numpy(weights() * 20), codebook.fixed(), gram_of(ROWS, 6)
 
@@ -217,7 +217,7 @@ def test_rows_make_up_for_each_other() -> None:
 def test_what_later_rows_make_up_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the errors of the first rows fixed, the others are asked for what minimizes tr(G E H E^T)."""
     h = torch.from_numpy(stats_of(correlated_input()).hessian)
-    known = column_feedback.correlations(h, 0.01)
+    known = column_feedback.correlations(h.clone(), 0.01)
     assert known is not None
     w, gram = torch.from_numpy(weights() * 20), gram_of(ROWS, 6)
     asked: list[torch.Tensor] = []
@@ -254,7 +254,7 @@ def test_groups_that_are_not_correlated() -> None:
     each = x @ x.mT / 80
     whole = torch.block_diag(*each)
     noise = torch.rand(COLUMNS, generator=generator) / 100
-    apart, together = (column_feedback.correlations(h, 0.01, noise) for h in (each, whole))
+    apart, together = (column_feedback.correlations(h.clone(), 0.01, noise) for h in (each, whole))
     assert apart is not None and together is not None and together.coupled and not apart.coupled
     torch.testing.assert_close(apart.importance, together.importance, rtol=1e-3, atol=0)
     w = torch.from_numpy(weights())
@@ -335,17 +335,20 @@ def test_what_is_prepared_for_rotated_groups() -> None:
     square = np.square(turned).mean(axis=0)
     known = prepare_input(stats, COLUMNS, 1000, MatrixOptions())
     expected = turned.T @ turned / len(x) / np.square(x).mean()
-    assert known.correlations is not None and known.hessian is not None
-    np.testing.assert_allclose(known.hessian, expected, atol=1e-3 * expected.max())
-    added = known.correlations.hessian.diagonal() - known.hessian.diagonal()
+    assert known.correlations is not None
+    added = known.correlations.added
+    undamped = known.correlations.hessian - added.diag()
+    np.testing.assert_allclose(undamped, expected, atol=1e-3 * expected.max())
     noise = known.refinement.noise.repeat(64) / square.mean()
     np.testing.assert_allclose(added, 0.01 + noise, rtol=0.02, atol=1e-5)
     searched = prepare_input(replace(stats, hessian=None), COLUMNS, 1000, MatrixOptions())
     means = np.square(x).mean(axis=0)
-    assert searched.hessian is not None and searched.hessian.shape == (COLUMNS // 64, 64, 64)
+    assert searched.correlations is not None
+    undamped = searched.correlations.hessian - searched.correlations.added.reshape(-1, 64).diag_embed()
+    assert undamped.shape == (COLUMNS // 64, 64, 64)
     here = slice(64, 128)  # channels 77 and 7 are outliers of different groups
     expected = reference.rotate(reference.rotate(np.diag(means[here] / means.mean())).T)
-    np.testing.assert_allclose(searched.hessian[1], expected, atol=1e-3 * expected.max())
+    np.testing.assert_allclose(undamped[1], expected, atol=1e-3 * expected.max())
 
 
 def test_what_is_prepared_is_about_the_refined_input() -> None:
@@ -361,9 +364,10 @@ def test_what_is_prepared_is_about_the_refined_input() -> None:
     np.testing.assert_allclose(searched.importance, square / square.mean(), rtol=1e-3)
     known = prepare_input(stats, COLUMNS, 1000, options)
     expected = refined.T @ refined / len(x) / square.mean()
-    assert known.correlations is not None and known.hessian is not None
-    np.testing.assert_allclose(known.hessian, expected, atol=1e-3 * expected.max())
-    added = known.correlations.hessian.diagonal() - known.hessian.diagonal()
+    assert known.correlations is not None
+    added = known.correlations.added
+    undamped = known.correlations.hessian - added.diag()
+    np.testing.assert_allclose(undamped, expected, atol=1e-3 * expected.max())
     np.testing.assert_allclose(added, 0.01 + found.noise.repeat(64) / square.mean(), rtol=0.02, atol=1e-5)
     assert found.noise.min() / square.mean() > 1e-4
 

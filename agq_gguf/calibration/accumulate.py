@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from agq_gguf.calibration.stats import InputStats, WeightStats
 from agq_gguf.errors import InputError
 
+_COPIED_ROWS = 1024
 SAMPLE_ROWS = 256  # rows of an input that are kept as a sample
 _EXPERT_PRIOR = 128  # the whole input is mixed into an expert's own statistics with the weight of so many tokens
 
@@ -63,7 +65,8 @@ def finish(sums: list[Accumulator]) -> WeightStats:
         return WeightStats(sums[0].stats())
     parts = [total.stats() for total in sums]
     whole = merge(parts)
-    return WeightStats(whole, tuple(_with_prior(part, whole) for part in parts))
+    own = tuple(_with_prior(part, whole) for part in parts)
+    return WeightStats(replace(whole, hessian=None), own)  # each expert has its own
 
 
 def merge(parts: list[InputStats]) -> InputStats:
@@ -74,7 +77,9 @@ def merge(parts: list[InputStats]) -> InputStats:
     if parts[0].hessian is not None:
         hessian = np.zeros_like(parts[0].hessian)
         for part, share in zip(parts, shares, strict=True):
-            hessian += 0 if part.hessian is None else part.hessian * share
+            if part.hessian is not None:
+                for rows in _rows(hessian):
+                    hessian[rows] += part.hessian[rows] * share
     every = max(1, len(parts) // 2)
     return InputStats(
         tokens,
@@ -86,10 +91,19 @@ def merge(parts: list[InputStats]) -> InputStats:
 
 
 def _with_prior(own: InputStats, whole: InputStats) -> InputStats:
-    """An expert's statistics mixed with those of all experts; the fewer tokens it has seen, the more."""
+    """An expert's statistics mixed with those of all experts; the fewer tokens it has seen, the more.
+
+    The expert's Hessian is overwritten.
+    """
     s = np.float32(own.tokens / (own.tokens + _EXPERT_PRIOR))
-    hessian = None
     if own.hessian is not None and whole.hessian is not None:
-        hessian = own.hessian * s + whole.hessian * (1 - s)
+        mixed = own.hessian
+        for rows in _rows(mixed):
+            mixed[rows] = mixed[rows] * s + whole.hessian[rows] * (1 - s)
     square = own.mean_square * s + whole.mean_square * (1 - s)
-    return InputStats(own.tokens, square, whole.abs_max, whole.sample, hessian)
+    return InputStats(own.tokens, square, whole.abs_max, whole.sample, own.hessian)
+
+
+def _rows(matrix: NDArray[np.float32]) -> list[slice]:
+    """Parts of the rows, small enough for a temporary copy."""
+    return [slice(begin, begin + _COPIED_ROWS) for begin in range(0, len(matrix), _COPIED_ROWS)]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.calibration.accumulate import SAMPLE_ROWS, Accumulator, finish
+from agq_gguf.calibration.memory import hessian_bytes, hessians_that_fit, work_bytes
 from agq_gguf.calibration.session import Session
 from agq_gguf.calibration.stats import WeightStats
 from agq_gguf.runtime.ggml import Ggml, GgmlTensor, ggml
@@ -112,29 +113,29 @@ class Calibrator:
         if not hessians:
             return [self.inputs]
         parts: list[list[Input]] = [[]]
-        used = 0
+        held = work = 0
         for found in self.inputs:
-            need = 4 * found.columns**2 * self._matrices(found, memory)
-            if parts[-1] and used + need > memory:
+            count = hessians_that_fit(found.columns, found.experts, memory)
+            need, most = count * hessian_bytes(found.columns), work_bytes(found.columns) if count else 0
+            if parts[-1] and held + need + max(work, most) > memory:
                 parts.append([])
-                used = 0
+                held = work = 0
             parts[-1].append(found)
-            used += need
+            held, work = held + need, max(work, most)
         return parts
-
-    @staticmethod
-    def _matrices(found: Input, memory: int) -> int:
-        """Number of Hessians for an input: one for each expert if they fit into the memory, else one for all."""
-        return found.experts if 4 * found.columns**2 * found.experts <= memory and found.experts else 1
 
     def pooled(self, memory: int) -> list[str]:
         """Weights whose experts share one Hessian, because one for each expert does not fit into `memory` bytes."""
         return [
             name
             for found in self.inputs
-            if found.experts > 1 and self._matrices(found, memory) == 1
+            if found.experts > 1 and hessians_that_fit(found.columns, found.experts, memory) == 1
             for name in found.weights
         ]
+
+    def too_large(self, memory: int) -> list[Input]:
+        """Inputs whose Hessian does not fit into `memory` bytes."""
+        return [found for found in self.inputs if not hessians_that_fit(found.columns, found.experts, memory)]
 
     def collect(
         self, part: list[Input], memory: int, progress: Callable[[int], None], hessians: bool = True
@@ -143,9 +144,10 @@ class Calibrator:
         rows = -(-SAMPLE_ROWS // len(self.chunks))
         sums: dict[str, list[Accumulator]] = {}
         for found in part:
-            split = found.experts and (not hessians or self._matrices(found, memory) > 1)
+            count = hessians_that_fit(found.columns, found.experts, memory) if hessians else 0
+            split = found.experts and count != 1  # without Hessians, each expert's own statistics are small
             first = found.first_weight if self._model.facts.causal and not self._model.has_encoder else 1.0
-            keep = [Accumulator(found.columns, rows, hessians, first) for _ in range(found.experts if split else 1)]
+            keep = [Accumulator(found.columns, rows, count > 0, first) for _ in range(found.experts if split else 1)]
             sums[found.weights[0]] = keep
         last = part[-1].weights[0]
 

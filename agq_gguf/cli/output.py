@@ -80,7 +80,10 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.2f} GiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as text, in hours, minutes and seconds."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
@@ -171,8 +174,8 @@ class ProgressView:
         if line <= self._lines.get(phase, -1):
             return
         self._lines[phase] = line
-        took = f" in {_duration(elapsed)}" if share >= 1 else ""
-        left = f"{_duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
+        took = f" in {duration(elapsed)}" if share >= 1 else ""
+        left = f"{duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
         memory = size(resident()) if resident() else ""
         details = "".join(f", {part}" for part in (rate, left, memory) if part)
         complain(f"{phase}: {share:.0%}{took}{details}{f' ({what})' if what else ''}")

@@ -14,9 +14,11 @@ from agq_gguf.cli.prune import prune_new, show_calibration
 from agq_gguf.errors import InputError, missing_package
 from agq_gguf.gguf_io.tensor_names import kind_of
 from agq_gguf.quantization.options import QuantizeOptions, activation_options
+from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.text import load_text
 
 if TYPE_CHECKING:
+    from agq_gguf.quantization.estimate import Estimate
     from agq_gguf.quantization.report import Report, TensorReport
     from agq_gguf.quantization.type_plan import TensorPlan
 
@@ -102,6 +104,7 @@ def quantize(
     """
     try:
         from agq_gguf.quantization import pipeline
+        from agq_gguf.quantization.estimate import estimate
     except ImportError as e:
         raise missing_package("quantizing", e, "convert") from e
     options = QuantizeOptions(
@@ -122,7 +125,9 @@ def quantize(
     if prune and split_size:
         raise InputError("--prune does not support several files; leave out --split-max-size")
     if dry_run:
-        show_plan(pipeline.plan_file(source, options, calibration=calibration, imatrix=imatrix))
+        plans = pipeline.plan_file(source, options, calibration=calibration, imatrix=imatrix)
+        needed = estimate(plans, options, calibrated=calibration is not None, threads=threads or default_threads())
+        (write_plan if as_json else show_plan)(plans, needed)
         return
     with show.ProgressView(quiet=quiet or as_json) as view:
         text = None if calibration is None else load_text(calibration)
@@ -138,8 +143,8 @@ def quantize(
         show_calibration(pruned)
 
 
-def show_plan(plans: list[TensorPlan]) -> None:
-    """Prints the type that each tensor would get."""
+def show_plan(plans: list[TensorPlan], needed: Estimate) -> None:
+    """Prints the type that each tensor would get, and what the run would need."""
     from agq_gguf.gguf_io.writer import layout
 
     placed = layout((plan.source.name, plan.type_name, plan.source.shape) for plan in plans)
@@ -153,6 +158,27 @@ def show_plan(plans: list[TensorPlan]) -> None:
     show.table(["tensor", "shape", "from", "to", ">size", "reason"], rows)
     elements = sum(plan.source.n_elements for plan in plans)
     show.say(f"{show.size(total)}, {8 * total / elements:.2f} bits per weight; nothing was written")
+    show.say(
+        f"the run would need about {show.duration(needed.seconds)}, {show.size(needed.memory_bytes)} of memory and "
+        f"{show.size(needed.disk_bytes)} of disk"
+    )
+
+
+def write_plan(plans: list[TensorPlan], needed: Estimate) -> None:
+    """Writes the same as JSON."""
+    from agq_gguf.gguf_io.writer import layout
+
+    placed = layout((plan.source.name, plan.type_name, plan.source.shape) for plan in plans)
+    tensors = [
+        {
+            "name": plan.source.name, "shape": plan.source.shape, "source_type": plan.source.type_name,
+            "type_name": plan.type_name, "n_bytes": target.n_bytes, "reason": plan.reason,
+        }
+        for plan, target in zip(plans, placed, strict=True)
+    ]  # fmt: skip
+    elements = sum(plan.source.n_elements for plan in plans)
+    bits = 8 * needed.disk_bytes / elements
+    show.write_json({"tensors": tensors, "bits_per_weight": bits, **asdict(needed)})
 
 
 def show_report(report: Report) -> None:

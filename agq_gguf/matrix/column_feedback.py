@@ -16,6 +16,9 @@ import torch
 from agq_gguf.format.blocks import GROUP_COLUMNS
 from agq_gguf.matrix import kernels
 from agq_gguf.matrix.codebook import Codebook
+from agq_gguf.matrix.factor import inverse_factor, reordered
+
+_MORE_DAMPING = 9  # times the damping, added where a first attempt to factor the Hessian fails
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Correlations:
     """
 
     hessian: torch.Tensor  # float32, damped
+    added: torch.Tensor  # [K], what damping and noise have added to its diagonal
     order: torch.Tensor  # [K] int64, the stored columns in the order of rounding; columns of a group are consecutive
     upper: torch.Tensor  # float32, U of the damped Hessian in that order
 
@@ -68,17 +72,17 @@ def times(hessian: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def correlations(hessian: torch.Tensor, damping: float, noise: torch.Tensor | None = None) -> Correlations | None:
-    """Prepares H, [K, K] or [K / 64, 64, 64], with `damping` times its mean diagonal added.
+    """Prepares H, [K, K] or [K / 64, 64, 64], with `damping` times its mean diagonal added in place.
 
-    `noise` [K] is added to the diagonal: rounding the activations adds it to E[x^2] of each channel. Returns None if
-    the result is not positive definite.
+    `noise` [K] is added to the diagonal: rounding the activations adds it to E[x^2] of each channel. If the result is
+    not positive definite, there is a second attempt with more damping; then returns None.
 
     Channels with the most energy come first, because few later columns are left to compensate for the errors of the
     last ones. Groups are ordered as a whole, and columns within each group, because a group gets its scales when it is
     rounded.
     """
-    damped = hessian.clone()
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    before = diagonal.clone()
     diagonal.add_(damping * float(diagonal.mean()))
     if noise is not None:
         diagonal.add_(noise.view_as(diagonal))
@@ -86,31 +90,22 @@ def correlations(hessian: torch.Tensor, damping: float, noise: torch.Tensor | No
     inside = energy.argsort(dim=1, descending=True, stable=True)
     if hessian.dim() == 3:
         order = (torch.arange(len(energy))[:, None] * GROUP_COLUMNS + inside).reshape(-1)
-        each = torch.arange(len(energy))[:, None, None]
-        upper = inverse_factor(damped[each, inside[:, :, None], inside[:, None, :]])
     else:
         groups = energy.sum(1).argsort(dim=0, descending=True, stable=True)
         order = (groups[:, None] * GROUP_COLUMNS + inside[groups]).reshape(-1)
-        upper = inverse_factor(damped[order][:, order])
-    return None if upper is None else Correlations(damped, order, upper)
+    upper = _factor(hessian, order, inside)
+    if upper is None:
+        diagonal.add_(_MORE_DAMPING * damping * float(before.mean()))
+        upper = _factor(hessian, order, inside)
+    return None if upper is None else Correlations(hessian, (diagonal - before).flatten(), order, upper)
 
 
-def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
-    """U of H^-1 = U^T U, for one H [n, n] or several [groups, n, n].
-
-    Let J reverse the order. J H J = L L^T gives H = R R^T with R = J L J upper triangular, so U is R^-1. This takes one
-    Cholesky factorization and one triangular inverse; inverting H first would take twice the work. Returns None if H is
-    not positive definite.
-    """
-    reversed_ = hessian.flip(-2, -1)
-    lower, info = torch.linalg.cholesky_ex(reversed_)
-    if bool(info.any()):
-        lower, info = torch.linalg.cholesky_ex(reversed_.double())
-    if bool(info.any()):
-        return None
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-2, -1).float()
-    return upper if bool(torch.isfinite(upper).all()) else None
+def _factor(hessian: torch.Tensor, order: torch.Tensor, inside: torch.Tensor) -> torch.Tensor | None:
+    """U of the Hessian with its columns in the order of rounding; `inside` [K / 64, 64] is the order in each group."""
+    if hessian.dim() == 2:
+        return inverse_factor(reordered(hessian, order))
+    each = torch.arange(len(hessian))[:, None, None]
+    return inverse_factor(hessian[each, inside[:, :, None], inside[:, None, :]])
 
 
 def quantize(

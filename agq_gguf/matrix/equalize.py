@@ -85,15 +85,17 @@ def level(square: torch.Tensor) -> torch.Tensor:
 
 
 def scaled(stats: WeightStats, s: NDArray[np.float32]) -> WeightStats:
-    """Statistics of x / s."""
+    """Statistics of x / s; Hessians are overwritten, which saves copies."""
     return WeightStats(_scaled(stats.whole, s), tuple(_scaled(part, s) for part in stats.experts))
 
 
 def _scaled(stats: InputStats, s: NDArray[np.float32]) -> InputStats:
+    if stats.hessian is not None:
+        np.divide(stats.hessian, s, out=stats.hessian)
+        np.divide(stats.hessian, s[:, None], out=stats.hessian)
     return replace(
         stats,
         mean_square=stats.mean_square / s**2,
         abs_max=None if stats.abs_max is None else stats.abs_max / s,
         sample=None if stats.sample is None else stats.sample / s,
-        hessian=None if stats.hessian is None else stats.hessian / s / s[:, None],
     )

@@ -20,8 +20,9 @@ from agq_gguf.format.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_or
 from agq_gguf.matrix import codebook as cb
 from agq_gguf.matrix import column_feedback, row_feedback, two_refine
 from agq_gguf.matrix.column_feedback import Correlations
+from agq_gguf.matrix.factor import reorder_in_place
 from agq_gguf.matrix.options import MatrixOptions
-from agq_gguf.matrix.simulate import rotated
+from agq_gguf.matrix.simulate import rotate_in_place, rotated
 from agq_gguf.matrix.two_refine import Refinement
 
 _FLOOR = 1e-4  # minimum importance of a channel, so that channels that are zero in the calibration text are stored well
@@ -42,8 +43,7 @@ class PreparedInput:
 
     refinement: Refinement
     importance: torch.Tensor  # [K] float32, cost of a squared error in each column
-    hessian: torch.Tensor | None = None  # float32, E[x' x'^T] of the stored form x' of x: [K, K] or [K / 64, 64, 64]
-    correlations: Correlations | None = None  # for error feedback
+    correlations: Correlations | None = None  # for error feedback, of the stored form x' of x
     note: str = ""  # a fallback that was used, and why
 
 
@@ -56,11 +56,14 @@ class QuantizedMatrix:
     note: str = ""
 
 
-def prepare_input(stats: InputStats | None, columns: int, capacity: int, options: MatrixOptions) -> PreparedInput:
+def prepare_input(
+    stats: InputStats | None, columns: int, capacity: int, options: MatrixOptions, *, consume: bool = False
+) -> PreparedInput:
     """Computes what all weights with one input share.
 
     `capacity` is how many channels the smallest of these weights can list in its channel order. Without statistics all
-    channels get the same weight.
+    channels get the same weight. With `consume` the Hessian of `stats` is overwritten, which saves a copy: the result
+    then holds two matrices [K, K] in all, that one included.
     """
     refinement = two_refine.none(columns)
     if stats is None:
@@ -77,11 +80,13 @@ def prepare_input(stats: InputStats | None, columns: int, capacity: int, options
         return PreparedInput(refinement, torch.ones(columns), note="its input is always zero in the calibration text")
     importance = torch.from_numpy(square / np.float32(mean)).clamp_min(_FLOOR)
     if stats.hessian is not None and options.error_feedback:
-        hessian = torch.from_numpy(stats.hessian[np.ix_(order, order)])
+        hessian = torch.from_numpy(stats.hessian if consume else stats.hessian.copy())
+        if refinement.listed.size:
+            reorder_in_place(hessian, torch.from_numpy(order.astype(np.int64)))
         hessian *= torch.from_numpy(shrink) / mean
         hessian *= torch.from_numpy(shrink)[:, None]
         if options.rotated:
-            hessian = rotated(rotated(hessian).T).contiguous()
+            rotate_in_place(hessian)
     elif options.rotated:
         # Rotation turns uncorrelated channels of different energy into correlated channels of equal energy in a group.
         hessian = rotated(rotated(importance.reshape(-1, GROUP_COLUMNS).diag_embed()).mT).contiguous()
@@ -92,8 +97,8 @@ def prepare_input(stats: InputStats | None, columns: int, capacity: int, options
     known = column_feedback.correlations(hessian, options.damping, noise)
     if known is None:
         note = "falling back to a search for scales: error feedback failed (the Hessian has no Cholesky factor)"
-        return PreparedInput(refinement, importance, hessian, note=note)
-    return PreparedInput(refinement, known.importance, hessian, known)
+        return PreparedInput(refinement, importance, note=note)
+    return PreparedInput(refinement, known.importance, known)
 
 
 def quantize_matrix(
@@ -166,20 +171,23 @@ def _stored_weights(weight: NDArray[np.float32], refinement: Refinement, rotate:
     """W * 2^e / alpha in stored order, which D * code approximates; alpha makes the largest D about `_LARGEST`."""
     columns = weight.shape[1]
     growth = np.ldexp(np.float32(1), refinement.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
-    ordered = np.ascontiguousarray(weight[:, channel_order(refinement.listed, columns)])
-    stored = torch.from_numpy(ordered * growth)
+    stored = torch.from_numpy(np.take(weight, channel_order(refinement.listed, columns), axis=1))
+    stored *= torch.from_numpy(growth)
     if rotate:
-        stored = rotated(stored)
-    alpha = max(float(np.float32(float(stored.abs().max()) / (64 * _LARGEST))), _SMALLEST_ALPHA)
-    return stored / alpha, alpha
+        for rows in stored.split(_ROWS_AT_A_TIME):
+            rows.copy_(rotated(rows))
+    largest = max(float(rows.abs().max()) for rows in stored.split(_ROWS_AT_A_TIME))
+    alpha = max(float(np.float32(largest / (64 * _LARGEST))), _SMALLEST_ALPHA)
+    return stored.div_(alpha), alpha
 
 
 def _relative_error(stored: torch.Tensor, restored: torch.Tensor, prepared: PreparedInput) -> float:
     """tr(E H E^T) / tr(W H W^T); H is diagonal if no Hessian is known."""
 
     def energy(w: torch.Tensor) -> float:
+        known = prepared.correlations
         product = (
-            w * prepared.importance if prepared.hessian is None else column_feedback.times(prepared.hessian, w.T).T
+            w * prepared.importance if known is None else column_feedback.times(known.hessian, w.T).T - w * known.added
         )
         return float((product * w).sum(dtype=torch.float64))
 

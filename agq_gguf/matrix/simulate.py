@@ -21,6 +21,12 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
     return (x.unflatten(-1, (-1, GROUP_COLUMNS)) @ _ROTATION).flatten(-2)
 
 
+def rotate_in_place(hessian: torch.Tensor) -> None:
+    """Replaces E[x x^T] [K, K] with that of `rotated` x; needs memory for one group of rows more."""
+    for rows in hessian.split(GROUP_COLUMNS):
+        rows.copy_(_ROTATION @ rotated(rows))
+
+
 class Rounder:
     """Rounds inputs according to a matrix's parameters; matrices with the same input can share it."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from agq_gguf._version import __version__
 from agq_gguf.arguments import PathName, Progress
 from agq_gguf.calibration.imatrix import load_imatrix
+from agq_gguf.calibration.memory import hessian_bytes, work_bytes
 from agq_gguf.calibration.stats import WeightStats, check_shapes
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import Reader, Tensor
@@ -21,6 +22,7 @@ from agq_gguf.quantization.resume import Journal, digest, folder_of
 from agq_gguf.quantization.type_plan import TensorPlan
 
 if TYPE_CHECKING:
+    from agq_gguf.calibration.collect import Calibrator
     from agq_gguf.calibration.session import Session
     from agq_gguf.quantization.best.run import BestRun
 
@@ -143,9 +145,25 @@ def from_text(
             f"the experts of {len(pooled)} tensors share one set of statistics; "
             "a larger --memory gives each expert its own"
         )
+    if hessians:
+        warnings += _without_hessian(calibrator, options.memory)
     if calibrator.n_tokens < _FEW_TOKENS:
         warnings.append(f"calibrated on only {calibrator.n_tokens} tokens; {_FEW_TOKENS} or more give better results")
     return Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings, journal, best)
+
+
+def _without_hessian(calibrator: Calibrator, memory: int) -> list[str]:
+    """A warning about the weights whose Hessian does not fit into memory."""
+    found = calibrator.too_large(memory)
+    if not found:
+        return []
+    names = [name for one in found for name in one.weights]
+    most = max(one.columns for one in found)
+    needed = -(-(hessian_bytes(most) + work_bytes(most)) >> 20)
+    return [
+        f"{len(names)} tensors ({names[0]}, ...) get no error feedback between groups of columns: the Hessian of "
+        f"{most} columns does not fit into {memory >> 20} MiB; --memory {needed}M includes it"
+    ]
 
 
 def _plain(reader: Reader, norms: tuple[str, ...]) -> bool:

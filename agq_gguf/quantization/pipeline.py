@@ -242,7 +242,8 @@ def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Ma
         norms = {name: reader.read(name) / columns for name in group.norms}
     for expert in range(experts):
         if expert == 0 or (stats is not None and stats.experts):
-            prepared = prepare_input(stats.of(expert) if stats else None, shapes[0][-1], capacity, options)
+            own = stats.of(expert) if stats else None
+            prepared = prepare_input(own, shapes[0][-1], capacity, options, consume=True)
         for name, shape in zip(names, shapes, strict=True):
             rows = range(expert * shape[-2], (expert + 1) * shape[-2])
             weight = reader.read(name, rows)

@@ -1,0 +1,65 @@
+"""`--memory` is a bound: what quantizing needs in a process of its own, for real."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+from command_line import environment
+
+from agq_gguf.calibration.memory import hessian_bytes, work_bytes
+
+MiB = 1 << 20
+
+# Prints the peak of resident memory in KiB, and the report's warnings. The text is long enough to touch everything.
+PROGRAM = """
+import json, resource, sys
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
+source, target, memory, text = sys.argv[1:]
+report = quantize(source, target, calibration=[text], options=QuantizeOptions(memory=int(memory), threads=2))
+print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, report.warnings]))
+"""
+
+
+def quantized(tmp_path: Path, words: str, columns: int, memory: int) -> tuple[int, list[str]]:
+    """Peak bytes, and warnings, for a model with a feed-forward of so many columns."""
+    source = tiny_models.write_llama(tmp_path / "m.gguf", n_ff=columns, n_layer=1)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(source), str(tmp_path / "o.gguf"), str(memory), words],
+        capture_output=True, text=True, check=False, env=environment(),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    kib, warnings = json.loads(result.stdout)
+    return kib * 1024, warnings
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.parametrize(
+    ("columns", "memory", "whole"),
+    [
+        (3072, 64 * MiB, False),
+        (3072, 128 * MiB, True),
+        pytest.param(12288, 1400 * MiB, True, marks=pytest.mark.slow),
+        pytest.param(28672, 1024 * MiB, False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_bound_holds(tmp_path: Path, words: str, columns: int, memory: int, whole: bool) -> None:
+    assert whole == (hessian_bytes(columns) + work_bytes(columns) <= memory)
+    peak, warnings = quantized(tmp_path, words, columns, memory)
+    assert peak < 1.1 * memory + 400 * MiB
+    told = [w for w in warnings if f"the Hessian of {columns} columns does not fit" in w]
+    assert len(told) == (not whole)
+    if whole:
+        assert peak > 2 * hessian_bytes(columns)  # the matrices really were there
+
+
+def test_the_report_names_the_memory_that_is_enough() -> None:
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    needed = -(-(hessian_bytes(28672) + work_bytes(28672)) >> 20)
+    assert needed == 6496
