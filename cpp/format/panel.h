@@ -35,17 +35,27 @@ struct stored_group {
     }
 };
 
+/// Whether group g is half a tile.
+inline bool is_alone(int groups, int g) {
+    return g % 2 == 0 && g == groups - 1;
+}
+
 /// Group g of a panel of `groups` groups.
 inline stored_group group_of(const void *panel, int rows, int groups, int g) {
     const uint8_t *tile =
         static_cast<const uint8_t *>(panel) + static_cast<size_t>(g / 2) * 2 * rows * ggml_block_bytes;
-    if (g % 2 == 0 && g == groups - 1) return {tile, tile + rows, tile + 2 * rows, rows, 0, true};
+    if (is_alone(groups, g)) return {tile, tile + rows, tile + 2 * rows, rows, 0, true};
     return {tile + g % 2 * rows, tile + 2 * rows, tile + (4 + g % 2 * 32) * rows, rows, g % 2, false};
 }
 
 /// The last group of a panel of 16 rows whose number of groups is odd.
 inline const half_tile &last_half(const tile *panel, int groups) {
     return *reinterpret_cast<const half_tile *>(panel + groups / 2);
+}
+
+/// The 8 chunks of group g of a panel of 16 rows.
+inline const uint8_t (*chunks_of(const tile *panel, int groups, int g))[64] {
+    return is_alone(groups, g) ? last_half(panel, groups).codes : panel[g / 2].codes + g % 2 * 8;
 }
 
 /// Panel number p behind the one at `first`.

@@ -18,8 +18,7 @@ struct dotprod {
         void fill(const tile *panel, int groups, int first, int count, int8x16_t codebook) {
             int8_t *to[2] = {u[0][0][0][0], u[1][0][0][0]};
             for (int g = 0; g < count; g++) {
-                const group_operand w = operand_of(panel, groups, first + g);
-                const uint8_t *codes = w.codes;
+                const uint8_t *codes = chunks_of(panel, groups, first + g)[0];
                 AGQ_UNROLL
                 for (int c = 0; c < 8; c++) {
                     const chunk values = look_up(codes, codebook);
@@ -31,8 +30,9 @@ struct dotprod {
                         advance(to[i], sizeof rows);
                     }
                 }
+                const float32x4x4_t scales = row_scales(panel, groups, first + g);
                 AGQ_UNROLL
-                for (int i = 0; i < 4; i++) vst1q_f32(d[g] + 4 * i, w.scales.val[i]);
+                for (int i = 0; i < 4; i++) vst1q_f32(d[g] + 4 * i, scales.val[i]);
             }
         }
     };

@@ -24,8 +24,7 @@ struct i8mm {
         void fill(const tile *panel, int groups, int first, int count, int8x16_t codebook) {
             int8_t *to[2] = {u[0][0][0][0], u[1][0][0][0]};
             for (int g = 0; g < count; g++) {
-                const group_operand w = operand_of(panel, groups, first + g);
-                const uint8_t *codes = w.codes;
+                const uint8_t *codes = chunks_of(panel, groups, first + g)[0];
                 AGQ_UNROLL
                 for (int c = 0; c < 8; c++) {
                     const chunk values = look_up(codes, codebook);
@@ -38,10 +37,11 @@ struct i8mm {
                         advance(to[i / 2], sizeof rows);
                     }
                 }
+                const float32x4x4_t scales = row_scales(panel, groups, first + g);
                 AGQ_UNROLL
                 for (int i = 0; i < 4; i++) {
-                    const float32x2_t first_pair = vget_low_f32(w.scales.val[i]);
-                    const float32x2_t second_pair = vget_high_f32(w.scales.val[i]);
+                    const float32x2_t first_pair = vget_low_f32(scales.val[i]);
+                    const float32x2_t second_pair = vget_high_f32(scales.val[i]);
                     vst1q_f32(d[i / 2][g][i % 2 * 2], vcombine_f32(first_pair, first_pair));
                     vst1q_f32(d[i / 2][g][i % 2 * 2 + 1], vcombine_f32(second_pair, second_pair));
                 }
@@ -113,11 +113,7 @@ struct i8mm {
         }
         const int8_t *u = w.u[half][0][0][0];
         const float *d_next = w.d[half][0][0];
-        for (int g = 2; g <= groups; g += 2) {
-            add_group<n, per_group>(u, d_next, q, scale, sum);
-            add_group<n, per_group>(u, d_next, q, scale, sum);
-        }
-        if (groups % 2 == 1) add_group<n, per_group>(u, d_next, q, scale, sum);
+        for (int g = 0; g < groups; g++) add_group<n, per_group>(u, d_next, q, scale, sum);
         AGQ_UNROLL
         for (int i = 0; i < 4; i++) {
             AGQ_UNROLL

@@ -109,19 +109,8 @@ inline float32x4x4_t row_scales(const half_tile &w) {
     return join_scales(w.scale_hi, vcombine_u8(vzip1_u8(even, odd), vzip2_u8(even, odd)));
 }
 
-/// The chunks of group g of a panel, and its scales.
-struct group_operand {
-    const uint8_t *codes;
-    float32x4x4_t scales;
-};
-
-inline group_operand operand_of(const tile *panel, int groups, int g) {
-    if (g % 2 == 0 && g == groups - 1) {
-        const half_tile &w = last_half(panel, groups);
-        return {w.codes[0], row_scales(w)};
-    }
-    const tile &w = panel[g / 2];
-    return {w.codes[g % 2 * 8], row_scales(w, g % 2)};
+inline float32x4x4_t row_scales(const tile *panel, int groups, int g) {
+    return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
 }
 
 // panels and blocks

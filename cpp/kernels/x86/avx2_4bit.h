@@ -30,14 +30,14 @@ struct ready_pair {
     void fill(const tile *const panel[2], int groups, int first, int count, __m256i codebook) {
         for (int g = 0; g < count; g++) {
             for (int p = 0; p < 2; p++) {
-                const group_operand group = operand_of(panel[p], groups, first + g);
+                const uint8_t (*chunks)[64] = chunks_of(panel[p], groups, first + g);
                 const __m256i offset = _mm256_set1_epi8(activation_offset);
                 __m256i rows0 = _mm256_setzero_si256(), rows8 = rows0;
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 1
 #endif
                 for (int i = 0; i < 16; i += 2) {
-                    const uint8_t *codes = group.codes + i / 2 * 64;
+                    const uint8_t *codes = chunks[i / 2];
                     prefetch_ahead(codes);
                     const columns4 low = look_up(codes, 0, codebook), high = look_up(codes, 1, codebook);
                     store(w[g][i][2 * p], low);
@@ -49,8 +49,9 @@ struct ready_pair {
                     rows8 = _mm256_sub_epi16(rows8, _mm256_maddubs_epi16(offset, both8));
                 }
                 store(start[g][2 * p], {rows0, rows8});
-                _mm256_store_ps(d[g] + 16 * p, group.scales.rows0);
-                _mm256_store_ps(d[g] + 16 * p + 8, group.scales.rows8);
+                const scales16 s = row_scales(panel[p], groups, first + g);
+                _mm256_store_ps(d[g] + 16 * p, s.rows0);
+                _mm256_store_ps(d[g] + 16 * p + 8, s.rows8);
             }
         }
     }

@@ -94,6 +94,10 @@ inline __m512 row_scales(const half_tile &w) {
     return join_scales(w.scale_hi, _mm_unpacklo_epi8(_mm_slli_epi16(pairs, 4), pairs));
 }
 
+inline __m512 row_scales(const tile *panel, int groups, int g) {
+    return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
+}
+
 /// sum + D * I, times the scale of (token, group) if there is one.
 template <bool per_group>
 inline __m512 add_group(__m512 sum, __m512 d, __m512i integers, const float *scale) {
@@ -195,20 +199,13 @@ using pair_sums = float[nr][2][16];
 void look_up_pair(const tile *const panel[2], int groups, int first, int count, __m512i codebook, pair_group *out) {
     for (int g = first; g < first + count; g++, out++) {
         for (int p = 0; p < 2; p++) {
-            const uint8_t (*codes)[64] = panel[p][g / 2].codes + g % 2 * 8;
-            __m512 scales;
-            if (g % 2 == 0 && g == groups - 1) {
-                codes = last_half(panel[p], groups).codes;
-                scales = row_scales(last_half(panel[p], groups));
-            } else {
-                scales = row_scales(panel[p][g / 2], g % 2);
-            }
+            const uint8_t (*codes)[64] = chunks_of(panel[p], groups, g);
             for (int c = 0; c < 8; c++) {
                 const chunk u = look_up(codes[c], codebook);
                 _mm512_store_si512(out->u[2 * c][p], u.low);
                 _mm512_store_si512(out->u[2 * c + 1][p], u.high);
             }
-            _mm512_store_ps(out->d[p], scales);
+            _mm512_store_ps(out->d[p], row_scales(panel[p], groups, g));
         }
     }
 }

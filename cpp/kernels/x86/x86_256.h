@@ -82,19 +82,8 @@ inline scales16 row_scales(const half_tile &w) {
     return join_scales(w.scale_hi, _mm_unpacklo_epi8(_mm_slli_epi16(pairs, 4), pairs));
 }
 
-/// The scales of group g of a panel, and its first chunk.
-struct group_operand {
-    const uint8_t *codes;
-    scales16 scales;
-};
-
-inline group_operand operand_of(const tile *panel, int groups, int g) {
-    if (g % 2 == 0 && g == groups - 1) {
-        const half_tile &w = last_half(panel, groups);
-        return {w.codes[0], row_scales(w)};
-    }
-    const tile &w = panel[g / 2];
-    return {w.codes[g % 2 * 8], row_scales(w, g % 2)};
+inline scales16 row_scales(const tile *panel, int groups, int g) {
+    return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
 }
 
 /// Fetches what stands four tiles behind `p`. Panels follow one another in the file, so this runs across their borders.
@@ -148,15 +137,16 @@ struct ready_groups {
     /// Takes `count` groups of a panel of `groups`, beginning with group `first`.
     void fill(const tile *panel, int groups, int first, int count, __m256i codebook) {
         for (int g = 0; g < count; g++) {
-            const group_operand w = operand_of(panel, groups, first + g);
+            const uint8_t (*chunks)[64] = chunks_of(panel, groups, first + g);
             for (int i = 0; i < 16; i += 2) {
-                const uint8_t *codes = w.codes + i / 2 * 64;
+                const uint8_t *codes = chunks[i / 2];
                 prefetch_ahead(codes);
                 store(u[g][i], look_up(codes, 0, codebook));
                 store(u[g][i + 1], look_up(codes, 1, codebook));
             }
-            _mm256_store_ps(d[g], w.scales.rows0);
-            _mm256_store_ps(d[g] + 8, w.scales.rows8);
+            const scales16 s = row_scales(panel, groups, first + g);
+            _mm256_store_ps(d[g], s.rows0);
+            _mm256_store_ps(d[g] + 8, s.rows8);
         }
     }
 };
