@@ -112,7 +112,8 @@ def test_every_byte_is_where_the_format_says() -> None:
 
 def attribute_places(rows: int, columns: int) -> list[int]:
     """Where the attribute stream is, byte by byte, by docs/format.md."""
-    groups, places = columns // 64, []
+    groups = columns // 64
+    places: list[int] = []
     for first in range(0, rows, 16):
         panel, r = first * groups * 34, min(16, rows - first)
         for t in range(groups // 2):
@@ -171,8 +172,8 @@ def test_rows_above_do_not_depend_on_the_last_panel() -> None:
     wide = replace(narrow, codes=np.resize(narrow.codes, (32, 320)), scales=np.resize(narrow.scales, (32, 5)))
     outside = np.ones(16 * 170, bool)
     outside[attribute_places(16, 320)] = False
-    first = [blocks.pack(m)[:16].ravel()[outside] for m in (narrow, wide)]
-    np.testing.assert_array_equal(*first)
+    found, wanted = (blocks.pack(m)[:16].ravel()[outside] for m in (narrow, wide))
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(
