@@ -20,7 +20,7 @@
 namespace {
 
 int run_ours(const agq::kernel &row, int bits, int m, int k, int tokens, int calls) {
-    std::vector<agq::tile> weights(static_cast<size_t>(m / 16) * (k / 128));
+    std::vector<agq::half_tile> weights(static_cast<size_t>(m / 16) * (k / 64));
     const std::vector<uint8_t> codebook(16);
     const std::vector<int8_t> q(static_cast<size_t>(k) * tokens);
     const std::vector<int32_t> bias(static_cast<size_t>(k / 64) * tokens);
@@ -29,8 +29,8 @@ int run_ours(const agq::kernel &row, int bits, int m, int k, int tokens, int cal
     std::vector<float *> rows;
     for (int t = 0; t < tokens; t++) rows.push_back(out.data() + static_cast<size_t>(t) * m);
     for (int i = 0; i < calls; i++) {
-        row.gemm({weights.data(), k, m / 16, codebook.data(), 1.0f, false, q.data(), bias.data(), scale.data(), tokens,
-                  rows.data(), bits});
+        row.gemm({reinterpret_cast<const agq::tile *>(weights.data()), k, m / 16, codebook.data(), 1.0f, false,
+                  q.data(), bias.data(), scale.data(), tokens, rows.data(), bits});
     }
     return 0;
 }

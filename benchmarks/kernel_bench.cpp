@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "format/panel.h"
 #include "kernels/select.h"
 #include "peak.h"
 
@@ -90,8 +91,8 @@ double measure_peak(const options &o, peak::loop loop) {
 std::atomic<uint64_t> sink{0};
 
 /// GB/s of reading `memory` on all threads.
-double measure_read(const options &o, const std::vector<tile> &memory, peak::fetch ahead) {
-    const size_t share = memory.size() * sizeof(tile) / o.threads / 256 * 256;
+double measure_read(const options &o, const std::vector<half_tile> &memory, peak::fetch ahead) {
+    const size_t share = memory.size() * sizeof(half_tile) / o.threads / 256 * 256;
     const char *begin = reinterpret_cast<const char *>(memory.data());
     const double seconds = run(o, [&](int i) { sink += peak::read(begin + i * share, share, ahead); });
     return static_cast<double>(share) * o.threads / seconds * 1e-9;
@@ -99,7 +100,7 @@ double measure_read(const options &o, const std::vector<tile> &memory, peak::fet
 
 /// Random operands; the values do not matter for the time, but they are valid.
 struct operands {
-    std::vector<tile> weights;
+    std::vector<half_tile> weights;  ///< or pairs of them, which are tiles: as many as there are groups
     uint8_t codebook[16];
     std::vector<int8_t> q;
     std::vector<int32_t> bias;
@@ -108,7 +109,7 @@ struct operands {
     int k, panels, tokens;
 
     operands(int k_, int panels_, int tokens_, int matrices)
-        : weights(static_cast<size_t>(panels_) * (k_ / 128) * matrices),
+        : weights(static_cast<size_t>(panels_) * (k_ / 64) * matrices),
           q(static_cast<size_t>(k_) * tokens_),
           bias(static_cast<size_t>(k_ / 64) * tokens_),
           scale(static_cast<size_t>(k_ / 64) * tokens_, 0.01f),
@@ -118,15 +119,18 @@ struct operands {
           tokens(tokens_) {
         std::mt19937_64 rng(1);
         for (int i = 0; i < 16; i++) codebook[i] = static_cast<uint8_t>(4 + 8 * i);
-        for (tile &w : weights) {
-            for (auto &chunk : w.codes) {
-                for (int i = 0; i < 64; i += 8) {
-                    const uint64_t bits = rng();
-                    std::memcpy(chunk + i, &bits, 8);
-                }
+        for (half_tile &w : weights) {
+            for (size_t i = 0; i < sizeof w; i += 8) {
+                const uint64_t bits = rng();
+                std::memcpy(reinterpret_cast<char *>(&w) + i, &bits, 8);
             }
-            std::memset(w.scale_hi, 0x20, sizeof w.scale_hi);
-            std::memset(w.scale_lo, 0x77, sizeof w.scale_lo);
+        }
+        const int groups = k / 64;
+        for (int p = 0; p < panels * matrices; p++) {
+            for (int g = 0; g < groups; g++) {
+                const stored_group w = group_of(panel_at(tiles(), p, groups), 16, groups, g);
+                std::memset(const_cast<uint8_t *>(w.scale_hi), 0x20, 16);
+            }
         }
         for (int8_t &x : q) x = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
         // Results begin at a cache line, as in the host: a line that is split between two stores costs twice.
@@ -135,18 +139,20 @@ struct operands {
         for (int t = 0; t < tokens; t++) rows.push_back(begin + static_cast<size_t>(t) * panels * 16);
     }
 
+    const tile *tiles() const { return reinterpret_cast<const tile *>(weights.data()); }
+
     /// The product with matrix number i, in units of panels that the threads take in turn.
     double multiply(const options &o, const kernel &row, int i, bool per_group, int bits) {
         const int units = 8 * o.threads;
         const int step = std::max(1, (panels / row.panel_step + units - 1) / units) * row.panel_step;
         std::atomic<int> next{0};
-        const tile *first = weights.data() + static_cast<size_t>(i) * panels * (k / 128);
+        const tile *first = panel_at(tiles(), i * panels, k / 64);
         return run(o, [&](int) {
             for (int p; (p = next.fetch_add(step)) < panels;) {
                 std::vector<float *> dst(rows);
                 for (float *&d : dst) d += p * 16;
-                row.gemm({first + static_cast<size_t>(p) * (k / 128), k, std::min(step, panels - p), codebook, 1.0f,
-                          per_group, q.data(), bias.data(), scale.data(), tokens, dst.data(), bits});
+                row.gemm({panel_at(first, p, k / 64), k, std::min(step, panels - p), codebook, 1.0f, per_group,
+                          q.data(), bias.data(), scale.data(), tokens, dst.data(), bits});
             }
         });
     }
@@ -181,9 +187,9 @@ void bench_gemv(const options &o, const kernel &row, int k, int tokens) {
     char detail[80];
     std::snprintf(detail, sizeof detail, "K %d, %d token%s", k, tokens, tokens > 1 ? "s" : "");
     if ((std::string("gemv ") + detail).find(o.filter) == std::string::npos) return;
-    const int panels = 125000 / (k / 128);
+    const int panels = 250000 / (k / 64);
     operands data(k, panels, tokens, 1);
-    const double gigabytes = static_cast<double>(data.weights.size()) * sizeof(tile) * 1e-9;
+    const double gigabytes = static_cast<double>(data.weights.size()) * sizeof(half_tile) * 1e-9;
     double best = 0, best_read = 0;
     for (int i = 0; i < o.repeat; i++) {
         for (peak::fetch ahead : {peak::fetch{0, 0}, {1024, 0}, {4096, 0}, {0, 16384}, {4096, 16384}}) {
@@ -309,6 +315,9 @@ int main(int argc, char **argv) {
     bench_gemm(o, *row, 2048, 2048, 512, true, 4);
     bench_gemm(o, *row, 2048, 14336, 2048, true, 8);
     for (int tokens : {13, 24, 32, 64, 128}) bench_gemm(o, *row, 5632, 2048, tokens, true, 8);
+    // Half tiles, and the next multiples of 128.
+    for (int k : {576, 640, 2880, 2944}) bench_gemm(o, *row, 2048, k, 512, true, 8);
+    for (int k : {576, 640, 2880, 2944}) bench_gemv(o, *row, k, 1);
     for (int tokens : {1, 2, 4, 8, 12}) bench_gemv(o, *row, 2048, tokens);
     bench_gemv(o, *row, 5632, 1);
     for (const auto &shape : {std::pair<int, int>{64, 8}, {128, 1}}) {

@@ -22,8 +22,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @st.composite
 def matrices(draw: st.DrawFn) -> Matrix:
-    panels, tiles = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    rows, columns = 16 * max(panels, 4 - tiles), 128 * tiles  # smaller ones cannot carry their parameters
+    shapes = st.tuples(st.integers(4, 70), st.integers(1, 9).map(lambda groups: 64 * groups))
+    rows, columns = draw(shapes.filter(lambda shape: blocks.listable(*shape) > 0))  # smaller ones have no room
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n_listed = draw(st.integers(0, min(blocks.listable(rows, columns), columns)))
     scales = rng.standard_normal((rows, columns // 64)) * 2.0 ** rng.integers(-22, 15, (rows, columns // 64))
@@ -64,22 +64,25 @@ def assert_equal(a: Matrix, b: Matrix) -> None:
 @given(matrices())
 def test_unpack_inverts_pack(matrix: Matrix) -> None:
     data = blocks.pack(matrix)
-    assert data.shape == (matrix.codes.shape[0], matrix.codes.shape[1] // 128 * 68)
+    assert data.shape == (matrix.codes.shape[0], matrix.codes.shape[1] // 64 * 34)
     assert_equal(blocks.unpack(data), matrix)
     parameters = blocks.read_parameters(data)
     np.testing.assert_array_equal(parameters.listed, matrix.parameters.listed)
 
 
-@pytest.mark.parametrize("name", ["agq4_32x256", "agq4_32x256_rotated"])
-def test_golden_bytes(name: str) -> None:
-    matrix = make_agq4.rotated() if "rotated" in name else make_agq4.matrix()
+@pytest.mark.parametrize("shape", make_agq4.SHAPES)
+@pytest.mark.parametrize("kind", ["", "_rotated"])
+def test_golden_bytes(shape: tuple[int, int], kind: str) -> None:
+    rows, columns = shape
+    matrix = make_agq4.rotated(*shape) if kind else make_agq4.matrix(*shape)
+    name = f"agq4_{rows}x{columns}{kind}"
     stored = np.fromfile(GOLDEN / f"{name}.bin", np.uint8)
     np.testing.assert_array_equal(blocks.pack(matrix).ravel(), stored)
-    assert_equal(blocks.unpack(stored.reshape(32, -1)), matrix)
-    weights = np.fromfile(GOLDEN / f"{name}_weights.f32", "<f4").reshape(4, 256)
+    assert_equal(blocks.unpack(stored.reshape(rows, -1)), matrix)
+    weights = np.fromfile(GOLDEN / f"{name}_weights.f32", "<f4").reshape(4, columns)
     np.testing.assert_array_equal(reference.dequantize(matrix)[:4], weights)
     raw = (GOLDEN / f"{name}_xq.i8").read_bytes()
-    xq, s = reference.quantize_activations(make_agq4.activations(), matrix.parameters)
+    xq, s = reference.quantize_activations(make_agq4.activations(columns), matrix.parameters)
     assert xq.tobytes() + s.tobytes() == raw
 
 
@@ -107,6 +110,90 @@ def test_every_byte_is_where_the_format_says() -> None:
     assert not any(stream[44:])
 
 
+def attribute_places(rows: int, columns: int) -> list[int]:
+    """Where the attribute stream is, byte by byte, by docs/format.md."""
+    groups = columns // 64
+    places: list[int] = []
+    for first in range(0, rows, 16):
+        panel, r = first * groups * 34, min(16, rows - first)
+        for t in range(groups // 2):
+            places += range(panel + 68 * r * t + 3 * r, panel + 68 * r * t + 4 * r)
+        if groups % 2:
+            half = panel + 68 * r * (groups // 2)
+            places += range(half + r + (r + 1) // 2, half + 2 * r)
+    return places
+
+
+# All that is odd about these: half tiles only, last panels of every kind, one row in the last panel.
+ODD_SHAPES = [(80, 64), (64, 192), (33, 192), (31, 576), (49, 960), (257, 128), (15, 2880), (7, 960), (97, 64)]
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_odd_shapes_are_stored_as_the_format_says(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    groups, rng = columns // 64, np.random.default_rng(rows)
+    matrix = Matrix(
+        rng.integers(0, 16, shape, dtype=np.uint8),
+        blocks.round_scale(rng.standard_normal((rows, groups)).astype(np.float32)),
+        Parameters(np.arange(8, 120, 7, dtype=np.uint8), rng.integers(0, 16, groups, dtype=np.uint8)),
+    )
+    data = blocks.pack(matrix)
+    assert data.shape == (rows, groups * 34)
+    assert_equal(blocks.unpack(data), matrix)
+    raw = data.tobytes()
+    for row, column in zip(rng.integers(0, rows, 300), rng.integers(0, columns, 300), strict=True):
+        first, g = row // 16 * 16, column // 64
+        r, i, k = min(16, rows - first), row - first, column % 64
+        panel = first * groups * 34
+        if g == groups - 1 and groups % 2:
+            start = panel + 34 * r * (groups - 1)
+            high, low, codes = start + i, raw[start + r + i // 2] >> 4 * (i % 2) & 15, start + 2 * r
+        else:
+            start, half = panel + 68 * r * (g // 2), g % 2
+            high, low = start + half * r + i, raw[start + 2 * r + i] >> 4 * half & 15
+            codes = start + (4 + 32 * half) * r
+        assert struct.unpack("<e", struct.pack("<H", raw[high] << 8 | low << 4))[0] == matrix.scales[row, g]
+        assert raw[codes + k // 8 * 4 * r + 4 * i + k % 4] >> 4 * (k % 8 // 4) & 15 == matrix.codes[row, column]
+    places = attribute_places(rows, columns)
+    assert len(places) == blocks.stream_bytes(rows, columns)
+    stream = bytes(raw[place] for place in places)
+    crc, length = struct.unpack_from("<II", stream, 8)
+    assert stream[:2] == b"\xa4\1" and length == 16 + groups and crc == zlib.crc32(stream[16 : 16 + length])
+    assert stream[16 : 16 + length] == matrix.parameters.codebook.tobytes() + matrix.parameters.exponents.tobytes()
+    changed = blocks.with_pruning(data, None if len(places) < 40 + groups else make_agq4.PRUNING)
+    outside = np.ones(data.size, bool)
+    outside[places] = False
+    np.testing.assert_array_equal(changed.ravel()[outside], data.ravel()[outside])
+
+
+def test_rows_above_do_not_depend_on_the_last_panel() -> None:
+    """A matrix of full panels with more rows behind them: the same bytes but for the attributes."""
+    narrow = make_agq4.matrix(23, 320)
+    wide = replace(narrow, codes=np.resize(narrow.codes, (32, 320)), scales=np.resize(narrow.scales, (32, 5)))
+    outside = np.ones(16 * 170, bool)
+    outside[attribute_places(16, 320)] = False
+    found, wanted = (blocks.pack(m)[:16].ravel()[outside] for m in (narrow, wide))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        ((1, 576), "its attribute stream has 4 bytes, 41 are needed"),
+        ((7, 576), "its attribute stream has 31 bytes, 41 are needed"),
+        ((64, 64), "its attribute stream has 32 bytes, 33 are needed"),
+        ((16, 320), None),
+        ((16, 192), "its attribute stream has 24 bytes, 35 are needed"),
+        ((17, 576), None),
+        ((0, 576), "rows must be at least 1, got 0"),
+        ((32, 96), "columns must be a multiple of 64, got 96"),
+        ((32, 0), "columns must be a multiple of 64, got 0"),
+    ],
+)
+def test_shapes_without_room(shape: tuple[int, int], problem: str | None) -> None:
+    assert blocks.shape_problem(*shape) == problem
+
+
 def attribute_stream(data: np.ndarray) -> bytes:
     return data.reshape(-1, 1088)[:, 48:64].tobytes()
 
@@ -131,9 +218,9 @@ def test_setting_a_record_changes_nothing_else(matrix: Matrix, pruning: Pruning 
     changed = blocks.with_pruning(data, pruning)
     np.testing.assert_array_equal(data, before)
     assert_equal(blocks.unpack(changed), replace(matrix, parameters=replace(matrix.parameters, pruning=pruning)))
-    outside = np.ones(1088, bool)
-    outside[48:64] = False
-    np.testing.assert_array_equal(changed.reshape(-1, 1088)[:, outside], data.reshape(-1, 1088)[:, outside])
+    outside = np.ones(data.size, bool)
+    outside[attribute_places(*matrix.codes.shape)] = False
+    np.testing.assert_array_equal(changed.ravel()[outside], data.ravel()[outside])
     np.testing.assert_array_equal(blocks.with_pruning(changed, matrix.parameters.pruning), data)
 
 
@@ -337,7 +424,7 @@ def test_packer_refuses_what_the_reader_would() -> None:
         replace(good, codes=good.codes + np.uint8(1)),
         replace(good, scales=good.scales + np.float32(1e-3)),
         replace(good, scales=np.full_like(good.scales, np.inf)),
-        replace(good, codes=good.codes[:24], scales=good.scales[:24]),
+        replace(good, codes=good.codes[:8], scales=good.scales[:8]),
         replace(good, parameters=replace(parameters, tensor_scale=1e-60)),
         replace(good, parameters=replace(parameters, tensor_scale=1e60)),
         replace(good, parameters=replace(parameters, exponents=np.zeros(3, np.uint8))),

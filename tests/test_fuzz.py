@@ -73,7 +73,9 @@ def python_verdict(data: bytes) -> str:
     """1, 0, or ? where Python is stricter on purpose: it sees that bytes behind the parameters are not zero."""
     if len(data) < 3:
         return "0"
-    stream, _, columns = mutate.attribute_stream(data)
+    stream, rows, columns = mutate.attribute_stream(data)
+    if blocks.shape_problem(rows, columns):
+        return "0"
     try:
         blocks._decode_parameters(stream, columns)
     except FormatError as e:

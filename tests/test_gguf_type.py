@@ -18,9 +18,10 @@ def test_extends_once_and_again() -> None:
     assert kind is gguf.GGMLQuantizationType.AGQ4 is gguf.GGMLQuantizationType["AGQ4"]  # type: ignore[attr-defined]
     assert kind == 38 and kind.name == "AGQ4" and repr(kind) == "<GGMLQuantizationType.AGQ4: 38>"
     assert [t for t in gguf.GGMLQuantizationType if t.name == "AGQ4"] == [kind]
-    assert gguf.GGML_QUANT_SIZES[kind] == (128, 68)
+    assert gguf.GGML_QUANT_SIZES[kind] == (64, 34)
     assert gguf.quants.quant_shape_to_byte_shape((16, 256), kind) == (16, 136)
     assert gguf.quants.quant_shape_from_byte_shape((16, 136), kind) == (16, 256)
+    assert gguf.quants.quant_shape_to_byte_shape((7, 576), kind) == (7, 306)
 
 
 def test_reads_through_gguf(tmp_path: Path) -> None:

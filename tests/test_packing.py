@@ -74,8 +74,30 @@ def test_experts_have_their_own_statistics(weights: np.ndarray, activations: np.
     assert not np.array_equal(packed[0], packed[1])
 
 
+@pytest.mark.parametrize("shape", [(23, 320), (49, 192), (33, 576), (257, 64)])
+def test_odd_shapes(shape: tuple[int, int]) -> None:
+    """With and without correlations; rows of full panels do not depend on the rows behind them.
+
+    With correlations but for the rounding of large sums, which depends on the number of rows.
+    """
+    rng = np.random.default_rng(3)
+    values, x = (rng.standard_normal((n, shape[1])).astype(np.float32) for n in (shape[0], 500))
+    values[0, 0] = 8  # the largest sets the tensor scale
+    whole = shape[0] // 16 * 16
+    plain = MatrixOptions(learn_codebook=False, activation_scale="group")
+    for stats in (None, x):
+        packed = agq_gguf.pack_agq4(values, stats, plain)
+        assert packed.shape == (shape[0], shape[1] // 64 * 34)
+        assert output_error(packed, values, x) < 0.12
+        if blocks.shape_problem(whole, shape[1]) is None:
+            found, wanted = (blocks.unpack(p) for p in (packed, agq_gguf.pack_agq4(values[:whole], stats, plain)))
+            assert not found.parameters.listed.size and not wanted.parameters.listed.size
+            different = (found.codes[:whole] != wanted.codes).mean(), (found.scales[:whole] != wanted.scales).mean()
+            assert max(different) <= (0.02 if stats is not None else 0)
+
+
 def test_refuses(weights: np.ndarray) -> None:
-    for bad in (weights[:, :200], weights[:60], weights[0], np.zeros((0, 64, 256), np.float32)):
+    for bad in (weights[:, :200], weights[:2], weights[0], np.zeros((0, 64, 256), np.float32)):
         with pytest.raises(FormatError, match="AGQ4 does not support a tensor of shape"):
             agq_gguf.pack_agq4(bad)
     with pytest.raises(InputError, match="the weights have 256 columns, but the statistics have 128 channels"):

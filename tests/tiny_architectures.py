@@ -235,6 +235,11 @@ def write_odd(path: Path | str) -> Path:
     return tiny_models.write_llama(path, dtype="f32", n_embd=160, n_ff=256, n_head=5, n_kv=5)
 
 
+def write_halves(path: Path | str) -> Path:
+    """A LLaMA whose columns are no multiples of 128, and whose vocabulary is no multiple of 16."""
+    return tiny_models.write_llama(path, dtype="f32", n_embd=192, n_ff=320, n_head=3, n_kv=1, vocab=453)
+
+
 def write_mixtral(path: Path | str) -> Path:
     """Mixtral: LLaMA with 4 experts, 2 of them used."""
     return tiny_models.write_llama(path, dtype="f32", n_expert=4, n_expert_used=2)
@@ -256,4 +261,5 @@ DECODERS: dict[str, Callable[[Path | str], Path]] = {
     "qwen3moe": write_qwen3moe,
     "mamba": write_mamba,
     "odd": write_odd,
+    "halves": write_halves,
 }

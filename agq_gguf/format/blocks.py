@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,10 +30,8 @@ TYPE_NAME = "agq4"
 VERSION = 1  # of the format; the byte in the attribute stream
 
 PANEL_ROWS = 16
-TILE_COLUMNS = 128
-GROUP_COLUMNS = 64
-TILE_BYTES = 1088
-BLOCK_BYTES = TILE_BYTES // PANEL_ROWS  # one row of a tile: ggml's block
+GROUP_COLUMNS = 64  # columns that share a scale: ggml's block
+BLOCK_BYTES = 34  # of one row in one group
 MAX_EXPONENT = 15
 MAX_SCALE = 65024.0  # the largest binary16 whose lowest four bits are zero
 
@@ -45,10 +43,6 @@ _MAGIC = 0xA4
 _FLAG_CHANNEL_ORDER = 1
 _FLAG_PRUNING = 2
 _HEADER = struct.Struct("<BBBBfII")
-_SCALES = slice(0, 32)
-_SCALE_LOW = slice(32, 48)
-_ATTRIBUTES = slice(48, 64)
-_CODES = slice(64, TILE_BYTES)
 
 
 def _no_channels() -> NDArray[np.uint16]:
@@ -103,7 +97,9 @@ def parameters_bytes(columns: int, n_listed: int, pruning: int = 0) -> int:
 
 def stream_bytes(rows: int, columns: int) -> int:
     """Size in bytes of the attribute stream of a matrix."""
-    return rows * columns // TILE_COLUMNS
+    groups, last = columns // GROUP_COLUMNS, rows % PANEL_ROWS
+    full = rows // PANEL_ROWS * groups * (PANEL_ROWS // 2)
+    return full + groups // 2 * last + groups % 2 * (last // 2)
 
 
 def listable(rows: int, columns: int) -> int:
@@ -113,12 +109,13 @@ def listable(rows: int, columns: int) -> int:
 
 def shape_problem(rows: int, columns: int) -> str | None:
     """Why AGQ4 does not support a matrix of this shape; None if it does."""
-    if columns % TILE_COLUMNS or columns == 0:
-        return f"columns must be a multiple of {TILE_COLUMNS}, got {columns}"
-    if rows % PANEL_ROWS or rows == 0:
-        return f"rows must be a multiple of {PANEL_ROWS}, got {rows}"
-    if stream_bytes(rows, columns) < parameters_bytes(columns, 0):
-        return f"{rows} x {columns} is too small to store its parameters"
+    if columns % GROUP_COLUMNS or columns == 0:
+        return f"columns must be a multiple of {GROUP_COLUMNS}, got {columns}"
+    if rows == 0:
+        return "rows must be at least 1, got 0"
+    room, needed = stream_bytes(rows, columns), parameters_bytes(columns, 0)
+    if room < needed:
+        return f"its attribute stream has {room} bytes, {needed} are needed"
     return None
 
 
@@ -233,82 +230,189 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
     return parameters
 
 
+@dataclass(frozen=True)
+class _Section:
+    """Some panels with equally many rows, as views into the bytes of a matrix: their tiles and their half tiles."""
+
+    rows: slice
+    tiles: NDArray[np.uint8]  # [panels, tiles, 68 * rows of a panel]
+    halves: NDArray[np.uint8]  # [panels, 34 * rows of a panel], or [panels, 0] if the number of groups is even
+
+    @property
+    def height(self) -> int:
+        """Rows of a panel."""
+        return (self.rows.stop - self.rows.start) // len(self.tiles)
+
+    @property
+    def scales(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+        """Of tiles: high bytes [panels, tiles, 2, rows], low nibbles [panels, tiles, rows]; the same of half tiles."""
+        n = self.height
+        high, low = self.tiles[..., : 2 * n], self.tiles[..., 2 * n : 3 * n]
+        return high.reshape(*high.shape[:2], 2, n), low, self.halves[:, :n], self.halves[:, n : n + (n + 1) // 2]
+
+    @property
+    def attributes(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Attribute bytes of tiles [panels, tiles, rows] and of half tiles [panels, rows / 2]."""
+        n = self.height
+        return self.tiles[..., 3 * n : 4 * n], self.halves[:, n + (n + 1) // 2 : 2 * n]
+
+    @property
+    def codes(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Chunks of tiles [panels, tiles, 16 * 4 * rows] and of half tiles [panels, 8 * 4 * rows]."""
+        n = self.height
+        return self.tiles[..., 4 * n :], self.halves[:, 2 * n :]
+
+
+def _sections(data: NDArray[np.uint8]) -> Iterator[_Section]:
+    """The full panels of a matrix [M, K / 64 * 34], which is contiguous, then its last panel if that has fewer rows."""
+    rows, groups = data.shape[0], data.shape[1] // BLOCK_BYTES
+    flat, full = data.reshape(-1), rows // PANEL_ROWS * PANEL_ROWS
+    for begin, end, height in ((0, full, PANEL_ROWS), (full, rows, rows - full)):
+        if begin == end:
+            continue
+        row_bytes = groups * BLOCK_BYTES
+        panels = flat[begin * row_bytes : end * row_bytes].reshape(-1, height * row_bytes)
+        in_tiles = groups // 2 * 2 * BLOCK_BYTES * height
+        tiles = panels[:, :in_tiles].reshape(len(panels), groups // 2, 2 * BLOCK_BYTES * height)
+        yield _Section(slice(begin, end), tiles, panels[:, in_tiles:])
+
+
 def pack(matrix: Matrix) -> NDArray[np.uint8]:
-    """Bytes of a matrix as a GGUF file holds them: uint8 [M, K / 128 * 68].
+    """Bytes of a matrix as a GGUF file holds them: uint8 [M, K / 64 * 34].
 
     Raises FormatError when the matrix breaks a rule of the format.
     """
     rows, columns = matrix.codes.shape
     _check_shape(rows, columns)
     _check_parameters(matrix.parameters, columns)
-    panels, tiles = rows // PANEL_ROWS, columns // TILE_COLUMNS
+    groups = columns // GROUP_COLUMNS
     if matrix.codes.max() > 15:
         raise FormatError(f"codes must be 0 to 15, got {matrix.codes.max()}")
-    if matrix.scales.shape != (rows, 2 * tiles) or not np.array_equal(matrix.scales, round_scale(matrix.scales)):
-        raise FormatError(f"the scales must be [{rows}, {2 * tiles}] and rounded with round_scale")
+    if matrix.scales.shape != (rows, groups) or not np.array_equal(matrix.scales, round_scale(matrix.scales)):
+        raise FormatError(f"the scales must be [{rows}, {groups}] and rounded with round_scale")
 
-    out = np.empty((panels, tiles, TILE_BYTES), np.uint8)
-    bits = matrix.scales.astype(np.float16).view(np.uint16).reshape(panels, PANEL_ROWS, tiles, 2)
-    bits = bits.transpose(0, 2, 3, 1)  # panel, tile, half, row
-    out[..., _SCALES] = (bits >> 8).astype(np.uint8).reshape(panels, tiles, 32)
-    nibbles = (bits >> 4 & 15).astype(np.uint8)
-    out[..., _SCALE_LOW] = nibbles[:, :, 0] | nibbles[:, :, 1] << 4
     stream = _encode_parameters(matrix.parameters, stream_bytes(rows, columns))
-    out[..., _ATTRIBUTES] = stream.reshape(panels, tiles, 16)
-    codes = matrix.codes.reshape(panels, PANEL_ROWS, tiles, 16, 2, 4)  # panel, row, tile, chunk, nibble, j
-    chunks = codes[..., 0, :] | codes[..., 1, :] << 4
-    out[..., _CODES] = chunks.transpose(0, 2, 3, 1, 4).reshape(panels, tiles, 1024)
-    return out.reshape(rows, tiles * BLOCK_BYTES)
+    out = np.zeros((rows, groups * BLOCK_BYTES), np.uint8)
+    bits = matrix.scales.astype(np.float16).view(np.uint16)
+    for section in _sections(out):
+        _put_scales(section, bits[section.rows])
+        _put_codes(section, matrix.codes[section.rows])
+    _put_stream(out, stream)
+    return out
 
 
-def _tiles(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """GGUF rows [M, K / 128 * 68] as tiles [M / 16, K / 128, 1088]."""
+def _put_scales(section: _Section, bits: NDArray[np.uint16]) -> None:
+    """Writes scales, the bits of binary16 numbers [rows, K / 64]."""
+    tile_high, tile_low, half_high, half_low = section.scales
+    panels, tiles = section.tiles.shape[:2]
+    by_panel = bits.reshape(panels, section.height, -1).transpose(0, 2, 1)  # panel, group, row
+    high, low = (by_panel >> 8).astype(np.uint8), (by_panel >> 4 & 15).astype(np.uint8)
+    tile_high[:] = high[:, : 2 * tiles].reshape(tile_high.shape)
+    tile_low[:] = low[:, 0 : 2 * tiles : 2] | low[:, 1 : 2 * tiles : 2] << 4
+    if section.halves.size:
+        half_high[:] = high[:, -1]
+        half_low[:] = low[:, -1, 0::2]
+        half_low[:, : section.height // 2] |= low[:, -1, 1::2] << 4
+
+
+def _put_codes(section: _Section, codes: NDArray[np.uint8]) -> None:
+    """Writes codes [rows, K]."""
+    panels, tiles = section.tiles.shape[:2]
+    pairs = codes.reshape(panels, section.height, -1, 2, 4)  # panel, row, chunk, nibble, j
+    chunks = (pairs[..., 0, :] | pairs[..., 1, :] << 4).transpose(0, 2, 1, 3)  # panel, chunk, row, j
+    of_tiles, of_halves = section.codes
+    of_tiles[:] = chunks[:, : 16 * tiles].reshape(of_tiles.shape)
+    if section.halves.size:
+        of_halves[:] = chunks[:, 16 * tiles :].reshape(of_halves.shape)
+
+
+def _stream(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The attribute stream of a matrix [M, K / 64 * 34]: the attribute bytes in the order of the file."""
+    parts = []
+    for section in _sections(data):
+        tiles, halves = section.attributes
+        parts.append(np.concatenate([tiles.reshape(len(tiles), -1), halves], axis=1).reshape(-1))
+    return np.concatenate(parts)
+
+
+def _put_stream(data: NDArray[np.uint8], stream: NDArray[np.uint8]) -> None:
+    for section in _sections(data):
+        tiles, halves = section.attributes
+        of_panel = tiles[0].size + halves.shape[1]
+        here, stream = np.split(stream, [len(tiles) * of_panel])
+        here = here.reshape(len(tiles), of_panel)
+        tiles[:] = here[:, : tiles[0].size].reshape(tiles.shape)
+        halves[:] = here[:, tiles[0].size :]
+
+
+def _checked(data: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]:
+    """GGUF rows [M, K / 64 * 34], contiguous, and K; raises FormatError if there is no such matrix."""
     if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] % BLOCK_BYTES:
         raise FormatError(
             f"AGQ4 data must be uint8 rows of a multiple of {BLOCK_BYTES} bytes, got {data.dtype} {data.shape}"
         )
-    rows, tiles = data.shape[0], data.shape[1] // BLOCK_BYTES
-    _check_shape(rows, tiles * TILE_COLUMNS)
-    return np.ascontiguousarray(data).reshape(rows // PANEL_ROWS, tiles, TILE_BYTES)
+    columns = data.shape[1] // BLOCK_BYTES * GROUP_COLUMNS
+    _check_shape(data.shape[0], columns)
+    return np.ascontiguousarray(data), columns
 
 
 def read_parameters(data: NDArray[np.uint8]) -> Parameters:
-    """Reads and checks the parameters of a packed matrix (uint8 [M, K / 128 * 68]); fast. Raises FormatError."""
-    tiles = _tiles(data)
-    return _decode_parameters(tiles[..., _ATTRIBUTES], tiles.shape[1] * TILE_COLUMNS)
+    """Reads and checks the parameters of a packed matrix (uint8 [M, K / 64 * 34]); fast. Raises FormatError."""
+    rows, columns = _checked(data)
+    return _decode_parameters(_stream(rows), columns)
 
 
 def with_pruning(data: NDArray[np.uint8], pruning: Pruning | None) -> NDArray[np.uint8]:
-    """A copy of a packed matrix (uint8 [M, K / 128 * 68]) with `pruning` as its pruning record; None removes it.
+    """A copy of a packed matrix (uint8 [M, K / 64 * 34]) with `pruning` as its pruning record; None removes it.
 
     Only attribute bytes differ. Raises FormatError if the matrix is damaged, the record breaks a rule of the format, or
     the matrix has no room for it (a channel order may use all of it).
     """
-    tiles = _tiles(data).copy()
-    columns = tiles.shape[1] * TILE_COLUMNS
-    parameters = replace(_decode_parameters(tiles[..., _ATTRIBUTES], columns), pruning=pruning)
+    rows, columns = _checked(data)
+    parameters = replace(_decode_parameters(_stream(rows), columns), pruning=pruning)
     _check_parameters(parameters, columns)
-    stream = _encode_parameters(parameters, stream_bytes(data.shape[0], columns))
-    tiles[..., _ATTRIBUTES] = stream.reshape(*tiles.shape[:2], 16)
-    return tiles.reshape(data.shape)
+    out = rows.copy()
+    _put_stream(out, _encode_parameters(parameters, stream_bytes(data.shape[0], columns)))
+    return out
 
 
 def unpack(data: NDArray[np.uint8]) -> Matrix:
     """Inverse of `pack`. Raises FormatError if the data breaks a rule of the format."""
-    tiles = _tiles(data)
-    panels, n_tiles = tiles.shape[:2]
-    rows, columns = panels * PANEL_ROWS, n_tiles * TILE_COLUMNS
-    parameters = _decode_parameters(tiles[..., _ATTRIBUTES], columns)
-    high = tiles[..., _SCALES].reshape(panels, n_tiles, 2, PANEL_ROWS).astype(np.uint16)
-    low = tiles[..., _SCALE_LOW].astype(np.uint16)
-    bits = high << 8 | np.stack([low & 15, low >> 4], axis=2) << 4
-    scales = bits.view(np.float16).astype(np.float32).transpose(0, 3, 1, 2).reshape(rows, 2 * n_tiles)
+    contiguous, columns = _checked(data)
+    parameters = _decode_parameters(_stream(contiguous), columns)
+    rows = len(data)
+    bits = np.empty((rows, columns // GROUP_COLUMNS), np.uint16)
+    codes = np.empty((rows, columns), np.uint8)
+    for section in _sections(contiguous):
+        bits[section.rows] = _scale_bits(section)
+        codes[section.rows] = _codes(section)
+    scales = bits.view(np.float16).astype(np.float32)
     if not np.all(np.isfinite(scales)):
         raise FormatError("a scale is infinite or not a number: the file is damaged")
-    chunks = tiles[..., _CODES].reshape(panels, n_tiles, 16, PANEL_ROWS, 4)
-    codes = np.stack([chunks & 15, chunks >> 4], axis=4)  # panel, tile, chunk, row, nibble, j
-    codes = codes.transpose(0, 3, 1, 2, 4, 5).reshape(rows, columns)
     return Matrix(codes, scales, parameters)
+
+
+def _scale_bits(section: _Section) -> NDArray[np.uint16]:
+    """Scales as the bits of binary16 numbers [rows, K / 64]."""
+    tile_high, tile_low, half_high, half_low = section.scales
+    panels = len(section.tiles)
+    high = [tile_high.reshape(panels, -1, section.height)]  # panel, group, row
+    low = [np.stack([tile_low & 15, tile_low >> 4], axis=2).reshape(high[0].shape)]
+    if section.halves.size:
+        nibbles = np.stack([half_low & 15, half_low >> 4], axis=2).reshape(panels, 1, -1)
+        high.append(half_high[:, None])
+        low.append(nibbles[..., : section.height])
+    bits = np.concatenate(high, axis=1).astype(np.uint16) << 8 | np.concatenate(low, axis=1) << 4
+    return bits.transpose(0, 2, 1).reshape(panels * section.height, -1).astype(np.uint16, copy=False)
+
+
+def _codes(section: _Section) -> NDArray[np.uint8]:
+    """Codes [rows, K]."""
+    panels = len(section.tiles)
+    of_tiles, of_halves = (part.reshape(panels, -1, section.height, 4) for part in section.codes)
+    chunks = np.concatenate([of_tiles, of_halves], axis=1)  # panel, chunk, row, j
+    pairs = np.stack([chunks & 15, chunks >> 4], axis=3)  # panel, chunk, row, nibble, j
+    return pairs.transpose(0, 2, 1, 3, 4).reshape(panels * section.height, -1)
 
 
 def channel_order(listed: Sequence[int] | NDArray[np.uint16], columns: int) -> NDArray[np.int64]:

@@ -44,7 +44,7 @@ TYPES: dict[int, tuple[str, int, int]] = {
     20: ("iq4_nl", 32, 18), 21: ("iq3_s", 256, 110), 22: ("iq2_s", 256, 82), 23: ("iq4_xs", 256, 136),
     24: ("i8", 1, 1), 25: ("i16", 1, 2), 26: ("i32", 1, 4), 27: ("i64", 1, 8), 28: ("f64", 1, 8),
     29: ("iq1_m", 256, 56), 30: ("bf16", 1, 2), 34: ("tq1_0", 256, 54), 35: ("tq2_0", 256, 66),
-    blocks.TYPE_ID: (blocks.TYPE_NAME, blocks.TILE_COLUMNS, blocks.BLOCK_BYTES),
+    blocks.TYPE_ID: (blocks.TYPE_NAME, blocks.GROUP_COLUMNS, blocks.BLOCK_BYTES),
     39: ("mxfp4", 32, 17), 40: ("nvfp4", 64, 36), 41: ("q1_0", 128, 18),
 }  # fmt: skip
 TYPE_IDS = {name: number for number, (name, _, _) in TYPES.items()}

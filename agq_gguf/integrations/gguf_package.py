@@ -17,7 +17,7 @@ _NAME = "AGQ4"
 class _Agq4:
     """The type for `gguf.quants`. It supports whole matrices only, because all rows share a matrix's parameters."""
 
-    block_size = blocks.TILE_COLUMNS
+    block_size = blocks.GROUP_COLUMNS
     type_size = blocks.BLOCK_BYTES
 
     @classmethod
@@ -65,7 +65,7 @@ def extend() -> bool:
             f"the installed gguf package uses type number {blocks.TYPE_ID}, which is AGQ4's, for {member.name}; "
             "install an older release of gguf"
         )
-    constants.GGML_QUANT_SIZES[member] = (blocks.TILE_COLUMNS, blocks.BLOCK_BYTES)
+    constants.GGML_QUANT_SIZES[member] = (blocks.GROUP_COLUMNS, blocks.BLOCK_BYTES)
     registered: dict[Any, Any] = quants._type_traits
     registered[member] = _Agq4
     return True

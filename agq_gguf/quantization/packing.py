@@ -35,9 +35,9 @@ def stats_of_activations(x: ArrayLike) -> InputStats:
 def pack_agq4(
     weights: ArrayLike, stats: Stats | None = None, options: MatrixOptions | None = None
 ) -> NDArray[np.uint8]:
-    """Quantizes a matrix [M, K], or experts [E, M, K], to AGQ4: uint8 [M, K / 128 * 68], or [E, M, K / 128 * 68].
+    """Quantizes a matrix [M, K], or experts [E, M, K], to AGQ4: uint8 [M, K / 64 * 34], or [E, M, K / 64 * 34].
 
-    K must be a multiple of 128, M a multiple of 16. `stats` describes the input of the matrix: a sample of activations
+    K must be a multiple of 64. `stats` describes the input of the matrix: a sample of activations
     [tokens, K] (best), mean squares [K] as in an imatrix, or a result of `stats_of_activations` or `load_imatrix`; with
     None all channels get the same weight. Write the result with::
 

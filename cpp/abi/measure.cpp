@@ -43,7 +43,7 @@ class small_product {
   public:
     explicit small_product(const agq::kernel &kern)
         : kern_(kern), panels_(4 * kern.panel_step), tokens_(8 * kern.nr), dst_(tokens_) {
-        const size_t weights = sizeof(agq::tile) * panels_ * (columns / agq::tile_columns);
+        const size_t weights = sizeof(agq::half_tile) * panels_ * (columns / agq::group_columns);
         const size_t groups = static_cast<size_t>(columns / agq::group_columns) * tokens_;
         const size_t results = static_cast<size_t>(panels_) * agq::panel_rows * tokens_;
         memory_.reserve(weights + columns * static_cast<size_t>(tokens_) + 4 * (2 * groups + results), 1);

@@ -7,7 +7,7 @@ namespace agq {
 
 /// How activations are quantized; the parameters come from the weight matrix they will be multiplied with.
 struct activation_format {
-    int k;                     ///< columns, a multiple of 128
+    int k;                     ///< columns, a multiple of 64
     int bits;                  ///< 8 or 4: values are clamped to +-127 or +-7
     bool per_group;            ///< one scale per (token, group of 64) instead of one per token
     const uint8_t *exponents;  ///< [k / 64] refinement exponents, 0..15

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "format/panel.h"
 #include "format/rotation.h"
 
 namespace agq {
@@ -30,12 +31,34 @@ uint32_t crc32(const std::vector<uint8_t> &bytes) {
     return c ^ 0xFFFFFFFFu;
 }
 
-/// Bytes [16, 16 + length) of the stream; the caller has checked that the tiles hold them.
-std::vector<uint8_t> read_parameters(const tile *tiles, size_t length) {
-    std::vector<uint8_t> bytes(length);
-    for (size_t i = 0; i < length; i += 16) {
-        std::memcpy(&bytes[i], tiles[1 + i / 16].attributes, std::min<size_t>(16, length - i));
+/// The attribute stream in the order of the file: calls take(bytes, count) for the attribute bytes of each tile and
+/// half tile until it returns false.
+template <class function>
+void walk_stream(const tile *tiles, int64_t m, int64_t k, const function &take) {
+    const uint8_t *at = reinterpret_cast<const uint8_t *>(tiles);
+    const int64_t groups = k / group_columns;
+    for (int64_t row = 0; row < m; row += panel_rows) {
+        const size_t rows = static_cast<size_t>(std::min<int64_t>(panel_rows, m - row));
+        for (int64_t g = 0; g + 2 <= groups; g += 2, at += 2 * rows * ggml_block_bytes) {
+            if (!take(at + 3 * rows, rows)) return;
+        }
+        if (groups % 2 == 0) continue;
+        if (!take(at + rows + (rows + 1) / 2, rows / 2)) return;
+        at += rows * ggml_block_bytes;
     }
+}
+
+/// Bytes [begin, begin + length) of the stream; the caller has checked that the matrix holds them.
+std::vector<uint8_t> read_stream(const tile *tiles, int64_t m, int64_t k, size_t begin, size_t length) {
+    std::vector<uint8_t> bytes;
+    bytes.reserve(length);
+    walk_stream(tiles, m, k, [&](const uint8_t *part, size_t count) {
+        const size_t skipped = std::min(begin, count);
+        begin -= skipped;
+        const size_t wanted = std::min(count - skipped, length - bytes.size());
+        bytes.insert(bytes.end(), part + skipped, part + skipped + wanted);
+        return bytes.size() < length;
+    });
     return bytes;
 }
 
@@ -120,7 +143,7 @@ bool check_header(const attribute_header &h, size_t stream_bytes, std::string *e
         *error = "flags " + std::to_string(h.flags) + " are not supported; update agq-gguf";
     } else if (!(h.tensor_scale > 0) || !std::isfinite(h.tensor_scale)) {
         *error = "the tensor scale must be finite and > 0: the file is damaged";
-    } else if (h.length > stream_bytes - 16) {
+    } else if (h.length > stream_bytes - sizeof(h)) {
         *error = "the parameters are longer than the attribute stream: the file is damaged";
     } else {
         return true;
@@ -128,10 +151,8 @@ bool check_header(const attribute_header &h, size_t stream_bytes, std::string *e
     return false;
 }
 
-/// One 12-bit scale, the upper bits of a binary16 number.
-float decode_scale(const tile &t, int half, int row) {
-    const uint32_t nibble = half == 0 ? t.scale_lo[row] & 15u : t.scale_lo[row] >> 4;
-    const uint32_t bits = static_cast<uint32_t>(t.scale_hi[half][row]) << 8 | nibble << 4;
+/// One scale from the bits of a binary16 number.
+float decode_scale(unsigned bits) {
     const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
     float value;
     if (exponent == 31) {
@@ -144,16 +165,12 @@ float decode_scale(const tile &t, int half, int row) {
     return bits & 0x8000 ? -value : value;
 }
 
-/// Weights of row r of a panel in one group of columns, before the tensor scale. What is not rotated is exact, so that
-/// a weight is rounded once, as in the reference.
-void unscaled_group(const matrix_attributes &attributes, const tile &t, int64_t g, int r, float *group) {
-    const int half = static_cast<int>(g % 2);
-    const float scale = std::ldexp(decode_scale(t, half, r), -attributes.exponents[static_cast<size_t>(g)]);
+/// Weights of row r of a panel in group g of its columns, before the tensor scale. What is not rotated is exact, so
+/// that a weight is rounded once, as in the reference.
+void unscaled_group(const matrix_attributes &attributes, const stored_group &stored, int64_t g, int r, float *group) {
+    const float scale = std::ldexp(decode_scale(stored.scale_bits(r)), -attributes.exponents[static_cast<size_t>(g)]);
     for (int i = 0; i < group_columns; ++i) {
-        const int in_tile = half * group_columns + i;
-        const uint8_t byte = t.codes[in_tile / 8][4 * r + in_tile % 4];
-        const int code = in_tile % 8 < 4 ? byte & 15 : byte >> 4;
-        group[i] = scale * static_cast<float>(attributes.codebook[code] - code_offset);
+        group[i] = scale * static_cast<float>(attributes.codebook[stored.code(r, i)] - code_offset);
     }
     if (attributes.format.rotated) rotate_group(group);
 }
@@ -165,19 +182,65 @@ bool matrix_attributes::same_activations(const matrix_attributes &other) const {
            listed == other.listed;
 }
 
-attribute_header read_header(const tile *tiles) {
-    attribute_header header;
-    std::memcpy(&header, tiles[0].attributes, sizeof(header));
+size_t stream_bytes(int64_t m, int64_t k) {
+    const int64_t groups = k / group_columns, last = m % panel_rows;
+    return static_cast<size_t>(m / panel_rows * groups * (panel_rows / 2) + groups / 2 * last +
+                               groups % 2 * (last / 2));
+}
+
+size_t matrix_bytes(int64_t m, int64_t k) {
+    return static_cast<size_t>(m) * static_cast<size_t>(k / group_columns) * ggml_block_bytes;
+}
+
+attribute_header read_header(const tile *tiles, int64_t m, int64_t k) {
+    attribute_header header = {};
+    uint8_t bytes[sizeof(header)];
+    size_t filled = 0;
+    walk_stream(tiles, m, k, [&](const uint8_t *part, size_t count) {
+        const size_t wanted = std::min(count, sizeof(bytes) - filled);
+        std::memcpy(bytes + filled, part, wanted);
+        filled += wanted;
+        return filled < sizeof(bytes);
+    });
+    if (filled == sizeof(bytes)) std::memcpy(&header, bytes, sizeof(header));
     return header;
+}
+
+void expand_last_panel(const tile *tiles, int64_t m, int64_t k, tile *out) {
+    const int rows = static_cast<int>(m % panel_rows), groups = static_cast<int>(k / group_columns);
+    const uint8_t *panel = reinterpret_cast<const uint8_t *>(tiles) + matrix_bytes(m - rows, k);
+    std::memset(out, 0, static_cast<size_t>(groups) * sizeof(half_tile));
+    const auto copy_codes = [rows](const uint8_t *from, int chunks, uint8_t (*to)[64]) {
+        for (int c = 0; c < chunks; ++c) std::memcpy(to[c], from + 4 * c * rows, static_cast<size_t>(4 * rows));
+    };
+    const size_t n = static_cast<size_t>(rows);
+    for (int g = 0; g + 2 <= groups; g += 2, panel += 2 * n * ggml_block_bytes, ++out) {
+        std::memcpy(out->scale_hi[0], panel, n);
+        std::memcpy(out->scale_hi[1], panel + n, n);
+        std::memcpy(out->scale_lo, panel + 2 * n, n);
+        copy_codes(panel + 4 * n, 16, out->codes);
+    }
+    if (groups % 2 == 0) return;
+    half_tile *last = reinterpret_cast<half_tile *>(out);
+    std::memcpy(last->scale_hi, panel, n);
+    std::memcpy(last->scale_lo, panel + n, (n + 1) / 2);
+    copy_codes(panel + 2 * n, 8, last->codes);
 }
 
 std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int64_t m, int64_t k, std::string *error) {
     auto result = std::make_shared<matrix_attributes>();
-    result->header = read_header(tiles);
-    const size_t stream_bytes = static_cast<size_t>(m / panel_rows) * static_cast<size_t>(k / tile_columns) * 16;
-    if (!check_header(result->header, stream_bytes, error)) return nullptr;
+    result->rows = m;
+    const size_t stream = stream_bytes(m, k);
+    if (stream < sizeof(attribute_header)) {
+        *error = "the attribute stream of " + std::to_string(m) + " x " + std::to_string(k) + " has " +
+                 std::to_string(stream) + " bytes, at least " + std::to_string(sizeof(attribute_header)) +
+                 " are needed: the file is damaged";
+        return nullptr;
+    }
+    result->header = read_header(tiles, m, k);
+    if (!check_header(result->header, stream, error)) return nullptr;
 
-    const std::vector<uint8_t> bytes = read_parameters(tiles, result->header.length);
+    const std::vector<uint8_t> bytes = read_stream(tiles, m, k, sizeof(attribute_header), result->header.length);
     const size_t groups = static_cast<size_t>(k / group_columns), fixed = 16 + groups;
     const bool ordered = result->header.flags & flag_channel_order;
     const bool prunes = result->header.flags & flag_pruning;
@@ -221,16 +284,18 @@ std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int
 }
 
 void dequantize_row(const matrix_attributes &attributes, const tile *tiles, int64_t row, float *out) {
-    const int64_t k = attributes.format.k, tiles_per_panel = k / tile_columns;
-    const tile *panel = tiles + row / panel_rows * tiles_per_panel;
-    const int r = static_cast<int>(row % panel_rows);
+    const int64_t k = attributes.format.k, first = row / panel_rows * panel_rows;
+    const uint8_t *panel = reinterpret_cast<const uint8_t *>(tiles) + matrix_bytes(first, k);
+    const int rows = static_cast<int>(std::min<int64_t>(panel_rows, attributes.rows - first));
+    const int groups = static_cast<int>(k / group_columns), r = static_cast<int>(row - first);
     const int64_t n_listed = attributes.format.n_listed;
     int64_t next_listed = 0, channel = 0;  // walk over the channels that are not listed, ascending
     float group[group_columns];
     for (int64_t column = 0; column < k; ++column) {
         const int in_group = static_cast<int>(column % group_columns);
         if (in_group == 0) {
-            unscaled_group(attributes, panel[column / tile_columns], column / group_columns, r, group);
+            const int g = static_cast<int>(column / group_columns);
+            unscaled_group(attributes, group_of(panel, rows, groups, g), g, r, group);
         }
         int64_t target;
         if (column < n_listed) {

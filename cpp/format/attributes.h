@@ -2,6 +2,7 @@
 // stream").
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@ namespace agq {
 
 /// Runtime parameters of one M x K matrix. `format` points into this object, so it is neither copied nor moved.
 struct matrix_attributes {
+    int64_t rows;
     attribute_header header;
     uint8_t codebook[16];
     std::vector<uint8_t> exponents;       ///< [K / 64]
@@ -35,12 +37,33 @@ struct matrix_attributes {
     bool same_activations(const matrix_attributes &other) const;
 };
 
-/// Reads the first 16 bytes of the stream, the attributes of the first tile.
-attribute_header read_header(const tile *tiles);
+/// Bytes of the attribute stream of a matrix of `m` rows and `k` columns (a multiple of 64).
+size_t stream_bytes(int64_t m, int64_t k);
 
-/// Parses and checks the stream of a matrix of `m` rows and `k` columns (multiples of 16 and 128). Bytes beyond the
+/// Bytes of such a matrix. The first `m` rows of a larger one take as many if `m` is a multiple of 16.
+size_t matrix_bytes(int64_t m, int64_t k);
+
+/// Matrix number i of a tensor of such matrices.
+inline const tile *matrix_at(const void *tensor, int64_t i, int64_t m, int64_t k) {
+    return reinterpret_cast<const tile *>(static_cast<const uint8_t *>(tensor) +
+                                          static_cast<size_t>(i) * matrix_bytes(m, k));
+}
+
+/// Whether the format has such matrices, as far as the shape says.
+inline bool is_shape(int64_t m, int64_t k) {
+    return m > 0 && k > 0 && k % group_columns == 0 && k <= INT32_MAX;
+}
+
+/// Reads the first 16 bytes of the stream; all zero if it is shorter.
+attribute_header read_header(const tile *tiles, int64_t m, int64_t k);
+
+/// Parses and checks the stream of a matrix of `m` >= 1 rows and `k` >= 64 columns (a multiple of 64). Bytes beyond the
 /// matrix are never read, whatever it holds. On a violation of the format returns null and `*error` says which.
 std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int64_t m, int64_t k, std::string *error);
+
+/// Writes the last panel of a matrix whose `m` is not a multiple of 16 as one of 16 rows, as kernels take it, to `out`
+/// (k / 64 * sizeof(half_tile) bytes). The rows that are missing, and the attributes, are zero.
+void expand_last_panel(const tile *tiles, int64_t m, int64_t k, tile *out);
 
 /// Dequantizes row `row` of the matrix into `out` (`format.k` floats, input channels in their original order).
 void dequantize_row(const matrix_attributes &attributes, const tile *tiles, int64_t row, float *out);

@@ -1,4 +1,5 @@
-// The stored form of AGQ4 as structs: one tile, the attribute header, and the constants of the format (docs/format.md).
+// The stored form of AGQ4 as structs: a tile, half a tile, the attribute header, and the constants of the format
+// (docs/format.md).
 #pragma once
 
 #include <cstddef>
@@ -7,8 +8,7 @@
 namespace agq {
 
 constexpr int panel_rows = 16;     ///< rows of a panel
-constexpr int tile_columns = 128;  ///< columns of a tile, the ggml block size
-constexpr int group_columns = 64;  ///< columns that share a scale: half a tile
+constexpr int group_columns = 64;  ///< columns that share a scale: half a tile, the ggml block size
 constexpr int code_offset = 64;    ///< a codebook byte u stands for u - 64
 
 /// Layout: one cache line of scales and attributes, then the codes in the order in which the kernels load them, so that
@@ -21,6 +21,15 @@ struct tile {
 };
 static_assert(sizeof(tile) == 1088, "a tile is 17 cache lines");
 
+/// The end of a panel with an odd number of groups.
+struct half_tile {
+    uint8_t scale_hi[panel_rows];
+    uint8_t scale_lo[panel_rows / 2];  ///< row 2 i in the low nibble, row 2 i + 1 in the high one
+    uint8_t attributes[8];
+    uint8_t codes[8][64];
+};
+static_assert(2 * sizeof(half_tile) == sizeof(tile), "all groups take equally many bytes");
+
 /// First 16 bytes of the attribute stream (little endian).
 struct attribute_header {
     uint8_t magic;
@@ -31,7 +40,7 @@ struct attribute_header {
     uint32_t crc32;
     uint32_t length;
 };
-static_assert(sizeof(attribute_header) == 16, "the header is the attributes of one tile");
+static_assert(sizeof(attribute_header) == 16, "as in docs/format.md");
 
 constexpr uint8_t attribute_magic = 0xA4;
 constexpr uint8_t attribute_version = 1;
@@ -46,7 +55,7 @@ constexpr int max_exponent = 15;
 constexpr int activation_scale_token = 0, activation_scale_rotated = 2, max_activation_scale = 2;
 
 constexpr int ggml_type_id = 38;
-constexpr int ggml_block_size = tile_columns;
-constexpr int ggml_block_bytes = sizeof(tile) / panel_rows;
+constexpr int ggml_block_size = group_columns;
+constexpr int ggml_block_bytes = sizeof(half_tile) / panel_rows;
 
 }  // namespace agq

@@ -39,8 +39,8 @@ using quantize_fn = void (*)(const activation_format &format, const float *const
 /// for panels p < `panels`, rows r < 16 and tokens t < n_tokens. All blocks but the last hold nr tokens, the last holds
 /// the rest, 1..nr. Block b begins at q + b * nr * k, bias + b * nr * (k / 64), scale + b * nr * (1 or k / 64).
 struct gemm_args {
-    const tile *weights;      ///< first tile of the first panel; panel p begins k / 128 tiles further per panel
-    int k;                    ///< columns, a multiple of 128
+    const tile *weights;      ///< the first panel; panels of 16 rows follow one another (format/panel.h)
+    int k;                    ///< columns, a multiple of 64
     int panels;               ///< >= 1
     const uint8_t *codebook;  ///< [16] values 0..127
     float tensor_scale;

@@ -8,6 +8,7 @@
 #include <limits>
 #include <new>
 
+#include "format/panel.h"
 #include "host/tensor_rows.h"
 
 namespace agq {
@@ -42,7 +43,50 @@ int64_t panels_per_unit(int64_t panels, int64_t step, int nth, int64_t tokens) {
     return std::max(step, wanted / step * step);
 }
 
+/// A thread's memory for a product: where the rows of the result are and, if the last panel has fewer than 16 rows,
+/// that panel with 16, and its results.
+struct product_memory {
+    float **rows, **results_at;  ///< [rows of the set]
+    float *results;              ///< [rows of the set][16]
+    tile *last_panel;
+    size_t bytes;
+
+    product_memory(const product &p, void *begin) {
+        const size_t n = static_cast<size_t>(p.set->rows());
+        const bool is_narrow = p.weights->ne[1] % panel_rows != 0;
+        auto *next = static_cast<unsigned char *>(begin);
+        const auto take = [&](size_t size) {
+            unsigned char *part = begin ? next + bytes : nullptr;
+            bytes += align_up(size);
+            return part;
+        };
+        bytes = 0;
+        rows = reinterpret_cast<float **>(take(n * sizeof(float *)));
+        results_at = reinterpret_cast<float **>(take(is_narrow ? n * sizeof(float *) : 0));
+        results = reinterpret_cast<float *>(take(is_narrow ? n * panel_rows * sizeof(float) : 0));
+        last_panel = reinterpret_cast<tile *>(take(is_narrow ? matrix_bytes(panel_rows, p.weights->ne[0]) : 0));
+    }
+};
+
+/// The last panel of a matrix of `m` rows that has fewer than 16: kernels take it as one of 16, and only its own rows
+/// leave. `args.dst` are its places in the result.
+void multiply_last_panel(const kernel &kern, gemm_args args, const tile *matrix, int64_t m,
+                         const product_memory &memory) {
+    expand_last_panel(matrix, m, args.k, memory.last_panel);
+    for (int t = 0; t < args.n_tokens; ++t) memory.results_at[t] = memory.results + panel_rows * t;
+    float *const *wanted = args.dst;
+    args.weights = memory.last_panel;
+    args.panels = 1;
+    args.dst = memory.results_at;
+    kern.gemm(args);
+    for (int t = 0; t < args.n_tokens; ++t) std::copy_n(memory.results_at[t], m % panel_rows, wanted[t]);
+}
+
 }  // namespace
+
+size_t product::thread_bytes() const {
+    return product_memory(*this, nullptr).bytes;
+}
 
 activation_buffer::~activation_buffer() {
     ::operator delete(memory_, std::align_val_t(alignment));
@@ -163,12 +207,14 @@ void quantize_node(ggml_tensor *, int ith, int, void *userdata) {
 void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
     product &p = *static_cast<product *>(userdata);
     const activation_set &set = *p.set;
-    const int64_t k = p.weights->ne[0], panels = p.weights->ne[1] / panel_rows, tiles_per_panel = k / tile_columns;
+    const int64_t k = p.weights->ne[0], m = p.weights->ne[1], full_panels = m / panel_rows;
+    const int64_t panels = (m + panel_rows - 1) / panel_rows;
     const int64_t step = panels_per_unit(panels, set.kern->panel_step, nth, set.rows());
     const int64_t units_per_segment = (panels + step - 1) / step;
     const int64_t n_units = units_per_segment * static_cast<int64_t>(set.segments.size());
 
-    float **rows = static_cast<float **>(p.memory->of(ith));
+    const product_memory memory(p, p.memory->of(ith));
+    float **rows = memory.rows;
     int64_t current = -1;
     for (int64_t i; (i = p.next.fetch_add(1, std::memory_order_relaxed)) < n_units;) {
         const int64_t s = i / units_per_segment, first = i % units_per_segment * step;
@@ -182,11 +228,12 @@ void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
         }
         const activation_buffer::parts packed = set.packed(segment.first);
         const matrix_attributes &a = *(*p.attributes)[static_cast<size_t>(segment.matrix)];
-        for (int64_t t = 0; t < segment.count; ++t) rows[t] += first * panel_rows;
+        const tile *matrix = matrix_at(p.weights->data, segment.matrix, m, k);
+        const int64_t end = std::min(first + step, panels), full_end = std::min(end, full_panels);
         gemm_args args;
-        args.weights = static_cast<const tile *>(p.weights->data) + (segment.matrix * panels + first) * tiles_per_panel;
+        args.weights = panel_at(matrix, static_cast<int>(first), static_cast<int>(k / group_columns));
         args.k = static_cast<int>(k);
-        args.panels = static_cast<int>(std::min(step, panels - first));
+        args.panels = static_cast<int>(full_end - first);
         args.codebook = a.codebook;
         args.tensor_scale = a.header.tensor_scale;
         args.per_group = a.format.per_group;
@@ -196,13 +243,22 @@ void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
         args.scale = packed.scale;
         args.n_tokens = static_cast<int>(segment.count);
         args.dst = rows;
-        set.kern->gemm(args);
-        for (int64_t t = 0; t < segment.count; ++t) rows[t] -= first * panel_rows;
+        const auto move = [&](int64_t by) {
+            for (int64_t t = 0; t < segment.count; ++t) rows[t] += by;
+        };
+        move(first * panel_rows);
+        if (args.panels > 0) set.kern->gemm(args);
+        if (full_end < end) {
+            move((full_end - first) * panel_rows);
+            multiply_last_panel(*set.kern, args, matrix, m, memory);
+            move((first - full_end) * panel_rows);
+        }
+        move(-first * panel_rows);
     }
     if (ith == 0) {
         for (int64_t flat : set.invalid) {
             float *row = const_cast<float *>(reinterpret_cast<const float *>(flat_row(dst, flat)));
-            std::fill_n(row, p.weights->ne[1], std::numeric_limits<float>::quiet_NaN());
+            std::fill_n(row, m, std::numeric_limits<float>::quiet_NaN());
         }
     }
 }

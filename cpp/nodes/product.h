@@ -88,8 +88,10 @@ struct product {
     activation_set *set = nullptr;
     const ggml_tensor *weights = nullptr;
     const tensor_attributes *attributes = nullptr;
-    const thread_memory *memory = nullptr;  ///< one pointer for each row of the set, in each thread
+    const thread_memory *memory = nullptr;  ///< thread_bytes() in each thread
     std::atomic<int64_t> next{0};
+
+    size_t thread_bytes() const;
 };
 
 /// Rows of an AGQ4 tensor by number.

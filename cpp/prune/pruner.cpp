@@ -15,11 +15,11 @@ namespace {
 /// it.
 bool read_record(const ggml_tensor *weights, prune_stage *stage) {
     if (weights->type != ggml_type_id || std::strncmp(weights->name, "blk.", 4) != 0 || !weights->data ||
-        weights->view_src || weights->ne[0] % tile_columns != 0 || weights->ne[1] % panel_rows != 0) {
+        weights->view_src || !is_shape(weights->ne[1], weights->ne[0])) {
         return false;
     }
     const tile *tiles = static_cast<const tile *>(weights->data);
-    if (!(read_header(tiles).flags & flag_pruning)) return false;
+    if (!(read_header(tiles, weights->ne[1], weights->ne[0]).flags & flag_pruning)) return false;
     std::string ignored;
     const auto attributes = parse_attributes(tiles, weights->ne[1], weights->ne[0], &ignored);
     if (!attributes || !attributes->prunes) return false;

@@ -28,9 +28,7 @@ bool is_plain_rows(const ggml_tensor *t, int type) {
 
 /// Whether the weights are a whole tensor in host memory, in the shape the format demands.
 bool check_weights(const ggml_tensor *w, std::string *error) {
-    const bool shape = w->ne[0] > 0 && w->ne[0] % tile_columns == 0 && w->ne[1] > 0 && w->ne[1] % panel_rows == 0 &&
-                       w->ne[0] <= INT32_MAX && w->ne[3] == 1;
-    if (!shape) {
+    if (!is_shape(w->ne[1], w->ne[0]) || w->ne[3] != 1) {
         *error = describe(w) + " has a shape that AGQ4 does not support; convert the model again";
     } else if (w->view_src || !w->data) {
         *error =
@@ -56,12 +54,13 @@ bool check_product(const ggml_tensor *node, std::string *error) {
 /// Whether `kept` was parsed from these weights. The header holds a checksum of the rest, so comparing it notices that
 /// other weights have come to the same address.
 bool is_intact(const ggml_tensor *weights, const tensor_attributes &kept) {
-    const tile *tiles = static_cast<const tile *>(weights->data);
-    const int64_t matrix_tiles = weights->ne[0] / tile_columns * (weights->ne[1] / panel_rows);
+    const int64_t m = weights->ne[1], k = weights->ne[0];
     bool intact = kept.size() == static_cast<size_t>(weights->ne[2]);
     for (size_t i = 0; intact && i < kept.size(); ++i) {
-        const attribute_header header = read_header(tiles + static_cast<int64_t>(i) * matrix_tiles);
-        intact = kept[i]->format.k == weights->ne[0] && std::memcmp(&header, &kept[i]->header, sizeof(header)) == 0;
+        const tile *matrix = matrix_at(weights->data, static_cast<int64_t>(i), m, k);
+        const attribute_header header = read_header(matrix, m, k);
+        intact =
+            kept[i]->format.k == k && kept[i]->rows == m && std::memcmp(&header, &kept[i]->header, sizeof(header)) == 0;
     }
     return intact;
 }
@@ -297,14 +296,13 @@ void graph_rewriter::add_custom(const ggml_tensor *replaced, ggml_tensor **args,
 
 const tensor_attributes *graph_rewriter::find_attributes(const ggml_tensor *weights, std::string *error) {
     if (!check_weights(weights, error)) return nullptr;
-    const tile *tiles = static_cast<const tile *>(weights->data);
-    const int64_t matrix_tiles = weights->ne[0] / tile_columns * (weights->ne[1] / panel_rows);
+    const int64_t m = weights->ne[1], k = weights->ne[0];
     tensor_attributes &kept = attributes_[weights->data];
     if (is_intact(weights, kept)) return &kept;
     kept.clear();
     for (int64_t i = 0; i < weights->ne[2]; ++i) {
         std::string reason;
-        auto a = parse_attributes(tiles + i * matrix_tiles, weights->ne[1], weights->ne[0], &reason);
+        auto a = parse_attributes(matrix_at(weights->data, i, m, k), m, k, &reason);
         if (a && i > 0 && a->format.per_group != kept[0]->format.per_group) {
             reason = "its experts must share one activation scale mode; convert the model again";
             a = nullptr;
@@ -407,7 +405,7 @@ bool graph_rewriter::add_product(ggml_tensor *node, int i, std::string *error) {
     p.attributes = attributes;
     p.memory = &scratch_;
     p.set = find_or_add_set(node, i, attributes);
-    thread_bytes_ = std::max(thread_bytes_, static_cast<size_t>(p.set->rows()) * sizeof(float *));
+    thread_bytes_ = std::max(thread_bytes_, p.thread_bytes());
     ggml_tensor *args[2] = {node->src[1], node->src[0]};
     add_custom(node, args, 2, node::multiply, &p);
     return true;

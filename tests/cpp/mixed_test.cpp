@@ -1,5 +1,6 @@
-// Rows of one product with 8 and with 4 bits: each must be, bit by bit, what it is when all rows have its bits. With
-// every kernel this CPU can run, on random choices. Prints its seed; `--seed N` repeats a run.
+// Rows of one product with 8 and with 4 bits: each must be, bit by bit, what it is when all rows have its bits. And
+// rows of weights in a last panel of fewer than 16: they must give, bit by bit, what they give in a matrix of full
+// panels. With every kernel this CPU can run, on random choices. Prints its seed; `--seed N` repeats a run.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -25,9 +26,29 @@ ggml_tensor matrix(void *data, int64_t columns, int64_t rows) {
     return t;
 }
 
+/// Where the parts of row m in group g lie, by docs/format.md.
+struct place {
+    uint8_t *scale_hi, *scale_lo;
+    bool is_high;     ///< which nibble of scale_lo
+    uint8_t *codes;   ///< of the first chunk
+    size_t to_chunk;  ///< from one chunk to the next
+};
+
+place place_of(uint8_t *bytes, int rows, int k, int m, int g) {
+    const int groups = k / 64, first = m / 16 * 16, r = std::min(16, rows - first), i = m - first;
+    uint8_t *panel = bytes + static_cast<ptrdiff_t>(first) * groups * 34;
+    const size_t to_chunk = static_cast<size_t>(4 * r);
+    if (g % 2 == 0 && g == groups - 1) {
+        uint8_t *half = panel + 34 * r * g;
+        return {half + i, half + r + i / 2, i % 2 == 1, half + 2 * r + 4 * i, to_chunk};
+    }
+    uint8_t *t = panel + 68 * r * (g / 2);
+    return {t + g % 2 * r + i, t + 2 * r + i, g % 2 == 1, t + (4 + 32 * (g % 2)) * r + 4 * i, to_chunk};
+}
+
 struct problem {
     int k, m, tokens;
-    std::vector<tile> weights;
+    std::vector<uint8_t> weights;
     std::vector<float> x;
     tensor_attributes attributes;
 };
@@ -40,7 +61,6 @@ std::vector<float> multiply(problem &p, const kernel &kern, int bits, const std:
     activation_buffer buffer;
     buffer.reserve(p.tokens, p.k);
     thread_memory memory;
-    memory.reserve(static_cast<size_t>(p.tokens) * sizeof(float *), 1);
     activation_set set;
     set.x = &x;
     set.kern = &kern;
@@ -54,6 +74,7 @@ std::vector<float> multiply(problem &p, const kernel &kern, int bits, const std:
     job.weights = &w;
     job.attributes = &p.attributes;
     job.memory = &memory;
+    memory.reserve(job.thread_bytes(), 1);
     route_node(nullptr, 0, 1, &set);
     quantize_node(nullptr, 0, 1, &set);
     product_node(&y, 0, 1, &job);
@@ -63,16 +84,13 @@ std::vector<float> multiply(problem &p, const kernel &kern, int bits, const std:
 problem random_problem(std::mt19937 &rng) {
     const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
     problem p;
-    p.k = 128 * pick(1, 6);
-    p.m = 16 * pick(1, 5);
+    p.k = 64 * pick(1, 12);
+    p.m = pick(1, 80);
     p.tokens = pick(1, 40);
-    p.weights.resize(static_cast<size_t>(p.k / 128) * (p.m / 16));
-    for (tile &t : p.weights) {
-        for (auto &chunk : t.codes) {
-            for (uint8_t &c : chunk) c = static_cast<uint8_t>(pick(0, 255));
-        }
-        std::memset(t.scale_hi, 0x2C, sizeof t.scale_hi);
-        for (uint8_t &s : t.scale_lo) s = static_cast<uint8_t>(pick(0, 255));
+    p.weights.resize(matrix_bytes(p.m, p.k));
+    for (uint8_t &byte : p.weights) byte = static_cast<uint8_t>(pick(0, 255));
+    for (int m = 0; m < p.m; ++m) {
+        for (int g = 0; g < p.k / 64; ++g) *place_of(p.weights.data(), p.m, p.k, m, g).scale_hi = 0x2C;
     }
     std::normal_distribution<float> normal;
     p.x.resize(static_cast<size_t>(p.k) * p.tokens);
@@ -84,6 +102,26 @@ problem random_problem(std::mt19937 &rng) {
     a->format = {p.k, 8, pick(0, 1) == 1, a->exponents.data(), nullptr, nullptr, 0};
     p.attributes = {a};
     return p;
+}
+
+/// The same rows in a matrix of full panels, and others behind them.
+problem widened(const problem &narrow) {
+    problem wide = narrow;
+    wide.m = (narrow.m + 15) / 16 * 16;
+    wide.weights.assign(matrix_bytes(wide.m, wide.k), 0x2C);
+    std::vector<uint8_t> from_bytes = narrow.weights;
+    for (int m = 0; m < narrow.m; ++m) {
+        for (int g = 0; g < narrow.k / 64; ++g) {
+            const place from = place_of(from_bytes.data(), narrow.m, narrow.k, m, g);
+            const place to = place_of(wide.weights.data(), wide.m, wide.k, m, g);
+            *to.scale_hi = *from.scale_hi;
+            const int nibble = from.is_high ? *from.scale_lo >> 4 : *from.scale_lo & 15;
+            *to.scale_lo =
+                static_cast<uint8_t>(to.is_high ? (*to.scale_lo & 15) | nibble << 4 : (*to.scale_lo & 0xF0) | nibble);
+            for (size_t c = 0; c < 8; ++c) std::memcpy(to.codes + c * to.to_chunk, from.codes + c * from.to_chunk, 4);
+        }
+    }
+    return wide;
 }
 
 }  // namespace
@@ -109,6 +147,16 @@ int main(int argc, char **argv) {
                                      four_bits = multiply(p, *row, 4, nullptr);
             if (eight_bits == four_bits || multiply(p, *row, 0, nullptr) != eight_bits) {
                 std::printf("%s: the number of bits does not count\n", row->name);
+                return 1;
+            }
+            problem wide = widened(p);
+            const std::vector<float> full = multiply(wide, *row, 8, nullptr);
+            for (int t = 0; t < p.tokens; ++t) {
+                if (std::equal(full.begin() + t * wide.m, full.begin() + t * wide.m + p.m,
+                               eight_bits.begin() + t * p.m))
+                    continue;
+                std::printf("%s, k %d, %d rows, %d tokens: token %d differs from that of a matrix of full panels\n",
+                            row->name, p.k, p.m, p.tokens, t);
                 return 1;
             }
             const std::vector<float> got = multiply(p, *row, 8, &four);

@@ -38,10 +38,13 @@ double half_value(uint16_t bits) {
     return bits & 0x8000 ? -magnitude : magnitude;
 }
 
+constexpr int columns_of_models[] = {64, 192, 576, 960, 2880};
+
 /// Shape, codes, codebook and activations; scales are left to the caller.
 problem random_problem() {
     problem p;
-    p.k = 128 * random_int(1, chance(4) ? 32 : 5);
+    p.k = 64 * random_int(1, chance(4) ? 64 : 10);
+    if (chance(8)) p.k = columns_of_models[random_int(0, 4)];
     p.panels = random_int(1, 7);
     p.tokens = chance(20) ? random_int(190, 400) : random_int(1, 70);
     if (p.tokens > 70) p.k = std::min(p.k, 1024);
@@ -69,31 +72,36 @@ problem random_problem() {
 }
 
 /// Weights in file form; the attribute bytes are noise, which kernels must not look at.
-void pack_weights(const problem &p, tile *tiles) {
+void pack_weights(const problem &p, uint8_t *bytes) {
+    const int groups = p.groups();
+    for (int i = 0; i < p.rows() * groups * 34; i++) bytes[i] = static_cast<uint8_t>(random_int(0, 255));
     for (int m = 0; m < p.rows(); m++) {
-        for (int k = 0; k < p.k; k++) {
-            tile &w = tiles[m / 16 * (p.k / 128) + k / 128];
-            const int c = k % 128, r = m % 16;
-            uint8_t &pair = w.codes[c / 8][4 * r + c % 4];
-            const int code = p.codes[static_cast<size_t>(m) * p.k + k];
-            pair = static_cast<uint8_t>(c % 8 < 4 ? (pair & 0xF0) | code : (pair & 0x0F) | code << 4);
+        const int r = m % 16;
+        for (int g = 0; g < groups; g++) {
+            uint8_t *tile = bytes + m / 16 * groups * 544 + g / 2 * 1088;
+            const bool alone = g % 2 == 0 && g == groups - 1;
+            const auto set_nibble = [](uint8_t *byte, bool high, int value) {
+                *byte = static_cast<uint8_t>(high ? (*byte & 0x0F) | value << 4 : (*byte & 0xF0) | value);
+            };
+            const uint16_t d = p.d[static_cast<size_t>(m) * groups + g];
+            tile[alone ? r : 16 * (g % 2) + r] = static_cast<uint8_t>(d >> 8);
+            if (alone) {
+                set_nibble(tile + 16 + r / 2, r % 2 == 1, d >> 4 & 15);
+            } else {
+                set_nibble(tile + 32 + r, g % 2 == 1, d >> 4 & 15);
+            }
+            uint8_t *codes = tile + (alone ? 32 : 64 + 512 * (g % 2));
+            for (int c = 0; c < 64; c++) {
+                const int code = p.codes[static_cast<size_t>(m) * p.k + 64 * g + c];
+                set_nibble(codes + c / 8 * 64 + 4 * r + c % 4, c % 8 >= 4, code);
+            }
         }
-        for (int g = 0; g < p.groups(); g++) {
-            tile &w = tiles[m / 16 * (p.k / 128) + g / 2];
-            const uint16_t d = p.d[static_cast<size_t>(m) * p.groups() + g];
-            w.scale_hi[g % 2][m % 16] = static_cast<uint8_t>(d >> 8);
-            uint8_t &low = w.scale_lo[m % 16];
-            low = static_cast<uint8_t>(g % 2 == 0 ? (low & 0xF0) | (d >> 4 & 15) : (low & 0x0F) | (d & 0xF0));
-        }
-    }
-    for (int i = 0; i < p.panels * (p.k / 128); i++) {
-        for (uint8_t &byte : tiles[i].attributes) byte = static_cast<uint8_t>(random_int(0, 255));
     }
 }
 
 /// Result of a kernel, [tokens][rows].
 std::vector<float> run_gemm(const kernel &row, const problem &p) {
-    guarded<tile> weights(static_cast<size_t>(p.panels) * (p.k / 128));
+    guarded<uint8_t> weights(static_cast<size_t>(p.panels) * p.groups() * 544);
     pack_weights(p, weights.data());
     const size_t scales = p.per_group ? p.groups() : 1;
     guarded<int8_t> q(p.q.size());
@@ -123,8 +131,8 @@ std::vector<float> run_gemm(const kernel &row, const problem &p) {
         outputs.push_back(std::make_unique<guarded<float>>(p.rows()));
         dst[t] = outputs.back()->data();
     }
-    row.gemm({weights.data(), p.k, p.panels, codebook.data(), p.tensor_scale, p.per_group, q.data(), bias.data(),
-              scale.data(), p.tokens, dst.data(), p.bits});
+    row.gemm({reinterpret_cast<const tile *>(weights.data()), p.k, p.panels, codebook.data(), p.tensor_scale,
+              p.per_group, q.data(), bias.data(), scale.data(), p.tokens, dst.data(), p.bits});
     std::vector<float> result;
     for (const auto &output : outputs) {
         CHECK(output->intact(), "%s: gemm wrote outside its rows", row.name);

@@ -160,7 +160,7 @@ void fill_row(float *row, int k) {
 }
 
 void test_quantizers(const std::vector<const kernel *> &kernels) {
-    const int k = 128 * random_int(1, chance(4) ? 24 : 6);
+    const int k = 64 * random_int(1, chance(4) ? 48 : 12);
     const int tokens = random_int(1, 30);
     guarded<uint8_t> exponents(k / 64);
     for (size_t g = 0; g < exponents.size(); g++) exponents[g] = chance(3) ? random_int(0, 15) : 0;

@@ -29,15 +29,29 @@ inline uint32_t crc32_of(const uint8_t *bytes, size_t n) {
     return c ^ 0xFFFFFFFFu;
 }
 
-/// Input: byte 0 chooses 1 to 8 panels, byte 1 1 to 16 tiles in a panel, bit 0 of byte 2 asks for a checksum that fits
+/// Where the attribute stream of a matrix is, byte by byte.
+inline std::vector<size_t> attribute_places(size_t m, size_t groups) {
+    std::vector<size_t> places;
+    for (size_t first = 0; first < m; first += 16) {
+        const size_t panel = first * groups * 34, rows = std::min<size_t>(16, m - first);
+        for (size_t t = 0; t < groups / 2; ++t) {
+            for (size_t i = 0; i < rows; ++i) places.push_back(panel + 68 * rows * t + 3 * rows + i);
+        }
+        if (groups % 2 == 0) continue;
+        for (size_t i = rows + (rows + 1) / 2; i < 2 * rows; ++i)
+            places.push_back(panel + 34 * rows * (groups - 1) + i);
+    }
+    return places;
+}
+
+/// Input: byte 0 chooses 1 to 128 rows, byte 1 1 to 32 groups of columns, bit 0 of byte 2 asks for a checksum that fits
 /// (which no mutation would hit); the rest is the attribute stream, cut or filled up with zeros. Returns 1 if the
 /// matrix was accepted, 0 if it was refused with a reason. Aborts if what was accepted breaks a rule.
 inline int parse_attributes_of(const uint8_t *data, size_t size) {
     if (size < 3) return 0;
-    const int64_t panels = data[0] % 8 + 1, tiles_per_panel = data[1] % 16 + 1;
-    const int64_t m = panels * agq::panel_rows, k = tiles_per_panel * agq::tile_columns;
-    const size_t n_tiles = static_cast<size_t>(panels * tiles_per_panel);
-    std::vector<uint8_t> stream(n_tiles * 16, 0);
+    const int64_t m = data[0] % 128 + 1, groups = data[1] % 32 + 1, k = groups * agq::group_columns;
+    const std::vector<size_t> places = attribute_places(static_cast<size_t>(m), static_cast<size_t>(groups));
+    std::vector<uint8_t> stream(places.size(), 0);
     std::copy_n(data + 3, std::min(size - 3, stream.size()), stream.begin());
     if (data[2] & 1 && stream.size() >= 16) {
         uint32_t length;
@@ -48,13 +62,14 @@ inline int parse_attributes_of(const uint8_t *data, size_t size) {
         }
     }
     // A heap block of exactly this size: one byte beyond it is an error that the sanitizer sees.
-    std::unique_ptr<agq::tile[]> tiles(new agq::tile[n_tiles]);
-    for (size_t i = 0; i < n_tiles; ++i) {
-        std::memset(&tiles[i], static_cast<int>(data[2] ^ i), sizeof(agq::tile));
-        std::memcpy(tiles[i].attributes, &stream[16 * i], 16);
-    }
+    const size_t n_bytes = static_cast<size_t>(m * groups) * 34;
+    require(n_bytes == agq::matrix_bytes(m, k) && places.size() == agq::stream_bytes(m, k), "sizes");
+    std::unique_ptr<uint8_t[]> bytes(new uint8_t[n_bytes]);
+    for (size_t i = 0; i < n_bytes; ++i) bytes[i] = static_cast<uint8_t>(data[2] ^ (i / 1088));
+    for (size_t i = 0; i < places.size(); ++i) bytes[places[i]] = stream[i];
+    const agq::tile *tiles = reinterpret_cast<const agq::tile *>(bytes.get());
     std::string error;
-    const auto found = agq::parse_attributes(tiles.get(), m, k, &error);
+    const auto found = agq::parse_attributes(tiles, m, k, &error);
     if (!found) {
         require(!error.empty(), "a refusal has a reason");
         return 0;
@@ -72,7 +87,11 @@ inline int parse_attributes_of(const uint8_t *data, size_t size) {
     std::unique_ptr<float[]> row(new float[static_cast<size_t>(k)]);
     for (int64_t r : {int64_t(0), m / 2, m - 1}) {
         std::fill_n(row.get(), k, std::nanf("17"));
-        agq::dequantize_row(*found, tiles.get(), r, row.get());
+        agq::dequantize_row(*found, tiles, r, row.get());
+    }
+    if (m % 16 != 0) {
+        std::unique_ptr<uint8_t[]> panel(new uint8_t[agq::matrix_bytes(16, k)]);
+        agq::expand_last_panel(tiles, m, k, reinterpret_cast<agq::tile *>(panel.get()));
     }
     return 1;
 }

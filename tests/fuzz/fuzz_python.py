@@ -92,7 +92,8 @@ def fuzz_attributes(runs: int, seed: int, keep: Path | None = None) -> Counter[s
 
     def use(data: bytes) -> None:
         if len(data) >= 3:
-            stream, _, columns = m.attribute_stream(data)
+            stream, rows, columns = m.attribute_stream(data)
+            blocks._check_shape(rows, columns)
             blocks._decode_parameters(stream, columns)
 
     return fuzz(use, m.attribute_seeds(), runs, seed, keep)

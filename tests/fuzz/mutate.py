@@ -87,10 +87,10 @@ def gguf_seeds(folder: Path) -> list[bytes]:
 def attribute_seeds() -> list[bytes]:
     """Inputs of `attributes_target.h`: plain, with a list of channels, per group with 4 bits, the complete order."""
     found = []
-    for panels, tiles, listed, activation in ((2, 2, 0, 8), (4, 4, 9, 8), (1, 8, 3, 0x14), (8, 16, 2048, 8)):
-        columns = 128 * tiles
-        if listed > blocks.listable(16 * panels, columns):
-            listed = blocks.listable(16 * panels, columns)
+    shapes = ((32, 4, 0, 8), (64, 8, 9, 8), (16, 16, 3, 0x14), (128, 32, 2048, 8), (37, 3, 2, 8), (23, 5, 1, 0x28))
+    for rows, groups, listed, activation in shapes:
+        columns = 64 * groups
+        listed = min(listed, blocks.listable(rows, columns))
         body = bytes(range(8, 120, 7)) + bytes(i % 3 for i in range(columns // 64))
         if listed:
             body += (
@@ -98,15 +98,16 @@ def attribute_seeds() -> list[bytes]:
                 + np.random.default_rng(1).permutation(columns)[:listed].astype("<u2").tobytes()
             )
         header = struct.pack("<BBBBfII", 0xA4, 1, activation, listed > 0, 0.5, zlib.crc32(body), len(body))
-        found.append(bytes([panels - 1, tiles - 1, 0]) + header + body)
+        found.append(bytes([rows - 1, groups - 1, 0]) + header + body)
     return found
 
 
 def attribute_stream(data: bytes) -> tuple[np.ndarray, int, int]:
     """Stream, rows and columns that `attributes_target.h` makes of an input of at least 3 bytes."""
-    panels, tiles = data[0] % 8 + 1, data[1] % 16 + 1
-    stream = bytearray(data[3 : 3 + 16 * panels * tiles].ljust(16 * panels * tiles, b"\0"))
+    rows, columns = data[0] % 128 + 1, 64 * (data[1] % 32 + 1)
+    size = blocks.stream_bytes(rows, columns)
+    stream = bytearray(data[3 : 3 + size].ljust(size, b"\0"))
     length = int.from_bytes(stream[12:16], "little")
-    if data[2] & 1 and length <= len(stream) - 16:
+    if data[2] & 1 and len(stream) >= 16 and length <= len(stream) - 16:
         stream[8:12] = struct.pack("<I", zlib.crc32(stream[16 : 16 + length]))
-    return np.frombuffer(bytes(stream), np.uint8), 16 * panels, 128 * tiles
+    return np.frombuffer(bytes(stream), np.uint8), rows, columns

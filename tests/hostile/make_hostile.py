@@ -37,7 +37,7 @@ PLAIN = bytes(range(8, 120, 7)) + bytes(2)  # codebook, exponents of 128 columns
 def stream(flags: int, parameters: bytes, length: int | None = None) -> bytes:
     """An input of `tests/fuzz/attributes_target.h`: 128 x 128, with a checksum that fits."""
     length = len(parameters) if length is None else length
-    return bytes([7, 0, 1]) + struct.pack("<BBBBfII", 0xA4, 1, 8, flags, 1.0, 0, length) + parameters
+    return bytes([127, 1, 1]) + struct.pack("<BBBBfII", 0xA4, 1, 8, flags, 1.0, 0, length) + parameters
 
 
 FILES = {

@@ -48,12 +48,10 @@ struct neon {
         alignas(64) int8_t u[4][ready_capacity][4][4][16];
         alignas(64) float d[ready_capacity][panel_rows];
 
-        void fill(const tile *panel, int first, int groups, int8x16_t codebook) {
+        void fill(const tile *panel, int groups, int first, int count, int8x16_t codebook) {
             int8_t *to[4] = {u[0][0][0][0], u[1][0][0][0], u[2][0][0][0], u[3][0][0][0]};
-            for (int g = 0; g < groups; g++) {
-                const tile &w = panel[(first + g) / 2];
-                const int half = (first + g) % 2;
-                const uint8_t *codes = w.codes[8 * half];
+            for (int g = 0; g < count; g++) {
+                const uint8_t *codes = chunks_of(panel, groups, first + g)[0];
                 AGQ_UNROLL
                 for (int c = 0; c < 4; c++) {
                     const chunk left = look_up(codes, codebook), right = look_up(codes, codebook);
@@ -63,7 +61,7 @@ struct neon {
                         advance(to[i], 64);
                     }
                 }
-                const float32x4x4_t scales = row_scales(w, half);
+                const float32x4x4_t scales = row_scales(panel, groups, first + g);
                 AGQ_UNROLL
                 for (int i = 0; i < 4; i++) vst1q_f32(d[g] + 4 * i, scales.val[i]);
             }
@@ -205,20 +203,33 @@ struct neon {
         }
     }
 
+    /// Adds D * I of one group to the sums of one token.
+    template <int bits, bool per_group>
+    static AGQ_INLINE void stream_step(const uint8_t *codes, float32x4x4_t d, int8x16_t codebook, const int8_t *q,
+                                       const float *scale, float32x4_t sum[4]) {
+        int32x4_t integers[4];
+        stream_group<bits>(codes, codebook, q, integers);
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            float32x4_t product = vcvtq_f32_s32(integers[i]);
+            if (per_group) product = vmulq_n_f32(product, *scale);
+            sum[i] = vfmaq_f32(sum[i], product, d.val[i]);
+        }
+    }
+
     template <int bits, bool per_group>
     static void stream_rows(const tile *w, int groups, int8x16_t codebook, const int8_t *q, const float *scale,
                             float *sums) {
         float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
-        for (int g = 0; g < groups; g++) {
-            int32x4_t integers[4];
-            stream_group<bits>(w[g / 2].codes[8 * (g % 2)], codebook, q + group_columns * g, integers);
-            const float32x4x4_t d = row_scales(w[g / 2], g % 2);
-            AGQ_UNROLL
-            for (int i = 0; i < 4; i++) {
-                float32x4_t product = vcvtq_f32_s32(integers[i]);
-                if (per_group) product = vmulq_n_f32(product, scale[g]);
-                sum[i] = vfmaq_f32(sum[i], product, d.val[i]);
-            }
+        const int in_tiles = groups / 2 * 2;
+        for (int g = 0; g < in_tiles; g++) {
+            stream_step<bits, per_group>(w[g / 2].codes[8 * (g % 2)], row_scales(w[g / 2], g % 2), codebook,
+                                         q + group_columns * g, scale + g, sum);
+        }
+        if (in_tiles < groups) {
+            const half_tile &last = last_half(w, groups);
+            stream_step<bits, per_group>(last.codes[0], row_scales(last), codebook, q + group_columns * in_tiles,
+                                         scale + in_tiles, sum);
         }
         AGQ_UNROLL
         for (int i = 0; i < 4; i++) vst1q_f32(sums + 4 * i, sum[i]);

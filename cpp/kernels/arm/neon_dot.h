@@ -35,6 +35,42 @@ struct columns8 {
     }
 };
 
+/// Adds D * I of one group, straight from the file, to the sums of n tokens; moves on to the next group.
+template <int n, bool per_group, class function>
+AGQ_INLINE void stream_step(const uint8_t *codes, const function &scales, int8x16_t codebook, const int8_t *&q,
+                            const float *&scale, float32x4_t sum[n][4]) {
+    int32x4_t acc[n][4];
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) {
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) acc[t][i] = vdupq_n_s32(0);
+    }
+    AGQ_UNROLL
+    for (int c = 0; c < 8; c++) {
+        const chunk u = look_up(codes, codebook);
+        const columns8<n> x(q);
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) {
+            AGQ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                acc[t][i] = dot(acc[t][i], u.low[i], x.x[t / 2], t % 2 * 2);
+                acc[t][i] = dot(acc[t][i], u.high[i], x.x[t / 2], t % 2 * 2 + 1);
+            }
+        }
+    }
+    const float32x4x4_t d = scales();
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) {
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            float32x4_t product = vcvtq_f32_s32(acc[t][i]);
+            if (per_group) product = vmulq_n_f32(product, scale[t]);
+            sum[t][i] = vfmaq_f32(sum[t][i], product, d.val[i]);
+        }
+    }
+    if (per_group) scale += n;
+}
+
 /// One panel straight from the file times n tokens, added to sums[t][row].
 template <int n, bool per_group>
 void stream_dot(const tile *w, int groups, int8x16_t codebook, const int8_t *q, const float *scale, float *sums) {
@@ -44,38 +80,13 @@ void stream_dot(const tile *w, int groups, int8x16_t codebook, const int8_t *q, 
         AGQ_UNROLL
         for (int i = 0; i < 4; i++) sum[t][i] = vdupq_n_f32(0);
     }
-    for (int g = 0; g < groups; g++) {
-        int32x4_t acc[n][4];
-        AGQ_UNROLL
-        for (int t = 0; t < n; t++) {
-            AGQ_UNROLL
-            for (int i = 0; i < 4; i++) acc[t][i] = vdupq_n_s32(0);
-        }
-        const uint8_t *codes = w[g / 2].codes[8 * (g % 2)];
-        AGQ_UNROLL
-        for (int c = 0; c < 8; c++) {
-            const chunk u = look_up(codes, codebook);
-            const columns8<n> x(q);
-            AGQ_UNROLL
-            for (int t = 0; t < n; t++) {
-                AGQ_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    acc[t][i] = dot(acc[t][i], u.low[i], x.x[t / 2], t % 2 * 2);
-                    acc[t][i] = dot(acc[t][i], u.high[i], x.x[t / 2], t % 2 * 2 + 1);
-                }
-            }
-        }
-        const float32x4x4_t d = row_scales(w[g / 2], g % 2);
-        AGQ_UNROLL
-        for (int t = 0; t < n; t++) {
-            AGQ_UNROLL
-            for (int i = 0; i < 4; i++) {
-                float32x4_t product = vcvtq_f32_s32(acc[t][i]);
-                if (per_group) product = vmulq_n_f32(product, scale[t]);
-                sum[t][i] = vfmaq_f32(sum[t][i], product, d.val[i]);
-            }
-        }
-        if (per_group) scale += n;
+    for (int g = 0; g < groups / 2 * 2; g++) {
+        const auto scales = [=] { return row_scales(w[g / 2], g % 2); };
+        stream_step<n, per_group>(w[g / 2].codes[8 * (g % 2)], scales, codebook, q, scale, sum);
+    }
+    if (groups % 2 == 1) {
+        const half_tile &last = last_half(w, groups);
+        stream_step<n, per_group>(last.codes[0], [&last] { return row_scales(last); }, codebook, q, scale, sum);
     }
     AGQ_UNROLL
     for (int t = 0; t < n; t++) {

@@ -15,12 +15,10 @@ struct dotprod {
         alignas(64) int8_t u[2][ready_capacity][8][4][16];
         alignas(64) float d[ready_capacity][panel_rows];
 
-        void fill(const tile *panel, int first, int groups, int8x16_t codebook) {
+        void fill(const tile *panel, int groups, int first, int count, int8x16_t codebook) {
             int8_t *to[2] = {u[0][0][0][0], u[1][0][0][0]};
-            for (int g = 0; g < groups; g++) {
-                const tile &w = panel[(first + g) / 2];
-                const int half = (first + g) % 2;
-                const uint8_t *codes = w.codes[8 * half];
+            for (int g = 0; g < count; g++) {
+                const uint8_t *codes = chunks_of(panel, groups, first + g)[0];
                 AGQ_UNROLL
                 for (int c = 0; c < 8; c++) {
                     const chunk values = look_up(codes, codebook);
@@ -32,7 +30,7 @@ struct dotprod {
                         advance(to[i], sizeof rows);
                     }
                 }
-                const float32x4x4_t scales = row_scales(w, half);
+                const float32x4x4_t scales = row_scales(panel, groups, first + g);
                 AGQ_UNROLL
                 for (int i = 0; i < 4; i++) vst1q_f32(d[g] + 4 * i, scales.val[i]);
             }

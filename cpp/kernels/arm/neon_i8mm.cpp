@@ -21,12 +21,10 @@ struct i8mm {
         /// [rows 0..7 or 8..15][group][pair of rows]: the scales of the two, twice, as they stand in a product's result
         alignas(64) float d[2][ready_capacity][4][4];
 
-        void fill(const tile *panel, int first, int groups, int8x16_t codebook) {
+        void fill(const tile *panel, int groups, int first, int count, int8x16_t codebook) {
             int8_t *to[2] = {u[0][0][0][0], u[1][0][0][0]};
-            for (int g = 0; g < groups; g++) {
-                const tile &w = panel[(first + g) / 2];
-                const int half = (first + g) % 2;
-                const uint8_t *codes = w.codes[8 * half];
+            for (int g = 0; g < count; g++) {
+                const uint8_t *codes = chunks_of(panel, groups, first + g)[0];
                 AGQ_UNROLL
                 for (int c = 0; c < 8; c++) {
                     const chunk values = look_up(codes, codebook);
@@ -39,7 +37,7 @@ struct i8mm {
                         advance(to[i / 2], sizeof rows);
                     }
                 }
-                const float32x4x4_t scales = row_scales(w, half);
+                const float32x4x4_t scales = row_scales(panel, groups, first + g);
                 AGQ_UNROLL
                 for (int i = 0; i < 4; i++) {
                     const float32x2_t first_pair = vget_low_f32(scales.val[i]);
@@ -58,7 +56,51 @@ struct i8mm {
         return half + (rows * (nr / 2) + tokens) * 4;
     }
 
-    /// Half a panel, 4 pairs of rows, times n tokens; the last pair of an odd n is filled up with zeros.
+    /// Adds D * I of one group of half a panel, 4 pairs of rows, to the sums of n tokens; moves on to the next group.
+    /// The last pair of an odd n is filled up with zeros.
+    template <int n, bool per_group>
+    static AGQ_INLINE void add_group(const int8_t *&u, const float *&d_next, const int8_t *&q, const float *&scale,
+                                     float32x4_t sum[4][(n + 1) / 2]) {
+        constexpr int pairs = (n + 1) / 2;
+        int32x4_t acc[4][pairs];
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            AGQ_UNROLL
+            for (int p = 0; p < pairs; p++) acc[i][p] = vdupq_n_s32(0);
+        }
+        AGQ_UNROLL
+        for (int c = 0; c < 8; c++) {
+            int8x16_t rows[4];
+            load<4>(u, rows);
+            const columns8<n> x(q);
+            AGQ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                AGQ_UNROLL
+                for (int p = 0; p < pairs; p++) acc[i][p] = vmmlaq_s32(acc[i][p], x.x[p], rows[i]);
+            }
+        }
+        float32x4_t s[pairs];
+        if (per_group) {
+            AGQ_UNROLL
+            for (int p = 0; p < pairs; p++) {
+                s[p] = vcombine_f32(vdup_n_f32(scale[2 * p]), vdup_n_f32(2 * p + 1 < n ? scale[2 * p + 1] : 0.0f));
+            }
+            scale += n;
+        }
+        const float32x4x4_t d = vld1q_f32_x4(d_next);
+        advance(d_next, 16);
+        AGQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            AGQ_UNROLL
+            for (int p = 0; p < pairs; p++) {
+                float32x4_t product = vcvtq_f32_s32(acc[i][p]);
+                if (per_group) product = vmulq_f32(product, s[p]);
+                sum[i][p] = vfmaq_f32(sum[i][p], product, d.val[i]);
+            }
+        }
+    }
+
+    /// Half a panel times n tokens.
     template <int n, bool per_group>
     static inline void add_half(const ready &w, int half, int groups, const int8_t *q, const float *scale,
                                 float *sums) {
@@ -71,48 +113,7 @@ struct i8mm {
         }
         const int8_t *u = w.u[half][0][0][0];
         const float *d_next = w.d[half][0][0];
-        for (int tile = 0; tile < groups; tile += 2) {
-            AGQ_UNROLL
-            for (int g = tile; g < tile + 2; g++) {
-                int32x4_t acc[4][pairs];
-                AGQ_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    AGQ_UNROLL
-                    for (int p = 0; p < pairs; p++) acc[i][p] = vdupq_n_s32(0);
-                }
-                AGQ_UNROLL
-                for (int c = 0; c < 8; c++) {
-                    int8x16_t rows[4];
-                    load<4>(u, rows);
-                    const columns8<n> x(q);
-                    AGQ_UNROLL
-                    for (int i = 0; i < 4; i++) {
-                        AGQ_UNROLL
-                        for (int p = 0; p < pairs; p++) acc[i][p] = vmmlaq_s32(acc[i][p], x.x[p], rows[i]);
-                    }
-                }
-                float32x4_t s[pairs];
-                if (per_group) {
-                    AGQ_UNROLL
-                    for (int p = 0; p < pairs; p++) {
-                        s[p] =
-                            vcombine_f32(vdup_n_f32(scale[2 * p]), vdup_n_f32(2 * p + 1 < n ? scale[2 * p + 1] : 0.0f));
-                    }
-                    scale += n;
-                }
-                const float32x4x4_t d = vld1q_f32_x4(d_next);
-                advance(d_next, 16);
-                AGQ_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    AGQ_UNROLL
-                    for (int p = 0; p < pairs; p++) {
-                        float32x4_t product = vcvtq_f32_s32(acc[i][p]);
-                        if (per_group) product = vmulq_f32(product, s[p]);
-                        sum[i][p] = vfmaq_f32(sum[i][p], product, d.val[i]);
-                    }
-                }
-            }
-        }
+        for (int g = 0; g < groups; g++) add_group<n, per_group>(u, d_next, q, scale, sum);
         AGQ_UNROLL
         for (int i = 0; i < 4; i++) {
             AGQ_UNROLL

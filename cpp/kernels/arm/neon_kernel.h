@@ -11,6 +11,7 @@
 
 #include <cstring>
 
+#include "format/panel.h"
 #include "kernels/arm/arm_cpu.h"
 #include "kernels/kernel.h"
 #include "kernels/portable/unroll.h"
@@ -87,16 +88,29 @@ inline chunk look_up(const uint8_t *&codes, int8x16_t codebook) {
     return c;
 }
 
-/// The scales D of the 16 rows in one half of a tile: 12 bits, high byte and nibble, are a binary16 without its last
-/// four.
-inline float32x4x4_t row_scales(const tile &w, int half) {
-    const uint8x16_t high = vld1q_u8(w.scale_hi[half]);
-    const uint8x16_t both = vld1q_u8(w.scale_lo);
-    const uint8x16_t low = half == 0 ? vshlq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(0xF0));
+/// The scales D of 16 rows: 12 bits, high byte and nibble, are a binary16 without its last four. The low nibbles are
+/// the high ones of bytes here.
+inline float32x4x4_t join_scales(const uint8_t *scale_hi, uint8x16_t low) {
+    const uint8x16_t high = vld1q_u8(scale_hi);
     const float16x8_t first = vreinterpretq_f16_u8(vzip1q_u8(low, high));
     const float16x8_t second = vreinterpretq_f16_u8(vzip2q_u8(low, high));
     return {{vcvt_f32_f16(vget_low_f16(first)), vcvt_high_f32_f16(first), vcvt_f32_f16(vget_low_f16(second)),
              vcvt_high_f32_f16(second)}};
+}
+
+inline float32x4x4_t row_scales(const tile &w, int half) {
+    const uint8x16_t both = vld1q_u8(w.scale_lo);
+    return join_scales(w.scale_hi[half], half == 0 ? vshlq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(0xF0)));
+}
+
+inline float32x4x4_t row_scales(const half_tile &w) {
+    const uint8x8_t pairs = vld1_u8(w.scale_lo);
+    const uint8x8_t even = vshl_n_u8(pairs, 4), odd = vand_u8(pairs, vdup_n_u8(0xF0));
+    return join_scales(w.scale_hi, vcombine_u8(vzip1_u8(even, odd), vzip2_u8(even, odd)));
+}
+
+inline float32x4x4_t row_scales(const tile *panel, int groups, int g) {
+    return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
 }
 
 // panels and blocks
@@ -119,7 +133,8 @@ inline void store_rows(const gemm_args &args, const activation_block &block, int
 ///
 ///   nr                           tokens of a block
 ///   ready                        groups of a panel that have been looked up, in the order in which they will be used
-///       void fill(const tile *panel, int first, int groups, int8x16_t codebook)
+///       void fill(const tile *panel, int groups, int first, int count, int8x16_t codebook)
+///                                              takes some of the panel's groups
 ///   void add(args, begin, end, ready, first, groups, float *sums)   adds D * I of groups first ... to the sums of the
 ///                                              blocks from begin to end, which hold equally many tokens; the sums of
 ///                                              a block, [nr * 16], are in an order of the policy's own
@@ -139,12 +154,12 @@ void multiply(const gemm_args &args) {
     for (int begin = 0; begin < blocks; begin += shared_blocks) {
         const int end = blocks - begin < shared_blocks ? blocks : begin + shared_blocks;
         for (int panel = 0; panel < args.panels; panel++) {
-            const tile *w = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
+            const tile *w = panel_at(args.weights, panel, groups);
             std::memset(sums, 0, sizeof(sums[0]) * (end - begin));
             if (end - begin > 1 || !policy::stream(args, w, block_at<nr>(args, begin), sums[0])) {
                 for (int g = 0; g < groups; g += ready_capacity) {
                     const int count = groups - g < ready_capacity ? groups - g : ready_capacity;
-                    ready.fill(w, g, count, codebook);
+                    ready.fill(w, groups, g, count, codebook);
                     // All full blocks in one go, then the last one of the matrix if it is smaller.
                     const int full = args.n_tokens / nr < end ? args.n_tokens / nr : end;
                     if (full > begin) policy::add(args, begin, full, ready, g, count, sums[0]);

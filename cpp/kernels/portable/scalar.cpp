@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "format/panel.h"
 #include "format/rotation.h"
 #include "kernels/kernel.h"
 
@@ -98,36 +99,24 @@ float half_to_float(unsigned bits) {
     return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-/// The scale D(row, half) of a tile.
-float row_scale(const tile &w, int half, int row) {
-    const unsigned nibble = half == 0 ? w.scale_lo[row] & 15 : w.scale_lo[row] >> 4;
-    return half_to_float(static_cast<unsigned>(w.scale_hi[half][row]) << 8 | nibble << 4);
-}
-
-/// The code of (row, column) of a tile, column < 128.
-int code(const tile &w, int row, int column) {
-    const uint8_t pair = w.codes[column / 8][4 * row + column % 4];
-    return column % 8 < 4 ? pair & 15 : pair >> 4;
-}
-
 /// Sum over the groups of D * I, times the scale of the (token, group) if there is one.
 float row_product(const gemm_args &args, const tile *panel, int row, const activation_block &block, int t) {
+    const int groups = args.k / group_columns;
     float sum = 0.0f;
-    for (int g = 0; g < args.k / group_columns; g++) {
-        const tile &w = panel[g / 2];
+    for (int g = 0; g < groups; g++) {
+        const stored_group w = group_of(panel, panel_rows, groups, g);
         int32_t integer = block.bias[g * block.n + t];
         for (int i = 0; i < group_columns; i++) {
             const int k = g * group_columns + i;
-            integer += args.codebook[code(w, row, k % tile_columns)] * block.q[(k / 4 * block.n + t) * 4 + k % 4];
+            integer += args.codebook[w.code(row, i)] * block.q[(k / 4 * block.n + t) * 4 + k % 4];
         }
-        const float product = row_scale(w, g % 2, row) * static_cast<float>(integer);
+        const float product = half_to_float(w.scale_bits(row)) * static_cast<float>(integer);
         sum += args.per_group ? product * block.scale[g * block.n + t] : product;
     }
     return sum;
 }
 
 void gemm(const gemm_args &args) {
-    const int tiles = args.k / tile_columns;
     const int groups = args.k / group_columns;
     for (int token = 0; token < args.n_tokens; token++) {
         const size_t b = token / nr;
@@ -138,7 +127,7 @@ void gemm(const gemm_args &args) {
             const_cast<int8_t *>(args.q + b * nr * args.k), const_cast<int32_t *>(args.bias + b * nr * groups),
             const_cast<float *>(args.scale + b * nr * (args.per_group ? groups : 1)), left < nr ? left : nr};
         for (int row = 0; row < args.panels * panel_rows; row++) {
-            const tile *panel = args.weights + static_cast<size_t>(row / panel_rows) * tiles;
+            const tile *panel = panel_at(args.weights, row / panel_rows, groups);
             const float sum = row_product(args, panel, row % panel_rows, block, t);
             args.dst[token][row] = args.tensor_scale * (args.per_group ? sum : sum * block.scale[t]);
         }

@@ -1,4 +1,5 @@
-// Sums of a kernel are arrays: only when the loops over them are unrolled early do they become registers.
+// Sums of a kernel are arrays: only when the loops over them are unrolled early, and functions that take them become a
+// part of their caller, do they become registers.
 #pragma once
 
 #if defined(__clang__)
@@ -7,4 +8,12 @@
 #define AGQ_UNROLL _Pragma("GCC unroll 16")
 #else
 #define AGQ_UNROLL
+#endif
+
+#if defined(__GNUC__)
+#define AGQ_INLINE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define AGQ_INLINE __forceinline
+#else
+#define AGQ_INLINE inline
 #endif

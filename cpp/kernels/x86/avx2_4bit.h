@@ -27,18 +27,17 @@ struct ready_pair {
     alignas(64) float d[capacity][32];
 
     /// `codebook` holds u - 64.
-    void fill(const tile *const panel[2], int first, int count, __m256i codebook) {
+    void fill(const tile *const panel[2], int groups, int first, int count, __m256i codebook) {
         for (int g = 0; g < count; g++) {
             for (int p = 0; p < 2; p++) {
-                const tile &tiles = panel[p][(first + g) / 2];
-                const int half = (first + g) % 2;
+                const uint8_t (*chunks)[64] = chunks_of(panel[p], groups, first + g);
                 const __m256i offset = _mm256_set1_epi8(activation_offset);
                 __m256i rows0 = _mm256_setzero_si256(), rows8 = rows0;
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 1
 #endif
                 for (int i = 0; i < 16; i += 2) {
-                    const uint8_t *codes = tiles.codes[8 * half + i / 2];
+                    const uint8_t *codes = chunks[i / 2];
                     prefetch_ahead(codes);
                     const columns4 low = look_up(codes, 0, codebook), high = look_up(codes, 1, codebook);
                     store(w[g][i][2 * p], low);
@@ -50,7 +49,7 @@ struct ready_pair {
                     rows8 = _mm256_sub_epi16(rows8, _mm256_maddubs_epi16(offset, both8));
                 }
                 store(start[g][2 * p], {rows0, rows8});
-                const scales16 s = row_scales(tiles, half);
+                const scales16 s = row_scales(panel[p], groups, first + g);
                 _mm256_store_ps(d[g] + 16 * p, s.rows0);
                 _mm256_store_ps(d[g] + 16 * p + 8, s.rows8);
             }
@@ -152,12 +151,12 @@ inline void multiply_4bit(const gemm_args &args) {
         for (int p = 0; p < args.panels; p += 2) {
             // A last single panel is multiplied twice, and stored once.
             const int count = args.panels - p < 2 ? 1 : 2;
-            const tile *first = args.weights + static_cast<size_t>(p) * (args.k / tile_columns);
-            const tile *const panel[2] = {first, first + (count - 1) * (args.k / tile_columns)};
+            const tile *const panel[2] = {panel_at(args.weights, p, groups),
+                                          panel_at(args.weights, p + count - 1, groups)};
             std::memset(sums, 0, sizeof(sums[0]) * (end - begin));
             for (int g = 0; g < groups; g += ready_pair::capacity) {
                 const int here = groups - g < ready_pair::capacity ? groups - g : ready_pair::capacity;
-                ready.fill(panel, g, here, codebook);
+                ready.fill(panel, groups, g, here, codebook);
                 for (int b = begin; b < end; b++) {
                     const activation_block block = block_at<nr>(args, b);
                     const size_t skipped = static_cast<size_t>(g) * block.n;

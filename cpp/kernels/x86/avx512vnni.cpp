@@ -15,6 +15,7 @@
 
 #include <cstring>
 
+#include "format/panel.h"
 #include "kernels/kernel.h"
 #include "kernels/portable/unroll.h"
 #include "kernels/portable/vector_kernel.h"
@@ -74,14 +75,27 @@ inline __m512i load_codebook(const uint8_t *codebook) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codebook)));
 }
 
-/// The scales D of the 16 rows in one half of a tile: 12 bits, high byte and nibble, are a binary16 without its last
-/// four.
-inline __m512 row_scales(const tile &w, int half) {
-    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_hi[half]));
-    __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_lo));
-    if (half == 0) low = _mm_slli_epi16(low, 4);
+/// The scales D of 16 rows: 12 bits, high byte and nibble, are a binary16 without its last four. The low nibbles are
+/// the high ones of bytes here.
+inline __m512 join_scales(const uint8_t *scale_hi, __m128i low) {
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scale_hi));
     low = _mm_and_si128(low, _mm_set1_epi8(static_cast<char>(0xF0)));
     return _mm512_cvtph_ps(_mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high)));
+}
+
+inline __m512 row_scales(const tile &w, int half) {
+    __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_lo));
+    if (half == 0) low = _mm_slli_epi16(low, 4);
+    return join_scales(w.scale_hi[half], low);
+}
+
+inline __m512 row_scales(const half_tile &w) {
+    const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(w.scale_lo));
+    return join_scales(w.scale_hi, _mm_unpacklo_epi8(_mm_slli_epi16(pairs, 4), pairs));
+}
+
+inline __m512 row_scales(const tile *panel, int groups, int g) {
+    return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
 }
 
 /// sum + D * I, times the scale of (token, group) if there is one.
@@ -105,50 +119,65 @@ inline void prefetch_stream(const void *p) {
     _mm_prefetch(line + 16 * sizeof(tile), _MM_HINT_T1);
 }
 
+/// What is left of a block of n tokens while a panel passes by.
+template <int n>
+struct stream_operands {
+    const int8_t *q;
+    const int32_t *bias;
+    const float *scale;
+    __m512 sum[n];
+};
+
+/// One group of 64 columns: 8 chunks, and scales().
+template <int n, bool per_group, class function>
+AGQ_INLINE void stream_group(stream_operands<n> &x, const uint8_t (*codes)[64], __m512i codebook,
+                             const function &scales) {
+    // Separate sums of low and high nibbles halve the chain of dependent instructions.
+    __m512i low[n], high[n];
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) {
+        low[t] = _mm512_set1_epi32(x.bias[t]);
+        high[t] = _mm512_setzero_si512();
+    }
+    AGQ_UNROLL
+    for (int c = 0; c < 8; c++) {
+        prefetch_stream(codes[c]);
+        const chunk u = look_up(codes[c], codebook);
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) {
+            low[t] = dot_broadcast(low[t], u.low, x.q + 4 * t);
+            high[t] = dot_broadcast(high[t], u.high, x.q + 4 * (n + t));
+        }
+        x.q += 8 * n;
+    }
+    const __m512 d = scales();
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) {
+        x.sum[t] = add_group<per_group>(x.sum[t], d, _mm512_add_epi32(low[t], high[t]), x.scale + t);
+    }
+    x.bias += n;
+    if (per_group) x.scale += n;
+}
+
 /// dst[t][0 .. 15] of one panel for a block of n tokens.
 template <int n, bool per_group>
 void stream_panel(const gemm_args &args, const tile *panel, const activation_block &block, float *const *dst, int row) {
     const __m512i codebook = load_codebook(args.codebook);
-    const int8_t *q = block.q;
-    const int32_t *bias = block.bias;
-    const float *scale = block.scale;
-    __m512 sum[n];
-    AGQ_UNROLL
-    for (int t = 0; t < n; t++) sum[t] = _mm512_setzero_ps();
-
-    for (const tile *w = panel, *end = panel + args.k / tile_columns; w != end; w++) {
+    const int groups = args.k / group_columns;
+    stream_operands<n> x = {block.q, block.bias, block.scale, {}};
+    for (const tile *w = panel, *end = panel + groups / 2; w != end; w++) {
         prefetch_stream(w->scale_hi);
         for (int half = 0; half < 2; half++) {
-            // Separate sums of low and high nibbles halve the chain of dependent instructions.
-            __m512i low[n], high[n];
-            AGQ_UNROLL
-            for (int t = 0; t < n; t++) {
-                low[t] = _mm512_set1_epi32(bias[t]);
-                high[t] = _mm512_setzero_si512();
-            }
-            AGQ_UNROLL
-            for (int c = 0; c < 8; c++) {
-                prefetch_stream(w->codes[8 * half + c]);
-                const chunk u = look_up(w->codes[8 * half + c], codebook);
-                AGQ_UNROLL
-                for (int t = 0; t < n; t++) {
-                    low[t] = dot_broadcast(low[t], u.low, q + 4 * t);
-                    high[t] = dot_broadcast(high[t], u.high, q + 4 * (n + t));
-                }
-                q += 8 * n;
-            }
-            const __m512 d = row_scales(*w, half);
-            AGQ_UNROLL
-            for (int t = 0; t < n; t++) {
-                sum[t] = add_group<per_group>(sum[t], d, _mm512_add_epi32(low[t], high[t]), scale + t);
-            }
-            bias += n;
-            if (per_group) scale += n;
+            stream_group<n, per_group>(x, w->codes + 8 * half, codebook, [=] { return row_scales(*w, half); });
         }
+    }
+    if (groups % 2 == 1) {
+        const half_tile &w = last_half(panel, groups);
+        stream_group<n, per_group>(x, w.codes, codebook, [&w] { return row_scales(w); });
     }
     AGQ_UNROLL
     for (int t = 0; t < n; t++) {
-        _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(sum[t], _mm512_set1_ps(final_factor(args, block, t))));
+        _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(x.sum[t], _mm512_set1_ps(final_factor(args, block, t))));
     }
 }
 
@@ -166,16 +195,17 @@ constexpr int scratch_blocks = 43;  ///< token blocks that share one look-up: a 
 /// The f32 sums of a block of tokens for a pair of panels.
 using pair_sums = float[nr][2][16];
 
-void look_up_pair(const tile *first, const tile *second, int group, int groups, __m512i codebook, pair_group *out) {
-    for (int g = group; g < group + groups; g++, out++) {
-        const tile *w[2] = {first + g / 2, second + g / 2};
+/// Groups `first` ... of two panels that have `groups`.
+void look_up_pair(const tile *const panel[2], int groups, int first, int count, __m512i codebook, pair_group *out) {
+    for (int g = first; g < first + count; g++, out++) {
         for (int p = 0; p < 2; p++) {
+            const uint8_t (*codes)[64] = chunks_of(panel[p], groups, g);
             for (int c = 0; c < 8; c++) {
-                const chunk u = look_up(w[p]->codes[8 * (g % 2) + c], codebook);
+                const chunk u = look_up(codes[c], codebook);
                 _mm512_store_si512(out->u[2 * c][p], u.low);
                 _mm512_store_si512(out->u[2 * c + 1][p], u.high);
             }
-            _mm512_store_ps(out->d[p], row_scales(*w[p], g % 2));
+            _mm512_store_ps(out->d[p], row_scales(panel[p], groups, g));
         }
     }
 }
@@ -339,7 +369,7 @@ constexpr pair_fn pair_table[2][nr] = {AGQ_BY_TOKENS(pair_blocks, false), AGQ_BY
 
 /// One panel times all blocks.
 void multiply_panel(const gemm_args &args, int panel, int block_begin, int block_end) {
-    const tile *w = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
+    const tile *w = panel_at(args.weights, panel, args.k / group_columns);
     for (int b = block_begin; b < block_end; b++) {
         const activation_block block = block_at<nr>(args, b);
         stream_table[args.per_group][block.n - 1](args, w, block, args.dst + b * nr, panel * panel_rows);
@@ -353,13 +383,12 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
     const __m512i codebook = load_codebook(args.codebook);
     const int groups = args.k / group_columns;
     const int full_blocks = args.n_tokens / nr;
-    const tile *first = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
-    const tile *second = first + args.k / tile_columns;
+    const tile *const pair[2] = {panel_at(args.weights, panel, groups), panel_at(args.weights, panel + 1, groups)};
 
     std::memset(sums, 0, sizeof(pair_sums) * (block_end - block_begin));
     for (int g = 0; g < groups; g += scratch_groups) {
         const int groups_here = groups - g < scratch_groups ? groups - g : scratch_groups;
-        look_up_pair(first, second, g, groups_here, codebook, scratch);
+        look_up_pair(pair, groups, g, groups_here, codebook, scratch);
 
         // The weights that come next are these panels' or, after their last, those of the next pair.
         const int next = g + scratch_groups < groups ? (g + scratch_groups) / 2 : groups;
@@ -372,7 +401,7 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
                                {nullptr, nullptr},
                                g + groups_here < groups ? nullptr : args.dst + b * nr,
                                panel * panel_rows};
-            if (b == block_begin) x.next[0] = first + next, x.next[1] = second + next;
+            if (b == block_begin) x.next[0] = pair[0] + next, x.next[1] = pair[1] + next;
             // All full blocks in one go, then the last one of the matrix if it is smaller.
             const int count = block.n < nr ? 1 : (block_end < full_blocks ? block_end : full_blocks) - b;
             pair_table[args.per_group][block.n - 1](args, scratch, groups_here, count, x, sums + (b - block_begin));

@@ -16,6 +16,7 @@
 
 #include <cstring>
 
+#include "format/panel.h"
 #include "kernels/kernel.h"
 #include "kernels/portable/unroll.h"
 #include "kernels/portable/vector_kernel.h"
@@ -63,12 +64,26 @@ struct scales16 {
     __m256 rows0, rows8;
 };
 
-inline scales16 row_scales(const tile &w, int half) {
-    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_hi[half]));
-    __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_lo));
-    if (half == 0) low = _mm_slli_epi16(low, 4);
+/// From the high bytes of 16 rows and bytes whose high nibbles are the low ones.
+inline scales16 join_scales(const uint8_t *scale_hi, __m128i low) {
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scale_hi));
     low = _mm_and_si128(low, _mm_set1_epi8(static_cast<char>(0xF0)));
     return {_mm256_cvtph_ps(_mm_unpacklo_epi8(low, high)), _mm256_cvtph_ps(_mm_unpackhi_epi8(low, high))};
+}
+
+inline scales16 row_scales(const tile &w, int half) {
+    __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_lo));
+    if (half == 0) low = _mm_slli_epi16(low, 4);
+    return join_scales(w.scale_hi[half], low);
+}
+
+inline scales16 row_scales(const half_tile &w) {
+    const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(w.scale_lo));
+    return join_scales(w.scale_hi, _mm_unpacklo_epi8(_mm_slli_epi16(pairs, 4), pairs));
+}
+
+inline scales16 row_scales(const tile *panel, int groups, int g) {
+    return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
 }
 
 /// Fetches what stands four tiles behind `p`. Panels follow one another in the file, so this runs across their borders.
@@ -82,8 +97,8 @@ inline void prefetch_stream(const void *p) {
     _mm_prefetch(static_cast<const char *>(p) + 16 * sizeof(tile), _MM_HINT_T1);
 }
 
-/// Groups of a panel straight from the file: codes are looked up on the way and memory is fetched ahead. For a single
-/// block of tokens, where reading the weights is the limit.
+/// Groups of the full tiles of a panel straight from the file: codes are looked up on the way and memory is fetched
+/// ahead. For a single block of tokens, where reading the weights is the limit.
 struct stored_groups {
     const tile *w;
     __m256i codebook;
@@ -98,6 +113,18 @@ struct stored_groups {
     }
 };
 
+/// The same for the half tile at the end of a panel, its only group.
+struct stored_half {
+    const half_tile &w;
+    __m256i codebook;
+
+    columns4 columns(int, int i) const {
+        if (i % 2 == 0) prefetch_stream(w.codes[i / 2]);
+        return look_up(w.codes[i / 2], i % 2, codebook);
+    }
+    scales16 scales(int) const { return row_scales(w); }
+};
+
 /// Groups of a panel that have been looked up before, for many blocks of tokens.
 struct ready_groups {
     static constexpr int capacity = 12;  ///< 13 KiB, less than half of the smallest L1
@@ -107,18 +134,17 @@ struct ready_groups {
     columns4 columns(int g, int i) const { return {load(u[g][i]), load(u[g][i] + 32)}; }
     scales16 scales(int g) const { return {_mm256_load_ps(d[g]), _mm256_load_ps(d[g] + 8)}; }
 
-    /// Takes `count` groups of the panel, beginning with group `first`.
-    void fill(const tile *panel, int first, int count, __m256i codebook) {
+    /// Takes `count` groups of a panel of `groups`, beginning with group `first`.
+    void fill(const tile *panel, int groups, int first, int count, __m256i codebook) {
         for (int g = 0; g < count; g++) {
-            const tile &w = panel[(first + g) / 2];
-            const int half = (first + g) % 2;
+            const uint8_t (*chunks)[64] = chunks_of(panel, groups, first + g);
             for (int i = 0; i < 16; i += 2) {
-                const uint8_t *codes = w.codes[8 * half + i / 2];
+                const uint8_t *codes = chunks[i / 2];
                 prefetch_ahead(codes);
                 store(u[g][i], look_up(codes, 0, codebook));
                 store(u[g][i + 1], look_up(codes, 1, codebook));
             }
-            const scales16 s = row_scales(w, half);
+            const scales16 s = row_scales(panel, groups, first + g);
             _mm256_store_ps(d[g], s.rows0);
             _mm256_store_ps(d[g] + 8, s.rows8);
         }
@@ -205,18 +231,23 @@ void multiply_panel(const gemm_args &args, int panel, int begin, int end) {
     alignas(64) block_sums sums[shared_blocks];
     std::memset(sums, 0, sizeof(block_sums) * (end - begin));
     const int groups = args.k / group_columns;
-    const tile *w = args.weights + static_cast<size_t>(panel) * (args.k / tile_columns);
+    const tile *w = panel_at(args.weights, panel, groups);
     const __m256i codebook =
         _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(args.codebook)));
 
     if (end - begin == 1) {
-        const stored_groups source = {w, codebook};
-        add_groups_of<policy>(block_at<nr>(args, begin), args.per_group, source, 0, groups, sums[0]);
+        const activation_block block = block_at<nr>(args, begin);
+        const stored_groups tiles = {w, codebook};
+        add_groups_of<policy>(block, args.per_group, tiles, 0, groups / 2 * 2, sums[0]);
+        if (groups % 2 == 1) {
+            const stored_half last = {last_half(w, groups), codebook};
+            add_groups_of<policy>(block, args.per_group, last, groups - 1, 1, sums[0]);
+        }
     } else {
         ready_groups ready;
         for (int g = 0; g < groups; g += ready_groups::capacity) {
             const int count = groups - g < ready_groups::capacity ? groups - g : ready_groups::capacity;
-            ready.fill(w, g, count, codebook);
+            ready.fill(w, groups, g, count, codebook);
             for (int b = begin; b < end; b++) {
                 add_groups_of<policy>(block_at<nr>(args, b), args.per_group, ready, g, count, sums[b - begin]);
             }
