@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,7 +139,7 @@ def quantize(
     if as_json:
         show.write_json({**asdict(report), "pruning": asdict(pruned) if pruned else None})
         return
-    show_report(report)
+    show_report(report, source)
     if pruned is not None:
         show_calibration(pruned)
 
@@ -181,7 +182,7 @@ def write_plan(plans: list[TensorPlan], needed: Estimate) -> None:
     show.write_json({"tensors": tensors, "bits_per_weight": bits, **asdict(needed)})
 
 
-def show_report(report: Report) -> None:
+def show_report(report: Report, source: Path) -> None:
     """Prints the types and errors of the tensors, and why some are not AGQ4."""
     by_type = [
         [name, count, show.size(n_bytes), f"{bits:.2f}"] for name, (count, n_bytes, bits) in report.by_type().items()
@@ -205,7 +206,11 @@ def show_report(report: Report) -> None:
     for warning in report.warnings:
         show.complain(f"warning: {warning}")
     files = f" in {len(report.paths)} files" if len(report.paths) > 1 else ""
-    show.say(f"{report.paths[0]}: {show.size(report.n_bytes)}{files}, {report.bits_per_weight:.2f} bits per weight")
+    show.say(
+        f"{source.name} {show.size(report.source_bytes)} -> {report.paths[0]} {show.size(report.n_bytes)}{files}, "
+        f"{report.bits_per_weight:.2f} bits per weight"
+    )
+    show.say(f'Try it: agq-gguf generate {shlex.quote(str(report.paths[0]))} -p "Once upon a time"')
 
 
 def _by_kind(worst: list[TensorReport]) -> dict[str, tuple[list[float], str]]:

@@ -20,7 +20,7 @@ from agq_gguf.format import blocks
 from agq_gguf.gguf_io import metadata
 from agq_gguf.gguf_io.reader import Reader, Tensor, check_source
 from agq_gguf.gguf_io.shards import open_model, paths_of
-from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.gguf_io.writer import Writer, check_writable, layout
 from agq_gguf.matrix import equalize
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
@@ -87,6 +87,7 @@ def quantize(
     options = options or QuantizeOptions()
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         check_source(reader)
+        check_writable(dst)
         text = None if calibration is None else load_text(calibration)
         session = None if text is None else _opener(stack, reader, text, progress)
         plans = _plans(reader, session, imatrix, options, progress)
@@ -181,7 +182,14 @@ def _write(
         error, note = (found.error, found.note) if found else (None, "")
         reason = f"{p.reason}; {REPLACED}" if p.source.name in norms else p.reason
         reports.append(TensorReport(target.name, p.type_name, target.n_elements, target.n_bytes, reason, error, note))
-    return Report(reports, writer.n_bytes, guide.origin, guide.warnings, writer.paths)
+    return Report(
+        reports,
+        writer.n_bytes,
+        guide.origin,
+        guide.warnings,
+        writer.paths,
+        sum(path.stat().st_size for path in paths_of(reader)),
+    )
 
 
 def _check_targets(targets: list[Path], reader: Reader) -> None:
