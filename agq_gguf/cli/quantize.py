@@ -91,6 +91,15 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished parts beside OUT and continue from them next time.")
     ] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take a model that is quantized already; this loses quality.")
+    ] = False,
+    keep_types: Annotated[
+        str,
+        typer.Option(
+            help="Types of a quantized model whose tensors stay as they are, such as mxfp4,q6_K; none: no type."
+        ),
+    ] = "mxfp4",
     prune: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of a long prompt's work to save by dropping tokens.")
     ] = 0.0,
@@ -119,6 +128,8 @@ def quantize(
         calibration_tokens=calibration_tokens,
         tune=tune,
         split_size=split_size or 0,
+        allow_requantize=allow_requantize,
+        keep_types=() if keep_types == "none" else tuple(keep_types.split(",")),
         matrix=replace(activation_options(act_bits, act_scale), equalize=not keep_norms),
     )
     if prune and calibration is None:
