@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.format import blocks
+from agq_gguf.gguf_io.kinds import what_it_is
 
 ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 63  # bytes, as in ggml
 _MAX_NESTING = 4
+_HEAD = 1024  # bytes that tell what a file is
 _CHUNK = 1 << 24  # bytes that are copied at one time
 
 # Metadata value types of GGUF: code -> struct format.
@@ -295,6 +297,10 @@ def open_gguf(path: str | os.PathLike[str]) -> Reader:
     sizes that exceed it. Opens a part of a split model alone; `shards.open_model` joins the parts.
     """
     path = Path(path)
+    if (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: is a Hugging Face checkpoint; `agq-gguf quantize` takes its folder, everything else a GGUF file"
+        )
     try:
         file = path.open("rb", buffering=0)
     except OSError as e:
@@ -353,6 +359,9 @@ def check_source(reader: Reader, *, allow_requantize: bool = False) -> None:
 def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Field], dict[str, Tensor]]:
     cursor = _Cursor(data, path)
     if cursor.take(4) != b"GGUF":
+        found = what_it_is(data[:_HEAD], len(data))
+        if found:
+            raise InputError(f"{path}: is {found}")
         raise InputError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
     version = cursor.number("I")
     if version & 0xFFFF == 0:

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import torch
 
 from agq_gguf.errors import InputError, missing_package
+from agq_gguf.gguf_io.kinds import LFS_POINTER, what_it_is
 
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+_MAX_POINTER = 1024  # bytes
 _MAX_JSON = 1 << 30  # bytes; the largest tokenizer.json has about 50 MB
 # Files of weights, best first: safetensors files run no code and can be mapped.
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
@@ -99,7 +101,20 @@ def read_config(folder: Path) -> Config:
     """Reads config.json. Raises InputError if the folder or the file is missing or not JSON."""
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give a Hugging Face checkpoint folder with config.json and weights")
+    _refuse_pointers(folder)
     return Config(read_object(folder / "config.json"), folder / "config.json")
+
+
+def _refuse_pointers(folder: Path) -> None:
+    """Raises InputError if a file of the folder was not downloaded, but only its Git LFS pointer."""
+    for path in sorted(folder.iterdir()):
+        try:
+            small = path.is_file() and path.stat().st_size < _MAX_POINTER
+            head = path.read_bytes() if small else b""
+        except OSError:
+            continue  # whoever needs the file says what is wrong with it
+        if head.startswith(LFS_POINTER):
+            raise InputError(f"{path}: is {what_it_is(head, len(head))}")
 
 
 class _File(Protocol):

@@ -45,11 +45,15 @@ def loss_warnings(plans: list[TensorPlan]) -> list[str]:
         f"the source is quantized already ({', '.join(types)}): its errors stay in the weights and those of AGQ4 are "
         "added to them; the F32, F16 or BF16 file of the model gives a better result"
     ]
-    agq4 = blocks.BLOCK_BYTES / blocks.TILE_COLUMNS
-    small = [name for name in types if TYPES[TYPE_IDS[name]][2] / TYPES[TYPE_IDS[name]][1] < agq4]
+    small = [name for name in types if _weight_bytes(name) < _weight_bytes(blocks.TYPE_NAME)]
     if small:
         warnings.append(
             f"{', '.join(small)} has fewer bits than AGQ4: these tensors became larger, not better; "
             "--keep-types leaves them as they are"
         )
     return warnings
+
+
+def _weight_bytes(type_name: str) -> float:
+    _, block, block_bytes = TYPES[TYPE_IDS[type_name]]
+    return block_bytes / block
