@@ -31,6 +31,8 @@ class QuantizeOptions:
     split_size: int = 0  # maximum bytes of a file; 0: one file
     allow_requantize: bool = False  # take sources in ggml's quantized types
     keep_types: tuple[str, ...] = ("mxfp4",)  # tensors of a quantized source in these types keep their bytes
+    converter: str = ""  # path of llama.cpp's convert_hf_to_gguf.py, for checkpoint folders; "": look for it
+    keep_float: str = ""  # file in which the float GGUF of a checkpoint folder stays; "": it is removed at the end
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
 
     def __post_init__(self) -> None:

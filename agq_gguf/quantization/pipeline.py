@@ -24,7 +24,7 @@ from agq_gguf.gguf_io.writer import Writer, check_writable, layout
 from agq_gguf.matrix import equalize
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
-from agq_gguf.quantization import source, stock_types
+from agq_gguf.quantization import folder, source, stock_types
 from agq_gguf.quantization.guidance import Group, Guide, from_imatrix, from_text, unguided
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.report import REPLACED, Report, TensorReport
@@ -49,6 +49,10 @@ def plan_file(
 ) -> list[TensorPlan]:
     """What `quantize` would do with each tensor, without doing it. Text and imatrix matter only with a target size."""
     options = options or QuantizeOptions()
+    if Path(src).is_dir():
+        raise InputError(
+            f"{src}: is a folder; a plan needs a GGUF file: make one with `agq-gguf import-hf` or llama.cpp's converter"
+        )
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         source.prepare(reader, options)
         session = None if calibration is None else _opener(stack, reader, load_text(calibration), progress)
@@ -84,13 +88,30 @@ def quantize(
     options: QuantizeOptions | None = None,
     progress: Progress = no_progress,
 ) -> Report:
-    """Quantizes the model `src` (F32, F16 or BF16 GGUF; any type with `options.allow_requantize`) into `dst`.
+    """Quantizes the model `src` into `dst`.
+
+    `src` is a GGUF in F32, F16 or BF16, of any type with `options.allow_requantize`, or the folder of a Hugging Face
+    checkpoint.
 
     `calibration` is the path of a text file, or strings of text. `imatrix` is an importance matrix for the same model;
     it is used if no text is given. Without both, all activations get the same weight, which costs quality and causes a
     warning. Raises InputError, FormatError or OutputError, and then leaves `dst` unchanged.
     """
     options = options or QuantizeOptions()
+    with folder.as_gguf(src, dst, options, progress) as (path, warnings):
+        report = _quantize_file(path, dst, calibration, imatrix, options, progress)
+        report.warnings[:0] = warnings
+        return report
+
+
+def _quantize_file(
+    src: Path,
+    dst: PathName,
+    calibration: Text | None,
+    imatrix: PathName | None,
+    options: QuantizeOptions,
+    progress: Progress,
+) -> Report:
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         source.prepare(reader, options)
         check_writable(dst)
