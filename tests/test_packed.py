@@ -210,6 +210,7 @@ FIRST = "model.decoder.layers.0.fc1"
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, {}, "must have 4 or 8 bits, got 3"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 0}}, {}, "group size must be"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "marlin"}}, {}, "awq, marlin"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 8, "group_size": 128}}, {}, "must have 4 bits"),
         ({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}}, {}, "gptq, marlin"),
         ({"quantization_config": {"quant_method": "auto-round", "bits": 4}}, {}, "auto-round, not named"),
         ({"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}}, {}, "float-qua"),

@@ -18,7 +18,7 @@ from agq_gguf.import_hf.checkpoint import read_json, read_object
 from agq_gguf.import_hf.packed import Unpacked
 
 NAME = "convert_hf_to_gguf.py"
-VARIABLE = "AGQ_CONVERTER"
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # the checkpoint is complete
 _FILE_BYTES = 1 << 31  # of weights that are in memory at one time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
@@ -28,7 +28,7 @@ def find(named: str, architecture: str) -> Path:
 
     Raises InputError if there is none.
     """
-    for origin, value in (("--converter", named), (VARIABLE, os.environ.get(VARIABLE, ""))):
+    for origin, value in (("--converter", named), ("AGQ_CONVERTER", os.environ.get("AGQ_CONVERTER", ""))):
         if value:
             path = Path(value) / NAME if Path(value).is_dir() else Path(value)
             if not path.is_file():
@@ -42,7 +42,7 @@ def find(named: str, architecture: str) -> Path:
         return Path(module.origin)
     raise InputError(
         f"{architecture} needs llama.cpp's converter, {NAME}, which was not found; it is in the source archives of "
-        f"llama.cpp and of llama-cpp-python: unpack one and give the path with --converter or {VARIABLE}"
+        f"llama.cpp and of llama-cpp-python: unpack one and give the path with --converter or AGQ_CONVERTER"
     )
 
 
@@ -58,7 +58,7 @@ def convert(script: Path, folder: Path, target: Path) -> None:
             f"its author, run {NAME} yourself, and then quantize its file"
         )
     command = [sys.executable, str(script), str(folder), "--outfile", str(target), "--outtype", "auto"]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    offline = os.environ | _OFFLINE
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=offline)
     if done.returncode == 0 and target.is_file():
         return

@@ -71,7 +71,10 @@ def scheme_of(config: Config, folder: Path) -> Scheme | None:
         )
     bits = settings.get("bits", settings.get("w_bit"))
     group = settings.get("group_size", settings.get("q_group_size", -1))
-    return Scheme(name, layout, *_sizes(path, bits, group), offset)
+    sizes = _sizes(path, bits, group)
+    if layout == _AWQ and bits != 4:
+        raise InputError(f"{path}: the weights must have 4 bits for {name} (gemm), got {bits}")
+    return Scheme(name, layout, *sizes, offset)
 
 
 def _layout(method: str, settings: Config) -> tuple[str, int, str, str]:
@@ -197,7 +200,7 @@ class Unpacked:
             codes, zeros = self._signed(read, rows, columns)
             scales = read[".weight_scale"].float()
         else:
-            order = _AWQ_ORDER if scheme.layout == _AWQ and scheme.bits == 4 else None
+            order = _AWQ_ORDER if scheme.layout == _AWQ else None
             if scheme.layout == _GPTQ:
                 codes = spread(read[".qweight"].T, scheme.bits)
             else:
