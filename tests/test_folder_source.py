@@ -207,6 +207,7 @@ def _config(name: str) -> Any:
     return kind(**sizes)
 
 
+@pytest.mark.slow  # `.ci/run` has the sources of llama.cpp for these tests only
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3", "phi3"])
 def test_llama_cpps_converter(name: str, ggml_sources: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
