@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="GGUF model in F32, F16 or BF16.", show_default=False)],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN",
+            help="GGUF model in F32, F16 or BF16, or a Hugging Face checkpoint folder.",
+            show_default=False,
+        ),
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="File to write; replaced only when complete.", show_default=False)
     ],
@@ -91,6 +98,25 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished parts beside OUT and continue from them next time.")
     ] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take a model that is quantized already; this loses quality.")
+    ] = False,
+    keep_types: Annotated[
+        str,
+        typer.Option(
+            help="Types of a quantized model whose tensors stay as they are, such as mxfp4,q6_K; none: no type."
+        ),
+    ] = "mxfp4",
+    converter: Annotated[
+        Path | None,
+        typer.Option(
+            help="llama.cpp's convert_hf_to_gguf.py or its folder, for checkpoints that import-hf does not know.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_float: Annotated[
+        Path | None, typer.Option(help="Keep the float GGUF of a checkpoint folder in this file.", show_default=False)
+    ] = None,
     prune: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of a long prompt's work to save by dropping tokens.")
     ] = 0.0,
@@ -119,6 +145,10 @@ def quantize(
         calibration_tokens=calibration_tokens,
         tune=tune,
         split_size=split_size or 0,
+        allow_requantize=allow_requantize,
+        converter=str(converter or ""),
+        keep_float=str(keep_float or ""),
+        keep_types=() if keep_types == "none" else tuple(keep_types.split(",")),
         matrix=replace(activation_options(act_bits, act_scale), equalize=not keep_norms),
     )
     if prune and calibration is None:

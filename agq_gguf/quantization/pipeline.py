@@ -18,18 +18,18 @@ from agq_gguf.arguments import PathName, Progress, Text, no_progress
 from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io import metadata
-from agq_gguf.gguf_io.reader import Reader, Tensor, check_source
+from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.gguf_io.shards import open_model, paths_of
 from agq_gguf.gguf_io.writer import Writer, check_writable, layout
 from agq_gguf.matrix import equalize
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
-from agq_gguf.quantization import stock_types
+from agq_gguf.quantization import folder, source, stock_types
 from agq_gguf.quantization.guidance import Group, Guide, from_imatrix, from_text, unguided
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.report import REPLACED, Report, TensorReport
 from agq_gguf.quantization.resume import Journal
-from agq_gguf.quantization.type_plan import TensorPlan, plan
+from agq_gguf.quantization.type_plan import TensorPlan, no_larger, plan
 from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.text import LoadedText, load_text
 
@@ -49,8 +49,12 @@ def plan_file(
 ) -> list[TensorPlan]:
     """What `quantize` would do with each tensor, without doing it. Text and imatrix matter only with a target size."""
     options = options or QuantizeOptions()
+    if Path(src).is_dir():
+        raise InputError(
+            f"{src}: is a folder; a plan needs a GGUF file: make one with `agq-gguf import-hf` or llama.cpp's converter"
+        )
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
-        check_source(reader)
+        source.prepare(reader, options)
         session = None if calibration is None else _opener(stack, reader, load_text(calibration), progress)
         return _plans(reader, session, imatrix, options, progress)
 
@@ -63,10 +67,16 @@ def _plans(
     progress: Progress,
 ) -> list[TensorPlan]:
     if not options.target_bpw:
-        return plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
+        return plan(
+            reader,
+            output_type=options.output_type,
+            embedding_type=options.embedding_type,
+            keep_types=options.keep_types,
+        )
     from agq_gguf.quantization.budget.choose import choose_types
 
-    return choose_types(reader, session, imatrix, options, progress)
+    chosen = choose_types(reader, session, imatrix, options, progress)
+    return [no_larger(p, options.keep_types) for p in chosen]
 
 
 def quantize(
@@ -78,15 +88,32 @@ def quantize(
     options: QuantizeOptions | None = None,
     progress: Progress = no_progress,
 ) -> Report:
-    """Quantizes the model `src` (F32, F16 or BF16 GGUF) into `dst`.
+    """Quantizes the model `src` into `dst`.
+
+    `src` is a GGUF in F32, F16 or BF16, of any type with `options.allow_requantize`, or the folder of a Hugging Face
+    checkpoint.
 
     `calibration` is the path of a text file, or strings of text. `imatrix` is an importance matrix for the same model;
     it is used if no text is given. Without both, all activations get the same weight, which costs quality and causes a
     warning. Raises InputError, FormatError or OutputError, and then leaves `dst` unchanged.
     """
     options = options or QuantizeOptions()
+    with folder.as_gguf(src, dst, options, progress) as (path, warnings):
+        report = _quantize_file(path, dst, calibration, imatrix, options, progress)
+        report.warnings[:0] = warnings
+        return report
+
+
+def _quantize_file(
+    src: Path,
+    dst: PathName,
+    calibration: Text | None,
+    imatrix: PathName | None,
+    options: QuantizeOptions,
+    progress: Progress,
+) -> Report:
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
-        check_source(reader)
+        source.prepare(reader, options)
         check_writable(dst)
         text = None if calibration is None else load_text(calibration)
         session = None if text is None else _opener(stack, reader, text, progress)
@@ -98,6 +125,7 @@ def quantize(
             guide = from_imatrix(wanted, imatrix)
         else:
             guide = unguided(wanted)
+        guide.warnings[:0] = source.loss_warnings(plans)
         return _write(reader, Path(dst), plans, guide, options, progress)
 
 
@@ -288,6 +316,7 @@ def _metadata(plans: list[TensorPlan], guidance: str, options: QuantizeOptions) 
         metadata.QUALITY: options.quality,
         metadata.ACTIVATION_BITS: options.matrix.activation_bits,
         metadata.ACTIVATION_SCALE: options.matrix.activation_scale,
+        **({metadata.REQUANTIZED_FROM: ", ".join(types)} if (types := source.lossy_types(plans)) else {}),
         **{f"{metadata.TENSOR_COUNT}{type_name}": n for type_name, n in sorted(counts.items())},
         **metadata.error_table(dict.fromkeys(names, 0.0)),
     }

@@ -1,4 +1,4 @@
-"""Looks at ggml tensors of the running llama.cpp through ctypes; only what calibration needs.
+"""Looks at ggml tensors of the running llama.cpp, and converts rows of its types, through ctypes.
 
 `struct ggml_tensor` is not part of llama-cpp-python's interface, so its layout is declared here and checked once
 against the library's own functions: any other layout is refused before a byte is misread.
@@ -7,6 +7,7 @@ against the library's own functions: any other layout is refused before a byte i
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.errors import HostError
+from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES
 from agq_gguf.runtime.host import llama_cpp_python
 
 _MAX_DIMENSIONS = 4
@@ -47,6 +49,23 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml.h."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("block_interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float", ctypes.c_void_p),
+    ]
+
+
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
 class Ggml:
     """The library that llama_cpp has loaded. Raises HostError when it is not laid out as expected."""
 
@@ -60,6 +79,8 @@ class Ggml:
         self._lib.ggml_quantize_chunk.argtypes = [
             ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p,
         ]  # fmt: skip
+        self._lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+        self._lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
         self._probe()
         names = [self._lib.ggml_op_name(i) for i in range(64)]  # both are far from the end of the enum
         self.mul_mat, self.mul_mat_id = names.index(b"MUL_MAT"), names.index(b"MUL_MAT_ID")
@@ -127,6 +148,31 @@ class Ggml:
         if self._lib.ggml_quantize_chunk(*arguments) != made.nbytes:
             raise HostError(f"ggml makes rows of another size than {row_bytes} bytes of type {type_id}")
         return made
+
+    def decoder(self, type_name: str) -> Callable[[bytearray], NDArray[np.float32]]:
+        """A function that turns whole blocks of one of ggml's types into float32 [n].
+
+        Raises HostError if this ggml has none for the type.
+        """
+        type_id = TYPE_IDS[type_name]  # at most 41, which every ggml since 0.15 knows; they do not check the number
+        _, block, block_bytes = TYPES[type_id]
+        traits = self._lib.ggml_get_type_traits(type_id).contents
+        if (traits.name, traits.block, traits.block_bytes) != (type_name.encode(), block, block_bytes):
+            raise HostError(
+                f"the ggml inside the installed llama-cpp-python does not know the type {type_name} of {block} weights "
+                f"in {block_bytes} bytes; install a newer release"
+            )
+        if not traits.to_float:
+            raise HostError(f"ggml cannot turn the type {type_name} into floats")
+        convert = _TO_FLOAT(traits.to_float)
+
+        def decode(data: bytearray) -> NDArray[np.float32]:
+            source = np.frombuffer(data, np.uint8)
+            made = np.empty(source.size // block_bytes * block, np.float32)
+            convert(source.ctypes.data, made.ctypes.data, made.size)
+            return made
+
+        return decode
 
     def _array(self, tensor: GgmlTensor, wanted: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         owner = tensor.view_src.contents if tensor.view_src else tensor
