@@ -15,9 +15,8 @@ namespace {
 /// One column group of a panel.
 struct stored_group {
     const uint8_t *scale_hi;  ///< [rows]
-    const uint8_t
-        *scale_lo;         ///< in a tile [rows], nibble `half` of each; in a half tile [(rows + 1) / 2], two per byte
-    const uint8_t *codes;  ///< 8 chunks of 4 * rows bytes
+    const uint8_t *scale_lo;  ///< tile: [rows], nibble `half` of each; half tile: [(rows + 1) / 2], two rows per byte
+    const uint8_t *codes;     ///< 8 chunks of 4 * rows bytes
     int rows;
     int half;    ///< which half of the tile: 0 or 1
     bool alone;  ///< whether the group is a half tile
