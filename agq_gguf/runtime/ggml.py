@@ -1,7 +1,7 @@
-"""Looks at ggml tensors of the running llama.cpp, and converts rows of its types, through ctypes.
+"""Reads ggml tensors of the running llama.cpp, and converts rows of its types, through ctypes.
 
-`struct ggml_tensor` is not part of llama-cpp-python's interface, so its layout is declared here and checked once
-against the library's own functions: any other layout is refused before a byte is misread.
+`struct ggml_tensor` is not part of llama-cpp-python's interface, so its layout is declared here. It is checked once
+against the library's own functions: a different layout raises an error before anything is misread.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_in
 
 
 class Ggml:
-    """The library that llama_cpp has loaded. Raises HostError when it is not laid out as expected."""
+    """The library that llama_cpp has loaded. Raises HostError if its layout is not as expected."""
 
     def __init__(self) -> None:
         host = llama_cpp_python().library
@@ -126,20 +126,20 @@ class Ggml:
             )
 
     def floats(self, tensor: GgmlTensor) -> NDArray[np.float32]:
-        """The data of an F32 tensor, not copied, dimensions in numpy order [ne3, ne2, ne1, ne0].
+        """The data of an F32 tensor as a view, not a copy. Shape in numpy order: [ne3, ne2, ne1, ne0].
 
-        Raises HostError if the data is of another type or not in host memory.
+        Raises HostError if the data has another type or is not in host memory.
         """
         return self._array(tensor, F32, np.dtype(np.float32))
 
     def integers(self, tensor: GgmlTensor) -> NDArray[np.int32]:
-        """`floats` for an I32 tensor."""
+        """Same as `floats`, for an I32 tensor."""
         return self._array(tensor, I32, np.dtype(np.int32))
 
     def quantize(
         self, type_id: int, rows: NDArray[np.float32], row_bytes: int, importance: NDArray[np.float32] | None
     ) -> NDArray[np.uint8]:
-        """Rows [n, K] in one of ggml's types of `row_bytes` bytes per row, errors weighted by `importance` [K]."""
+        """Quantizes rows [n, K] to a ggml type with `row_bytes` bytes per row. `importance` [K] weights the errors."""
         source = np.ascontiguousarray(rows, np.float32)
         weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
         made = np.empty((len(source), row_bytes), np.uint8)
@@ -189,5 +189,5 @@ class Ggml:
 
 @cache
 def ggml() -> Ggml:
-    """The library, probed once."""
+    """The library. It is checked once."""
     return Ggml()
