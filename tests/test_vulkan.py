@@ -61,7 +61,8 @@ def answer(model: Path, *options: str) -> tuple[str, str]:
         [PROGRAM, "-m", str(model), "-p", "the red key in the box and the blue door", "-n", "24", "--temp", "0",
          "-no-cnv", "-t", "1", "-v", *options],
         capture_output=True, text=True, errors="replace", timeout=300, check=False, stdin=subprocess.DEVNULL,
-        env={**os.environ, "LD_PRELOAD": str(agq_gguf.backend_path())},
+        # Without the variable llama.cpp passes over devices that are CPUs, as Mesa's software device is.
+        env={"GGML_VK_VISIBLE_DEVICES": "0", **os.environ, "LD_PRELOAD": str(agq_gguf.backend_path())},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout, result.stderr

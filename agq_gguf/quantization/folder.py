@@ -31,6 +31,11 @@ def as_gguf(
     if not folder.is_dir():
         yield folder, []
         return
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder}: is a folder without config.json, so it is no Hugging Face checkpoint; give a GGUF file, or the "
+            "folder of a checkpoint"
+        )
     config = read_config(folder)
     scheme = scheme_of(config, folder)
     if scheme is not None and not options.allow_requantize:
