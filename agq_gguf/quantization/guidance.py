@@ -106,8 +106,8 @@ def from_text(
         journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
     warnings, best = [], None
     if options.quality == "best":
-        setting = Setting(options.matrix, options.memory, options.tune, journal, progress)
-        found = prepare(reader, calibrator, plans, setting)
+        setting = Setting(options.matrix, options.memory, options.tune, options.threads, journal, progress)
+        found = prepare(reader, session, options.context, options.calibration_tokens, plans, setting)
         if isinstance(found, BestRun):
             best = found
             wanted = [name for name in wanted if name not in best.names]
