@@ -17,6 +17,7 @@ import torch
 from executors import matrices_of, opened, pairs_of, some_tokens
 from torch.nn import functional
 
+import agq_gguf
 from agq_gguf.calibration.session import Session
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.format import blocks, reference
@@ -33,6 +34,7 @@ from agq_gguf.quantization.best import sequential, tune
 from agq_gguf.quantization.best.fisher import Sensitivity, affordable, measure
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime.model import Batch, Model
 
 BEST = QuantizeOptions(quality="best", threads=1, context=64, calibration_tokens=1024)
 
@@ -356,6 +358,43 @@ def test_best_is_better_than_balanced(name: str, words: str, tmp_path: Path) -> 
         report = quantize(source, out, calibration=[words], options=options)
         assert not any("falling back" in warning for warning in report.warnings)
         found[quality] = evaluate(out, source, words, context=64, chunks=24, threads=1).mean_kl
+    assert found["best"] < 0.9 * found["balanced"]
+
+
+def test_best_of_an_encoder(bert_f16: Path, words: str, tmp_path: Path) -> None:
+    """Its loss is 1 - cosine of the pooled embedding."""
+    agq_gguf.register()
+    pieces = [words[i * 60 : i * 60 + 60] for i in range(40)]
+
+    def embeddings(path: Path) -> torch.Tensor:
+        found = []
+        with Model(path) as model, model.context(128, threads=1, embeddings=True) as context:
+            for piece in pieces:
+                batch = Batch(model.tokenize(piece), first_logits=0)
+                context.decode(batch)
+                found.append(context.embeddings(batch).copy())
+        return torch.from_numpy(np.concatenate(found))
+
+    wanted, lost = embeddings(bert_f16), {}
+    for quality in ("balanced", "best"):
+        out = tmp_path / f"{quality}.gguf"
+        options = replace(BEST, quality=quality, calibration_tokens=4096)
+        report = quantize(bert_f16, out, calibration=[words], options=options)
+        assert not any("falling back" in warning for warning in report.warnings)
+        lost[quality] = float(1 - functional.cosine_similarity(wanted, embeddings(out)).mean())
+    assert lost["best"] < 0.85 * lost["balanced"]
+
+
+def test_tables_are_weighed_by_gradients(llama_f16: Path, words: str, tmp_path: Path) -> None:
+    """Embedding and output matrix in AGQ4: rounded where it costs least."""
+    found = {}
+    for quality in ("balanced", "best"):
+        out = tmp_path / f"{quality}.gguf"
+        types = {"embedding_type": "agq4", "output_type": "agq4"}
+        options = replace(BEST, quality=quality, calibration_tokens=2048, tune=False, **types)
+        report = quantize(llama_f16, out, calibration=[words], options=options)
+        assert sum(t.type_name == "agq4" for t in report.tensors) == 16
+        found[quality] = evaluate(out, llama_f16, words, context=64, chunks=24, threads=1).mean_kl
     assert found["best"] < 0.9 * found["balanced"]
 
 

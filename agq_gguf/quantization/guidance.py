@@ -112,7 +112,7 @@ def from_text(
             best = found
             wanted = [name for name in wanted if name not in best.names]
         else:
-            warnings.append(f'falling back to quality "balanced": "best" does not support this model ({found})')
+            warnings.append(falling_back(found))
     hessians = options.matrix.error_feedback
     left = set(wanted)
     parts = [
@@ -164,6 +164,11 @@ def _without_hessian(calibrator: Calibrator, memory: int) -> list[str]:
         f"{len(names)} tensors ({names[0]}, ...) get no error feedback between groups of columns: the Hessian of "
         f"{most} columns does not fit into {memory >> 20} MiB; --memory {needed}M includes it"
     ]
+
+
+def falling_back(reason: str) -> str:
+    """The warning that a model gets another quality than `best`."""
+    return f'falling back to quality "balanced": "best" does not support this model ({reason})'
 
 
 def _plain(reader: Reader, norms: tuple[str, ...]) -> bool:

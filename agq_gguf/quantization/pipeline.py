@@ -25,7 +25,7 @@ from agq_gguf.matrix import equalize
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.quantization import stock_types
-from agq_gguf.quantization.guidance import Group, Guide, from_imatrix, from_text, unguided
+from agq_gguf.quantization.guidance import Group, Guide, falling_back, from_imatrix, from_text, unguided
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.report import REPLACED, Report, TensorReport
 from agq_gguf.quantization.resume import Journal
@@ -53,6 +53,20 @@ def plan_file(
         check_source(reader)
         session = None if calibration is None else _opener(stack, reader, load_text(calibration), progress)
         return _plans(reader, session, imatrix, options, progress)
+
+
+def plan_warnings(src: PathName, options: QuantizeOptions) -> list[str]:
+    """What `quantize` would warn of before the work begins: that `best` does not support the model, and why.
+
+    For that the model runs a few tokens in llama.cpp and in PyTorch.
+    """
+    if options.quality != "best":
+        return []
+    from agq_gguf.graphs.support import supported
+
+    with _torch_threads(options.threads):
+        reason = supported(src)
+    return [falling_back(reason)] if reason else []
 
 
 def _plans(

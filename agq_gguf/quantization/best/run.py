@@ -103,8 +103,10 @@ class BestRun:
             executor, plan, batches, sensitivity, options, stored=stored, pairs=self.pairs, movable=self._are_plain
         )  # fmt: skip
 
-        def report(done: int, total: int, name: str) -> None:
-            progress("quantize", done, total, name)
+        weights = sum(self.reader.tensors[name].n_elements for name in self.matrices)
+
+        def report(done: int, total: int, name: str) -> None:  # weights count by what they cost
+            progress("quantize", weights * done // max(total, 1), weights, name)
 
         needed = tune.bytes_needed(sum(plan.source.n_elements for plan in self.plans))
         if not setting.tune or needed > memory:
