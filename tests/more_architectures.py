@@ -17,6 +17,10 @@ E, FF, HEADS, KV, HEAD, VOCAB, EXPERTS = 128, 256, 4, 2, 32, 512, 6
 RMS: dict[str, Any] = {"attention.layer_norm_rms_epsilon": 1e-6}
 LAYER_NORM: dict[str, Any] = {"attention.layer_norm_epsilon": 1e-5}
 ROPE: dict[str, Any] = {"rope.freq_base": 10000.0, "rope.dimension_count": HEAD}
+HALF: dict[str, Any] = {"rope.dimension_count": HEAD // 2}  # half of each head is turned
+YARN: dict[str, Any] = {
+    "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128,
+}  # fmt: skip
 SIZES: dict[str, Any] = {"attention.key_length": HEAD, "attention.value_length": HEAD}
 
 
@@ -115,7 +119,7 @@ def write_gemma(path: Path) -> Path:
 
 def write_granite(path: Path) -> Path:
     """Granite: scales of embedding, attention, residuals and logits."""
-    scales = {"logit_scale": 4.0, "residual_scale": 0.3, "embedding_scale": 3.0, "attention.scale": 0.1}
+    scales: dict[str, Any] = {"logit_scale": 4.0, "residual_scale": 0.3, "embedding_scale": 3.0, "attention.scale": 0.1}
     return _gated_model(path, "granite", tied=True, **RMS, **ROPE, **scales)
 
 
@@ -137,13 +141,13 @@ def write_llama31(path: Path) -> Path:
 
 def write_yarn(path: Path) -> Path:
     """LLaMA with YaRN positions."""
-    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}
-    return _gated_model(path, "llama", **RMS, **ROPE, **yarn)
+    return _gated_model(path, "llama", **RMS, **ROPE, **YARN)
 
 
 def write_qwen2vl(path: Path) -> Path:
     """Qwen2-VL: positions in sections."""
-    m = _Tiny(path, "qwen2vl", **RMS, **ROPE, **{"rope.dimension_sections": [4, 6, 6, 0]})
+    sections: dict[str, Any] = {"rope.dimension_sections": [4, 6, 6, 0]}
+    m = _Tiny(path, "qwen2vl", **RMS, **ROPE, **sections)
     for block in m.blocks:
         m.norms(block, "attn_norm", "ffn_norm")
         m.qkv(block, bias=True)
@@ -153,7 +157,7 @@ def write_qwen2vl(path: Path) -> Path:
 
 def write_stablelm(path: Path) -> Path:
     """StableLM: LayerNorm, half of each head turned."""
-    keys = {**LAYER_NORM, "rope.dimension_count": 16, "use_parallel_residual": False}
+    keys: dict[str, Any] = {**LAYER_NORM, **HALF, "use_parallel_residual": False}
     m = _Tiny(path, "stablelm", **keys)
     for block in m.blocks:
         m.norms(block, "attn_norm", "ffn_norm", bias=True)
@@ -164,7 +168,7 @@ def write_stablelm(path: Path) -> Path:
 
 def write_phi2(path: Path) -> Path:
     """Phi-2: attention and feed-forward side by side on one norm, biases everywhere."""
-    m = _Tiny(path, "phi2", kv=HEADS, **LAYER_NORM, **{"rope.dimension_count": 16})
+    m = _Tiny(path, "phi2", kv=HEADS, **LAYER_NORM, **HALF)
     for block in m.blocks:
         m.norms(block, "attn_norm", bias=True)
         m.qkv(block, bias=True, out_bias=True)
@@ -174,7 +178,7 @@ def write_phi2(path: Path) -> Path:
 
 def write_gptneox(path: Path) -> Path:
     """GPT-NeoX: attention and feed-forward side by side on two norms, fused qkv."""
-    keys = {**LAYER_NORM, "rope.dimension_count": 16, "use_parallel_residual": True}
+    keys: dict[str, Any] = {**LAYER_NORM, **HALF, "use_parallel_residual": True}
     m = _Tiny(path, "gptneox", kv=HEADS, **keys)
     for block in m.blocks:
         m.norms(block, "attn_norm", "ffn_norm", bias=True)
@@ -186,7 +190,7 @@ def write_gptneox(path: Path) -> Path:
 
 def write_nemotron(path: Path) -> Path:
     """Nemotron: squared ReLU."""
-    m = _Tiny(path, "nemotron", **LAYER_NORM, **{"rope.dimension_count": 16})
+    m = _Tiny(path, "nemotron", **LAYER_NORM, **HALF)
     for block in m.blocks:
         m.norms(block, "attn_norm", "ffn_norm", bias=True)
         m.qkv(block)
@@ -209,7 +213,7 @@ def write_olmo2(path: Path) -> Path:
 
 def write_cohere2(path: Path) -> Path:
     """Command R7B: parallel blocks, sliding windows, scaled logits."""
-    keys = {**LAYER_NORM, **ROPE, "attention.sliding_window": 16, "logit_scale": 0.25}
+    keys: dict[str, Any] = {**LAYER_NORM, **ROPE, "attention.sliding_window": 16, "logit_scale": 0.25}
     m = _Tiny(path, "cohere2", layers=4, **keys)
     for block in m.blocks:
         m.norms(block, "attn_norm")
@@ -220,7 +224,8 @@ def write_cohere2(path: Path) -> Path:
 
 def write_glm4(path: Path) -> Path:
     """GLM-4: four norms, gate and up in one matrix, half of each head turned."""
-    m = _Tiny(path, "glm4", **RMS, **{"rope.dimension_count": 16, "rope.freq_base": 10000.0})
+    keys: dict[str, Any] = {**RMS, **ROPE, **HALF}
+    m = _Tiny(path, "glm4", **keys)
     for block in m.blocks:
         m.norms(block, "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
         m.qkv(block, bias=True)
@@ -231,7 +236,7 @@ def write_glm4(path: Path) -> Path:
 
 def write_qwen2moe(path: Path) -> Path:
     """Qwen2's mixture: a shared expert with a gate of its own."""
-    sizes = {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": 64}
+    sizes: dict[str, Any] = {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": 64}
     m = _Tiny(path, "qwen2moe", **RMS, **ROPE, **sizes, expert_shared_feed_forward_length=128)
     for block in m.blocks:
         m.norms(block, "attn_norm", "ffn_norm")
@@ -244,9 +249,8 @@ def write_qwen2moe(path: Path) -> Path:
 
 def write_gpt_oss(path: Path) -> Path:
     """gpt-oss: sinks, experts with biases and a clamped gate, sliding windows, YaRN."""
-    keys = {
-        **RMS, **ROPE, **SIZES, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
-        "rope.scaling.original_context_length": 128, "attention.sliding_window": 16, "expert_count": EXPERTS,
+    keys: dict[str, Any] = {
+        **RMS, **ROPE, **SIZES, **YARN, "attention.sliding_window": 16, "expert_count": EXPERTS,
         "expert_used_count": 2, "expert_feed_forward_length": 64,
     }  # fmt: skip
     m = _Tiny(path, "gpt-oss", **keys)
@@ -260,7 +264,7 @@ def write_gpt_oss(path: Path) -> Path:
 
 def write_deepseek2(path: Path) -> Path:
     """DeepSeek-V2/V3: low-rank keys and values, a dense layer, then experts with a bias on the choice."""
-    keys = {
+    keys: dict[str, Any] = {
         **RMS, "rope.freq_base": 10000.0, "rope.dimension_count": 16, "attention.q_lora_rank": 48,
         "attention.kv_lora_rank": 64, "attention.key_length": 80, "attention.value_length": 64,
         "attention.key_length_mla": 48, "attention.value_length_mla": 32, "leading_dense_block_count": 1,
