@@ -20,6 +20,7 @@ from agq_gguf.graphs.gradients import gradients
 from agq_gguf.graphs.ir import Graph, Node, check_inputs, translate
 from agq_gguf.graphs.layers import Layer, layers
 from agq_gguf.graphs.losses import divergence, drawn
+from agq_gguf.graphs.ops import OPS
 from agq_gguf.graphs.ops.shapes import window
 from agq_gguf.graphs.run import Executor, Reading, State
 from agq_gguf.graphs.segments import segments
@@ -275,9 +276,9 @@ def test_layers_with_attention(llama_f16: Path, tmp_path: Path) -> None:
 
     here, trace = found(llama_f16)
     names = {i: trace.tensors[address].name for i, address in enumerate(trace.nodes)}
-    assert [(names.get(-1 if x.before is None else x.before), names[x.attention], names[x.after_attention]) for x in here.values()] == [
-        (None, "kq_soft_max-0", "ffn_inp-0"), ("l_out-0", "kq_soft_max-1", "ffn_inp-1"),
-    ]  # fmt: skip
+    shown = [("" if x.before is None else names[x.before], names[x.attention], names[x.after_attention])
+             for x in here.values()]  # fmt: skip
+    assert shown == [("", "kq_soft_max-0", "ffn_inp-0"), ("l_out-0", "kq_soft_max-1", "ffn_inp-1")]
     assert found(tiny_models.write_falcon(tmp_path / "f.gguf"))[0] == {}  # the feed-forward runs beside the attention
 
 
@@ -322,6 +323,16 @@ def test_a_difference_is_told(llama_f16: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(support, "_ROUGH", 1e-9)
     assert "its logits in PyTorch differ from those of llama.cpp by" in support.supported(llama_f16)
     assert support.supported(llama_f16).endswith("more than 1e-09")
+
+
+def test_an_operation_that_fails(llama_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a form that was never seen: the model is not supported, and nothing breaks."""
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("sizes do not match\nin detail")
+
+    monkeypatch.setitem(OPS, "RMS_NORM", fail)
+    assert support.supported(llama_f16) == "PyTorch cannot run its graph: sizes do not match"
 
 
 def test_graphs_that_depend_on_the_text() -> None:

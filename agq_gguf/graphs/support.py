@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agq_gguf.errors import AgqError
+from agq_gguf.errors import AgqError, HostError
 from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.graphs.ir import Graph, check_inputs, translate
@@ -34,8 +34,13 @@ def open_graph(reader: Reader, model: Model, tokens: NDArray[np.int32], cache: i
     It keeps up to `cache` bytes of weights. Raises Unsupported with the reason if there is none.
     """
     graph = graph_for(reader, model, tokens, threads)
-    executor = Executor(graph, lambda name: torch.from_numpy(reader.read(name)), cache)
-    found, most = difference(executor, model, tokens, threads), tolerance(graph, reader)
+    try:
+        executor = Executor(graph, lambda name: torch.from_numpy(reader.read(name)), cache)
+        found, most = difference(executor, model, tokens, threads), tolerance(graph, reader)
+    except (RuntimeError, ValueError, IndexError) as e:  # an operation in a form that was never seen
+        raise Unsupported(
+            f"PyTorch cannot run its graph: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+        ) from e
     if not found <= most:
         what = "logits" if model.facts.causal else "embeddings"
         raise Unsupported(f"its {what} in PyTorch differ from those of llama.cpp by {found:.1e}, more than {most:.0e}")
@@ -44,6 +49,13 @@ def open_graph(reader: Reader, model: Model, tokens: NDArray[np.int32], cache: i
 
 def graph_for(reader: Reader, model: Model, tokens: NDArray[np.int32], threads: int = 1) -> Graph:
     """llama.cpp's graph for texts of `len(tokens)` tokens, not checked. Raises Unsupported."""
+    try:
+        return _graph_for(reader, model, tokens, threads)
+    except HostError as e:
+        raise Unsupported(str(e)) from e
+
+
+def _graph_for(reader: Reader, model: Model, tokens: NDArray[np.int32], threads: int) -> Graph:
     if not model.facts.causal and reader.get(f"{reader.architecture}.pooling_type") == _POOLING_RANK:
         raise Unsupported("it gives a score and no embedding")
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors.values()}

@@ -140,7 +140,7 @@ def from_text(
         warnings.extend(unused_experts(unused))
 
     warnings += _unseen([name for name in unseen if name != EMBEDDING])  # an embedding that is looked up has no input
-    if hessians and (pooled := calibrator.pooled(options.memory)):
+    if hessians and (pooled := left.intersection(calibrator.pooled(options.memory))):
         warnings.append(
             f"the experts of {len(pooled)} tensors share one set of statistics; "
             "a larger --memory gives each expert its own"
