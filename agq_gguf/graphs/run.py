@@ -171,8 +171,3 @@ class Executor:
         """The graph's output [batch, rows, columns] for `tokens` [batch, n] int64: logits, or embeddings."""
         values = self.run(self.start(tokens), 0, len(self.graph.nodes))
         return values[self.graph.output].flatten(1, 3)
-
-    @property
-    def n_tokens(self) -> int:
-        """The number of tokens in a text that the graph is for."""
-        return next(node.shape[3] for node in self.graph.nodes if node.op == "TOKENS")
