@@ -348,7 +348,9 @@ ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", ["gemma3", "mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "phi3"))]
+)
 def test_best_is_better_than_balanced(name: str, words: str, tmp_path: Path) -> None:
     source = ARCHITECTURES[name](tmp_path / "m.gguf")
     found = {}
@@ -385,6 +387,7 @@ def test_best_of_an_encoder(bert_f16: Path, words: str, tmp_path: Path) -> None:
     assert lost["best"] < 0.85 * lost["balanced"]
 
 
+@pytest.mark.slow
 def test_tables_are_weighed_by_gradients(llama_f16: Path, words: str, tmp_path: Path) -> None:
     """Embedding and output matrix in AGQ4: rounded where it costs least."""
     found = {}
