@@ -126,7 +126,7 @@ class _Adder:
         self, found: Sensitivity, keys: Mapping[str, str], names: Collection[str], tables: Collection[str]
     ) -> None:
         self._found, self._keys, self._names, self._tables = found, keys, names, tables
-        self._squares: dict[str, torch.Tensor] = {}
+        self._squares: dict[str, list[torch.Tensor]] = {}  # |g|^2 of each place
 
     def visit(self, place: Reading, gradient: torch.Tensor) -> None:
         """Adds the gradient by what a place yields."""
@@ -136,15 +136,14 @@ class _Adder:
                 self._add_gram(self._found.squares, name, flat)
             return
         if key := self._keys.get(name):  # summed over the matrices and channels of a group
-            square = flat.square().sum(-1)
-            self._squares[key] = self._squares[key] + square if key in self._squares else square
+            self._squares.setdefault(key, []).append(flat.square().sum(-1))
         if name in self._names:
             self._add_gram(self._found.grams, name, flat)
 
     def finish(self) -> None:
-        """Adds what was summed over the places of the batch."""
-        for key, square in self._squares.items():
-            self._found.rows.setdefault(key, []).append(square)
+        """Adds what the places of the batch have; in float64, so that their order does not change the sum."""
+        for key, squares in self._squares.items():
+            self._found.rows.setdefault(key, []).append(torch.stack(squares).double().sum(0).float())
         self._found.batches += 1
 
     @staticmethod
