@@ -21,7 +21,7 @@ from agq_gguf.runtime.model import Model
 def opened(path: Path, length: int, cache: int = 1 << 30) -> Iterator[tuple[Executor, Reader, Model]]:
     """The executor of a file's graph for texts of some tokens, not compared with llama.cpp."""
     with open_gguf(path) as reader, Model(path) as model:
-        graph = graph_for(reader, model, some_tokens(1, length)[0].numpy().astype(np.int32))
+        graph = graph_for(reader, model, some_tokens(1, length)[0].numpy().astype(np.int32) % model.n_vocab)
         yield Executor(graph, lambda name: torch.from_numpy(reader.read(name)), cache), reader, model
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,13 +43,20 @@ COVERED: dict[str, Callable[[Path], Path]] = {
 BY_TABLE = {"gpt2", "bloom", "falcon", "gemma2", "gemma3", "starcoder2", "bert", "bloom of 6 heads"}
 BY_TABLE |= {"gemma", "phi2", "gptneox", "mpt"}
 LENGTH = 40  # more than the sliding windows
+# What these do is also in the others.
+REPEATED = {"qwen2", "bloom", "gemma", "gemma2", "starcoder2", "granite", "smollm3", "yarn", "phi2", "gptneox"}
+REPEATED |= {"nemotron", "olmo2", "cohere2", "glm4", "qwen2moe", "qwen3moe", "odd", "halves", "stablelm"}
 
 
-@pytest.mark.parametrize("name", COVERED)
+def some_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
+
+
+@pytest.mark.parametrize("name", some_slow(COVERED, REPEATED))
 def test_outputs_are_llama_cpps(name: str, tmp_path: Path) -> None:
     """Of one text and of the second of two; stage by stage; also with a small cache of weights."""
-    tokens = some_tokens(2, LENGTH)
     with opened(COVERED[name](tmp_path / "m.gguf"), LENGTH, 70_000) as (run, reader, model):
+        tokens = some_tokens(2, LENGTH) % model.n_vocab
         assert support.tolerance(run.graph, reader) == (1e-3 if name in BY_TABLE else 1e-5)
         limit = 5e-4 if name in BY_TABLE else 2e-6
         for text in tokens:
@@ -81,7 +89,9 @@ def test_rough_weights(dtype: str, limit: float, tmp_path: Path) -> None:
 # gradients
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "deepseek2", "mamba"])
+@pytest.mark.parametrize(
+    "name", some_slow(("llama", "gemma3", "mixtral", "deepseek2", "mamba"), ("gemma3", "deepseek2", "mamba"))
+)
 def test_gradients_are_slopes(name: str, tmp_path: Path) -> None:
     """Along a direction of one matrix, in float64; and cutting the graph elsewhere changes nothing."""
     tokens = some_tokens(1, 12)
