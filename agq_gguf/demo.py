@@ -11,7 +11,7 @@ from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.bench import bench
 from agq_gguf.measure.evaluate import evaluate
 from agq_gguf.runtime.stock_quantize import quantize_stock
-from agq_gguf.runtime.text import generated_text, open_llama
+from agq_gguf.runtime.text import TextModel
 from agq_gguf.text import DATA, PACKAGED_CALIBRATION, PACKAGED_EVALUATION, read_text
 
 MODEL, CALIBRATION, EVALUATION = DATA / "story-f16.gguf", PACKAGED_CALIBRATION, PACKAGED_EVALUATION
@@ -107,10 +107,6 @@ def _renamed(progress: Progress, phase: str) -> Progress:
 
 
 def _generate(path: Path, threads: int) -> str:
-    """A text that starts with PROMPT, generated through llama-cpp-python's normal interface."""
-    llama = open_llama(path, threads=threads)
-    try:
-        pieces = generated_text(llama, PROMPT, tokens=_TEXT_TOKENS, temperature=_TEMPERATURE, seed=_SEED)
-        return PROMPT + "".join(pieces)
-    finally:
-        llama.close()
+    """A text that starts with PROMPT."""
+    with TextModel(path, threads=threads) as model:
+        return PROMPT + "".join(model.continued(PROMPT, tokens=_TEXT_TOKENS, temperature=_TEMPERATURE, seed=_SEED))

@@ -1,4 +1,4 @@
-"""The plugin library: where it is, and the C functions of it that Python calls (cpp/abi declares them)."""
+"""The plugin library: its path, and its C functions that Python calls (declared in cpp/abi)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _FILE_NAME = "libggml-agq" + (".dll" if sys.platform == "win32" else ".so")
 
 _POINTER, _TEXT, _INT, _COUNT = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
 
-# Result and arguments of each function. Those for rounding, and the kernels and their speed, need no host library; all
-# others need the plugin registered.
+# Result and arguments of each function. Functions for rounding, and for kernels and their speed, need no host library;
+# all others need the plugin to be registered.
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "agq_last_error": (_TEXT, []),
     # index, name, what was found, whether it passed, microseconds
@@ -51,7 +51,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
 def backend_path() -> Path:
     """Path of the plugin library, for ``GGML_BACKEND_PATH``.
 
-    Raises HostError if it is not there, which means that the package was not built.
+    Raises HostError if there is none: then the package was not built.
     """
     candidates = [Path(__file__).parent / _FILE_NAME]
     try:
@@ -67,11 +67,11 @@ def backend_path() -> Path:
 
 
 class _Open:
-    """The library while it is open: a handle of its own, and its functions, declared.
+    """Opens the library for each use: a handle, and its functions with declared types.
 
-    A host that unloads the plugin counts on nobody else having it open: only when the last handle is closed does the
-    plugin know of it and empties its slot of the type table. So Python opens the library for each use. Until a host has
-    loaded it, one handle stays, because loading it anew takes as long as rounding a few columns.
+    Python must not keep the library open. When a host unloads the plugin, the plugin clears its slot of the type table,
+    but only once the last handle is closed. One handle stays open until a host has loaded the library, because loading
+    it again takes as long as rounding a few columns.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class _Open:
         self._kept: int | None = None
         self._is_left_to_host = False
         self._library: ctypes.CDLL | None = None
-        self._address = 0  # of a function of `_library`: whether it is still the one that is loaded
+        self._address = 0  # of a function of `_library`; tells whether the same library is still loaded
 
     def open(self) -> tuple[ctypes.CDLL, int]:
         path = str(backend_path())
@@ -125,7 +125,7 @@ def plugin_library() -> Iterator[ctypes.CDLL]:
 
 
 def leave_to_host() -> None:
-    """Call this when a host has loaded the library: from then on the host decides how long it stays."""
+    """Call this once a host has loaded the library: from then on the host decides how long it stays loaded."""
     _open.leave_to_host()
 
 

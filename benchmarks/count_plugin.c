@@ -1,11 +1,11 @@
-/* A plugin of QEMU's user-mode emulator that prints how many instructions the program executed in all threads.
+/* A plugin for QEMU's user-mode emulator: prints how many instructions the program executed, over all threads.
  *
- * benchmarks/instructions.py builds and uses it. Debian packages neither QEMU's own examples nor the header, so the
- * functions that are needed are declared here. */
+ * benchmarks/instructions.py builds and uses it. Debian packages neither QEMU's examples nor the header, so the
+ * functions used are declared here. */
 #include <inttypes.h>
 #include <stdio.h>
 
-struct qemu_plugin_tb; /* a block of instructions without jumps in between, always executed from its begin */
+struct qemu_plugin_tb; /* a block of instructions without jumps in between, always entered at its beginning */
 typedef uint64_t qemu_plugin_id_t;
 
 extern void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id,

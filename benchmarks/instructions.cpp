@@ -1,5 +1,5 @@
 // Calls one matrix product a given number of times and does nothing else. An emulator counts the instructions
-// (benchmarks/instructions.py): those of one call are the count of three calls minus that of two.
+// (benchmarks/instructions.py): the count for one call is that of a run with three calls minus that of a run with two.
 //
 //   instructions KERNEL BITS M K TOKENS CALLS           a kernel of this project
 //   instructions FUNCTION LIBRARY M K TOKENS CALLS      q4_0_4x4 or q4_0_4x8, stock ggml's kernels for repacked Q4_0
@@ -37,18 +37,18 @@ int run_ours(const agq::kernel &row, int bits, int m, int k, int tokens, int cal
 
 #if defined(__unix__) || defined(__APPLE__)
 
-/// The signature of ggml's products on repacked weights: k, result, its row length, weights, activations, their rows,
-/// rows of weights.
+/// The signature of ggml's products on repacked weights: k, result, row length of the result, weights, activations,
+/// activation rows, weight rows.
 using stock_product = void (*)(int n, float *s, size_t bs, const void *vx, const void *vy, int nr, int nc);
 
-/// Q4_0 and Q8_0 in ggml: blocks of 32 with one binary16 scale, here 4 rows interleaved.
+/// Q4_0 and Q8_0 in ggml: blocks of 32 with one binary16 scale, here with 4 rows interleaved.
 int run_stock(const std::string &name, const char *library, int m, int k, int tokens, int calls) {
     void *handle = dlopen(library, RTLD_NOW);
     if (handle == nullptr) {
         std::fprintf(stderr, "%s\n", dlerror());
         return 1;
     }
-    // Rows of activations are multiplied in fours; a single one has a function of its own.
+    // Activation rows are multiplied in fours; a single row has its own function.
     const std::string function = std::string(tokens % 4 == 0 ? "ggml_gemm_" : "ggml_gemv_") + name + "_q8_0";
     const auto product = reinterpret_cast<stock_product>(dlsym(handle, function.c_str()));
     if (product == nullptr || (tokens % 4 != 0 && tokens != 1)) {

@@ -1,10 +1,9 @@
-// Measures the speed of the kernels, and compares it with the machine's peak. Every measurement of a kernel alternates
-// with one of the peak, so that both run at the same clock and beside the same other work. The best of all repetitions
-// counts.
+// Measures the speed of the kernels and compares it with the machine's peak. Kernel and peak measurements alternate, so
+// that both run at the same clock and next to the same other work. The best of all repetitions counts.
 //
 //   kernel_bench [--filter TEXT] [--isa NAME] [--threads N] [--repeat N] [--clock wall|cpu]
 //
-// --clock cpu counts only the time in which the threads really ran (for machines with other work).
+// --clock cpu counts only CPU time, for machines that run other work.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -39,7 +38,7 @@ double wall_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-/// Seconds this thread has run, not counting the time it had to wait for a core.
+/// CPU time of this thread in seconds: waiting for a core does not count.
 double cpu_seconds() {
 #if defined(__unix__) || defined(__APPLE__)
     timespec t;
@@ -50,7 +49,7 @@ double cpu_seconds() {
 #endif
 }
 
-/// Runs `work(thread number)` on all threads at once and returns the seconds it took, by the clock of the options.
+/// Runs `work(thread number)` on all threads at once and returns the time in seconds, by the clock in the options.
 double run(const options &o, const std::function<void(int)> &work) {
     std::atomic<int> waiting{o.threads};
     std::vector<double> begin(o.threads), end(o.threads), busy(o.threads);
@@ -90,7 +89,7 @@ double measure_peak(const options &o, peak::loop loop) {
 
 std::atomic<uint64_t> sink{0};
 
-/// GB/s of reading `memory` on all threads.
+/// Speed of reading `memory` on all threads, in GB/s.
 double measure_read(const options &o, const std::vector<half_tile> &memory, peak::fetch ahead) {
     const size_t share = memory.size() * sizeof(half_tile) / o.threads / 256 * 256;
     const char *begin = reinterpret_cast<const char *>(memory.data());
@@ -98,9 +97,9 @@ double measure_read(const options &o, const std::vector<half_tile> &memory, peak
     return static_cast<double>(share) * o.threads / seconds * 1e-9;
 }
 
-/// Random operands; the values do not matter for the time, but they are valid.
+/// Random operands. They are valid; their values do not affect the time.
 struct operands {
-    std::vector<half_tile> weights;  ///< or pairs of them, which are tiles: as many as there are groups
+    std::vector<half_tile> weights;  ///< half tiles, one per group; a pair of them is a tile
     uint8_t codebook[16];
     std::vector<int8_t> q;
     std::vector<int32_t> bias;
@@ -133,7 +132,7 @@ struct operands {
             }
         }
         for (int8_t &x : q) x = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
-        // Results begin at a cache line, as in the host: a line that is split between two stores costs twice.
+        // Results begin at a cache line, as in the host: a line that is split between two stores costs twice as much.
         float *begin = out.data();
         while (reinterpret_cast<uintptr_t>(begin) % 64 != 0) begin++;
         for (int t = 0; t < tokens; t++) rows.push_back(begin + static_cast<size_t>(t) * panels * 16);
@@ -141,7 +140,7 @@ struct operands {
 
     const tile *tiles() const { return reinterpret_cast<const tile *>(weights.data()); }
 
-    /// The product with matrix number i, in units of panels that the threads take in turn.
+    /// The product with matrix number i. Threads take panels in turn.
     double multiply(const options &o, const kernel &row, int i, bool per_group, int bits) {
         const int units = 8 * o.threads;
         const int step = std::max(1, (panels / row.panel_step + units - 1) / units) * row.panel_step;
@@ -170,7 +169,7 @@ void bench_gemm(const options &o, const kernel &row, int m, int k, int tokens, b
     std::snprintf(detail, sizeof detail, "%dx%d, %d tokens%s%s", m, k, tokens, per_group ? "" : ", a scale per token",
                   bits == 4 ? ", 4 bits" : "");
     if ((std::string("gemm ") + detail).find(o.filter) == std::string::npos) return;
-    // Enough matrices that the weights come from memory, as they do in a model.
+    // Use so many matrices that the weights come from memory, as in a model.
     const int matrices = static_cast<int>(80e6 / (static_cast<double>(m) * k * 0.53)) + 1;
     operands data(k, m / 16, tokens, matrices);
     double best = 0, best_peak = 0;
@@ -182,7 +181,7 @@ void bench_gemm(const options &o, const kernel &row, int m, int k, int tokens, b
     print("gemm", detail, best, "GOPS", best_peak, "GOPS peak");
 }
 
-/// A tall matrix of 136 MB, far more than the caches hold, times few tokens.
+/// A tall matrix of 136 MB, far larger than the caches, times few tokens.
 void bench_gemv(const options &o, const kernel &row, int k, int tokens) {
     char detail[80];
     std::snprintf(detail, sizeof detail, "K %d, %d token%s", k, tokens, tokens > 1 ? "s" : "");
@@ -235,8 +234,8 @@ void bench_quantizer(const options &o, const kernel &row, int k, const char *sca
     print("quantize", detail, best, "GB/s", 0, "");
 }
 
-/// Attention of a block of rows that sees all keys. `peak` counts products of bytes, so that a kernel which multiplies
-/// 16-bit integers can reach half of it, and one in binary32 a quarter.
+/// Attention of a block of rows that see all keys. `peak` counts products of bytes: a kernel that multiplies 16-bit
+/// integers can reach half of it, a binary32 kernel a quarter.
 void bench_attention(const options &o, const kernel &row, int head, int group, int n_keys) {
     char detail[80];
     std::snprintf(detail, sizeof detail, "head %d, %d of them share keys, %d keys", head, group, n_keys);

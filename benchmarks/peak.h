@@ -1,4 +1,4 @@
-// Measures the machine's peak: integer products of one thread without other work, and reading memory.
+// Measures the machine's peak: integer products of one thread, and reading memory.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +10,13 @@ namespace peak {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-// Sixteen independent accumulators hide the latency. The registers are named, so that this file needs no flags: the
-// compiler does not use the upper parts, nor registers above 15, here.
+// Sixteen independent accumulators hide the latency. Registers are named explicitly, so that this file needs no
+// compiler flags: the compiler itself uses neither their upper parts nor registers above 15 here.
 #define AGQ_ACCUMULATORS \
     "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11"
 #define AGQ_FOR_12(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
-/// Operations (a product and an addition count as two) of `rounds` rounds of 512-bit VPDPBUSD.
+/// Number of operations (a product and an addition count as two) in `rounds` rounds of 512-bit VPDPBUSD.
 inline double vnni512(long rounds) {
 #define AGQ_STEP(i) "vpdpbusd %%zmm16, %%zmm17, %%zmm" #i "\n"
     for (long i = 0; i < rounds; i++) asm volatile(AGQ_FOR_12(AGQ_STEP) AGQ_FOR_12(AGQ_STEP)::: AGQ_ACCUMULATORS);
@@ -25,7 +25,7 @@ inline double vnni512(long rounds) {
     return 2.0 * 64 * 24 * rounds;
 }
 
-/// The same for 256-bit VPDPBUSD, in the encoding of AVX-512 or that of AVX-VNNI.
+/// The same for 256-bit VPDPBUSD, in the AVX-512 or the AVX-VNNI encoding.
 inline double vnni256_evex(long rounds) {
 #define AGQ_STEP(i) "%{evex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
     for (long i = 0; i < rounds; i++) asm volatile(AGQ_FOR_12(AGQ_STEP) AGQ_FOR_12(AGQ_STEP)::: AGQ_ACCUMULATORS);
@@ -42,7 +42,7 @@ inline double vnni256_vex(long rounds) {
     return 2.0 * 32 * 24 * rounds;
 }
 
-/// The same for the three instructions of AVX2: VPMADDUBSW, VPMADDWD, VPADDD.
+/// The same for the three AVX2 instructions VPMADDUBSW, VPMADDWD, VPADDD.
 inline double maddubs(long rounds) {
 #define AGQ_STEP(i)                          \
     "vpmaddubsw %%ymm14, %%ymm15, %%ymm12\n" \
@@ -60,10 +60,10 @@ inline double maddubs(long rounds) {
 
 #endif
 
-/// Rounds of a peak loop: returns the operations done.
+/// Runs a number of rounds of a peak loop; returns the number of operations.
 using loop = double (*)(long rounds);
 
-/// The peak loop that belongs to a kernel, or null if there is none.
+/// The peak loop for a kernel, or null if there is none.
 inline loop of_kernel(const std::string &name) {
 #if defined(__x86_64__) && defined(__GNUC__)
     if (name == "avx512vnni") return vnni512;
@@ -74,12 +74,12 @@ inline loop of_kernel(const std::string &name) {
     return nullptr;
 }
 
-/// Bytes to fetch ahead into the first-level and the second-level cache; 0: not at all.
+/// How many bytes ahead to prefetch into the first-level and the second-level cache; 0: no prefetch.
 struct fetch {
     size_t near, far;
 };
 
-/// Reads `bytes` (a multiple of 256) once; the result keeps the compiler from leaving it out.
+/// Reads `bytes` (a multiple of 256) once. Returning the result keeps the compiler from removing the reads.
 inline uint64_t read(const char *memory, size_t bytes, fetch ahead) {
     uint64_t sums[8] = {0};
     for (size_t i = 0; i < bytes; i += 256) {

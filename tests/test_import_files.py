@@ -122,7 +122,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         ("opt", {"hidden_size": "remove"}, "has no hidden_size"),
         ("opt", {"tie_word_embeddings": False}, "lm_head"),
         ("opt", {"enable_bias": False}, "not part"),
-        ("opt", {"quantization_config": {"quant_method": "gptq"}}, "already quantized .gptq."),
+        ("opt", {"quantization_config": {"quant_method": "fp8"}}, "already quantized .fp8, not supported.; only GPTQ"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),
         ("bloom", {"layer_norm_epsilon": -1}, "layer_norm_epsilon"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),

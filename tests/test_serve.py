@@ -21,6 +21,7 @@ from browser import Browser, needs_chromium
 from command_line import COMMAND, environment, process
 
 from agq_gguf.errors import InputError
+from agq_gguf.runtime.text import TextModel
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 KEY = "some-key"
@@ -66,14 +67,12 @@ def example(name: str, *arguments: object) -> str:
 
 
 def test_both_models_answer_with_their_own_text(server: str, llama_agq: Path, llama_q8: Path) -> None:
-    from agq_gguf.runtime.text import generated_text, open_llama
 
     for path in (llama_agq, llama_q8):
         body = {"model": path.stem, "prompt": "the red key", "max_tokens": 8, "temperature": 0, "repeat_penalty": 1.0}
         text = post(f"{server}/completions", body)["choices"][0]["text"]
-        llama = open_llama(path, context=256, threads=1)
-        wanted = "".join(generated_text(llama, "the red key", tokens=8, temperature=0, seed=1))
-        llama.close()
+        with TextModel(path, context=256, threads=1) as model:
+            wanted = "".join(model.continued("the red key", tokens=8, temperature=0, seed=1))
         assert text == wanted, path
 
 
@@ -148,5 +147,5 @@ def test_refusals_are_one_line(llama_agq: Path, bert_f16: Path, tmp_path: Path) 
         result = process("serve", llama_agq, "--port", "0", *options)
         assert result.returncode == InputError.exit_code, result.stderr
         assert message in result.stderr and "Traceback" not in result.stderr
-    assert "no text" in process("serve", bert_f16, "--port", "0").stderr
+    assert "predicts no next token" in process("serve", bert_f16, "--port", "0").stderr
     assert "cannot be opened" in process("serve", tmp_path / "none.gguf", "--port", "0").stderr

@@ -15,7 +15,7 @@ import tiny_models
 
 from agq_gguf.errors import OutputError
 from agq_gguf.gguf_io.reader import Reader, open_gguf
-from agq_gguf.gguf_io.writer import ALIGNMENT, Writer, _File, layout
+from agq_gguf.gguf_io.writer import ALIGNMENT, Writer, _File, check_writable, layout
 
 TENSORS = [("a", "f32", (3, 5)), ("b", "q8_0", (2, 32)), ("c", "f16", (7,)), ("d", "agq4", (16, 512))]
 DATA: dict[str, np.ndarray] = {
@@ -175,3 +175,30 @@ def test_permissions_are_the_usual_ones(tmp_path: Path) -> None:
         pass
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "o")]
     assert modes[0] == modes[1]
+
+
+def test_links_are_written_through(tmp_path: Path, source: Reader) -> None:
+    """OUT as a symbolic link: the file it names is replaced, and the link stays."""
+    (tmp_path / "there").mkdir()
+    real = tmp_path / "there" / "model.gguf"
+    real.write_bytes(b"old")
+    link, chain = tmp_path / "link.gguf", tmp_path / "chain.gguf"
+    link.symlink_to(real)
+    chain.symlink_to(link)
+    with Writer(chain, source.metadata, {}, layout(TENSORS)) as writer:
+        for name, data in DATA.items():
+            writer.write(name, [data])
+    assert chain.is_symlink() and link.is_symlink()
+    with open_gguf(real) as out:
+        assert list(out.tensors) == list(DATA)
+    assert files(tmp_path / "there") == ["model.gguf"]
+    circle = tmp_path / "circle.gguf"
+    circle.symlink_to(circle)
+    with pytest.raises(OutputError):
+        Writer(circle, {}, {}, layout(TENSORS))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs a folder where nothing can be made")
+def test_a_folder_where_nothing_can_be_written() -> None:
+    with pytest.raises(OutputError, match="cannot write there"):
+        check_writable("/proc/self/fd/model.gguf")

@@ -56,7 +56,6 @@ def _fail(message: str, exit_code: int) -> None:
 app = typer.Typer(
     cls=_Commands,
     rich_markup_mode=None,  # plain help: rich's tables cut option names in a terminal of 80 columns
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

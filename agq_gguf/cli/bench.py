@@ -36,8 +36,8 @@ def bench(
     """Measure speed, memory use and load time of models.
 
     The models alternate in one run, so that other work on the machine slows all of them. Prints the median and the
-    quartiles of tokens/s, and the ratio to the first model. Memory use, and the time from opening the file to the
-    first token, are measured in a fresh process for each model.
+    quartiles of tokens/s, and the ratio to the first model, which is the reference. Memory use, and the time from
+    opening the file to the first token, are measured in a fresh process for each model.
     """
     from agq_gguf.measure.bench import bench as run
     from agq_gguf.runtime.cpus import default_threads
@@ -66,7 +66,7 @@ def bench(
         return
     show_bench(results)
     show_profiles(results)
-    show.say("tokens/s: median ± half the interquartile range; ratio: to the first model")
+    show.say(f"tokens/s: median ± half the interquartile range; ratios of medians to {Path(results[0].model).name}")
     show.say(f"{threads} threads, flash attention {flash_attention.value}, {repetitions} repetitions")
 
 
@@ -75,7 +75,7 @@ def show_bench(results: list[Result]) -> None:
     columns = ["model", ">file"]
     for part in ("prompt", "generation"):
         speed = getattr(results[0], part)
-        columns += [f">{part} {speed.tokens if speed else 0}", ">ratio"]
+        columns += [f">{part} {speed.tokens if speed else 0}", f">to {Path(results[0].model).stem}"]
     columns += [">memory", ">first token"]
     show.table(columns, [_bench_row(result) for result in results])
 

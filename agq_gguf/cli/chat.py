@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Context, ModelArgument, Seed, Temperature, Threads
-from agq_gguf.cli.prune import pruning, read_prompt
+from agq_gguf.cli.prune import pruning, show_dropped
+from agq_gguf.errors import AgqError, InputError, OutputError
+from agq_gguf.text import read_text
+
+if TYPE_CHECKING:
+    from agq_gguf.runtime.chat_format import Formatter
+    from agq_gguf.runtime.conversation import Conversation
+    from agq_gguf.runtime.text import TextModel
+
+_HELP = """\
+/help           this list
+/reset          begin a new conversation
+/system TEXT    change the system prompt; without TEXT: remove it
+/save FILE      write the conversation into a file (Markdown)
+\"\"\"             begin and end a message of several lines
+Ctrl-C          stop the answer
+Ctrl-D          leave"""
 
 
 def generate(
@@ -33,57 +51,151 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a text."""
-    from agq_gguf.runtime.text import generated_text, open_llama
+    from agq_gguf.runtime.text import TextModel
 
-    with pruning(prune):
-        llama = open_llama(model, context=context, threads=threads)
-    try:
-        start = read_prompt(llama, model, prompt) if show_pruned else prompt
-        _stream(generated_text(llama, start, tokens=tokens, temperature=temperature, seed=seed))
-    finally:
-        llama.close()
+    with pruning(prune), TextModel(model, context=context, threads=threads) as text:
+        ids = text.tokenize(prompt)
+        if show_pruned:
+            show_dropped(text, model, ids)
+        for piece in text.continued(ids, tokens=tokens, temperature=temperature, seed=seed):
+            _write(piece)
+        _write("\n")
 
 
 def chat(
     model: ModelArgument,
     system: Annotated[str, typer.Option(help="System prompt.", show_default=False)] = "",
+    chat_format: Annotated[
+        str,
+        typer.Option(
+            "--chat-format",
+            help="One of llama.cpp's chat formats, such as chatml, instead of the model's own template; "
+            "plain: no format.",
+            show_default=False,
+        ),
+    ] = "",
+    template: Annotated[
+        Path | None, typer.Option(help="File with a chat template (Jinja) to use instead.", show_default=False)
+    ] = None,
     tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Maximum number of tokens per answer.")] = 512,
     temperature: Temperature = 0.8,
     seed: Seed = -1,
     context: Context = 0,
     threads: Threads = 0,
 ) -> None:
-    """Chat with a model, line by line; end with Ctrl-D.
+    """Chat with a model.
+
+    /help lists what you can type, Ctrl-C stops an answer, Ctrl-D ends.
 
     Lines may also come from a pipe.
     """
-    from agq_gguf.runtime.text import chat_answer, open_llama
+    from agq_gguf.runtime.conversation import Conversation
+    from agq_gguf.runtime.text import TextModel
 
-    llama = open_llama(model, context=context, threads=threads)
-    messages = [{"role": "system", "content": system}] if system else []
+    with TextModel(model, context=context, threads=threads) as text:
+        formatter = _formatter(text, model, chat_format, template)
+        talk = Conversation(text, formatter, system, tokens=tokens, temperature=temperature, seed=seed)
+        interactive = sys.stdin.isatty()
+        if interactive:
+            show.complain(f"{model.name}: type a message; /help lists commands, Ctrl-D ends")
+        for message in _messages(interactive):
+            if interactive and message.startswith("/"):
+                _command(talk, message)
+            else:
+                _answer(talk, message)
+
+
+def _formatter(text: TextModel, model: Path, chat_format: str, template: Path | None) -> Formatter:
+    """How conversations become prompts: as the user says, else as the model's file says."""
+    from agq_gguf.runtime.chat_format import by_name, by_template, own_template, plain
+
+    if chat_format and template:
+        raise InputError("--chat-format and --template exclude each other; give one of them")
+    if template:
+        return by_template(text.model, read_text(template), str(template))
+    if chat_format:
+        return plain if chat_format == "plain" else by_name(chat_format)
+    own = own_template(text.model)
+    if own:
+        return by_template(text.model, own, str(model))
+    show.complain(
+        f"warning: {model} has no chat template, so it was probably not trained to chat: it continues what you type; "
+        "choose a format with --chat-format or --template"
+    )
+    return plain
+
+
+def _messages(interactive: bool) -> Iterator[str]:
+    """What the user types, one message at a time; bytes that are not UTF-8 are replaced."""
+    stream = sys.stdin
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
+    block: list[str] | None = None  # lines of a message that began with three quotes
+    while True:
+        try:
+            if interactive:
+                _write("> " if block is None else ". ")
+            line = stream.readline()
+        except KeyboardInterrupt:
+            _write("\n")
+            block = None
+            continue
+        if not line:
+            if interactive:
+                _write("\n")
+            if block:
+                yield "\n".join(block)
+            return
+        line = line.rstrip("\r\n")
+        if block is None and line.strip().startswith('"""'):
+            block, line = [], line.strip()[3:]
+        if block is None:
+            if line.strip():
+                yield line.strip()
+        elif line.rstrip().endswith('"""'):
+            yield "\n".join([*block, line.rstrip()[:-3]]).strip("\n")
+            block = None
+        else:
+            block.append(line)
+
+
+def _answer(talk: Conversation, message: str) -> None:
+    """Prints the model's answer; Ctrl-C stops it, and what was said until then is kept."""
     try:
-        while True:
-            if sys.stdin.isatty():
-                sys.stdout.write("> ")
-                sys.stdout.flush()
-            line = sys.stdin.readline()
-            if not line:
-                break
-            if not line.strip():
-                continue
-            messages.append({"role": "user", "content": line.strip()})
-            answer = _stream(chat_answer(llama, messages, tokens=tokens, temperature=temperature, seed=seed))
-            messages.append({"role": "assistant", "content": answer})
-    finally:
-        llama.close()
+        for piece in talk.answer(message):
+            _write(piece)
+    except KeyboardInterrupt:
+        pass
+    except AgqError as e:
+        if not sys.stdin.isatty():
+            raise
+        show.complain(f"error: {e}")
+    _write("\n")
+    if talk.dropped:
+        show.complain(f"note: the context is full: the {talk.dropped} oldest messages are no longer read")
 
 
-def _stream(pieces: Any) -> str:
-    """Prints pieces of text as they come, then a line end; returns the whole text."""
-    whole = []
-    for piece in pieces:
-        whole.append(piece)
-        sys.stdout.write(show.safe(piece))
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return "".join(whole)
+def _command(talk: Conversation, line: str) -> None:
+    word, _, rest = line.partition(" ")
+    if word == "/help":
+        show.say(_HELP)
+    elif word == "/reset":
+        talk.reset()
+        show.complain("a new conversation")
+    elif word == "/system":
+        talk.system = rest.strip()
+        show.complain("system prompt changed" if talk.system else "system prompt removed")
+    elif word == "/save" and rest.strip():
+        try:
+            Path(rest.strip()).write_text(talk.as_markdown(), encoding="utf-8")
+        except OSError as e:
+            show.complain(f"error: {OutputError(f'{rest.strip()}: cannot be written: {e.strerror}')}")
+        else:
+            show.complain(f"{rest.strip()}: written")
+    else:
+        show.complain(f"unknown command {word}; /help lists all")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text if text == "\n" else show.safe(text))
+    sys.stdout.flush()

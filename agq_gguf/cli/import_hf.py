@@ -38,8 +38,8 @@ def import_hf(
 ) -> None:
     """Convert a Hugging Face checkpoint to a float GGUF.
 
-    Supports LLaMA, OPT and BLOOM. Stock llama.cpp runs the result, and `quantize` accepts it. For all other models use
-    llama.cpp's convert_hf_to_gguf.py.
+    Supports LLaMA, OPT and BLOOM, in floats or packed (GPTQ, AWQ, AutoRound, compressed-tensors). Stock llama.cpp runs
+    the result, and `quantize` accepts it. For all other models use llama.cpp's convert_hf_to_gguf.py.
     """
     try:
         from agq_gguf.import_hf import import_checkpoint

@@ -6,7 +6,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -16,8 +16,12 @@ from agq_gguf.cli.options import Json, Quiet, Threads
 from agq_gguf.errors import AgqError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from agq_gguf.pruning.calibrate import PruneReport
     from agq_gguf.pruning.file import PruningInfo
+    from agq_gguf.runtime.text import TextModel
     from agq_gguf.text import LoadedText
 
 # One colour for each pruning layer, the earliest first; further layers share the last colour.
@@ -164,18 +168,17 @@ def pruning(spec: str | None) -> AbstractContextManager[None]:
     return options(prune=spec)
 
 
-def read_prompt(llama: Any, model: Path, prompt: str) -> list[int]:
-    """Reads a prompt, shows which of its tokens were dropped, and returns the prompt's tokens."""
+def show_dropped(text: TextModel, model: Path, tokens: NDArray[np.int32]) -> None:
+    """Reads a prompt and shows which of its tokens were dropped."""
     from agq_gguf.gguf_io.shards import open_model
     from agq_gguf.pruning.plan import work_of
-    from agq_gguf.runtime.pruned import read_prompt as read
+    from agq_gguf.runtime.pruned import pieces_of
 
     with open_model(model) as reader:
         work = work_of({name: tensor.n_elements for name, tensor in reader.tensors.items()})
-    tokens: list[int] = llama.tokenize(prompt.encode(), special=True)
-    pieces, left = read(llama, tokens)
+    text.read(tokens)
+    pieces, left = pieces_of(tokens.tolist(), text.detokenize)
     show_prompt(pieces, work.saving([left]))
-    return tokens
 
 
 def show_prompt(pieces: list[tuple[str, int]], saving: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="GGUF model in F32, F16 or BF16.", show_default=False)],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN",
+            help="GGUF model in F32, F16 or BF16, or a Hugging Face checkpoint folder.",
+            show_default=False,
+        ),
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="File to write; replaced only when complete.", show_default=False)
     ],
@@ -90,6 +98,25 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished parts beside OUT and continue from them next time.")
     ] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take a model that is quantized already; this loses quality.")
+    ] = False,
+    keep_types: Annotated[
+        str,
+        typer.Option(
+            help="Types of a quantized model whose tensors stay as they are, such as mxfp4,q6_K; none: no type."
+        ),
+    ] = "mxfp4",
+    converter: Annotated[
+        Path | None,
+        typer.Option(
+            help="llama.cpp's convert_hf_to_gguf.py or its folder, for checkpoints that import-hf does not know.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_float: Annotated[
+        Path | None, typer.Option(help="Keep the float GGUF of a checkpoint folder in this file.", show_default=False)
+    ] = None,
     prune: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of a long prompt's work to save by dropping tokens.")
     ] = 0.0,
@@ -118,6 +145,10 @@ def quantize(
         calibration_tokens=calibration_tokens,
         tune=tune,
         split_size=split_size or 0,
+        allow_requantize=allow_requantize,
+        converter=str(converter or ""),
+        keep_float=str(keep_float or ""),
+        keep_types=() if keep_types == "none" else tuple(keep_types.split(",")),
         matrix=replace(activation_options(act_bits, act_scale), equalize=not keep_norms),
     )
     if prune and calibration is None:
@@ -143,7 +174,7 @@ def quantize(
     if as_json:
         show.write_json({**asdict(report), "pruning": asdict(pruned) if pruned else None})
         return
-    show_report(report)
+    show_report(report, source)
     if pruned is not None:
         show_calibration(pruned)
 
@@ -186,7 +217,7 @@ def write_plan(plans: list[TensorPlan], needed: Estimate) -> None:
     show.write_json({"tensors": tensors, "bits_per_weight": bits, **asdict(needed)})
 
 
-def show_report(report: Report) -> None:
+def show_report(report: Report, source: Path) -> None:
     """Prints the types and errors of the tensors, and why some are not AGQ4."""
     by_type = [
         [name, count, show.size(n_bytes), f"{bits:.2f}"] for name, (count, n_bytes, bits) in report.by_type().items()
@@ -210,7 +241,11 @@ def show_report(report: Report) -> None:
     for warning in report.warnings:
         show.complain(f"warning: {warning}")
     files = f" in {len(report.paths)} files" if len(report.paths) > 1 else ""
-    show.say(f"{report.paths[0]}: {show.size(report.n_bytes)}{files}, {report.bits_per_weight:.2f} bits per weight")
+    show.say(
+        f"{source.name} {show.size(report.source_bytes)} -> {report.paths[0]} {show.size(report.n_bytes)}{files}, "
+        f"{report.bits_per_weight:.2f} bits per weight"
+    )
+    show.say(f'Try it: agq-gguf generate {shlex.quote(str(report.paths[0]))} -p "Once upon a time"')
 
 
 def _by_kind(worst: list[TensorReport]) -> dict[str, tuple[list[float], str]]:

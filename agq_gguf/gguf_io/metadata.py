@@ -13,6 +13,7 @@ PREFIX = "agq."
 VERSION = "agq.version"
 CALIBRATION = "agq.calibration"
 QUALITY = "agq.quality"
+REQUANTIZED_FROM = "agq.requantized_from"  # the types of a source whose weights were quantized already
 ACTIVATION_BITS = "agq.activation_bits"
 ACTIVATION_SCALE = "agq.activation_scale"
 TENSOR_COUNT = "agq.tensors."  # and the name of a type

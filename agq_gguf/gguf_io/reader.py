@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 
 from agq_gguf.errors import FormatError, InputError
 from agq_gguf.format import blocks
+from agq_gguf.gguf_io.kinds import what_it_is
 
 ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 63  # bytes, as in ggml
 _MAX_NESTING = 4
+_HEAD = 1024  # bytes that tell what a file is
 _CHUNK = 1 << 24  # bytes that are copied at one time
 
 # Metadata value types of GGUF: code -> struct format.
@@ -48,7 +50,8 @@ TYPES: dict[int, tuple[str, int, int]] = {
     39: ("mxfp4", 32, 17), 40: ("nvfp4", 64, 36), 41: ("q1_0", 128, 18),
 }  # fmt: skip
 TYPE_IDS = {name: number for number, (name, _, _) in TYPES.items()}
-_PLAIN = {"f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64"}
+FLOATS = ("f32", "f16", "bf16")
+_PLAIN = {*FLOATS, "f64", "i8", "i16", "i32", "i64"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class Tensor:
     def n_matrices(self) -> int:
         """Matrices in the tensor: one for each expert, or one if there are no experts."""
         return math.prod(self.shape[:-2])
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its type stores blocks of weights that share a scale."""
+        return self.type_name not in _PLAIN
 
 
 def decode_text(raw: bytes) -> str:
@@ -137,6 +145,8 @@ class Reader:
     _file: IO[bytes] = field(repr=False)
     _identity: tuple[int, ...] = field(repr=False)
     _lock: threading.Lock = field(repr=False, default_factory=threading.Lock)
+    # Quantized type -> what turns whole blocks of it into float32 [n]; `read` refuses types without an entry.
+    decoders: dict[str, Callable[[bytearray], NDArray[np.float32]]] = field(repr=False, default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -228,10 +238,12 @@ class Reader:
     def read(self, name: str, rows: range | None = None) -> NDArray[np.float32]:
         """A float tensor (f32, f16, bf16) as float32 in its shape, or some rows of it [rows, K]; always a copy.
 
-        Rows are counted through all matrices of the tensor. Raises InputError for other types.
+        Rows are counted through all matrices of the tensor. Quantized types need an entry of `decoders`. Raises
+        InputError for other types.
         """
         tensor = self.tensors[name]
-        if tensor.type_name not in ("f32", "f16", "bf16"):
+        decode = self.decoders.get(tensor.type_name)
+        if tensor.type_name not in FLOATS and decode is None:
             raise InputError(f"{self.path}: tensor {name} must be f32, f16 or bf16, got {tensor.type_name}")
         shape, begin, end = tensor.shape, 0, tensor.n_bytes
         if rows is not None:
@@ -239,6 +251,8 @@ class Reader:
             begin, end = rows.start * row_bytes, rows.stop * row_bytes
             shape = (len(rows), shape[-1])
         data = self.read_bytes(name, begin, end)
+        if decode is not None:
+            return decode(data).reshape(shape)
         if tensor.type_name == "f32":
             values = np.frombuffer(data, "<f4").astype(np.float32)
         elif tensor.type_name == "f16":
@@ -283,6 +297,10 @@ def open_gguf(path: str | os.PathLike[str]) -> Reader:
     sizes that exceed it. Opens a part of a split model alone; `shards.open_model` joins the parts.
     """
     path = Path(path)
+    if (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: is a Hugging Face checkpoint; `agq-gguf quantize` takes its folder, everything else a GGUF file"
+        )
     try:
         file = path.open("rb", buffering=0)
     except OSError as e:
@@ -304,8 +322,11 @@ def open_gguf(path: str | os.PathLike[str]) -> Reader:
         raise
 
 
-def check_source(reader: Reader) -> None:
-    """Raises InputError unless the file is a whole model with float weights."""
+def check_source(reader: Reader, *, allow_requantize: bool = False) -> None:
+    """Raises InputError unless the file is a whole model with float weights.
+
+    With `allow_requantize` the weights may be of any type but AGQ4.
+    """
     if reader.number("split.count", 0) not in (0, 1):
         raise InputError(f"{reader.path}: is one part of a split model; all parts are needed")
     kind = reader.text("general.type", "model")
@@ -325,17 +346,22 @@ def check_source(reader: Reader) -> None:
         raise InputError(f"{reader.path}: has no general.architecture, so it is not a model")
     if not reader.tensors:
         raise InputError(f"{reader.path}: holds no tensors")
+    if any(tensor.type_name == blocks.TYPE_NAME for tensor in reader.tensors.values()):
+        raise InputError(f"{reader.path}: is an AGQ4 model already; start from the file that it was made from")
     for tensor in reader.tensors.values():
-        if tensor.type_name not in _PLAIN:
+        if tensor.quantized and not allow_requantize:
             raise InputError(
-                f"{reader.path}: tensor {tensor.name} is already quantized ({tensor.type_name}); "
-                "quantizing twice ruins a model, so start from its F32, F16 or BF16 file"
+                f"{reader.path}: tensor {tensor.name} is already quantized ({tensor.type_name}); start from the F32, "
+                "F16 or BF16 file of the model, or use --allow-requantize, which loses quality"
             )
 
 
 def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Field], dict[str, Tensor]]:
     cursor = _Cursor(data, path)
     if cursor.take(4) != b"GGUF":
+        found = what_it_is(data[:_HEAD], len(data))
+        if found:
+            raise InputError(f"{path}: is {found}")
         raise InputError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
     version = cursor.number("I")
     if version & 0xFFFF == 0:

@@ -236,6 +236,32 @@ def _cut(tensors: list[Tensor], split: int, metadata: tuple[int, int], alignment
     return parts
 
 
+def through_links(path: str | os.PathLike[str]) -> Path:
+    """The file that a symbolic link names, so that writing replaces that file and not the link; else the path.
+
+    Raises OutputError for links that lead in a circle.
+    """
+    target = Path(path)
+    if not target.is_symlink():
+        return target
+    try:
+        return target.resolve()
+    except (OSError, RuntimeError) as e:
+        raise OutputError(f"{path}: is a symbolic link that leads nowhere; give another name") from e
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises OutputError if no file can be made where `path` will be written, before hours of work."""
+    target = through_links(path)
+    probe = target.with_name(f".{_short(target.name)}.{secrets.token_hex(4)}.part")
+    try:
+        with probe.open("xb"):
+            pass
+        probe.unlink()
+    except OSError as e:
+        raise OutputError(f"{path}: cannot write there: {e.strerror}") from e
+
+
 class Writer:
     """Writes a model into one GGUF file or several; a context manager.
 
@@ -257,7 +283,7 @@ class Writer:
         With `split` > 0 files have at most so many bytes (but at least one tensor) and are called
         NAME-00001-of-0000N.gguf, unless one file is enough.
         """
-        self.path = Path(path)
+        self.path = through_links(path)
         self._tensors = tensors
         self._missing = {tensor.name for tensor in tensors}
         self._digests = {tensor.name: _NO_HASH for tensor in tensors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf.errors import AgqError, HostError
-from agq_gguf.gguf_io.reader import Reader
+from agq_gguf.gguf_io.reader import FLOATS, Reader
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.graphs.ir import Graph, check_inputs, translate
 from agq_gguf.graphs.ops.arithmetic import BY_TABLE
@@ -22,9 +23,8 @@ from agq_gguf.runtime.model import Model
 
 # The largest relative difference of outputs. llama.cpp rounds the input of a product to the type of the weight, and
 # takes GELU from a table of F16 values.
-_EXACT, _ROUGH, _BF16 = 1e-5, 1e-3, 1e-2
+_EXACT, _ROUGH, _BF16, _CODED = 1e-5, 1e-3, 1e-2, 1e-1  # coded: activations have 8 bits
 _TRIED_TOKENS = 32
-_FLOATS = ("f32", "f16", "bf16")  # types that can be read
 _POOLING_RANK = 4  # of a reranker: gguf.PoolingType.RANK
 
 
@@ -66,7 +66,7 @@ def _graph_for(reader: Reader, model: Model, tokens: NDArray[np.int32], threads:
     check_inputs(first, second)
     graph = translate(first, shapes)
     for node in graph.nodes:
-        if node.op == "WEIGHT" and reader.tensors[node.attr].type_name not in _FLOATS:
+        if node.op == "WEIGHT" and reader.tensors[node.attr].type_name not in (*FLOATS, *reader.decoders):
             raise Unsupported(f"its tensor {node.attr} is of type {reader.tensors[node.attr].type_name}")
     return graph
 
@@ -74,6 +74,8 @@ def _graph_for(reader: Reader, model: Model, tokens: NDArray[np.int32], threads:
 def tolerance(graph: Graph, reader: Reader) -> float:
     """The relative difference between llama.cpp's outputs and ours that its arithmetic explains."""
     types = {reader.tensors[name].type_name for i in range(len(graph.nodes)) if (name := graph.matrix_of(i))}
+    if not types.issubset(FLOATS):
+        return _CODED
     if "bf16" in types:
         return _BF16
     return _ROUGH if "f16" in types or any(node.op in BY_TABLE for node in graph.nodes) else _EXACT
@@ -99,10 +101,14 @@ def difference(executor: Executor, model: Model, tokens: NDArray[np.int32], thre
     return float(torch.nan_to_num(found, nan=torch.inf))
 
 
-def supported(path: str | os.PathLike[str]) -> str:
-    """Why a float model cannot run in PyTorch with gradients; empty if it can. Tries it on a few tokens."""
+def supported(path: str | os.PathLike[str], prepare: Callable[[Reader], None] = lambda reader: None) -> str:
+    """Why a model cannot run in PyTorch with gradients; empty if it can. Tries it on a few tokens.
+
+    `prepare` gets the open file: it may add decoders.
+    """
     try:
         with open_model(path) as reader, Model(Path(path)) as model:
+            prepare(reader)
             tokens = (np.arange(_TRIED_TOKENS) * 7919 % model.n_vocab).astype(np.int32)
             open_graph(reader, model, tokens, 0)
     except Unsupported as e:

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from agq_gguf.errors import InputError
 from agq_gguf.gguf_io.reader import Field, open_gguf
 from agq_gguf.gguf_io.writer import Writer, layout
 from agq_gguf.import_hf import bloom, llama, opt
-from agq_gguf.import_hf.checkpoint import Checkpoint, Config, folder_name, read_config
+from agq_gguf.import_hf.checkpoint import Checkpoint, Config, Weights, folder_name, read_config
+from agq_gguf.import_hf.packed import Scheme, Unpacked, refuse_unnamed, scheme_of
 from agq_gguf.import_hf.plan import Plan, Source, Target, resolve
 from agq_gguf.import_hf.tokenizer import Vocabulary, read_vocabulary
 from agq_gguf.import_hf.verify import tokenizer_warnings
@@ -45,6 +46,7 @@ class ImportReport:
     n_parameters: int
     n_bytes: int  # of the file
     warnings: list[str]
+    packed: str = ""  # how the checkpoint was quantized, such as "GPTQ, 4 bits, groups of 128"
 
 
 def import_checkpoint(
@@ -68,7 +70,9 @@ def import_checkpoint(
     if target.parent.resolve() == source.resolve() and target.suffix != ".gguf":
         raise InputError(f"{target}: is in the checkpoint's folder; use a name that ends in .gguf")
     plan = _choose(config)(config)
-    with Checkpoint(source, allow_pickle=allow_pickle) as checkpoint:
+    scheme = scheme_of(config, source)
+    with Checkpoint(source, allow_pickle=allow_pickle) as files:
+        checkpoint = weights_of(files, scheme)
         names = resolve(plan, checkpoint)
         vocabulary = read_vocabulary(source, plan.n_vocab, config.values)
         with tempfile.TemporaryDirectory(prefix="agq-gguf-") as scratch:
@@ -77,7 +81,16 @@ def import_checkpoint(
             warnings = plan.warnings + vocabulary.warnings + tokenizer_warnings(header, source, vocabulary)
             with open_gguf(header) as reader:
                 metadata = reader.metadata
-        return _write(target, plan, checkpoint, names, metadata, outtype, warnings, progress)
+        report = _write(target, plan, checkpoint, names, metadata, outtype, warnings, progress)
+    return replace(report, packed=str(scheme or ""))
+
+
+def weights_of(files: Checkpoint, scheme: Scheme | None) -> Weights:
+    """The weights of a checkpoint as floats. Raises InputError if they are packed in a way that nothing names."""
+    if scheme is None:
+        refuse_unnamed(files)
+        return files
+    return Unpacked(files, scheme)
 
 
 def _choose(config: Config) -> Callable[[Config], Plan]:
@@ -89,12 +102,6 @@ def _choose(config: Config) -> Callable[[Config], Plan]:
         raise InputError(
             f"{config.path}: architecture {name or '(not named)'} is not supported, only {known}; use llama.cpp's "
             "convert_hf_to_gguf.py, and then `agq-gguf quantize` with its F16 file"
-        )
-    quantized = config.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
-        raise InputError(
-            f"{config.path}: the weights are already quantized ({method}); start from the float checkpoint"
         )
     return FAMILIES[name]
 
@@ -117,7 +124,7 @@ def _write_header(path: Path, plan: Plan, vocabulary: Vocabulary, name: str, out
 def _write(
     path: Path,
     plan: Plan,
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     names: dict[str, str],
     metadata: dict[str, Field],
     outtype: str,
@@ -136,7 +143,7 @@ def _write(
     return ImportReport(plan.architecture, len(placed), total, writer.n_bytes, warnings)
 
 
-def _parts(target: Target, checkpoint: Checkpoint, names: dict[str, str], type_name: str) -> Iterator[NDArray[Any]]:
+def _parts(target: Target, checkpoint: Weights, names: dict[str, str], type_name: str) -> Iterator[NDArray[Any]]:
     """The values of one tensor in the target type, in blocks."""
     if target.constant is not None:
         yield from _converted(target.constant, type_name, target.name)
@@ -144,7 +151,7 @@ def _parts(target: Target, checkpoint: Checkpoint, names: dict[str, str], type_n
         yield from _converted(_load(checkpoint, names, source), type_name, names[source.name])
 
 
-def _load(checkpoint: Checkpoint, names: dict[str, str], source: Source) -> torch.Tensor:
+def _load(checkpoint: Weights, names: dict[str, str], source: Source) -> torch.Tensor:
     tensor = checkpoint.load(names[source.name])
     return tensor if source.change is None else source.change(tensor)
 

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import torch
 
 from agq_gguf.errors import InputError, missing_package
+from agq_gguf.gguf_io.kinds import LFS_POINTER, what_it_is
 
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+_MAX_POINTER = 1024  # bytes
 _MAX_JSON = 1 << 30  # bytes; the largest tokenizer.json has about 50 MB
 # Files of weights, best first: safetensors files run no code and can be mapped.
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
@@ -99,14 +101,37 @@ def read_config(folder: Path) -> Config:
     """Reads config.json. Raises InputError if the folder or the file is missing or not JSON."""
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; give a Hugging Face checkpoint folder with config.json and weights")
+    _refuse_pointers(folder)
     return Config(read_object(folder / "config.json"), folder / "config.json")
+
+
+def _refuse_pointers(folder: Path) -> None:
+    """Raises InputError if a file of the folder was not downloaded, but only its Git LFS pointer."""
+    for path in sorted(folder.iterdir()):
+        try:
+            small = path.is_file() and path.stat().st_size < _MAX_POINTER
+            head = path.read_bytes() if small else b""
+        except OSError:
+            continue  # whoever needs the file says what is wrong with it
+        if head.startswith(LFS_POINTER):
+            raise InputError(f"{path}: is {what_it_is(head, len(head))}")
+
+
+class Weights(Protocol):
+    """Float tensors by name; shapes are () for tensors that are not plain floats."""
+
+    folder: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU. Raises InputError."""
 
 
 class _File(Protocol):
     """One file of weights."""
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name; () for a tensor that is not float."""
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Shapes by name, and whether the tensor holds plain floats."""
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
@@ -127,15 +152,10 @@ class _SafetensorsFile:
         except (OSError, SafetensorError, ValueError) as e:
             raise InputError(f"{path}: not a readable safetensors file: {e}") from e
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {}
-        for name in self._file.keys():  # noqa: SIM118  # not a dict
-            part = self._file.get_slice(name)
-            if part.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-                found[name] = ()  # an error if the plan needs this tensor
-                continue
-            found[name] = tuple(part.get_shape())
-        return found
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        parts = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118  # not a dict
+        floats = ("F32", "F16", "BF16", "F64")
+        return {name: (tuple(part.get_shape()), part.get_dtype() in floats) for name, part in parts.items()}
 
     def load(self, name: str) -> torch.Tensor:
         try:
@@ -176,9 +196,11 @@ class _PytorchFile:
             raise InputError(f"{self._path}: must hold a dictionary of tensors, got {type(found).__name__}")
         return {str(k): v.detach() for k, v in found.items() if isinstance(v, torch.Tensor)}
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        plain = {k: v.dtype in _FLOATS and v.layout == torch.strided for k, v in self._open().items()}
-        return {name: tuple(tensor.shape) if plain[name] else () for name, tensor in self._open().items()}
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        return {
+            name: (tuple(tensor.shape), tensor.dtype in _FLOATS and tensor.layout == torch.strided)
+            for name, tensor in self._open().items()
+        }
 
     def load(self, name: str) -> torch.Tensor:
         return self._open()[name]
@@ -191,7 +213,8 @@ class _PytorchFile:
 class Checkpoint:
     """The weights of a checkpoint folder; a context manager.
 
-    `shapes` maps the name of each tensor to its shape, or to () if the tensor does not hold plain floats.
+    `shapes` maps the name of each tensor to its shape, or to () if the tensor does not hold plain floats; `sizes` maps
+    all names to shapes.
     """
 
     def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
@@ -201,11 +224,13 @@ class Checkpoint:
         try:
             self._files = self._open(allow_pickle)
             self.shapes: dict[str, tuple[int, ...]] = {}
+            self.sizes: dict[str, tuple[int, ...]] = {}
             self._file_of: dict[str, _File] = {}
             self._last: _File | None = None
             for file in self._files:
-                for name, shape in file.shapes().items():
-                    self.shapes[name] = shape
+                for name, (shape, floats) in file.shapes().items():
+                    self.shapes[name] = shape if floats else ()  # an error if the plan needs this tensor
+                    self.sizes[name] = shape
                     self._file_of[name] = file
                 file.release()
         except BaseException:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from agq_gguf.errors import InputError
-from agq_gguf.import_hf.checkpoint import Checkpoint
+from agq_gguf.import_hf.checkpoint import Weights
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,7 +50,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
 
-def resolve(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
+def resolve(plan: Plan, checkpoint: Weights) -> dict[str, str]:
     """Source name -> name in the checkpoint. Raises InputError for missing or unknown tensors, or wrong shapes."""
     names: dict[str, str] = {}
     for name in checkpoint.shapes:

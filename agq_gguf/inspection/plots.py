@@ -43,7 +43,7 @@ def plot_bench(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
         above = [speed.quartiles[1] - speed.median for speed in speeds]
         bars = axis.barh(names, medians, xerr=[below, above], color="tab:blue", ecolor="black", capsize=3)
         axis.bar_label(bars, [f" {speed.median:.1f} ({speed.ratio:.2f})" for speed in speeds], padding=4)
-        axis.set_title(f"{part} of {speeds[0].tokens} tokens (ratio to the first model)")
+        axis.set_title(f"{part} of {speeds[0].tokens} tokens (ratio to {Path(results[0].model).name})")
         axis.set_xlabel("tokens/s")
         axis.margins(x=0.25)
         axis.invert_yaxis()

@@ -126,26 +126,23 @@ def _sample_prompt(reader: Reader, text: LoadedText, threads: int) -> SampleProm
         return None
     from agq_gguf.runtime.model_file import prepare
     from agq_gguf.runtime.plugin import options
-    from agq_gguf.runtime.pruned import last_importance, read_prompt
-    from agq_gguf.runtime.text import open_llama
+    from agq_gguf.runtime.pruned import last_importance, pieces_of
+    from agq_gguf.runtime.text import TextModel
 
     prepare(reader.path)
-    llama = open_llama(reader.path, context=_PROMPT_TOKENS, threads=threads)
-    try:
-        tokens = llama.tokenize(text.whole[: 16 * _PROMPT_TOKENS].encode())[:_PROMPT_TOKENS]
-        pieces, _ = read_prompt(llama, tokens)
-    finally:
-        llama.close()
+    with TextModel(reader.path, context=_PROMPT_TOKENS, threads=threads) as model:
+        tokens = model.tokenize(text.whole[: 16 * _PROMPT_TOKENS])[:_PROMPT_TOKENS]
+        model.read(tokens)
+        pieces, _ = pieces_of(tokens.tolist(), model.detokenize)
     # A threshold of 0 drops nothing, but makes the plugin compute the score of the Agile-Quant paper at that layer.
     found = {}
     for layer in sorted({int(layer) for layer in layers}):
-        with options(prune=f"{layer}:t0;score=first;keep=0;reach=0"):
-            llama = open_llama(reader.path, context=_PROMPT_TOKENS, threads=threads)
-        try:
-            llama.eval(tokens)
+        with (
+            options(prune=f"{layer}:t0;score=first;keep=0;reach=0"),
+            TextModel(reader.path, context=_PROMPT_TOKENS, threads=threads) as model,
+        ):
+            model.read(tokens)
             values = last_importance(layer)
-        finally:
-            llama.close()
         if len(values) == len(tokens):
             found[layer] = np.where(np.isfinite(values), values, np.float32(np.nan))
     return SamplePrompt(pieces, found)

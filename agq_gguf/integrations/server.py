@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from agq_gguf.errors import InputError, missing_package
 from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.runtime.log import quiet_log
-from agq_gguf.runtime.model_file import prepare
+from agq_gguf.runtime.model import Model
+from agq_gguf.runtime.model_file import FileFacts, prepare
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -51,11 +52,7 @@ def create_app(
         )
     described = []
     for path, alias in zip(paths, aliases, strict=True):
-        facts = prepare(path)
-        if not facts.causal and not given.get("embedding"):
-            raise InputError(
-                f"{path}: an encoder model generates no text; serve embeddings with the setting embedding=1"
-            )
+        facts = _checked_model(path, given)
         threads = default_threads()
         defaults = {
             "n_ctx": min(facts.n_ctx_train or _CONTEXT, _CONTEXT),
@@ -77,6 +74,23 @@ def create_app(
     except (ValueError, RuntimeError) as e:
         raise InputError(f"{paths[0]}: cannot be served: {e}") from e
     return app
+
+
+def _checked_model(path: Path, given: Mapping[str, Any]) -> FileFacts:
+    """Refuses what would abort the server at a request: a model that does not generate, or too large a context."""
+    facts = prepare(path)
+    n_ctx = int(given.get("n_ctx") or 0)
+    if facts.positions and n_ctx > facts.positions:
+        raise InputError(f"{path}: the context must be at most {facts.positions} tokens for this model, got {n_ctx}")
+    with Model(path) as model:
+        if model.has_encoder and model.has_decoder:
+            model.require_logits()
+        if not given.get("embedding") and model.abilities.problem:
+            raise InputError(
+                f"{path}: predicts no next token: {model.abilities.problem}; serve embeddings with the setting "
+                "embedding=1"
+            )
+    return facts
 
 
 def serve(

@@ -41,15 +41,16 @@ class Speed:
     samples: list[float]
     median: float
     quartiles: tuple[float, float]
-    ratio: float  # to the first model: median of the ratios within each repetition
+    ratio: float  # to the first model, of the medians
 
     @classmethod
     def of(cls, tokens: int, seconds: Sequence[float], first_seconds: Sequence[float]) -> Speed:
         """Speeds from the times of this model and of the first model, one time for each repetition."""
         samples = [tokens / s for s in seconds]
         quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-        ratio = statistics.median(first / own for first, own in zip(first_seconds, seconds, strict=True))
-        return cls(tokens, samples, statistics.median(samples), (quartiles[0], quartiles[2]), ratio)
+        median = statistics.median(samples)
+        ratio = median / statistics.median(tokens / t for t in first_seconds)
+        return cls(tokens, samples, median, (quartiles[0], quartiles[2]), ratio)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from agq_gguf.errors import AgqError, FormatError, HostError, InputError
 from agq_gguf.format import pruning_record
 from agq_gguf.gguf_io.metadata import PRUNE_LAYERS, PRUNE_PREFIX
 from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.gguf_io.writer import check_writable
 from agq_gguf.pruning.file import carriers, write_plan
 from agq_gguf.pruning.learn import learn_directions
 from agq_gguf.pruning.options import PruneOptions
@@ -65,6 +66,7 @@ def calibrate_pruning(
     unchanged.
     """
     choice = choice or PruneOptions()
+    check_writable(dst)
     with open_model(src) as reader:
         held_by = carriers(reader)
         if choice.share == 0:

@@ -16,6 +16,7 @@ from agq_gguf.pruning.plan import (
     MIN_PROMPT,
     Plan,
 )
+from agq_gguf.runtime.log import why_not_pruned
 from agq_gguf.runtime.model import Batch, Context, Model
 from agq_gguf.runtime.plugin import last_pruned, options
 from agq_gguf.runtime.pruned import last_importance
@@ -131,9 +132,8 @@ class Runtime:
         found = [left[-1], *(values[-1] for values in importance.values())]
         if any(len(values) != n for values in found):
             without = "; --no-reuse may work" if self._reuse else ""
-            raise HostError(
-                f"{self.model.path}: the plugin cannot prune this model; --debug shows the reason in the log{without}"
-            )
+            reason = why_not_pruned() or "the plugin did not say why"
+            raise HostError(f"{self.model.path}: tokens of this model cannot be pruned: {reason}{without}")
         first = context.logits(prompt)[-1:].copy()
         batch = Batch(example.following[:-1], first_position=n, first_logits=0)
         context.decode(batch)

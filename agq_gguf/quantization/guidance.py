@@ -102,7 +102,7 @@ def from_text(
     )
     journal = Journal(None)
     if options.resume:
-        decisive = replace(options, threads=0, resume=False, split_size=0)
+        decisive = replace(options, threads=0, resume=False, split_size=0, converter="", keep_float="")
         journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
     warnings, best = [], None
     if options.quality == "best":

@@ -8,6 +8,7 @@ import numpy as np
 
 from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import TYPE_IDS
 from agq_gguf.matrix.options import MatrixOptions
 
 QUALITIES = ("fast", "balanced", "best")
@@ -28,6 +29,10 @@ class QuantizeOptions:
     tune: bool = True  # with quality `best`: train norms and scales last
     context: int = 512  # tokens per calibration chunk
     split_size: int = 0  # maximum bytes of a file; 0: one file
+    allow_requantize: bool = False  # take sources in ggml's quantized types
+    keep_types: tuple[str, ...] = ("mxfp4",)  # tensors of a quantized source in these types keep their bytes
+    converter: str = ""  # path of llama.cpp's convert_hf_to_gguf.py, for checkpoint folders; "": look for it
+    keep_float: str = ""  # file in which the float GGUF of a checkpoint folder stays; "": it is removed at the end
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
 
     def __post_init__(self) -> None:
@@ -35,6 +40,9 @@ class QuantizeOptions:
             raise InputError(f"quality must be one of {', '.join(QUALITIES)}, got {self.quality!r}")
         if not (np.isfinite(self.target_bpw) and self.target_bpw >= 0):
             raise InputError(f"the target must be a positive number of bits per weight, got {self.target_bpw}")
+        for name in self.keep_types:
+            if name not in TYPE_IDS or name == blocks.TYPE_NAME:
+                raise InputError(f"types to keep must be names of ggml's types, such as mxfp4 or q6_K, got {name!r}")
         if self.quality == "fast":
             object.__setattr__(self, "matrix", replace(self.matrix, error_feedback=False))
 

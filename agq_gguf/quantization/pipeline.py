@@ -18,18 +18,18 @@ from agq_gguf.arguments import PathName, Progress, Text, no_progress
 from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io import metadata
-from agq_gguf.gguf_io.reader import Reader, Tensor, check_source
+from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.gguf_io.shards import open_model, paths_of
-from agq_gguf.gguf_io.writer import Writer, layout
+from agq_gguf.gguf_io.writer import Writer, check_writable, layout
 from agq_gguf.matrix import equalize
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
-from agq_gguf.quantization import stock_types
+from agq_gguf.quantization import folder, source, stock_types
 from agq_gguf.quantization.guidance import Group, Guide, falling_back, from_imatrix, from_text, unguided
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.report import REPLACED, Report, TensorReport
 from agq_gguf.quantization.resume import Journal
-from agq_gguf.quantization.type_plan import TensorPlan, plan
+from agq_gguf.quantization.type_plan import TensorPlan, no_larger, plan
 from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.text import LoadedText, load_text
 
@@ -49,8 +49,12 @@ def plan_file(
 ) -> list[TensorPlan]:
     """What `quantize` would do with each tensor, without doing it. Text and imatrix matter only with a target size."""
     options = options or QuantizeOptions()
+    if Path(src).is_dir():
+        raise InputError(
+            f"{src}: is a folder; a plan needs a GGUF file: make one with `agq-gguf import-hf` or llama.cpp's converter"
+        )
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
-        check_source(reader)
+        source.prepare(reader, options)
         session = None if calibration is None else _opener(stack, reader, load_text(calibration), progress)
         return _plans(reader, session, imatrix, options, progress)
 
@@ -65,7 +69,7 @@ def plan_warnings(src: PathName, options: QuantizeOptions) -> list[str]:
     from agq_gguf.graphs.support import supported
 
     with _torch_threads(options.threads):
-        reason = supported(src)
+        reason = supported(src, lambda reader: source.prepare(reader, options))
     return [falling_back(reason)] if reason else []
 
 
@@ -77,10 +81,16 @@ def _plans(
     progress: Progress,
 ) -> list[TensorPlan]:
     if not options.target_bpw:
-        return plan(reader, output_type=options.output_type, embedding_type=options.embedding_type)
+        return plan(
+            reader,
+            output_type=options.output_type,
+            embedding_type=options.embedding_type,
+            keep_types=options.keep_types,
+        )
     from agq_gguf.quantization.budget.choose import choose_types
 
-    return choose_types(reader, session, imatrix, options, progress)
+    chosen = choose_types(reader, session, imatrix, options, progress)
+    return [no_larger(p, options.keep_types) for p in chosen]
 
 
 def quantize(
@@ -92,15 +102,33 @@ def quantize(
     options: QuantizeOptions | None = None,
     progress: Progress = no_progress,
 ) -> Report:
-    """Quantizes the model `src` (F32, F16 or BF16 GGUF) into `dst`.
+    """Quantizes the model `src` into `dst`.
+
+    `src` is a GGUF in F32, F16 or BF16, of any type with `options.allow_requantize`, or the folder of a Hugging Face
+    checkpoint.
 
     `calibration` is the path of a text file, or strings of text. `imatrix` is an importance matrix for the same model;
     it is used if no text is given. Without both, all activations get the same weight, which costs quality and causes a
     warning. Raises InputError, FormatError or OutputError, and then leaves `dst` unchanged.
     """
     options = options or QuantizeOptions()
+    with folder.as_gguf(src, dst, options, progress) as (path, warnings):
+        report = _quantize_file(path, dst, calibration, imatrix, options, progress)
+        report.warnings[:0] = warnings
+        return report
+
+
+def _quantize_file(
+    src: Path,
+    dst: PathName,
+    calibration: Text | None,
+    imatrix: PathName | None,
+    options: QuantizeOptions,
+    progress: Progress,
+) -> Report:
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
-        check_source(reader)
+        source.prepare(reader, options)
+        check_writable(dst)
         text = None if calibration is None else load_text(calibration)
         session = None if text is None else _opener(stack, reader, text, progress)
         plans = _plans(reader, session, imatrix, options, progress)
@@ -111,6 +139,7 @@ def quantize(
             guide = from_imatrix(wanted, imatrix)
         else:
             guide = unguided(wanted)
+        guide.warnings[:0] = source.loss_warnings(plans)
         return _write(reader, Path(dst), plans, guide, options, progress)
 
 
@@ -193,7 +222,14 @@ def _write(
         error, note = (found.error, found.note) if found else (None, "")
         reason = f"{p.reason}; {REPLACED}" if p.source.name in norms else p.reason
         reports.append(TensorReport(target.name, p.type_name, target.n_elements, target.n_bytes, reason, error, note))
-    return Report(reports, writer.n_bytes, guide.origin, guide.warnings, writer.paths)
+    return Report(
+        reports,
+        writer.n_bytes,
+        guide.origin,
+        guide.warnings,
+        writer.paths,
+        sum(path.stat().st_size for path in paths_of(reader)),
+    )
 
 
 def _check_targets(targets: list[Path], reader: Reader) -> None:
@@ -290,6 +326,7 @@ def _metadata(plans: list[TensorPlan], guide: Guide, options: QuantizeOptions) -
         metadata.QUALITY: "balanced" if options.quality == "best" and guide.best is None else options.quality,
         metadata.ACTIVATION_BITS: options.matrix.activation_bits,
         metadata.ACTIVATION_SCALE: options.matrix.activation_scale,
+        **({metadata.REQUANTIZED_FROM: ", ".join(types)} if (types := source.lossy_types(plans)) else {}),
         **{f"{metadata.TENSOR_COUNT}{type_name}": n for type_name, n in sorted(counts.items())},
         **metadata.error_table(dict.fromkeys(names, 0.0)),
     }

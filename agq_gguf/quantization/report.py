@@ -30,6 +30,7 @@ class Report:
     guidance: str  # what guided the quantization
     warnings: list[str]
     paths: list[Path] = field(compare=False)  # the files; the first is the one to open
+    source_bytes: int = 0  # of all files of the source
 
     def by_type(self) -> dict[str, tuple[int, int, float]]:
         """Type name -> (tensors, bytes, bits per weight), largest first."""

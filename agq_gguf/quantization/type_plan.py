@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
-from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES, Reader, Tensor
+from agq_gguf.gguf_io.reader import FLOATS, TYPE_IDS, TYPES, Reader, Tensor
 from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
 
 TARGET_TYPES = (blocks.TYPE_NAME, "q6_K", "q8_0", "f16", "f32")
@@ -51,7 +52,12 @@ class TensorPlan:
 
 
 def plan(
-    reader: Reader, *, output_type: str = "auto", embedding_type: str = "auto", default_type: str = "agq4"
+    reader: Reader,
+    *,
+    output_type: str = "auto",
+    embedding_type: str = "auto",
+    default_type: str = "agq4",
+    keep_types: Collection[str] = (),
 ) -> list[TensorPlan]:
     """One entry for each tensor, in the order of the file.
 
@@ -59,7 +65,7 @@ def plan(
     the file has no `output.weight`; "auto" means Q8_0. `embedding_type` is the type of a token embedding that is only
     looked up; "auto" means Q8_0 below 1024 columns, else AGQ4. Below 1024 columns 4 bits in the embedding cause a large
     part of the quality loss, and Q8_0 costs little size (docs/research/format-study.md). Raises InputError for other
-    types.
+    types. What stays of a quantized source, see `no_larger`.
     """
     for option, name in (("output type", output_type), ("embedding type", embedding_type), ("type", default_type)):
         if name not in TARGET_TYPES and (option == "type" or name != "auto"):
@@ -75,11 +81,29 @@ def plan(
                 wanted = "q8_0" if tensor.shape[-1] < _WIDE_EMBEDDING else blocks.TYPE_NAME
         else:
             wanted, option = default_type, "type"
-        found = plan_tensor(tensor, wanted, option, kept_here)
+        found = no_larger(plan_tensor(tensor, wanted, option, kept_here), keep_types)
         if found.type_name == "f16" != tensor.type_name and not _fits_f16(reader, tensor):
             found = TensorPlan(tensor, tensor.type_name, f"{found.reason}; has values that F16 cannot hold")
         plans.append(found)
     return plans
+
+
+def no_larger(plan: TensorPlan, keep_types: Collection[str]) -> TensorPlan:
+    """The plan, or one that copies a quantized tensor.
+
+    A tensor is copied if its type is one of `keep_types`, or if another stock type would need as many bits or more.
+    """
+    source = plan.source
+    if not source.quantized or plan.type_name == source.type_name:
+        return plan
+    if source.type_name in keep_types:
+        return TensorPlan(source, source.type_name, f"type {source.type_name} is kept")
+    if plan.type_name == blocks.TYPE_NAME:
+        return plan
+    _, block, block_bytes = TYPES[TYPE_IDS[plan.type_name]]
+    if source.n_bytes > source.n_elements // block * block_bytes:
+        return plan
+    return TensorPlan(source, source.type_name, f"{plan.reason}; the source's {source.type_name} is no larger")
 
 
 def plan_tensor(
@@ -121,7 +145,7 @@ def _fits_f16(reader: Reader, tensor: Tensor) -> bool:
 
 def _why_kept(tensor: Tensor, kept_here: str) -> str:
     """Why a tensor is copied unchanged; empty if it may be converted."""
-    if tensor.type_name not in ("f32", "f16", "bf16"):
+    if tensor.type_name not in FLOATS and not tensor.quantized:
         return f"type {tensor.type_name}"
     if not tensor.name.endswith(".weight"):
         return "bias" if tensor.name.endswith(".bias") else "not a weight"

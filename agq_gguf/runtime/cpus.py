@@ -1,7 +1,7 @@
-"""How many CPUs this process may use: its affinity, and the quotas of the control groups that it is in.
+"""How many CPUs this process may use, by its CPU affinity and the quotas of its control groups.
 
-Linux divides CPU time by quotas. A container has one, a service of systemd may have one, and these nest: the smallest
-quota among the process's own group and all groups above it decides.
+Linux limits CPU time by quotas. A container has one, and a systemd service may have one. Groups nest: the smallest
+quota of the process's own group and all groups above it applies.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from pathlib import Path, PurePosixPath
 
 @dataclass(frozen=True)
 class Quota:
-    """How much CPU time a control group may use."""
+    """CPU time that a control group may use."""
 
-    cpus: float  # seconds of CPU time per second, such as 1.5
-    file: Path  # which says so
+    cpus: float  # CPU seconds per second, such as 1.5
+    file: Path  # the file that sets the quota
 
 
 @dataclass(frozen=True)
 class AvailableCpus:
     """The CPUs that a process may use."""
 
-    allowed: int  # CPUs that the scheduler lets it run on
+    allowed: int  # CPUs on which the scheduler may run it
     quota: Quota | None  # the smallest one; None: no quota
     cores: int | None = None  # physical cores of these CPUs; None: unknown
 
     @property
     def threads(self) -> int:
-        """How many threads make use of them.
+        """The number of threads to use.
 
-        Quotas are rounded down: a thread too many waits for its next slice of time, and all others wait for it in
-        ggml's spinning barriers.
+        Quotas are rounded down. With one thread too many, that thread waits for its next time slice, while the others
+        wait for it in ggml's spin barriers.
         """
         return max(1, min(self.allowed, int(self.quota.cpus))) if self.quota else self.allowed
 
@@ -45,7 +45,7 @@ def default_threads() -> int:
 
 
 def available_cpus(root: Path = Path("/")) -> AvailableCpus:
-    """The CPUs that this process may use. `root` is the folder with proc and sys, for tests."""
+    """The CPUs that this process may use. `root` is the folder that holds proc and sys; tests set it."""
     quota = min(_quotas(root), key=lambda quota: quota.cpus, default=None)
     if not hasattr(os, "sched_getaffinity"):
         return AvailableCpus(os.cpu_count() or 1, quota)
@@ -54,7 +54,7 @@ def available_cpus(root: Path = Path("/")) -> AvailableCpus:
 
 
 def _cores(root: Path, cpus: set[int]) -> int | None:
-    """The number of physical cores among CPUs, which may be several threads of one core; None if that is unknown."""
+    """The number of physical cores of these CPUs (several CPUs may share a core); None if unknown."""
     siblings = set()
     for cpu in cpus:
         file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
@@ -87,7 +87,7 @@ def _quotas(root: Path) -> Iterator[Quota]:
 
 
 def _folders(mounts: str, kind: str, controller: str, group: str) -> set[PurePosixPath]:
-    """The folders of a group and of those above it, as far as the file systems of this kind show them.
+    """The folders of a group and the groups above it that are visible in file systems of this kind.
 
     `mounts` is the text of /proc/self/mountinfo, see proc_pid_mountinfo(5).
     """
@@ -103,12 +103,12 @@ def _folders(mounts: str, kind: str, controller: str, group: str) -> set[PurePos
             continue
         top, mount = (PurePosixPath(_unescape(field)) for field in fields[3:5])
         mounted.add(mount)
-        # A container without a namespace of its own for groups sees the group's whole path, but only from its own
-        # group on, which is what is mounted.
+        # A container without its own cgroup namespace sees the group's whole path, but only its own group and those
+        # below it are mounted.
         if path.is_relative_to(top) and ".." not in path.parts:
             folder = mount / path.relative_to(top)
             own |= {above for above in (folder, *folder.parents) if above.is_relative_to(mount)}
-    return own or mounted  # the path may be told from outside of the container: then what it mounts is its group
+    return own or mounted  # the path may be relative to outside the container: then its group is what is mounted
 
 
 def _unescape(field: str) -> str:
@@ -128,12 +128,12 @@ def _quota_v1(folder: Path) -> Quota | None:
 def _words(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="ascii").split()
-    except (OSError, ValueError):  # the root group has no quota; version 1 of other controllers neither
+    except (OSError, ValueError):  # the root group has no quota, nor do other controllers of version 1
         return []
 
 
 def _quota(file: Path, words: list[str]) -> Quota | None:
-    """From microseconds of CPU time and of the period in which they may be used; "max" or -1: no quota."""
+    """Quota from `words`: CPU time and period, in microseconds. None if there is no quota ("max" or -1)."""
     try:
         time, period = map(int, words)
     except ValueError:

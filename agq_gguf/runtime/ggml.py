@@ -1,12 +1,13 @@
-"""Looks at ggml tensors of the running llama.cpp through ctypes: what calibration and `graphs` need.
+"""Reads ggml tensors of the running llama.cpp, and converts rows of its types, through ctypes.
 
-`struct ggml_tensor` is not part of llama-cpp-python's interface, so its layout is declared here and checked once
-against the library's own functions: any other layout is refused before a byte is misread.
+`struct ggml_tensor` is not part of llama-cpp-python's interface, so its layout is declared here. It is checked once
+against the library's own functions: a different layout raises an error before anything is misread.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.errors import HostError
+from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES
 from agq_gguf.runtime.host import llama_cpp_python
 
 _MAX_DIMENSIONS = 4
@@ -49,8 +51,25 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml.h."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("block_interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float", ctypes.c_void_p),
+    ]
+
+
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
 class Ggml:
-    """The library that llama_cpp has loaded. Raises HostError when it is not laid out as expected."""
+    """The library that llama_cpp has loaded. Raises HostError if its layout is not as expected."""
 
     def __init__(self) -> None:
         host = llama_cpp_python().library
@@ -64,6 +83,8 @@ class Ggml:
         self._lib.ggml_quantize_chunk.argtypes = [
             ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p,
         ]  # fmt: skip
+        self._lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+        self._lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
         self._probe()
         names = [self._lib.ggml_op_name(i) for i in range(64)]  # both are far from the end of the enum
         self.mul_mat, self.mul_mat_id = names.index(b"MUL_MAT"), names.index(b"MUL_MAT_ID")
@@ -109,14 +130,14 @@ class Ggml:
             )
 
     def floats(self, tensor: GgmlTensor) -> NDArray[np.float32]:
-        """The data of an F32 tensor, not copied, dimensions in numpy order [ne3, ne2, ne1, ne0].
+        """The data of an F32 tensor as a view, not a copy. Shape in numpy order: [ne3, ne2, ne1, ne0].
 
-        Raises HostError if the data is of another type or not in host memory.
+        Raises HostError if the data has another type or is not in host memory.
         """
         return self._array(tensor, F32, np.dtype(np.float32))
 
     def integers(self, tensor: GgmlTensor) -> NDArray[np.int32]:
-        """`floats` for an I32 tensor."""
+        """Same as `floats`, for an I32 tensor."""
         return self._array(tensor, I32, np.dtype(np.int32))
 
     def op_name(self, tensor: GgmlTensor) -> str:
@@ -143,7 +164,7 @@ class Ggml:
     def quantize(
         self, type_id: int, rows: NDArray[np.float32], row_bytes: int, importance: NDArray[np.float32] | None
     ) -> NDArray[np.uint8]:
-        """Rows [n, K] in one of ggml's types of `row_bytes` bytes per row, errors weighted by `importance` [K]."""
+        """Quantizes rows [n, K] to a ggml type with `row_bytes` bytes per row. `importance` [K] weights the errors."""
         source = np.ascontiguousarray(rows, np.float32)
         weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
         made = np.empty((len(source), row_bytes), np.uint8)
@@ -152,6 +173,31 @@ class Ggml:
         if self._lib.ggml_quantize_chunk(*arguments) != made.nbytes:
             raise HostError(f"ggml makes rows of another size than {row_bytes} bytes of type {type_id}")
         return made
+
+    def decoder(self, type_name: str) -> Callable[[bytearray], NDArray[np.float32]]:
+        """A function that turns whole blocks of one of ggml's types into float32 [n].
+
+        Raises HostError if this ggml has none for the type.
+        """
+        type_id = TYPE_IDS[type_name]  # at most 41, which every ggml since 0.15 knows; they do not check the number
+        _, block, block_bytes = TYPES[type_id]
+        traits = self._lib.ggml_get_type_traits(type_id).contents
+        if (traits.name, traits.block, traits.block_bytes) != (type_name.encode(), block, block_bytes):
+            raise HostError(
+                f"the ggml inside the installed llama-cpp-python does not know the type {type_name} of {block} weights "
+                f"in {block_bytes} bytes; install a newer release"
+            )
+        if not traits.to_float:
+            raise HostError(f"ggml cannot turn the type {type_name} into floats")
+        convert = _TO_FLOAT(traits.to_float)
+
+        def decode(data: bytearray) -> NDArray[np.float32]:
+            source = np.frombuffer(data, np.uint8)
+            made = np.empty(source.size // block_bytes * block, np.float32)
+            convert(source.ctypes.data, made.ctypes.data, made.size)
+            return made
+
+        return decode
 
     def _array(self, tensor: GgmlTensor, wanted: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         owner = tensor.view_src.contents if tensor.view_src else tensor
@@ -168,5 +214,5 @@ class Ggml:
 
 @cache
 def ggml() -> Ggml:
-    """The library, probed once."""
+    """The library. It is checked once."""
     return Ggml()

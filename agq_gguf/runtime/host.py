@@ -1,4 +1,4 @@
-"""The host: the library with llama.cpp and ggml in it that this process runs models with."""
+"""The host: the library with llama.cpp and ggml that runs the models in this process."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
 
 @dataclass(frozen=True)
 class Host:
-    """A host, and the functions of its ggml that are called from Python."""
+    """A host, and the ggml functions that Python calls in it."""
 
     name: str  # for messages
-    library: ctypes.CDLL  # with declared functions, an object of our own: nobody else's declarations change
+    library: ctypes.CDLL  # our own object with declared functions: its declarations affect no other user of the library
 
     @property
     def has_plugin(self) -> bool:
-        """Whether the AGQ backend is loaded into it."""
+        """Whether the host has loaded the AGQ backend."""
         return bool(self.library.ggml_backend_reg_by_name(b"AGQ"))
 
     @property
     def ggml_version(self) -> str:
-        """Version of its ggml."""
+        """Version of the host's ggml."""
         return str(self.library.ggml_version().decode())
 
 
@@ -64,14 +64,14 @@ def loaded_host() -> Host:
 
 
 def open_host(path: str | os.PathLike[str]) -> Host:
-    """The host in a library file: libllama or libggml, loaded or not. Raises HostError if it is none."""
+    """The host in a library file: libllama or libggml, loaded or not. Raises HostError for any other file."""
     try:
         library = ctypes.CDLL(os.fspath(path))
     except OSError as error:
         raise HostError(f"{os.fspath(path)} cannot be loaded: {error}") from error
     host = _declare(os.fspath(path), library)
     if not host.library.ggml_backend_dev_count():
-        # Builds with loadable backends bring the CPU's as a file beside the others, and load it when they start.
+        # Builds with loadable backends keep the CPU backend as a file in the same folder, and load it at start.
         host.library.ggml_backend_load_all_from_path(os.fsencode(Path(path).resolve().parent))
     return host
 

@@ -18,9 +18,9 @@ def llama_api() -> Any:
 
 
 def ggml_version() -> str:
-    """Version of the ggml that llama-cpp-python brings."""
+    """Version of the ggml in llama-cpp-python."""
     try:
-        function = llama_api()._lib.ggml_version  # looked up in the libraries that libllama depends on
+        function = llama_api()._lib.ggml_version  # also searches the libraries that libllama depends on
     except AttributeError:
         return "unknown"
     function.restype = ctypes.c_char_p

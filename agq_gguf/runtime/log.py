@@ -13,6 +13,7 @@ from typing import Any
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.runtime.library import llama_api
 
+_NOT_PRUNED = "token pruning is off: "  # how the plugin begins the reason (cpp/prune)
 _WARN, _ERROR, _CONTINUE = 3, 4, 5  # enum ggml_log_level
 
 
@@ -29,6 +30,7 @@ class _LogRedirect:
         self._callback: Any = None
         self._previous: tuple[Any, Any] | None = None
         self.errors: deque[str] = deque(maxlen=8)  # the last lines of level error
+        self.warnings: deque[str] = deque(maxlen=8)  # ... and warning
 
     def acquire(self) -> None:
         with self._lock:
@@ -57,6 +59,8 @@ class _LogRedirect:
         if line and line.strip("."):
             if self._level == logging.ERROR:
                 self.errors.append(line)
+            elif self._level == logging.WARNING:
+                self.warnings.append(line)
             logger.log(self._level, "%s", line)
 
 
@@ -77,6 +81,12 @@ def last_error(default: str) -> str:
     """The most informative of the last error lines of llama.cpp's log, without the function's name."""
     lines = [line for line in redirect.errors if "error loading model" in line] or list(redirect.errors)
     return lines[-1].split(": ", 1)[-1].removeprefix("error loading model: ") if lines else default
+
+
+def why_not_pruned() -> str:
+    """Why the plugin does not prune, as its last warning about it says; empty if there was none."""
+    lines = [line for line in redirect.warnings if _NOT_PRUNED in line]
+    return lines[-1].split(_NOT_PRUNED, 1)[1] if lines else ""
 
 
 @contextlib.contextmanager

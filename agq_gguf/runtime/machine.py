@@ -16,8 +16,8 @@ import numpy as np
 from agq_gguf.errors import HostError
 from agq_gguf.native import plugin_library
 
-READ_BYTES = 256 << 20  # more than most caches hold
-# What Linux calls the features that decide how fast ggml and the plugin are.
+READ_BYTES = 256 << 20  # larger than most caches
+# Linux's names for the features that determine the speed of ggml and the plugin.
 _FEATURES = (
     "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
     "amx_int8", "asimd", "asimddp", "i8mm", "sve", "sve2",
@@ -26,10 +26,10 @@ _FEATURES = (
 
 @dataclass(frozen=True)
 class Processor:
-    """What the operating system says of the processor."""
+    """What the operating system says about the processor."""
 
     name: str
-    features: list[str]  # those that matter for speed; empty where the system has no /proc/cpuinfo
+    features: list[str]  # those that matter for speed; empty if the system has no /proc/cpuinfo
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Kernel:
 
     name: str
     supported: bool  # by this CPU and operating system
-    chosen: bool  # whether products run with it
+    chosen: bool  # whether products use it
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What all threads did together."""
+    """Speed of all threads together."""
 
     threads: int
     read_bytes_per_second: float
-    operations_per_second: float  # of the chosen kernel's product of 8-bit by 4-bit integers; 0: no kernel is chosen
-    cpu_share: float  # of the time in which the threads could have run; less than 1 if they had to wait for a CPU
+    operations_per_second: float  # 8-bit by 4-bit products with the chosen kernel; 0: no kernel is chosen
+    cpu_share: float  # share of the time in which the threads ran; less than 1 if they waited for a CPU
 
 
 def processor(root: Path = Path("/")) -> Processor:
-    """The processor of this machine. `root` is the folder with proc, for tests."""
+    """The processor of this machine. `root` is the folder that holds proc; tests set it."""
     fields: dict[str, str] = {}
     try:
         text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -81,14 +81,14 @@ def _kernels() -> Iterator[Kernel]:
 
 
 def measure_speed(threads: int, seconds: float = 2.0) -> Speed:
-    """Measures for about `seconds`: half of them reads, half of them products, in `threads` threads at once.
+    """Measures for about `seconds` in `threads` threads at once: half the time reads, half the time products.
 
-    Raises HostError if the plugin cannot be loaded or memory is lacking.
+    Raises HostError if the plugin cannot be loaded or memory runs out.
     """
     n = max(READ_BYTES // 8 // threads // 8 * 8, 1 << 20)  # words that each thread reads
     try:
         with plugin_library() as plugin, ThreadPoolExecutor(threads) as pool:
-            begin = threading.Barrier(threads, timeout=60)  # or all would wait for a thread that could not start
+            begin = threading.Barrier(threads, timeout=60)  # the timeout helps if a thread cannot start
             busy: list[float] = []
 
             def read(_: int) -> float:
@@ -110,7 +110,7 @@ def measure_speed(threads: int, seconds: float = 2.0) -> Speed:
 
 
 def _share(begin: threading.Barrier, busy: list[float], work: Callable[[], float]) -> float:
-    """The result of `work`, which all threads begin at once; adds the share of the time that this thread ran."""
+    """The result of `work`, which all threads start at once. Appends this thread's share of CPU time to `busy`."""
     begin.wait()
     wall, cpu = time.perf_counter(), time.thread_time()
     result = work()

@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from agq_gguf.errors import HostError, InputError
+from agq_gguf.runtime.abilities import Abilities, abilities_of
 from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import last_error, redirect
@@ -34,7 +36,6 @@ EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor; True bef
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _CACHE_TYPES = {"f16": 1, "f32": 0}  # ggml's types
 _POOLING_NONE = 0
-_NO_ROPE = -1
 
 logging.getLogger("agq_gguf").addHandler(logging.NullHandler())
 
@@ -90,6 +91,7 @@ class Model(_Closable):
         self.has_encoder = bool(api.llama_model_has_encoder(self._model))
         self.has_decoder = bool(api.llama_model_has_decoder(self._model))
         self.eos = int(api.llama_vocab_eos(self.vocabulary))
+        self.is_diffusion = bool(getattr(api, "llama_model_is_diffusion", lambda _: False)(self._model))
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of the text."""
@@ -111,6 +113,29 @@ class Model(_Closable):
         start = int(self._api.llama_model_decoder_start_token(self._model))
         return start if start >= 0 else self.bos
 
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's pointer to the model."""
+        return self._model
+
+    def ends(self, token: int) -> bool:
+        """Whether the token ends a text."""
+        return bool(self._api.llama_vocab_is_eog(self.vocabulary, token))
+
+    def bytes_of(self, token: int, *, special: bool = True) -> bytes:
+        """The bytes of a token; of special ones, such as the end of a text, only if `special`."""
+        room = 32
+        while True:
+            raw = ctypes.create_string_buffer(room)
+            n = self._api.llama_token_to_piece(self.vocabulary, token, raw, room, 0, special)
+            if n >= 0:
+                return raw.raw[:n]
+            room = -n
+
+    def text_of(self, token: int) -> str:
+        """The text of a special token; empty if the vocabulary has none (its number is negative then)."""
+        return "" if token < 0 else self.bytes_of(token).decode("utf-8", "replace")
+
     def detokenize(self, tokens: ArrayLike) -> str:
         """Text of token ids; bytes that are not UTF-8 are replaced."""
         ids = np.ascontiguousarray(tokens, np.int32)
@@ -123,10 +148,17 @@ class Model(_Closable):
                 return raw.raw[:n].decode("utf-8", "replace")
             room = -n
 
+    @cached_property
+    def abilities(self) -> Abilities:
+        """What the model can do; found at the first call by running it on a few tokens."""
+        return abilities_of(self)
+
     def require_logits(self) -> None:
         """Raises InputError unless the model predicts a next token."""
-        if not self.facts.causal or self.has_encoder:
-            raise InputError(f"{self.path}: an encoder model predicts no next token; use a decoder model")
+        if self.abilities.problem:
+            raise InputError(
+                f"{self.path}: predicts no next token: {self.abilities.problem}; use a model that generates text"
+            )
 
     def context(
         self,
@@ -147,11 +179,10 @@ class Model(_Closable):
 
         Raises InputError if the model does not support so many tokens, HostError if llama.cpp cannot create it.
         """
-        if n_ctx > self.n_ctx_train and self._api.llama_model_rope_type(self._model) == _NO_ROPE:
+        limit = self.facts.positions
+        if limit and n_ctx > limit:
             # llama.cpp would read past the end of the position table, and abort.
-            raise InputError(
-                f"{self.path}: the context must be at most {self.n_ctx_train} tokens for this model, got {n_ctx}"
-            )
+            raise InputError(f"{self.path}: the context must be at most {limit} tokens for this model, got {n_ctx}")
         return Context(
             self,
             n_ctx,
@@ -251,10 +282,14 @@ class Context(_Closable):
         if self._memory:
             self._api.llama_memory_clear(self._memory, zero)
 
-    def forget(self, first_position: int) -> None:
-        """Removes the tokens of all sequences from this position on from the cache."""
-        if self._memory:
-            self._api.llama_memory_seq_rm(self._memory, -1, first_position, -1)
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's pointer to the context."""
+        return self._context
+
+    def forget(self, first_position: int) -> bool:
+        """Removes the tokens of all sequences from this position on from the cache; False if it cannot."""
+        return bool(self._memory and self._api.llama_memory_seq_rm(self._memory, -1, first_position, -1))
 
     def decode(self, batch: Batch) -> None:
         """Runs the batch and waits for the result. Raises HostError if llama.cpp fails."""
@@ -282,7 +317,7 @@ class Context(_Closable):
         """Logits [batch.n_outputs, n_vocab] of the last decoded batch; a view that the next decode overwrites."""
         pointer = self._api.llama_get_logits(self._context)
         if not pointer:
-            raise HostError(f"{self.model.path}: this model computes no logits")
+            raise InputError(f"{self.model.path}: llama.cpp computes no logits for this model")
         return np.ctypeslib.as_array(pointer, (batch.n_outputs, self.model.n_vocab))
 
     def embeddings(self, batch: Batch) -> NDArray[np.float32]:

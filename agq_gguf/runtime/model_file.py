@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.format import blocks
+from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.runtime.log import quiet_log
 from agq_gguf.runtime.plugin import register_for_models
@@ -21,6 +22,7 @@ class FileFacts:
     agq_tensors: int
     causal: bool  # False: an encoder, which predicts no next token
     n_ctx_train: int  # tokens; 0 if the file does not say
+    positions: int  # learned positions: the model cannot run beyond them; 0: it has rotary or other positions
     tokens: bytes  # the vocabulary, as bytes of the file
 
 
@@ -34,8 +36,14 @@ def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
             sum(tensor.type_name == blocks.TYPE_NAME for tensor in reader.tensors.values()),
             reader.flag(f"{reader.architecture}.attention.causal", True),
             int(reader.number(f"{reader.architecture}.context_length", 0)),
+            _positions(reader),
             b"".join(vocabulary),
         )
+
+
+def _positions(reader: Reader) -> int:
+    table = reader.tensors.get("position_embd.weight")
+    return table.shape[0] if table is not None and len(table.shape) == 2 else 0
 
 
 def prepare(path: str | os.PathLike[str]) -> FileFacts:

@@ -1,4 +1,4 @@
-"""Loads the plugin into the host of this process, and tells it how to prune."""
+"""Loads the plugin into the host of this process, sets its options, and reports which tokens it dropped."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def is_registered() -> bool:
 
 
 def register(library: str | os.PathLike[str] | None = None) -> None:
-    """Load the plugin into this process's llama.cpp; models of type AGQ4 can then be loaded.
+    """Load the plugin into this process's llama.cpp, so that it can load models of type AGQ4.
 
-    ``library`` is the path of the libllama or libggml that runs the models. Without it, it is the one of the binding
+    ``library`` is the path of the libllama or libggml that runs the models. The default is the library of the binding
     that this process has imported: llama-cpp-python, or xllamacpp if that is the only one.
 
-    May be called any number of times and from any thread. Raises HostError if the plugin is not built, or if it cannot
-    work in this host; the message names what was found.
+    May be called any number of times and from any thread. Raises HostError if the plugin is not built, or if it does
+    not support this host; the message says what was found.
     """
     _load_into(loaded_host() if library is None else open_host(library))
 
@@ -46,7 +46,7 @@ def _load_into(host: Host) -> None:
     with _lock:
         if not host.has_plugin:
             path = native.backend_path()
-            with native.plugin_library() as plugin:  # or ggml unloads a plugin that refuses, and with it the reason
+            with native.plugin_library() as plugin:  # if the plugin refuses, ggml unloads it; keep its error message
                 with silenced(host):
                     loaded = host.library.ggml_backend_load(os.fsencode(path))
                 if not loaded:
@@ -57,7 +57,7 @@ def _load_into(host: Host) -> None:
 
 @contextmanager
 def registered_library() -> Iterator[ctypes.CDLL]:
-    """The plugin library, registered, inside the ``with`` block. Raises HostError as `register` does."""
+    """The plugin library, registered and open inside the ``with`` block. Raises HostError as `register` does."""
     if _served is None or not _served.has_plugin:
         register()
     with native.plugin_library() as library:
@@ -86,16 +86,16 @@ def options(
 ) -> Iterator[None]:
     """Options for the contexts (``llama_cpp.Llama`` objects) that this thread creates inside the ``with`` block.
 
-    Each stands for an environment variable (docs/environment.md has all values); None: what an outer block or the
-    variable says.
+    Each overrides an environment variable (docs/environment.md lists all values). None keeps the value of an outer
+    block, or else of the variable.
 
     - ``prune``, AGQ_PRUNE: ``"off"``, ``"file"``, ``"3:0.5"`` (after layer 3 drop half of the prompt's tokens), ...
     - ``act_bits``, AGQ_ACT_BITS: 8, 4, or ``"mixed:0.5"`` (4 bits for the less important half of a prompt's tokens).
     - ``attention``, AGQ_ATTENTION: ``"paper"`` or ``"paper-normalized"``.
     - ``isa``, AGQ_FORCE_ISA: the name of a kernel, such as ``"avx2"``.
 
-    Contexts keep their options when the block ends. Raises InputError if a value is not understood, HostError as
-    ``register``.
+    Contexts keep their options when the block ends. Raises InputError for an invalid value, and HostError as
+    ``register`` does.
     """
     given = {"prune": prune, "act_bits": act_bits, "attention": attention, "isa": isa}
     before = dict(_thread_options.values)
@@ -121,7 +121,7 @@ def _set_option(name: str, value: str | None) -> None:
 def last_pruned() -> list[int]:
     """Which tokens of the sequence that this thread computed last were dropped.
 
-    For each position the layer after which its token was dropped, or -1 if it was kept.
+    Returns, for each position, the layer after which its token was dropped, or -1 if it was kept.
     """
     with registered_library() as library:
         n = library.agq_last_pruned(None, 0)
@@ -132,7 +132,7 @@ def last_pruned() -> list[int]:
 
 @contextmanager
 def silenced(host: Host) -> Iterator[None]:
-    """Keep ggml's line about a loaded backend, which it logs as it would a model, off the screen; warnings stay."""
+    """Suppress the line that ggml logs when it loads a backend; warnings still appear."""
     callback, user_data = ctypes.c_void_p(), ctypes.c_void_p()
     host.library.ggml_log_get(ctypes.byref(callback), ctypes.byref(user_data))
     forward = _LOG_CALLBACK(callback.value) if callback.value else None

@@ -23,11 +23,11 @@ class NodeTime:
 
 @contextmanager
 def profiled(*, cpu_time: bool = False) -> Iterator[list[NodeTime]]:
-    """Measures the nodes that run inside the block; fills the list at its end, longest time first.
+    """Measures the nodes that run inside the block. At its end the list is filled, longest time first.
 
-    Raises HostError if the plugin is not registered. Models without AGQ4 tensors are measured too, once the process has
-    loaded one with them. The clocks are extra nodes, so a step takes slightly longer. `cpu_time` counts only the time
-    in which the thread really ran; use it with one thread on a machine with other work.
+    Raises HostError if the plugin is not registered. Models without AGQ4 tensors are measured only after the process
+    has loaded a model with AGQ4 tensors. The clocks are extra nodes, so a step takes slightly longer. `cpu_time` counts
+    CPU time instead of wall time: use it with one thread, on a machine that runs other work.
     """
     if not is_registered():
         raise HostError("profiling needs the plugin, which is not registered; load a model with AGQ4 tensors first")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -36,16 +37,18 @@ def read_prompt(llama: Any, tokens: list[int]) -> tuple[list[tuple[str, int]], N
     """
     from agq_gguf.runtime.log import llama_errors
 
-    left = np.full(len(tokens), -1, np.int32)
     with llama_errors("the prompt cannot be read"):
         for begin in range(0, len(tokens), llama.n_batch):
             llama.eval(tokens[begin : begin + llama.n_batch])
-        known = last_pruned()[: len(tokens)]
-        left[: len(known)] = known
-        borders = [0, *(np.flatnonzero(np.diff(left)) + 1).tolist(), len(tokens)]
-        pieces = [
-            (llama.detokenize(tokens[a:b], special=True).decode("utf-8", "replace"), int(left[a]))
-            for a, b in pairwise(borders)
-            if a < b
-        ]
-    return pieces, left
+        return pieces_of(tokens, lambda part: llama.detokenize(part, special=True).decode("utf-8", "replace"))
+
+
+def pieces_of(
+    tokens: Sequence[int], detokenize: Callable[[Sequence[int]], str]
+) -> tuple[list[tuple[str, int]], NDArray[np.int32]]:
+    """What `read_prompt` returns, for a prompt that this thread has read last."""
+    left = np.full(len(tokens), -1, np.int32)
+    known = last_pruned()[: len(tokens)]
+    left[: len(known)] = known
+    borders = [0, *(np.flatnonzero(np.diff(left)) + 1).tolist(), len(tokens)]
+    return [(detokenize(tokens[a:b]), int(left[a])) for a, b in pairwise(borders) if a < b], left

@@ -1,4 +1,5 @@
-// The entry points that the Python converter needs (agq_gguf/matrix/kernels.py): rounding kernels, without a host.
+// The entry points that the Python converter calls (agq_gguf/matrix/kernels.py): the rounding kernels. They need no
+// host.
 #include <cstdint>
 
 #include "abi/export.h"
@@ -7,8 +8,8 @@
 
 namespace {
 
-/// Of the kernel that products run with. A name that this CPU cannot run is an error when a model is loaded; rounding
-/// does not depend on it.
+/// The rounding functions of the kernel that runs the products. If AGQ_FORCE_ISA names a kernel that this CPU cannot
+/// run, loading a model fails; rounding still works.
 const agq::rounding_kernel &rounding() {
     static const agq::kernel *chosen = [] {
         const std::string forced = agq::read_options().force_isa;
@@ -20,7 +21,7 @@ const agq::rounding_kernel &rounding() {
 
 }  // namespace
 
-// Arguments: cpp/kernels/rounding.h. `values` are the 16 of a codebook.
+// Arguments: cpp/kernels/rounding.h. `values` holds the 16 values of a codebook.
 
 AGQ_EXPORT void agq_search_scales(const float *values, const float *weights, const float *h, int32_t h_each, int64_t n,
                                   float *scales) {

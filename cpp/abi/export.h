@@ -1,4 +1,4 @@
-// How an entry point of the plugin library is marked, and how it learns who called it.
+// How entry points of the plugin library are exported, and how they get the address of their caller.
 #pragma once
 
 #ifdef _MSC_VER

@@ -1,5 +1,5 @@
-// What `agq-gguf doctor` asks: the kernels of this build, and how fast one thread can read memory and multiply. None of
-// these functions needs a host.
+// Functions for `agq-gguf doctor`: they list the kernels of this build, and measure how fast one thread reads memory
+// and multiplies. They need no host.
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -13,8 +13,8 @@
 
 namespace {
 
-/// Calls `work`, which returns how much it did, until `seconds` have passed, at least once. Returns the work per
-/// second.
+/// Calls `work` at least once, and again until `seconds` have passed. `work` returns how much it did. Returns the work
+/// per second.
 template <class function>
 double work_per_second(double seconds, function work) {
     using clock = std::chrono::steady_clock;
@@ -27,9 +27,9 @@ double work_per_second(double seconds, function work) {
     }
 }
 
-/// Sum of `n` words (a multiple of 8), so that the compiler cannot leave the reading out.
+/// Sum of `n` words (a multiple of 8). Returning it keeps the compiler from removing the reads.
 uint64_t sum_of(const uint64_t *words, int64_t n) {
-    uint64_t sums[8] = {};  // as many as do not wait for one another
+    uint64_t sums[8] = {};  // independent sums, so that additions need not wait for one another
     for (int64_t i = 0; i < n; i += 8) {
         for (int j = 0; j < 8; j++) sums[j] += words[i + j];
     }
@@ -38,7 +38,7 @@ uint64_t sum_of(const uint64_t *words, int64_t n) {
     return sum;
 }
 
-/// A product that stays in the caches of one core: 8-bit activations of a prompt by a few panels of 4-bit weights.
+/// A product that fits in one core's caches: a prompt's 8-bit activations times a few panels of 4-bit weights.
 class small_product {
   public:
     explicit small_product(const agq::kernel &kern)
@@ -54,7 +54,7 @@ class small_product {
             return part;
         };
         auto *tiles = reinterpret_cast<agq::tile *>(take(weights));
-        std::memset(tiles, 0x35, weights);  // valid scales and codes; which ones does not matter for the time
+        std::memset(tiles, 0x35, weights);  // valid scales and codes; their values do not affect the time
         auto *q = take(columns * static_cast<size_t>(tokens_));
         std::memset(q, 3, columns * static_cast<size_t>(tokens_));
         auto *bias = reinterpret_cast<int32_t *>(take(4 * groups));
@@ -67,7 +67,7 @@ class small_product {
                  bias,  scale,   tokens_, dst_.data()};
     }
 
-    /// Returns the operations: a multiplication and an addition count as two.
+    /// Returns the number of operations; a multiplication and an addition count as two.
     double run() {
         kern_.gemm(args_);
         return 2.0 * columns * panels_ * agq::panel_rows * tokens_;
@@ -90,9 +90,9 @@ const agq::kernel *chosen_kernel() {
 
 }  // namespace
 
-/// The kernels of this build, best first, one for each index from 0 on: its name, whether this CPU and operating system
-/// can run it, and whether it is the one that products run with (1 or 0). Returns 1, or 0 if there is no kernel of this
-/// index. None is chosen if AGQ_FORCE_ISA names one that cannot run.
+/// The kernels of this build, best first; `index` counts from 0. Gets the kernel's name, whether this CPU and operating
+/// system can run it, and whether it runs the products (1 or 0). Returns 1, or 0 if `index` is past the last kernel. No
+/// kernel is chosen if AGQ_FORCE_ISA names one that cannot run.
 AGQ_EXPORT int32_t agq_kernel(int32_t index, const char **name, int32_t *supported, int32_t *chosen) {
     const std::vector<const agq::kernel *> &all = agq::compiled_kernels();
     if (index < 0 || static_cast<size_t>(index) >= all.size()) return 0;
@@ -103,12 +103,12 @@ AGQ_EXPORT int32_t agq_kernel(int32_t index, const char **name, int32_t *support
     return 1;
 }
 
-/// Bytes per second that the calling thread reads when it reads `n` words of memory (a multiple of 8) again and again,
+/// Reading speed of the calling thread in bytes per second. It reads `n` words of memory (a multiple of 8) repeatedly
 /// for about `seconds`.
 AGQ_EXPORT double agq_read_speed(const uint64_t *words, int64_t n, double seconds) {
     volatile uint64_t sink = 0;
     int64_t at = 0;
-    const int64_t part = 1 << 17;  // after each part the clock is asked, so that a slow machine keeps to the time
+    const int64_t part = 1 << 17;  // the clock is checked after each part, so that a slow machine stops in time
     return work_per_second(seconds, [&] {
         const int64_t now = n - at < part ? n - at : part;
         sink = sink + sum_of(words + at, now);
@@ -117,15 +117,15 @@ AGQ_EXPORT double agq_read_speed(const uint64_t *words, int64_t n, double second
     });
 }
 
-/// Operations per second (a multiplication and an addition are two) of the chosen kernel's product of 8-bit activations
-/// and 4-bit weights in the calling thread, measured for about `seconds`, with all operands in the caches. 0 if no
-/// kernel is chosen or memory is lacking.
+/// Operations per second of the chosen kernel in the calling thread (a multiplication and an addition count as two):
+/// 8-bit activations times 4-bit weights, all operands in the caches, measured for about `seconds`. Returns 0 if no
+/// kernel is chosen or memory runs out.
 AGQ_EXPORT double agq_product_speed(double seconds) {
     const agq::kernel *kern = chosen_kernel();
     if (!kern) return 0;
     try {
         small_product product(*kern);
-        product.run();  // brings the operands into the caches
+        product.run();  // loads the operands into the caches
         return work_per_second(seconds, [&product] { return product.run(); });
     } catch (const std::bad_alloc &) {
         return 0;

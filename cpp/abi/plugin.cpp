@@ -1,4 +1,4 @@
-// The entry points that a host and a running model need, nothing else; converter.cpp has the converter's.
+// The entry points for a host and a running model. Those for the converter are in converter.cpp.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -21,7 +21,7 @@ namespace {
 
 std::string last_error;
 
-/// Whether the plugin works in a host already; the reason why it cannot be loaded again goes to the last error.
+/// Whether a host uses the plugin already. If so, sets the last error to the reason why it cannot be loaded again.
 bool is_in_use(const agq::loaded_library &library) {
     using find_fn = agq::ggml_backend_reg *(*)(const char *);
     if (const auto find = reinterpret_cast<find_fn>(library.find("ggml_backend_reg_by_name")); find && find("AGQ")) {
@@ -38,7 +38,7 @@ bool is_in_use(const agq::loaded_library &library) {
     return true;
 }
 
-/// `caller`: an address in the library that asks for the plugin.
+/// `caller`: an address in the library that loads the plugin.
 const agq::kernel *prepare(const void *caller) {
     last_error.clear();
     const auto library = agq::loaded_library::offering("ggml_version", caller);
@@ -63,8 +63,8 @@ const agq::kernel *prepare(const void *caller) {
 
 }  // namespace
 
-/// Called by ggml_backend_load: the registry, or null if this host cannot be used; the reason goes to the host's log
-/// and to agq_last_error.
+/// Called by ggml_backend_load. Returns the registry, or null if this host is not supported; the reason goes to the
+/// host's log and to agq_last_error.
 AGQ_EXPORT agq::ggml_backend_reg *ggml_backend_init() {
     const agq::kernel *kern = prepare(AGQ_CALLER);
     if (!kern) {
@@ -79,10 +79,9 @@ AGQ_EXPORT const char *agq_last_error() {
     return last_error.c_str();
 }
 
-/// What the plugin found out about the host when it was loaded last, one proof for each index from 0 on: its name, what
-/// was found (valid until the next ggml_backend_init), whether it passed (1 or 0), and the time it took in
-/// microseconds. Any pointer may be null. Returns 1, or 0 if there is no proof of this index. After a proof that failed
-/// there are none.
+/// The ABI checks of the last load, one per `index`, counted from 0. Gets the check's name, what it found (valid until
+/// the next ggml_backend_init), whether it passed (1 or 0), and its time in microseconds. Any pointer may be null.
+/// Returns 1, or 0 if `index` is past the last check. A failed check is the last one.
 AGQ_EXPORT int32_t agq_abi_proof(int32_t index, const char **name, const char **found, int32_t *passed,
                                  double *microseconds) {
     const std::vector<agq::abi_proof> &proofs = agq::abi_proofs();
@@ -95,25 +94,25 @@ AGQ_EXPORT int32_t agq_abi_proof(int32_t index, const char **name, const char **
     return 1;
 }
 
-/// Switches the profile on (with all times zero) or off, for all contexts of this process: 0 off, 1 wall clock, 2 CPU
-/// time of the first thread.
+/// Switches the profile for all contexts of this process: 0 off, 1 wall clock, 2 CPU time of the first thread.
+/// Switching it on resets all times to zero.
 AGQ_EXPORT void agq_profile(int clock) {
     agq::enable_profile(clock == 1   ? agq::profile_clock::wall
                         : clock == 2 ? agq::profile_clock::cpu
                                      : agq::profile_clock::off);
 }
 
-/// Writes the profile, cut off after `size` bytes, and returns its length: lines of kind, tab, nodes run, tab,
-/// nanoseconds.
+/// Writes the profile to `text`, truncated to `size` bytes, and returns its full length. Each line holds kind, tab,
+/// nodes run, tab, nanoseconds.
 AGQ_EXPORT int agq_profile_report(char *text, int size) {
     const std::string report = agq::profile_report();
     if (text && size > 0) std::memcpy(text, report.data(), std::min(report.size(), static_cast<size_t>(size)));
     return static_cast<int>(report.size());
 }
 
-/// Sets an option of the contexts that this thread creates from now on, in place of an environment variable
-/// (docs/environment.md): `option` 0 is AGQ_PRUNE, 1 AGQ_ACT_BITS, 2 AGQ_ATTENTION, 3 AGQ_FORCE_ISA. A null `text`
-/// means: as the variable says. Returns null, or what is wrong with the text (valid until this thread's next call).
+/// Sets an option for the contexts that this thread creates from now on; it overrides the environment variable
+/// (docs/environment.md). `option`: 0 is AGQ_PRUNE, 1 AGQ_ACT_BITS, 2 AGQ_ATTENTION, 3 AGQ_FORCE_ISA. A null `text`
+/// goes back to the variable. Returns null, or an error message that is valid until this thread's next call.
 AGQ_EXPORT const char *agq_set_option(int32_t option, const char *text) {
     std::string &error = agq::thread_value<std::string, struct option_error>();
     error = "the plugin has no option " + std::to_string(option);
@@ -124,25 +123,26 @@ AGQ_EXPORT const char *agq_set_option(int32_t option, const char *text) {
     return nullptr;
 }
 
-/// For each position of the sequence that this thread has computed last the layer behind which its token was dropped,
-/// or -1: up to `n` of them go to `layers` (which may be null). Returns how many there are.
+/// Reports which tokens the last sequence of this thread lost: for each position, the layer after which its token was
+/// dropped, or -1 if it was kept. Writes at most `n` entries to `layers`, which may be null. Returns the number of
+/// positions.
 AGQ_EXPORT int32_t agq_last_pruned(int32_t *layers, int32_t n) {
     const std::vector<int32_t> &known = agq::prune_history::of_thread().layers();
     if (layers && n > 0) std::copy_n(known.begin(), std::min(known.size(), static_cast<size_t>(n)), layers);
     return static_cast<int32_t>(known.size());
 }
 
-/// The bits of the activations of each token in the calling thread's last call, 8 or 4; returns the number of tokens, 0
-/// if they were not mixed.
+/// Writes the activation bits (8 or 4) of each token in the calling thread's last call to `bits`, at most `n` entries.
+/// Returns the number of tokens, or 0 if the activations were not mixed.
 AGQ_EXPORT int32_t agq_last_bits(int32_t *bits, int32_t n) {
     const std::vector<uint8_t> &four = agq::mixed_bits::last_call();
     for (size_t i = 0; bits && i < four.size() && static_cast<int32_t>(i) < n; ++i) bits[i] = four[i] ? 4 : 8;
     return static_cast<int32_t>(four.size());
 }
 
-/// For each token of the ubatch that this thread pruned last its importance at a pruning layer (NaN: it had left,
-/// infinite: it was protected): up to `n` of them go to `values` (which may be null). Returns how many there are, 0 if
-/// the layer is none.
+/// Importance of each token, at one pruning layer, in the ubatch that this thread pruned last. NaN: the token had been
+/// dropped before; infinity: it was protected. Writes at most `n` entries to `values`, which may be null. Returns the
+/// number of tokens, or 0 if `layer` is not a pruning layer.
 AGQ_EXPORT int32_t agq_last_importance(int32_t layer, float *values, int32_t n) {
     const auto &known = agq::prune_history::of_thread().importance();
     const auto found = known.find(layer);

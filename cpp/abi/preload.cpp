@@ -1,9 +1,9 @@
-// For programs that never look for plugins: put in front of the host's libraries with LD_PRELOAD, the plugin's own
-// llama_backend_init is called in place of libllama's, calls it, and then has ggml load the plugin.
+// For programs that never look for plugins: LD_PRELOAD puts the plugin before the host's libraries. The plugin's
+// llama_backend_init then runs instead of libllama's. It calls libllama's, and then has ggml load the plugin.
 //
-// llama_backend_init looks for plugins only if no backend is linked in, so llama-cli, llama-server and llama-perplexity
-// of a default build never read GGML_BACKEND_PATH. Where the plugin is not preloaded, nobody finds this function:
-// plugins are opened locally.
+// llama_backend_init looks for plugins only if no backend is linked in. So llama-cli, llama-server and llama-perplexity
+// of a default build never read GGML_BACKEND_PATH. Without LD_PRELOAD this function is never called, because ggml opens
+// plugins with local symbols.
 #ifdef __linux__
 
 #include <dlfcn.h>
@@ -15,8 +15,9 @@ AGQ_EXPORT void llama_backend_init();
 
 namespace {
 
-/// The function of the host that called, or null. A Python extension keeps its libraries to itself, so they are asked
-/// first; the program itself, which finds the plugin before its libraries, is served by the next one in order.
+/// The host's own version of a function, or null. A Python extension loads its libraries with local symbols, so the
+/// caller's library is searched first. A program finds the plugin before its libraries; there the next definition in
+/// search order is the right one.
 template <typename function>
 function find_behind(const agq::loaded_library &caller, const char *name) {
     void *own = caller.find(name);

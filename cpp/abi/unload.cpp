@@ -1,8 +1,8 @@
-// Empties the type's slot when the host unloads the plugin: a model of that type is then refused, as before the plugin
-// was loaded, where its operations would now call nothing.
+// Clears the type's slot when the host unloads the plugin. AGQ4 models are then refused, as before the plugin was
+// loaded; otherwise their operations would call code that is gone.
 //
-// When the process ends, the slot is left alone: other threads may still be running a model. What tells the two apart
-// is the order in which things end.
+// When the process exits, the slot stays filled, because other threads may still be running a model. The order of
+// destruction tells the two cases apart.
 #include "host/type_registry.h"
 
 #ifdef _WIN32
@@ -21,7 +21,8 @@ namespace {
 
 bool process_ends = false;
 
-/// At the end of the process objects are destroyed before libraries end; a library that is unloaded ends first.
+/// At process exit, objects are destroyed before the libraries' destructors run; when a library is unloaded, its
+/// destructors run first.
 struct end_of_process {
     ~end_of_process() { process_ends = true; }
 } watch;

@@ -1,5 +1,5 @@
-// Backend, device and registry tables. The device takes whole graphs, so that the host makes one call and no copies,
-// and runs them on an inner CPU backend: one pool of threads, the host's own code for all that is not AGQ4.
+// Backend, device and registry tables. The device takes whole graphs, so the host makes one call and no copies. It runs
+// them on an inner CPU backend with one thread pool; the host's own code computes everything that is not AGQ4.
 #include "backend/backend.h"
 
 #include <algorithm>
@@ -33,11 +33,11 @@ constexpr char backend_name[] = "AGQ";
 
 // ---- state of the device ----
 
-/// Which threads are creating contexts just now.
+/// The threads that are creating a context right now.
 ///
-/// With flash attention "auto", libllama schedules one graph when it creates a context, to see whether the attention
-/// node lands on the layer's own device, the CPU, and turns flash attention off if it does not. Our device runs that
-/// node on the same CPU code, so it stands aside in that thread, from the creation of a backend to its first graph.
+/// With flash attention "auto", libllama schedules one graph when it creates a context. It turns flash attention off
+/// unless the attention node lands on the layer's own device, the CPU. Our device runs that node on the same CPU code.
+/// So it declines all nodes in that thread, from the creation of a backend to its first graph.
 class creations {
   public:
     void begin(const void *backend) {
@@ -50,7 +50,7 @@ class creations {
         open_.erase(backend);
         count_.store(open_.size(), std::memory_order_relaxed);
     }
-    /// Whether the calling thread is.
+    /// Whether the calling thread is creating a context.
     bool in_this_thread() const {
         if (count_.load(std::memory_order_relaxed) == 0) return false;
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -69,11 +69,11 @@ struct device_context {
     options chosen;
     std::string description;
 
-    /// Set as soon as the host asks about a node with AGQ4 weights. Until then the device declines everything, so that
-    /// a process without such a model runs exactly as if the plugin were not there.
+    /// Set once the host asks about a node with AGQ4 weights. Until then the device declines everything, so a process
+    /// without such a model runs exactly as it does without the plugin.
     std::atomic<bool> agq4_seen{false};
-    /// Set as soon as a context is created with pruning settings of its own: a list of layers must work for models
-    /// without AGQ4 tensors, too.
+    /// Set once a context is created with its own pruning settings: a list of layers must also work for models without
+    /// AGQ4 tensors.
     std::atomic<bool> pruning_asked_for{false};
     creations creating;
 };
@@ -84,7 +84,7 @@ device_context &context_of(ggml_backend_device *device) {
 
 // ---- threads of the inner backend ----
 
-/// Hosts built without OpenMP start and join threads in every graph unless the backend is given a pool.
+/// Hosts built without OpenMP start and join threads in every graph, unless the backend has a thread pool.
 class thread_pool {
   public:
     ~thread_pool() {
@@ -115,7 +115,7 @@ class thread_pool {
 
 // ---- backend ----
 
-/// What the options of a context say.
+/// The options of a context, parsed.
 struct context_settings {
     prune_settings pruning;
     activation_settings activations;
@@ -150,7 +150,7 @@ struct backend_context {
     backend_context(const backend_context &) = delete;
     backend_context &operator=(const backend_context &) = delete;
 
-    /// To be called when the backend gets a graph.
+    /// Called when the backend gets a graph: the context is complete.
     void end_creation() {
         if (is_new) device.creating.end(this);
         is_new = false;
@@ -160,13 +160,13 @@ struct backend_context {
     ggml_backend *cpu;
     bool is_new = true;
     thread_pool threads;
-    std::vector<ggml_tensor *> computed;  ///< the nodes of a graph in which not all are
+    std::vector<ggml_tensor *> computed;  ///< the nodes to compute, for graphs that also hold others
     graph_snapshot snapshot;
     graph_rewriter rewriter;
     pruner pruning;
-    bool may_prune;          ///< set by the first AGQ4 tensor, too: stock models are left alone unless somebody asked
-    int n_threads = 4;       ///< ggml's default, until the host says otherwise
-    std::string last_error;  ///< so that a failing model is reported once, not for every token
+    bool may_prune;          ///< also set by the first AGQ4 tensor: stock models are not touched unless asked for
+    int n_threads = 4;       ///< ggml's default, until the host sets it
+    std::string last_error;  ///< so that a failing model is reported once, not once per token
 };
 
 backend_context &context_of(ggml_backend *backend) {
@@ -198,7 +198,7 @@ ggml_status compute_nodes(backend_context &context, ggml_tensor **nodes, int n, 
     return status_failed;
 }
 
-/// The nodes that the host computes. Graphs also hold the branches that were not chosen: their inputs have no values.
+/// The nodes that the host computes. Graphs also hold branches that were not chosen; their inputs have no values.
 ggml_tensor **find_computed(backend_context &context, ggml_cgraph *graph, int *n) {
     ggml_tensor **nodes = host.ggml_graph_nodes(graph);
     *n = host.ggml_graph_n_nodes(graph);
@@ -219,7 +219,7 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
         const bool has_agq4 = context.device.chosen.take_all || std::any_of(nodes, nodes + n, uses_agq4);
         context.may_prune = context.may_prune || has_agq4;
         if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
-        int64_t computing = 0;  // nanoseconds within the pruner that are not its own
+        int64_t computing = 0;  // nanoseconds spent in `compute`, which are not the pruner's own
         const auto compute_part = [&](ggml_tensor **part, int size, bool part_repeated, const key_choices &choices) {
             if (part == nodes && !has_agq4 && !profile_enabled()) {
                 return host.ggml_backend_graph_compute(context.cpu, graph);

@@ -9,10 +9,10 @@
 
 namespace agq {
 
-/// The registry to hand to the host. All computing goes through `kern`.
+/// Creates the registry for the host. All products run with `kern`.
 ggml_backend_reg *backend_registry(const kernel *kern, const options &chosen);
 
-/// Checks an option before `set_context_option`. On a mistake returns false and `*error` says which.
+/// Checks an option before `set_context_option`. On an error returns false and sets `*error` to a message.
 bool check_context_option(context_option which, const char *text, std::string *error);
 
 }  // namespace agq

@@ -18,7 +18,7 @@ bool graph_snapshot::is_repeated(ggml_tensor **nodes, int n) {
         same = std::memcmp(nodes[i], &content_[i * node_bytes], node_bytes) == 0;
     }
     if (same) return true;
-    nodes_.clear();  // should memory run out below, the next graph counts as new
+    nodes_.clear();  // if memory runs out below, the next graph counts as new
     content_.resize(count * node_bytes);
     for (size_t i = 0; i < count; ++i) std::memcpy(&content_[i * node_bytes], nodes[i], node_bytes);
     nodes_.assign(nodes, nodes + n);

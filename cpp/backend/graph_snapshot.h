@@ -1,4 +1,4 @@
-// Notices that the host hands in the same graph again: the same nodes, with the same content.
+// Notices when the host passes the same graph again: the same nodes with the same content.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@ namespace agq {
 
 class graph_snapshot {
   public:
-    /// Whether these nodes and their content (but for their names) are those of the last call; remembers them if not.
-    /// Throws std::bad_alloc.
+    /// Whether these nodes equal those of the last call, in address and content (names are ignored). Remembers them if
+    /// not. Throws std::bad_alloc.
     bool is_repeated(ggml_tensor **nodes, int n);
     void forget() { nodes_.clear(); }
 

@@ -6,21 +6,22 @@
 namespace agq {
 
 struct options {
-    bool fuse = true;       ///< AGQ_FUSE=0: leave the work between products to the host, for comparisons
+    bool fuse = true;       ///< AGQ_FUSE=0: the host computes the work between products, for comparisons
     bool take_all = false;  ///< AGQ_TAKE_ALL=1: take every operation, without waiting for an AGQ4 tensor, for tests
     std::string force_isa;  ///< AGQ_FORCE_ISA: name of the kernel to use, empty for the best one
 };
 
-/// Reads these three. The plugin does so once, when it is loaded; the converter, before it first rounds weights.
+/// Reads these three. The plugin calls it once, when it is loaded; the converter calls it before it rounds the first
+/// weights.
 options read_options();
 
-/// The options that are read whenever a context is created.
+/// Options that are read each time a context is created.
 enum class context_option { prune, activation_bits, attention, isa };
 
-/// What this thread has set, else what the environment says now; empty if neither does.
+/// The value set by this thread, else the environment variable's current value; empty if neither is set.
 std::string read_context_option(context_option which);
 
-/// What contexts that this thread creates from now on get in place of the variable; null: back to the variable.
+/// Overrides the variable for contexts that this thread creates from now on. Null: use the variable again.
 void set_context_option(context_option which, const char *text);
 
 }  // namespace agq

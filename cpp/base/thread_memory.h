@@ -1,5 +1,4 @@
-// Scratch memory of each thread, allocated before a graph runs: nodes run in the host's threads, where nothing may
-// throw.
+// Scratch memory per thread, allocated before a graph runs: nodes run in the host's threads, where nothing may throw.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +14,8 @@ class thread_memory {
     thread_memory(const thread_memory &) = delete;
     thread_memory &operator=(const thread_memory &) = delete;
 
-    /// Makes room for `bytes` in each of `threads` threads; throws std::bad_alloc and stays as it was if there is none.
+    /// Makes room for `bytes` in each of `threads` threads. Throws std::bad_alloc and changes nothing if memory runs
+    /// out.
     void reserve(size_t bytes, int threads) {
         const size_t part = (bytes + 63) / 64 * 64, total = part * static_cast<size_t>(threads);
         if (total > capacity_) {

@@ -1,8 +1,8 @@
-// A value of each thread, for types with a destructor, in a library that the host may unload.
+// A per-thread value for types with a destructor, in a library that the host may unload.
 //
-// glibc keeps a library for as long as a thread lives that has used a `thread_local` with a destructor in it: then
-// unloading does nothing, and the next load finds the old state. A key of POSIX threads holds no library. What is lost:
-// values of other threads that are still alive when the library goes are not freed.
+// If a thread uses a `thread_local` with a destructor, glibc keeps the library loaded as long as that thread lives.
+// Unloading then does nothing, and the next load finds the old state. A POSIX thread key does not hold the library. The
+// cost: if other threads are alive when the library is unloaded, their values are leaked.
 #pragma once
 
 #ifdef _WIN32
@@ -61,8 +61,8 @@ class thread_key {
 
 }  // namespace detail
 
-/// The calling thread's value of type T; `Tag` tells values of one type apart. Throws bad_alloc when it is made and
-/// there is no memory.
+/// The calling thread's value of type T; `Tag` distinguishes values of one type. The first call creates the value and
+/// throws bad_alloc if memory runs out.
 template <class T, class Tag>
 T &thread_value() {
     static const detail::thread_key<T> key;

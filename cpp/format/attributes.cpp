@@ -1,4 +1,4 @@
-// Parses the attribute stream without trusting a byte of it, and dequantizes rows for GET_ROWS.
+// Parses the attribute stream, with every byte checked, and dequantizes rows for GET_ROWS.
 #include "format/attributes.h"
 
 #include <algorithm>
@@ -23,7 +23,7 @@ std::array<uint32_t, 256> make_crc_table() {
     return table;
 }
 
-/// CRC-32 of ISO 3309, the one of zlib.
+/// CRC-32 of ISO 3309, as in zlib.
 uint32_t crc32(const std::vector<uint8_t> &bytes) {
     static const std::array<uint32_t, 256> table = make_crc_table();
     uint32_t c = 0xFFFFFFFFu;
@@ -31,8 +31,8 @@ uint32_t crc32(const std::vector<uint8_t> &bytes) {
     return c ^ 0xFFFFFFFFu;
 }
 
-/// The attribute stream in the order of the file: calls take(bytes, count) for the attribute bytes of each tile and
-/// half tile until it returns false.
+/// Walks the attribute stream in file order: calls take(bytes, count) for the attribute bytes of each tile and half
+/// tile until it returns false.
 template <class function>
 void walk_stream(const tile *tiles, int64_t m, int64_t k, const function &take) {
     const uint8_t *at = reinterpret_cast<const uint8_t *>(tiles);
@@ -66,7 +66,7 @@ uint16_t read_u16(const uint8_t *p) {
     return static_cast<uint16_t>(p[0] | p[1] << 8);
 }
 
-/// Checks the list of channels and stores it; `bytes` are n times u16.
+/// Checks the list of channels and stores it; `bytes` holds n u16 values.
 bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *result, std::string *error) {
     for (size_t i = 0; i < n; ++i) {
         const uint16_t channel = read_u16(bytes + 2 * i);
@@ -86,15 +86,15 @@ bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *r
     return true;
 }
 
-/// Bytes of the pruning record of which `bytes` is the beginning, of `left` bytes up to the end of the parameters; more
-/// than there are if it does not fit.
+/// Size in bytes of the pruning record that begins at `bytes`. `left` is the number of bytes up to the end of the
+/// parameters. The result is larger than `left` if the record does not fit.
 size_t pruning_bytes(const uint8_t *bytes, size_t left) {
     if (left < pruning_record_bytes || bytes[0] != prune_score_learned) return pruning_record_bytes;
     const size_t fixed = pruning_record_bytes + prune_direction_bytes;
     return left < fixed ? fixed : fixed + read_u16(bytes + pruning_record_bytes + 4);
 }
 
-/// Checks the direction of a learned score and stores it: factor, count, zero, and one signed byte for each channel.
+/// Checks the direction of a learned score and stores it: factor, count, zero, then one signed byte per channel.
 bool parse_direction(const uint8_t *bytes, matrix_attributes *result, std::string *error) {
     float factor;
     std::memcpy(&factor, bytes, sizeof(factor));
@@ -151,12 +151,12 @@ bool check_header(const attribute_header &h, size_t stream_bytes, std::string *e
     return false;
 }
 
-/// One scale from the bits of a binary16 number.
+/// Decodes one scale from the bits of a binary16.
 float decode_scale(unsigned bits) {
     const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
     float value;
     if (exponent == 31) {
-        value = NAN;  // not a valid scale: the row shows it
+        value = NAN;  // not a valid scale: NaN makes it show in the row
     } else if (exponent == 0) {
         value = std::ldexp(static_cast<float>(mantissa), -24);
     } else {
@@ -165,8 +165,8 @@ float decode_scale(unsigned bits) {
     return bits & 0x8000 ? -value : value;
 }
 
-/// Weights of row r of a panel in group g of its columns, before the tensor scale. What is not rotated is exact, so
-/// that a weight is rounded once, as in the reference.
+/// Weights of row r of a panel in its column group g, before the tensor scale. Without rotation they are exact, so that
+/// a weight is rounded once, as in the reference.
 void unscaled_group(const matrix_attributes &attributes, const stored_group &stored, int64_t g, int r, float *group) {
     const float scale = std::ldexp(decode_scale(stored.scale_bits(r)), -attributes.exponents[static_cast<size_t>(g)]);
     for (int i = 0; i < group_columns; ++i) {
@@ -289,7 +289,7 @@ void dequantize_row(const matrix_attributes &attributes, const tile *tiles, int6
     const int rows = static_cast<int>(std::min<int64_t>(panel_rows, attributes.rows - first));
     const int groups = static_cast<int>(k / group_columns), r = static_cast<int>(row - first);
     const int64_t n_listed = attributes.format.n_listed;
-    int64_t next_listed = 0, channel = 0;  // walk over the channels that are not listed, ascending
+    int64_t next_listed = 0, channel = 0;  // walks over the channels that are not listed, in ascending order
     float group[group_columns];
     for (int64_t column = 0; column < k; ++column) {
         const int in_group = static_cast<int>(column % group_columns);

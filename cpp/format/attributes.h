@@ -1,5 +1,4 @@
-// The attribute stream of an AGQ4 matrix: checked, and unpacked into what the kernels take (docs/format.md, "Attribute
-// stream").
+// Checks the attribute stream of an AGQ4 matrix and unpacks it for the kernels (docs/format.md, "Attribute stream").
 #pragma once
 
 #include <cstdint>
@@ -12,44 +11,45 @@
 
 namespace agq {
 
-/// Runtime parameters of one M x K matrix. `format` points into this object, so it is neither copied nor moved.
+/// Runtime parameters of one M x K matrix. `format` points into this object, so the object must not be copied or moved.
 struct matrix_attributes {
     int64_t rows;
     attribute_header header;
     uint8_t codebook[16];
     std::vector<uint8_t> exponents;       ///< [K / 64]
-    std::vector<uint16_t> listed;         ///< channels that come first, in their order
+    std::vector<uint16_t> listed;         ///< channels stored first, in stored order
     std::vector<uint16_t> listed_sorted;  ///< the same, ascending
     bool prunes = false;                  ///< whether there is a pruning record
     uint8_t prune_score = 0;              ///< 0 first, 1 received, 2 recent, 3 learned
     float prune_threshold = 0;
-    uint8_t prune_keep = 0;    ///< the last so many tokens of an ubatch stay
-    uint8_t prune_reach = 0;   ///< a token counts as much as the most important one at most so many places away
-    bool prune_reuse = false;  ///< later layers still get keys and values of dropped tokens
-    std::vector<float> prune_direction;  ///< of a learned score: what the state of a token is multiplied with
+    uint8_t prune_keep = 0;              ///< the last `prune_keep` tokens of a ubatch stay
+    uint8_t prune_reach = 0;             ///< each token gets the highest importance within this many places
+    bool prune_reuse = false;            ///< later layers still get keys and values of dropped tokens
+    std::vector<float> prune_direction;  ///< of a learned score: the weights of a token's state
     activation_format format;
 
     matrix_attributes() = default;
     matrix_attributes(const matrix_attributes &) = delete;
     matrix_attributes &operator=(const matrix_attributes &) = delete;
 
-    /// Whether activations quantized for `other` can be multiplied with this matrix too.
+    /// Whether activations quantized for `other` also fit this matrix.
     bool same_activations(const matrix_attributes &other) const;
 };
 
-/// Bytes of the attribute stream of a matrix of `m` rows and `k` columns (a multiple of 64).
+/// Size in bytes of the attribute stream of a matrix of `m` rows and `k` columns (a multiple of 64).
 size_t stream_bytes(int64_t m, int64_t k);
 
-/// Bytes of such a matrix. The first `m` rows of a larger one take as many if `m` is a multiple of 16.
+/// Size in bytes of such a matrix. If `m` is a multiple of 16, the first `m` rows of a larger matrix have the same
+/// size.
 size_t matrix_bytes(int64_t m, int64_t k);
 
-/// Matrix number i of a tensor of such matrices.
+/// Matrix number i of a tensor of such matrices (3-D tensors hold several).
 inline const tile *matrix_at(const void *tensor, int64_t i, int64_t m, int64_t k) {
     return reinterpret_cast<const tile *>(static_cast<const uint8_t *>(tensor) +
                                           static_cast<size_t>(i) * matrix_bytes(m, k));
 }
 
-/// Whether the format has such matrices, as far as the shape says.
+/// Whether the format supports this shape.
 inline bool is_shape(int64_t m, int64_t k) {
     return m > 0 && k > 0 && k % group_columns == 0 && k <= INT32_MAX;
 }
@@ -57,12 +57,12 @@ inline bool is_shape(int64_t m, int64_t k) {
 /// Reads the first 16 bytes of the stream; all zero if it is shorter.
 attribute_header read_header(const tile *tiles, int64_t m, int64_t k);
 
-/// Parses and checks the stream of a matrix of `m` >= 1 rows and `k` >= 64 columns (a multiple of 64). Bytes beyond the
-/// matrix are never read, whatever it holds. On a violation of the format returns null and `*error` says which.
+/// Parses and checks the stream of a matrix of `m` >= 1 rows and `k` >= 64 columns (a multiple of 64). Never reads past
+/// the matrix, whatever its content. If the stream is not valid, returns null and sets `*error` to a message.
 std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int64_t m, int64_t k, std::string *error);
 
-/// Writes the last panel of a matrix whose `m` is not a multiple of 16 as one of 16 rows, as kernels take it, to `out`
-/// (k / 64 * sizeof(half_tile) bytes). The rows that are missing, and the attributes, are zero.
+/// Pads the last panel of a matrix to 16 rows, as the kernels take it, if `m` is not a multiple of 16. `out` gets k /
+/// 64 * sizeof(half_tile) bytes. The missing rows and the attributes are zero.
 void expand_last_panel(const tile *tiles, int64_t m, int64_t k, tile *out);
 
 /// Dequantizes row `row` of the matrix into `out` (`format.k` floats, input channels in their original order).

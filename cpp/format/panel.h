@@ -1,8 +1,8 @@
-// Where things lie in a panel: full tiles, then half a tile if the number of groups is odd. The last panel of a matrix
-// may have fewer rows than 16; all its fields are then shorter in the same way.
+// Layout of a panel: full tiles, then half a tile if the number of groups is odd. The last panel of a matrix may have
+// fewer than 16 rows; each field then holds only those rows.
 //
-// Everything is in an anonymous namespace, because kernel files are compiled with flags of their own and the linker
-// must not merge the copies.
+// Everything is in an anonymous namespace: each kernel file has its own compiler flags, so the linker must not merge
+// the copies.
 #pragma once
 
 #include <cstddef>
@@ -12,14 +12,14 @@
 namespace agq {
 namespace {
 
-/// One group of columns of a panel.
+/// One column group of a panel.
 struct stored_group {
     const uint8_t *scale_hi;  ///< [rows]
-    const uint8_t *scale_lo;  ///< of a tile [rows], nibble `half` of each; alone: [(rows + 1) / 2], two rows in a byte
+    const uint8_t *scale_lo;  ///< tile: [rows], nibble `half` of each; half tile: [(rows + 1) / 2], two rows per byte
     const uint8_t *codes;     ///< 8 chunks of 4 * rows bytes
     int rows;
-    int half;    ///< of the tile: 0 or 1
-    bool alone;  ///< half a tile
+    int half;    ///< which half of the tile: 0 or 1
+    bool alone;  ///< whether the group is a half tile
 
     /// The scale of a row, as the bits of a binary16.
     unsigned scale_bits(int row) const {
@@ -35,7 +35,7 @@ struct stored_group {
     }
 };
 
-/// Whether group g is half a tile.
+/// Whether group g is a half tile.
 inline bool is_alone(int groups, int g) {
     return g % 2 == 0 && g == groups - 1;
 }
@@ -48,17 +48,17 @@ inline stored_group group_of(const void *panel, int rows, int groups, int g) {
     return {tile + g % 2 * rows, tile + 2 * rows, tile + (4 + g % 2 * 32) * rows, rows, g % 2, false};
 }
 
-/// The last group of a panel of 16 rows whose number of groups is odd.
+/// The last group of a 16-row panel with an odd number of groups.
 inline const half_tile &last_half(const tile *panel, int groups) {
     return *reinterpret_cast<const half_tile *>(panel + groups / 2);
 }
 
-/// The 8 chunks of group g of a panel of 16 rows.
+/// The 8 chunks of group g of a 16-row panel.
 inline const uint8_t (*chunks_of(const tile *panel, int groups, int g))[64] {
     return is_alone(groups, g) ? last_half(panel, groups).codes : panel[g / 2].codes + g % 2 * 8;
 }
 
-/// Panel number p behind the one at `first`.
+/// Panel number p, counted from the one at `first`.
 inline const tile *panel_at(const tile *first, int p, int groups) {
     const uint8_t *bytes = reinterpret_cast<const uint8_t *>(first);
     return reinterpret_cast<const tile *>(bytes + static_cast<size_t>(p) * groups * sizeof(half_tile));

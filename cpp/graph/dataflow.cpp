@@ -8,11 +8,11 @@ namespace agq {
 
 namespace {
 
-/// Operations that are treated alike.
+/// Operations that share a rule.
 enum class family : uint8_t {
     unresolved,
     unknown,
-    elementwise,  ///< each element for itself
+    elementwise,  ///< each element on its own
     rowwise,      ///< along dimension 0
     binary,       ///< the second operand may be broadcast
     gated,        ///< one or two operands
@@ -32,7 +32,7 @@ enum class family : uint8_t {
     view,
 };
 
-/// Numbers of operations differ between releases, so the name decides, once for each number.
+/// Operation numbers differ between releases, so the family is found by name, once per number.
 family family_of(int op) {
     static std::array<std::atomic<family>, 512> known{};
     if (op < 0 || op >= static_cast<int>(known.size())) return family::unknown;
@@ -85,13 +85,13 @@ family family_of(int op) {
     return found;
 }
 
-/// What the rules look at: a node and the token dimensions of its sources.
+/// The input of a rule: a node and the token dimensions of its sources.
 struct operands {
     const ggml_tensor *node;
     int64_t tokens;
     token_dim src[ggml_max_src];
 
-    /// A result of which dimension `dim` counts the tokens; nothing if its extent says otherwise.
+    /// A result whose dimension `dim` counts the tokens; none if its extent does not fit.
     token_dim result(int dim, int64_t mult) const {
         return dim >= 0 && dim < 4 && node->ne[dim] == mult * tokens ? token_dim{dim, mult} : token_dim{};
     }
@@ -109,7 +109,7 @@ token_dim trace_binary(const operands &x) {
     return x.result(a.dim, a.mult);
 }
 
-/// Elements in row-major order stay where they are: what lies below the token dimension keeps its size.
+/// A reshape keeps row-major order, so the elements below the token dimension keep their total size.
 token_dim trace_reshape(const operands &x) {
     if (!x.only_first()) return {};
     int64_t per_token = x.src[0].mult, below = 1;
@@ -121,7 +121,7 @@ token_dim trace_reshape(const operands &x) {
     return {};
 }
 
-/// A view of all tokens: one of its dimensions steps through the source's tokens, from the first one on.
+/// A view of all tokens: one dimension steps through the source's tokens from the first one.
 token_dim trace_view(const operands &x) {
     if (!x.only_first()) return {};
     const ggml_tensor *node = x.node, *source = node->src[0];
@@ -139,7 +139,7 @@ token_dim trace_view(const operands &x) {
 
 token_dim trace_lookup(const operands &x) {
     const token_dim a = x.src[0], b = x.src[1];
-    if (!a) return b.dim == 0 ? x.result(1, b.mult) : token_dim{};  // rows of a table, one for each token
+    if (!a) return b.dim == 0 ? x.result(1, b.mult) : token_dim{};  // rows of a table, one per token
     if (a.dim == 2 && b.dim == 1 && a == token_dim{2, b.mult}) return x.result(2, a.mult);  // weights of the experts
     return {};
 }
@@ -156,7 +156,7 @@ token_dim trace_soft_max(const operands &x) {
     return x.result(a.dim, a.mult);
 }
 
-/// The token dimension of a node that has a token-indexed source; nothing if its operation is not understood.
+/// The token dimension of a node with a token-indexed source; none if the operation is not supported.
 token_dim trace_node(const operands &x) {
     const token_dim a = x.src[0], b = x.src[1];
     switch (family_of(x.node->op)) {
@@ -202,7 +202,7 @@ token_dim trace_node(const operands &x) {
     return {};
 }
 
-/// Inputs are known by their names. Returns false if this one is not.
+/// Inputs are recognized by name. Returns false for an unknown one.
 bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t tokens, token_dim *dim,
                  std::string *reason) {
     *dim = {};
@@ -228,7 +228,8 @@ bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t toke
     return false;
 }
 
-/// Nodes that take tokens in and give none out: K/V stores, and the choice of the tokens whose logits are wanted.
+/// Nodes with token-indexed sources but no token-indexed result: K/V stores, and the selection of tokens whose logits
+/// are wanted.
 bool is_exit(const operands &x, const graph_facts &facts) {
     const token_dim a = x.src[0], b = x.src[1];
     if (family_of(x.node->op) == family::store) {

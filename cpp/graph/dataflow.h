@@ -1,4 +1,4 @@
-// Which dimension of which tensor counts the tokens of the ubatch: a walk over all nodes with one rule for each
+// Finds which dimension of each tensor counts the tokens of the ubatch. It walks over all nodes, with one rule per
 // operation.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace agq {
 
-/// ne[dim] == mult * (number of tokens), token-major: token t owns indices t * mult to (t + 1) * mult - 1.
+/// ne[dim] == mult * (number of tokens), token-major: token t owns the indices from t * mult to (t + 1) * mult - 1.
 struct token_dim {
     int dim = -1;  ///< -1: the tensor does not depend on the number of tokens
     int64_t mult = 1;
@@ -19,11 +19,11 @@ struct token_dim {
     bool operator==(const token_dim &other) const { return dim == other.dim && mult == other.mult; }
 };
 
-/// Traces `tokens` through the graph: `(*dims)[number]` for every tensor. Returns false and says why in `*reason` if
-/// the graph holds an operation or an input that is not understood; nothing can be dropped then.
+/// Traces `tokens` through the graph: `(*dims)[number]` for every tensor. If an operation or an input is not supported,
+/// returns false and sets `*reason`; no tokens can be dropped then.
 bool trace_tokens(const graph_facts &facts, int64_t tokens, std::vector<token_dim> *dims, std::string *reason);
 
-/// Whether a node shows memory of its source without computing anything.
+/// Whether a node only shows its source's memory and computes nothing.
 bool is_view_op(const ggml_tensor *node);
 
 }  // namespace agq

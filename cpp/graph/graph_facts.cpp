@@ -17,7 +17,8 @@ bool begins(const ggml_tensor *t, const char *prefix) {
     return std::strncmp(t->name, prefix, std::strlen(prefix)) == 0;
 }
 
-/// What newer releases call source `slot` of the node, if that is an input which tells by its use what it is, or null.
+/// The name that newer releases give to source `slot` of the node, if that is an input whose use identifies it; else
+/// null.
 const char *role_of(const ggml_tensor *node, int slot) {
     const ggml_tensor *leaf = node->src[slot];
     if (slot != 1 || leaf->op != host.op_none || !(leaf->flags & ggml_flag_input)) return nullptr;
@@ -25,7 +26,7 @@ const char *role_of(const ggml_tensor *node, int slot) {
         const ggml_tensor *root = root_of(node);
         return begins(root, cache_prefix) ? k_cells_name : begins(root, "cache_v_l") ? "attn_inp_v_idxs" : nullptr;
     }
-    // ggml gives numbers to what has no name.
+    // ggml gives tensors without a name a number.
     if (leaf->name[0] != 0 && !begins(leaf, "leaf_")) return nullptr;
     if (node->op == host.op_rope) return positions_name;
     if (node->op != host.op_get_rows) return nullptr;
@@ -53,7 +54,7 @@ const ggml_tensor *root_of(const ggml_tensor *t) {
 }
 
 const ggml_tensor *find_cache(const ggml_tensor *keys) {
-    // With a binary32 cache, flash attention gets a copy in binary16.
+    // With a binary32 cache, flash attention reads a binary16 copy.
     for (int step = 0; step < 2; ++step) {
         const ggml_tensor *root = root_of(keys);
         if (root->op == host.op_none) {
@@ -91,7 +92,7 @@ void graph_facts::read(ggml_tensor **nodes, int n) {
             }
             last_use[static_cast<size_t>(entry->second)] = i;
         }
-        // Cells that are written now must be known, or they would be taken for those of dropped tokens.
+        // The cells written by this graph must be known. Otherwise they would be mistaken for those of dropped tokens.
         const bool stores = nodes[i]->op == host.op_set_rows && begins(root_of(nodes[i]), cache_prefix);
         unknown_store = unknown_store || (stores && nodes[i]->src[1] != k_cells);
         if (nodes[i]->flags & ggml_flag_output) is_part = false;
@@ -104,7 +105,7 @@ std::string graph_facts::input_name(const ggml_tensor *leaf) const {
     return known == roles_.end() ? name_of(leaf) : known->second;
 }
 
-/// Takes notice of an input, which is source `slot` of the node, the first that reads it.
+/// Records an input: source `slot` of the node, which is the first node that reads it.
 void graph_facts::find_input(const ggml_tensor *node, int slot) {
     const ggml_tensor *leaf = node->src[slot];
     if (const char *role = role_of(node, slot)) roles_.emplace(leaf, role);

@@ -1,5 +1,4 @@
-// What the pruning pass has to know of a graph: numbers for its tensors, its inputs, and where its attentions are.
-#pragma once
+// What the pruning pass needs to know about a graph: numbers for its tensors, its inputs, and where its attentions are.
 
 #include <cstdint>
 #include <string>
@@ -17,41 +16,41 @@ struct attention_site : attention_operands {
     int first = -1;      ///< the node that reads queries and keys: the flash node, or the product of both
     int masked = -1;     ///< the node that takes the mask: the flash node, or the soft-max
     int last = -1;       ///< the node of the output: the flash node, or the product with the values
-    int mask_slot = 0;   ///< which source of `masked` the mask is
-    bool plain = false;  ///< whether there is nothing between product and soft-max, so that q and k tell the weights
-    const ggml_tensor *cache = nullptr;  ///< the keys as a view of the cache, of which k may be a conversion
+    int mask_slot = 0;   ///< which source of `masked` is the mask
+    bool plain = false;  ///< whether the soft-max follows the product directly, so that q and k determine the weights
+    const ggml_tensor *cache = nullptr;  ///< the keys as a view of the cache; k may be a converted copy of it
 };
 
 class graph_facts {
   public:
-    /// Reads the graph; throws std::bad_alloc.
+    /// Reads the graph. Throws std::bad_alloc.
     void read(ggml_tensor **nodes, int n);
 
-    /// Number of a tensor: its index if it is a node, n and up for leaves; -1 for strangers.
+    /// Number of a tensor: its index if it is a node, n or more for leaves, -1 for tensors of other graphs.
     int number(const ggml_tensor *t) const {
         const auto found = numbers_.find(t);
         return found == numbers_.end() ? -1 : found->second;
     }
     int n_nodes = 0;
     std::vector<ggml_tensor *> tensors;  ///< by number
-    std::vector<int> last_use;           ///< by number: the last node that reads it, or -1
+    std::vector<int> last_use;           ///< by number: the last node that reads the tensor, or -1
     std::vector<attention_site> sites;   ///< in graph order
     bool complete = false;               ///< whether all sources are leaves or nodes of this graph
-    bool is_part = false;                ///< whether another graph holds what the host wants: this one has no result
+    bool is_part = false;                ///< whether the result is in another graph of the host, not in this one
 
-    // Inputs, or null; `ambiguous` if there are several of a kind.
+    // Inputs, or null. `ambiguous` is set if there are several of a kind.
     const ggml_tensor *mask = nullptr, *tokens = nullptr, *positions = nullptr, *k_cells = nullptr, *out_ids = nullptr;
     bool ambiguous = false;
-    bool unknown_store = false;  ///< whether keys are stored to cells whose numbers are not an input
+    bool unknown_store = false;  ///< whether keys are stored to cells that no input names
 
-    /// Tokens of the ubatch, 0 if the graph computes none.
+    /// Number of tokens of the ubatch, 0 if the graph computes none.
     int64_t n_tokens() const {
         const ggml_tensor *input = k_cells ? k_cells : tokens ? tokens : positions;
         return input ? input->ne[0] : 0;
     }
 
-    /// What newer releases of the host call this input; older ones leave some without a name, which are known by what
-    /// they are for.
+    /// The name that newer releases of the host give this input. Older releases leave some inputs without a name; those
+    /// are recognized by their use.
     std::string input_name(const ggml_tensor *leaf) const;
 
   private:
@@ -59,7 +58,7 @@ class graph_facts {
     void find_site(int i);
 
     std::unordered_map<const ggml_tensor *, int> numbers_;
-    std::unordered_map<const ggml_tensor *, const char *> roles_;  ///< names of inputs by what they are for
+    std::unordered_map<const ggml_tensor *, const char *> roles_;  ///< names of inputs that are recognized by their use
 };
 
 /// Whether the tensor has exactly this name.
@@ -71,10 +70,10 @@ std::string name_of(const ggml_tensor *t);
 /// The tensor whose memory a view shows.
 const ggml_tensor *root_of(const ggml_tensor *t);
 
-/// The view of the cache of keys that `keys` are or were converted from, or null.
+/// The view of the key cache that `keys` is or was converted from, or null.
 const ggml_tensor *find_cache(const ggml_tensor *keys);
 
-/// The layer of a view of the cache of keys.
+/// The layer of a view of the key cache.
 int cache_layer(const ggml_tensor *cache);
 
 }  // namespace agq

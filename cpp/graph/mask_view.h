@@ -1,4 +1,4 @@
-// Reading the mask of an attention: [cell, token, 1, stream], binary16 or binary32, -inf hides a cell from a token.
+// Reads the mask of an attention: [cell, token, 1, stream], binary16 or binary32; -inf hides a cell from a token.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@ namespace agq {
 
 constexpr uint16_t hidden_f16 = 0xFC00;
 
-/// One token's row.
+/// The mask row of one token.
 class mask_row {
   public:
     mask_row(const ggml_tensor *mask, int64_t token, int64_t stream)
@@ -24,11 +24,11 @@ class mask_row {
         if (is_f16_) return reinterpret_cast<const uint16_t *>(row_)[cell] == hidden_f16;
         return reinterpret_cast<const float *>(row_)[cell] == -INFINITY;
     }
-    /// Sets `seen[c]` for every cell that can be seen.
+    /// Sets `seen[c]` for every visible cell.
     void mark_visible(int64_t n, uint8_t *seen) const {
         for (int64_t c = 0; c < n; ++c) seen[c] = seen[c] | !hides(c);
     }
-    /// How many of the first `n` cells can be seen.
+    /// How many of the first `n` cells are visible.
     int64_t count_visible(int64_t n) const {
         return is_f16_ ? count_other<uint16_t>(n, hidden_f16) : count_other<float>(n, -INFINITY);
     }

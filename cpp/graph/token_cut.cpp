@@ -7,7 +7,8 @@
 namespace agq {
 
 std::string find_gap(const graph_facts &facts) {
-    // Whole graphs choose the tokens whose logits are wanted; the first of several parts has no sources from outside.
+    // Whole graphs select the tokens whose logits are wanted. If a graph is split, its first part has no sources
+    // outside itself, so `complete` does not show the split.
     if (!facts.complete || (facts.k_cells && !facts.out_ids)) {
         return "the host computes the graph in parts (an evaluation callback, or several devices)";
     }

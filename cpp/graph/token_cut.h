@@ -1,5 +1,4 @@
-// Whether the tokens of a graph can be told apart, and where it can be cut between them: what follows from its
-// structure.
+// Whether tokens can be dropped from a graph, and where it can be cut to do so. Both follow from the graph's structure.
 #pragma once
 
 #include <string>
@@ -10,19 +9,19 @@
 
 namespace agq {
 
-/// Why the tokens of this graph cannot be told apart, as far as one sees at first sight; empty if they can.
+/// A quick check whether the tokens of this graph can be told apart. Returns the reason if not, empty if they can.
 std::string find_gap(const graph_facts &facts);
 
-/// Finds the attention of a layer, as an index of facts.sites. Returns why there is none that others follow, empty if
-/// there is.
+/// Finds the attention of a layer, as an index into facts.sites. Other attentions must follow it. Returns the reason if
+/// there is none, empty if there is one.
 std::string find_site(const graph_facts &facts, int layer, int *site);
 
-/// The numbers of the token-indexed tensors that are read behind node `at`, but for the mask. Returns why a cut there
-/// cannot choose rows of them, empty if it can. Throws std::bad_alloc.
+/// Finds the numbers of the token-indexed tensors that are read after node `at`, except the mask. Returns empty, or the
+/// reason why a cut there cannot select their rows. Throws std::bad_alloc.
 std::string find_crossing(const graph_facts &facts, const std::vector<token_dim> &dims, int at,
                           std::vector<int> *crossing);
 
-/// Whether a host could look at a tensor of all tokens behind node `first_cut`.
+/// Whether a host could read a tensor of all tokens after node `first_cut`.
 bool is_wanted_whole(const graph_facts &facts, const std::vector<token_dim> &dims, int first_cut);
 
 }  // namespace agq

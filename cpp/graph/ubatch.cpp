@@ -31,14 +31,14 @@ std::string read_ubatch(const graph_facts &facts, ubatch_facts *ubatch) {
         if (cell < 0 || cell >= columns) return "the cell of a token is outside the attention mask";
         cells[t] = static_cast<int32_t>(cell);
     }
-    // A token that sees the one before it, and not the one behind it, is of the same sequence.
+    // A token that sees the previous token but not the next one is in the same sequence as the previous one.
     for (int64_t t = 0; t + 1 < tokens; ++t) {
         const size_t i = static_cast<size_t>(t);
         if (is_hidden(facts.mask, cells[i], t + 1, 0)) return "the batch holds several sequences";
         if (!is_hidden(facts.mask, cells[i + 1], t, 0)) return "attention is not causal";
     }
     ubatch->position = first_position(facts);
-    // The cache fills from its first cell on, and what is still there of the sequence's beginning stays in place.
+    // The cache fills from its first cell, and the first cells of the sequence that are still there keep their place.
     int64_t first = 0;
     while (first < columns && is_hidden(facts.mask, first, 0, 0)) ++first;
     ubatch->first_cell = ubatch->position > 0 && first < columns ? static_cast<int32_t>(first) : cells[0];

@@ -1,4 +1,4 @@
-// Finds the host's functions. proof/abi_proof.h proves that they and their data are as host.h declares.
+// Looks up the host's functions. proof/abi_proof.h checks that they and their data match host.h.
 #include "host/host.h"
 
 #include <cstdio>
@@ -20,7 +20,7 @@ constexpr const char *tested_names[] = {AGQ_TESTED_HOSTS(AGQ_NAME)};
 #undef AGQ_NAME
 constexpr size_t n_tested = sizeof(tested_versions) / sizeof(*tested_versions);
 
-/// Major and minor number as one that can be compared; -1 if the text is no version. Patches change no layout.
+/// Major and minor number as one comparable number; -1 if the text is not a version. Patch releases keep the layout.
 int rank(const char *version) {
     int major = 0, minor = 0;
     const bool parsed = std::sscanf(version, "%d.%d", &major, &minor) == 2;

@@ -1,6 +1,6 @@
-// The part of ggml's ABI that the plugin uses, declared here so that it builds without ggml's headers and one build
-// serves all ggml releases from the oldest in tested_hosts.h on. Every function is looked up at load time, and
-// abi_proof.cpp proves that the running host is laid out as declared.
+// The part of ggml's ABI that the plugin uses. It is declared here, so the plugin builds without ggml's headers, and
+// one build serves all ggml releases from the oldest in tested_hosts.h on. Functions are looked up at load time;
+// abi_proof.cpp checks that the running host matches these declarations.
 #pragma once
 
 #include <cstddef>
@@ -88,7 +88,7 @@ enum ggml_device_type { device_cpu = 0, device_accel = 3 };
 
 // ---- private tables of ggml-backend-impl.h ----
 
-/// Versions of these tables that the plugin can be part of. What changed from 2 to 3, the table of buffer types, is not
+/// Versions of these tables that the plugin supports. Version 3 changed only the table of buffer types, which is not
 /// declared here.
 constexpr int oldest_api_version = 2, newest_api_version = 3;
 
@@ -115,7 +115,8 @@ struct ggml_backend_i {
     unused_fn graph_plan_create, graph_plan_free, graph_plan_update, graph_plan_compute;
     ggml_status (*graph_compute)(ggml_backend *, ggml_cgraph *);
     unused_fn event_record, event_wait;
-    /// Releases differ in the parameters behind the second; all calling conventions in use let a callee ignore them.
+    /// The parameters after the second differ between releases. All calling conventions in use let a callee ignore
+    /// them.
     void (*graph_optimize)(ggml_backend *, ggml_cgraph *);
 };
 
@@ -195,22 +196,23 @@ struct ggml_backend_reg {
     X(ggml_backend_reg *, ggml_backend_reg_by_name, (const char *))                                                  \
     X(void, ggml_threadpool_params_init, (void *, int))
 
-/// What the plugin knows of the program it was loaded into.
+/// What the plugin knows about the program that loaded it.
 struct host_api {
 #define AGQ_DECLARE(result, name, parameters) result(*name) parameters = nullptr;
     AGQ_HOST_FUNCTIONS(AGQ_DECLARE)
 #undef AGQ_DECLARE
 
-    /// Numbers of the operations the plugin looks at: new ones are inserted into ggml's enum from release to release.
+    /// Numbers of the operations that the plugin looks at. They differ between releases, because ggml inserts new ones
+    /// into its enum.
     int op_none = -1, op_mul_mat = -1, op_mul_mat_id = -1, op_get_rows = -1, op_set_rows = -1, op_soft_max = -1,
         op_flash_attn_ext = -1, op_custom = -1, op_view = -1, op_reshape = -1, op_permute = -1, op_transpose = -1,
         op_norm = -1, op_rms_norm = -1, op_rope = -1, op_mul = -1, op_add = -1, op_glu = -1;
-    int glu_swiglu = -1;  ///< number of the gated unit with SiLU, -1 if this host has another one
+    int glu_swiglu = -1;  ///< number of the gated unit with SiLU, -1 if this host's differs
 
-    ggml_backend_device *cpu = nullptr;  ///< the device that runs all that is not ours
-    bool openmp = false;                 ///< whether the CPU backend keeps its threads in OpenMP
-    int api_version = 0;                 ///< of the backend tables, which our registry must answer
-    void (*ggml_log_get)(ggml_log_callback *, void **) = nullptr;  ///< null in a host that keeps its log to itself
+    ggml_backend_device *cpu = nullptr;  ///< the device that runs everything that is not ours
+    bool openmp = false;                 ///< whether the CPU backend uses OpenMP threads
+    int api_version = 0;                 ///< of the backend tables; our registry must report the same
+    void (*ggml_log_get)(ggml_log_callback *, void **) = nullptr;  ///< null in a host that does not offer it
 };
 
 /// The one host of this process; valid after `connect_host` returned true.
@@ -220,13 +222,13 @@ extern host_api host;
 /// was found, what was expected and what to do.
 bool connect_host(const loaded_library &library, std::string *error);
 
-/// Whether this host's ggml is newer than all with which the plugin was tested.
+/// Whether this host's ggml is newer than all tested versions.
 bool is_untested_host();
 
-/// What to do about a host that cannot be used, as the end of a message.
+/// The end of an error message about a host that cannot be used: what to do.
 std::string advice();
 
-/// Whether the node does nothing when a graph is run.
+/// Whether the operation does nothing when a graph runs.
 bool is_empty_op(int op);
 
 /// Whether the host runs the node: graphs also hold branches that were not chosen.
@@ -234,7 +236,7 @@ inline bool is_computed(const ggml_tensor *node) {
     return node->flags & ggml_flag_compute;
 }
 
-/// A function of the CPU backend that its registry offers by name, or null.
+/// A function that the CPU backend's registry offers by name, or null.
 void *cpu_function(const char *name);
 
 /// Writes one line to the host's log.

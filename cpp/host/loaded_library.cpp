@@ -41,7 +41,7 @@ loaded_library::~loaded_library() {
 }
 
 void *loaded_library::find(const char *name) const {
-    // Windows does not look into the libraries that a library depends on: those of llama.cpp have fixed names.
+    // On Windows a look-up does not search a library's dependencies. Those of llama.cpp have fixed names.
     const HMODULE candidates[] = {static_cast<HMODULE>(handle_),   GetModuleHandleA("ggml-base.dll"),
                                   GetModuleHandleA("ggml.dll"),    GetModuleHandleA("libggml-base.dll"),
                                   GetModuleHandleA("libggml.dll"), GetModuleHandleA("llama.dll"),
@@ -70,7 +70,7 @@ const void *library_base(const void *address) {
 #else
 
 loaded_library::loaded_library(const void *address) {
-    // The program itself cannot be opened by its name everywhere; what it shares is found without a handle, too.
+    // Not every system can open the program itself by name. Its symbols are global, so they are found without a handle.
     const std::string path = library_path(address);
     if (!path.empty()) handle_ = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
 }
@@ -110,7 +110,7 @@ int look_into(dl_phdr_info *library, size_t, void *data) {
 
 }  // namespace
 
-/// dladdr(3) also looks for the symbol, which takes half a millisecond in a library with many.
+/// dladdr(3) also looks up the symbol, which takes half a millisecond in a library with many symbols.
 const void *library_base(const void *address) {
     wanted w = {reinterpret_cast<uintptr_t>(address), nullptr};
     dl_iterate_phdr(look_into, &w);

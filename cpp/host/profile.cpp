@@ -1,4 +1,4 @@
-// Sums of times behind a mutex: clock nodes are few and exist only while a profile is wanted.
+// Times are summed under a mutex: clock nodes are few, and exist only while profiling.
 #include "host/profile.h"
 
 #include <atomic>
@@ -45,7 +45,7 @@ bool profile_enabled() {
 void enable_profile(profile_clock clock) {
     const std::lock_guard<std::mutex> lock(kinds_mutex);
     if (clock != profile_clock::off) {
-        // Kept graphs hold numbers of kinds, so the kinds stay.
+        // Graphs that are kept hold kind numbers, so kinds are never removed.
         for (kind &k : kinds) k.nodes = k.nanoseconds = 0;
     }
     chosen.store(clock, std::memory_order_relaxed);
@@ -78,7 +78,7 @@ std::string profile_report() {
 }
 
 void clock_node(ggml_tensor *, int ith, int, void *userdata) {
-    // The first thread of a graph is the one that runs all of it.
+    // Thread 0 takes part in every node of a graph, so only its time is kept.
     thread_local int64_t last;
     if (ith != 0) return;
     const int64_t reached = profile_time();

@@ -1,5 +1,5 @@
-// Time per kind of node, for `agq-gguf bench --profile`. While it is switched on, rewritten graphs hold a clock node
-// behind every node that does something; while it is off, graphs hold none and nothing is measured.
+// Time per kind of node, for `agq-gguf bench --profile`. While the profile is on, rewritten graphs hold a clock node
+// after every node that does work. While it is off, nothing is added or measured.
 #pragma once
 
 #include <cstdint>
@@ -9,31 +9,31 @@
 
 namespace agq {
 
-/// Whether graphs that are rewritten now should hold clock nodes.
+/// Whether graphs rewritten from now on get clock nodes.
 bool profile_enabled();
 
 enum class profile_clock { off, wall, cpu };
 
-/// Switches the profile on, with all times zero, or off, which keeps the times. `cpu` counts what the first thread of a
-/// graph really ran, for machines that are busy with other work; it tells the truth for one thread only, because
-/// waiting for others counts as running.
+/// Switches the profile on and resets all times, or off, which keeps the times. `cpu` counts the CPU time of a graph's
+/// first thread, for machines that are busy with other work. It is accurate with one thread only, because waiting for
+/// other threads counts as running.
 void enable_profile(profile_clock clock);
 
-/// Number of a kind of node, for `clock_node`; the same label has the same number.
+/// Number of a kind of node, for `clock_node`; equal labels get equal numbers.
 int profile_kind(const std::string &label);
 
-/// One line for each kind: label, tab, number of nodes run, tab, nanoseconds.
+/// One line per kind: label, tab, number of nodes run, tab, nanoseconds.
 std::string profile_report();
 
-/// For work outside of all nodes: the time now, and time that is added to the kind with this label.
+/// For work outside of nodes: gets the current time, and adds a time to the kind with this label.
 int64_t profile_time();
 void add_profile_time(const std::string &label, int64_t nanoseconds);
 
-/// Custom node: the time since the clock node before goes to the kind that `userdata` points at (an int); a negative
-/// one starts the clock.
+/// Custom node: adds the time since the previous clock node to the kind that `userdata` points to (an int). A negative
+/// kind starts the clock.
 void clock_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 
-/// What to call the time of a host's node or of a product: the operation, and for products which matrix.
+/// The profile's label of a host's node or of a product: the operation and, for products, the matrix.
 std::string profile_label(const ggml_tensor *node);
 
 }  // namespace agq

@@ -1,4 +1,4 @@
-// How the rows of a tensor lie in memory.
+// Row addresses and strides of a tensor.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,13 @@ inline char *row_address(const ggml_tensor *t, int64_t i1, int64_t i2, int64_t i
            i3 * static_cast<int64_t>(t->nb[3]);
 }
 
-/// Address of row `flat` when the rows of all upper dimensions are counted through.
+/// Address of row `flat`, counted through all upper dimensions.
 inline char *flat_row(const ggml_tensor *t, int64_t flat) {
     const int64_t i1 = flat % t->ne[1], rest = flat / t->ne[1];
     return row_address(t, i1, rest % t->ne[2], rest / t->ne[2]);
 }
 
-/// Whether elements lie in memory one behind the other, in order.
+/// Whether the elements are stored in order without gaps.
 inline bool is_contiguous(const ggml_tensor *t) {
     const ggml_type_traits *traits = host.ggml_get_type_traits(t->type);
     size_t expected = traits->type_size;

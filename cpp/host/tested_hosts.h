@@ -1,6 +1,6 @@
-// The releases with which the plugin was tested; nothing else in the project says which they are. There is no upper
-// bound: abi_proof.h decides about every host that is not older than the first. benchmarks/hosts.py tests hosts and
-// writes the table of docs/releases.md.
+// The releases with which the plugin was tested; this is the only such list in the project. There is no upper bound:
+// abi_proof.h decides about every host from the first version on. benchmarks/hosts.py tests hosts and writes the table
+// in docs/releases.md.
 #pragma once
 
 // X(version of ggml, name of the package or program, its version), oldest ggml first.

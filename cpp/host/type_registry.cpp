@@ -1,6 +1,5 @@
-// The one reach into the host's memory: GGUF loading accepts only types of ggml's own table, in which the slots of
-// retired types stay, marked by a block size of 0. The table is constant data, so its page is made writable for one
-// copy.
+// The only place that writes to the host's memory. GGUF loading accepts only types in ggml's own table. The table keeps
+// the slots of retired types, with a block size of 0. It is constant data, so its page is made writable for one copy.
 #include "host/type_registry.h"
 
 #include <cinttypes>
@@ -24,7 +23,7 @@ namespace {
 
 const char type_name[] = "agq4";
 
-/// What the slot held before it was filled.
+/// The slot's content before it was filled.
 ggml_type_traits retired = {};
 bool is_filled = false;
 
@@ -40,10 +39,10 @@ bool write_constant(const void *target, const void *source, size_t bytes) {
 
 #else
 
-/// The protection of the page at an address, as mprotect wants it.
+/// The protection of the page at an address, as mprotect takes it.
 int protection_of(uintptr_t address) {
-    // The table holds pointers, so the dynamic linker relocated it and then made it read-only. That is its state where
-    // the system does not tell.
+    // The table holds pointers, so the dynamic linker relocated it and then made it read-only. Assume that where the
+    // system does not report the protection.
     int found = PROT_READ;
 #ifdef __linux__
     std::FILE *maps = std::fopen("/proc/self/maps", "r");
@@ -75,7 +74,7 @@ bool write_constant(const void *target, const void *source, size_t bytes) {
         return mprotect(reinterpret_cast<void *>(at), page, protection) == 0;  // NOLINT(performance-no-int-to-ptr)
     };
     const int before_first = protection_of(first), before_last = protection_of(last);
-    // `bytes` is less than a page, so that it lies on one or two.
+    // `bytes` is less than a page, so they are on one or two pages.
     const bool writable = protect(first, PROT_READ | PROT_WRITE) && protect(last, PROT_READ | PROT_WRITE);
     if (writable) std::memcpy(const_cast<void *>(target), source, bytes);
     return protect(last, before_last) && protect(first, before_first) && writable;
@@ -97,11 +96,10 @@ bool register_type(std::string *error) {
                  "), expected an empty slot; " + advice();
         return false;
     }
-    // The conversion functions stay null, because a row of AGQ4 is not contiguous: stock tools then say that the type
-    // cannot be dequantized instead of reading garbage.
+    // The conversion functions stay null, because a row of AGQ4 is not contiguous. Stock tools then report that they
+    // cannot dequantize the type, instead of reading garbage.
     ggml_type_traits ours = {};
-    // The name must outlive the plugin, should the host unload it: somebody may have kept a pointer. So it is never
-    // freed.
+    // The name is never freed. If the host unloads the plugin, someone may still hold a pointer to it.
     static char *const name = std::strcpy(new char[sizeof(type_name)], type_name);
     ours.type_name = name;
     ours.blck_size = ggml_block_size;

@@ -1,15 +1,15 @@
-// Makes the running host know the type AGQ4, by filling a retired slot of ggml's type table.
+// Registers the type AGQ4 in the running host, by filling a retired slot of ggml's type table.
 #pragma once
 
 #include <string>
 
 namespace agq {
 
-/// Fills slot `ggml_type_id`, once per process; later calls are no-ops. Only a slot that is empty is ever filled: on
-/// anything else, or if the table cannot be made writable, returns false and `*error` says what was found.
+/// Fills slot `ggml_type_id`, once per process; later calls do nothing. Only an empty slot is filled. If the slot is in
+/// use, or the table cannot be made writable, returns false and sets `*error` to what was found.
 bool register_type(std::string *error);
 
-/// Empties the slot again, if `register_type` has filled it.
+/// Clears the slot if `register_type` filled it.
 void unregister_type();
 
 }  // namespace agq

@@ -1,8 +1,7 @@
 // The contract of the attention kernels: softmax(scale * Q K^T + bias) V for a block of tokens of one key/value head.
 //
-// A kernel never allocates or starts threads. Kernels differ in the order of sums and in how they hold the operands of
-// the two products: in binary32, or in 16-bit integers with scales, which keep more bits than the binary16 of the
-// cache.
+// A kernel never allocates or starts threads. Kernels differ in the order of sums and in the operand type of the two
+// products: binary32, or 16-bit integers with scales, which are more precise than the cache's binary16.
 #pragma once
 
 #include <cstddef>
@@ -22,13 +21,13 @@ struct attention_args {
     int group;       ///< query heads that share the key/value head
     int head_qk;     ///< length of query and key vectors, at most attention_head_limit
     int head_v;      ///< length of value and output vectors, a multiple of 16
-    const float *q;  ///< [rows][head_qk], scaled already
+    const float *q;  ///< [rows][head_qk], already scaled
     int64_t n_keys;
-    /// Blocks of 64 keys and of their values, as the kernel packed them, one behind the other.
+    /// Blocks of 64 keys, and their values, as packed by the kernel, one after another.
     const void *keys;
     const void *values;
-    /// Added to the scores of (token t, key k) after multiplication with the slope of the head: row t begins at
-    /// mask + t * mask_stride (bytes), elements are binary16 or binary32. -inf hides a key. Null: nothing is hidden.
+    /// Added to the scores of (token t, key k), after multiplication by the head's slope. Row t begins at mask + t *
+    /// mask_stride (bytes); elements are binary16 or binary32. -inf hides a key. Null: nothing is hidden.
     const char *mask;
     size_t mask_stride;
     bool mask_is_f16;
@@ -43,14 +42,14 @@ struct attention_args {
 
 /// Keys, values and scratch are aligned to 64 bytes, and all sizes are multiples of 64.
 struct attention_kernel {
-    size_t (*key_bytes)(int head_qk);   ///< of a packed block of keys
-    size_t (*value_bytes)(int head_v);  ///< of a packed block of values
+    size_t (*key_bytes)(int head_qk);   ///< size of a packed block of keys
+    size_t (*value_bytes)(int head_v);  ///< size of a packed block of values
     size_t (*scratch_bytes)(int head_qk, int head_v);
-    /// Packs keys [n][head_qk], values [n][head_v], n <= 64; what is missing becomes zero.
+    /// Pack keys [n][head_qk] or values [n][head_v]; if n < 64, the rest of the block becomes zero.
     void (*pack_keys)(const float *rows, int n, int head_qk, void *packed);
     void (*pack_values)(const float *rows, int n, int head_v, void *packed);
-    /// n_tokens * group must not exceed attention_row_limit. A row whose keys are all hidden becomes 0. A row that sees
-    /// a key or value that is not finite, or is not finite itself, becomes NaN, as far as it depends on it.
+    /// n_tokens * group must not exceed attention_row_limit. A row whose keys are all hidden becomes 0. If a row, or a
+    /// key or value that it sees, is not finite, the results that depend on it become NaN.
     void (*attend)(const attention_args &args);
     void (*f16_to_f32)(const uint16_t *from, float *to, int64_t n);
     softmax_weights_fn weights;  ///< of this instruction set, in binary32
@@ -60,7 +59,7 @@ struct attention_kernel {
 #ifdef __GNUC__
 #define AGQ_ATTENTION(name) &name
 #else
-#define AGQ_ATTENTION(name) nullptr  // no vector types, no kernel
+#define AGQ_ATTENTION(name) nullptr  // without vector types there is no kernel
 #endif
 
 extern const attention_kernel attention_paper;             ///< queries, keys, values in 8 bits, softmax in 4

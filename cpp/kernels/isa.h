@@ -1,5 +1,5 @@
-// What the files of portable/ define, once for each instruction set: CMake compiles them with AGQ_ISA as its name
-// (cmake/kernels.cmake). A kernel takes those of its instruction set, or of `generic`, which runs everywhere.
+// What the files of portable/ define for each instruction set. CMake compiles them once per set, with AGQ_ISA as its
+// name (cmake/kernels.cmake). A kernel uses its own set's functions, or those of `generic`, which run everywhere.
 #pragma once
 
 #include "kernels/attention.h"

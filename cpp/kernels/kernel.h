@@ -1,9 +1,9 @@
-// THE kernel contract: what a kernel row offers, and the layout of every operand. One row per instruction set.
+// THE kernel contract: the fields of a kernel row, and the layout of every operand. One row per instruction set.
 //
-// A kernel never allocates, never starts threads, never prints. It may be called from many threads at once on disjoint
-// outputs. Weights, activations and outputs do not overlap. No pointer need be aligned beyond its element type
-// (weights: 1 byte), though 64-byte alignment is fastest. No byte outside the operands described here is read or
-// written; prefetches may go beyond.
+// A kernel never allocates, starts threads or prints. Many threads may call it at once if their outputs do not overlap.
+// Weights, activations and outputs must not overlap. Pointers need no alignment beyond their element type (weights: 1
+// byte), though 64-byte alignment is fastest. A kernel never reads or writes outside the operands described here;
+// prefetches may.
 #pragma once
 
 #include "format/activation_format.h"
@@ -27,9 +27,9 @@ struct activation_block {
     int n;
 };
 
-/// Quantizes and packs one block. `rows[t]`, t < block.n, points at `format.k` floats. Formulas: docs/format.md,
-/// "Meaning"; the integers are exact and equal on all kernels. A token that holds a NaN or an infinity, before or after
-/// rotation, gets scale NaN (for every group) and q = 0.
+/// Quantizes and packs one block. `rows[t]`, t < block.n, points to `format.k` floats. Formulas: docs/format.md,
+/// "Meaning". The integers are exact, and equal in all kernels. If a token holds NaN or infinity, before or after
+/// rotation, its scale becomes NaN (in every group) and its q becomes 0.
 using quantize_fn = void (*)(const activation_format &format, const float *const *rows, const activation_block &block);
 
 /// Work of one call: `panels` consecutive panels of a weight matrix times the activation blocks of `n_tokens` tokens.
@@ -49,28 +49,28 @@ struct gemm_args {
     const int32_t *bias;
     const float *scale;
     int n_tokens;       ///< >= 1
-    float *const *dst;  ///< [n_tokens] where the first row of the first panel goes, for each token
-    int bits = 8;  ///< 8 or 4, as in activation_format: promises |q| <= 127 or 7. 8 is always right, 4 may be faster
+    float *const *dst;  ///< [n_tokens] where each token's result for the first panel row goes
+    int bits = 8;  ///< 8 or 4, as in activation_format: |q| is at most 127 or 7. 8 is always correct, 4 may be faster
 };
 
 using gemm_fn = void (*)(const gemm_args &args);
 
-/// One kernel. Adding one is a file, a row of the table below and a line in cmake/kernels.cmake.
+/// One kernel. To add one, write a file and add a row to the table below and a line to cmake/kernels.cmake.
 struct kernel {
     const char *name;
     bool (*supported)();  ///< whether this CPU and operating system can run it
     int nr;               ///< tokens of a full activation block
-    int panel_step;       ///< panels a call should cover at least, and a multiple of which is best
+    int panel_step;       ///< calls should cover a multiple of this many panels, and at least this many
     quantize_fn quantize;
     gemm_fn gemm;
-    const attention_kernel *attention;  ///< null where the compiler has no vector types: the host's attention is kept
+    const attention_kernel *attention;  ///< null if the compiler has no vector types: the host's attention is used
     int kr = 4;                         ///< columns of a token that lie together in a packed block: 4, 8, 16 or 32
-    int offset4 = 0;                    ///< what q holds on top of the value when it was quantized to 4 bits: 0 or 8
+    int offset4 = 0;                    ///< added to q if it was quantized to 4 bits: 0 or 8
     const row_kernel *rows = &isa::generic::rows;
     const rounding_kernel *rounding = &isa::generic::rounding;
 };
 
-/// The kernels of a build, best first; scalar is the last. Row NAME is `kernel_NAME`, which a file of its own defines.
+/// The kernels of a build, best first; scalar is the last. Row NAME is `kernel_NAME`, which its own file defines.
 #if defined(__x86_64__) || defined(_M_X64)
 #define AGQ_KERNELS(row) row(avx512vnni) row(avxvnni) row(avx2) row(scalar)
 #elif defined(__aarch64__) || defined(_M_ARM64)

@@ -1,9 +1,9 @@
-// The contract of the row kernels: what the host computes on rows of activations between two matrix products, so that
-// it can be done while the rows are quantized.
+// The contract of the row kernels: what the host computes on activation rows between two matrix products. The plugin
+// does it while it quantizes the rows.
 //
-// All numbers are binary32. Except in `swiglu`, operations are those of the host in its order, so that results are
-// equal to the bit; the sums over a row are taken in binary64, in another order than the host's, which shows in a
-// result once in some million rows. `y` may be one of the inputs.
+// All numbers are binary32. Except in `swiglu`, operations and their order are the host's, so results are
+// bit-identical. Sums over a row are an exception: they use binary64 in a different order, which changes about one
+// result in some million rows. `y` may be one of the inputs.
 #pragma once
 
 #include <cstdint>

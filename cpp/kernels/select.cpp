@@ -43,7 +43,7 @@ const kernel *select_kernel(const char *forced_name, std::string *error) {
     for (const kernel *row : compiled_kernels()) {
         if (row->supported()) return row;
     }
-    return &kernel_scalar;  // not reached: the last row runs everywhere
+    return &kernel_scalar;  // unreachable: the last row runs everywhere
 }
 
 }  // namespace agq

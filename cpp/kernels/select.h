@@ -1,4 +1,4 @@
-// The choice of the kernel at run time: one table, best first, scalar last.
+// Chooses the kernel at run time from one table, best first, scalar last.
 #pragma once
 
 #include <string>
@@ -8,13 +8,12 @@
 
 namespace agq {
 
-/// All kernels of this build, best first; the last one is scalar. Not all of them need run on this CPU.
+/// All kernels of this build, best first; the last one is scalar. This CPU may not support all of them.
 const std::vector<const kernel *> &compiled_kernels();
 
 /// The kernel to use: the one called `forced_name` (the value of AGQ_FORCE_ISA), or the best supported one if
-/// `forced_name` is null or empty. A name that is unknown, or that this CPU cannot run, is never replaced by another
-/// kernel: the result is null and `error` (which may be null) says what was asked for, what is known and what would
-/// work.
+/// `forced_name` is null or empty. There is no fallback for an unknown or unsupported name: the result is null, and
+/// `error` (may be null) says what was asked for, which names are known and which are supported.
 const kernel *select_kernel(const char *forced_name, std::string *error);
 
 }  // namespace agq

@@ -1,6 +1,6 @@
-// The contract of the kernels that compute softmax(scale * Q K^T + bias) alone, for a block of tokens of one key/value
-// head: what the importance of tokens is made of. All floats are binary32; only the order of sums differs between
-// kernels. A kernel never allocates or starts threads.
+// The contract of the kernels that compute only softmax(scale * Q K^T + bias), for a block of tokens of one key/value
+// head. The importance of tokens is computed from it. All floats are binary32; kernels differ only in the order of
+// sums. A kernel never allocates or starts threads.
 #pragma once
 
 #include <cstddef>
@@ -15,12 +15,12 @@ constexpr int weights_row_limit = 96;  ///< most rows (tokens x query heads) of 
 struct softmax_weights_args {
     int n_tokens;
     int group;       ///< query heads that share the key head
-    int head;        ///< length of query and key vectors, any
-    const float *q;  ///< [rows][head], scaled already
+    int head;        ///< length of query and key vectors; any length
+    const float *q;  ///< [rows][head], already scaled
     int64_t n_keys;
-    const float *keys;  ///< blocks of 64 keys, channels first: [block][head][64], the last one filled up with zeros
-    /// Added to the scores of (token t, key k) after multiplication with the slope of the head: row t begins at
-    /// mask + t * mask_stride (bytes), elements are binary16 or binary32. -inf hides a key.
+    const float *keys;  ///< blocks of 64 keys, channels first: [block][head][64], the last one padded with zeros
+    /// Added to the scores of (token t, key k), after multiplication by the head's slope. Row t begins at mask + t *
+    /// mask_stride (bytes); elements are binary16 or binary32. -inf hides a key.
     const char *mask;
     size_t mask_stride;
     bool mask_is_f16;

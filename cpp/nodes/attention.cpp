@@ -1,5 +1,5 @@
-// Plans attention jobs, and runs those of many rows. The unit of work is a range of tokens of one key/value head: a
-// thread packs the head's keys and values once, into memory of its own, and then goes through its tokens in blocks.
+// Plans attention jobs, and runs those with many rows. The unit of work is a range of tokens of one key/value head. A
+// thread packs the head's keys and values once, into its own memory, and then processes its tokens in blocks.
 #include "nodes/attention.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace agq {
 
 namespace {
 
-// Below this many rows, packing the keys costs more than it saves.
+// With fewer rows, packing the keys costs more than it saves.
 constexpr int64_t least_rows = 32;
 constexpr int64_t least_tokens = 4;
 
@@ -23,7 +23,7 @@ bool readable(const ggml_tensor *t) {
     return t->type == ggml_type_f32 || t->type == ggml_type_f16 || host.ggml_get_type_traits(t->type)->to_float;
 }
 
-/// Conditions that both forms share; chooses how it is done.
+/// Checks what both forms require; chooses between the two implementations.
 bool covered(attention_job *planned) {
     const attention_job &job = *planned;
     const ggml_tensor *q = job.q, *k = job.k, *v = job.v, *mask = job.mask;
@@ -47,7 +47,7 @@ bool covered(attention_job *planned) {
            (q->ne[1] >= least_tokens && q->ne[1] * (q->ne[2] / k->ne[2]) >= least_rows);
 }
 
-/// All keys of a head, packed by the kernel.
+/// Packs all keys of a head.
 void pack_keys(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
     const int64_t width = job.k->ne[0], n_keys = job.n_keys();
     const size_t block_bytes = job.kern->key_bytes(static_cast<int>(width));
@@ -60,7 +60,7 @@ void pack_keys(const attention_job &job, int64_t head, int64_t stream, float *ro
     }
 }
 
-/// All values of a head, packed by the kernel.
+/// Packs all values of a head.
 void pack_values(const attention_job &job, int64_t head, int64_t stream, float *rows, char *packed) {
     const ggml_tensor *v = job.v;
     const int64_t n_keys = job.n_keys(), width = job.value_width();
@@ -79,7 +79,7 @@ void pack_values(const attention_job &job, int64_t head, int64_t stream, float *
     }
 }
 
-/// Where a thread keeps what it needs of a head: bytes, multiples of a cache line.
+/// Layout of a thread's memory for one head; sizes in bytes, multiples of a cache line.
 struct parts {
     size_t scratch, keys, values, queries, rows;
 
@@ -96,14 +96,14 @@ struct parts {
     size_t total() const { return scratch + keys + values + queries + rows; }
 };
 
-/// How the work is cut: streams x key/value heads x ranges of tokens.
+/// How the work is divided: streams x key/value heads x ranges of tokens.
 struct division {
     int64_t heads, ranges, tokens_per_range, units;
 
     division(const attention_job &job, int nth) {
         const int64_t streams = job.q->ne[3], tokens = job.tokens(), group = job.q->ne[2] / job.k->ne[2];
         heads = job.k->ne[2];
-        // Four units a thread balance the load; a range of fewer than 128 rows would not repay the packing.
+        // Four units per thread balance the load. Ranges of fewer than 128 rows are not worth the packing.
         const int64_t wanted = (4 * nth + heads * streams - 1) / (heads * streams);
         const int64_t most = std::max<int64_t>(1, tokens * group / 128);
         tokens_per_range = (tokens + std::min(wanted, most) - 1) / std::min(wanted, most);
@@ -132,7 +132,7 @@ void read_column(const attention_job &job, const char *row, int64_t first, int64
         read_row(*job.kern, job.v, from, column, n);
         return;
     }
-    // Chosen keys are not far apart as a rule: convert all in between.
+    // Chosen keys are usually close together: convert everything from the first to the last.
     float between[4 * attention_keys];
     if (span <= 4 * attention_keys) read_row(*job.kern, job.v, from, between, span);
     for (int64_t i = 0; i < n; ++i) {
@@ -202,7 +202,7 @@ bool plan_flash_attention(const attention_pattern &found, const ggml_tensor *nod
     job->out_token_stride = floats(2);
     job->out_stream_stride = floats(3);
     for (int i = 5; i < ggml_max_src; ++i) {
-        if (node->src[i]) return false;  // something newer than this plugin
+        if (node->src[i]) return false;  // an operand that this plugin does not know
     }
     return node->type == ggml_type_f32 && covered(job);
 }

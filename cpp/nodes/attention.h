@@ -1,5 +1,5 @@
-// Attention as a ggml custom node in place of the host's: for the flash node, and for the chain of
-// product, soft-max and product that is built without flash attention.
+// Attention as a ggml custom node that replaces the host's. It replaces the flash node, or, without flash attention,
+// the chain of product, soft-max and product.
 #pragma once
 
 #include <atomic>
@@ -16,34 +16,34 @@
 
 namespace agq {
 
-/// Which keys an attention looks at, if not at all. Its mask hides the other keys as well, for the host's code, which
-/// knows nothing of this. One stream only.
+/// The keys that an attention looks at, if not all. Its mask also hides the other keys, for the host's code, which does
+/// not know of this choice. Only for one stream.
 struct key_choice {
-    const int32_t *cells;  ///< ascending
+    const int32_t *cells;  ///< ascending cell numbers
     int64_t n;
-    const char *mask;  ///< the chosen columns side by side, in the type of the mask
+    const char *mask;  ///< the chosen columns of the mask, side by side, in its type
     size_t mask_stride;
 };
 
-/// The choices of the attentions of a graph, by their masks; the pruning pass makes them anew for each call.
+/// Key choices of a graph's attentions, by mask. The pruning pass makes new ones for each call.
 using key_choices = std::unordered_map<const ggml_tensor *, key_choice>;
 
 /// One attention of the graph: all tokens, heads and streams of a layer.
 struct attention_job : attention_operands {
     const attention_kernel *kern = nullptr;  ///< set before planning
-    bool any_length = false;                 ///< set before planning: single tokens, too
+    bool any_length = false;                 ///< set before planning: also single tokens
     const ggml_tensor *v = nullptr;          ///< [head, key, kv head, stream] or, transposed, [key, head, ...]
     bool v_transposed = false;
-    /// Output strides in floats; the flash node is [head, query head, token, stream], the chain [head, token, query
-    /// head, stream].
+    /// Output strides in floats. The flash node's output is [head, query head, token, stream], the chain's [head,
+    /// token, query head, stream].
     int64_t out_token_stride = 0, out_head_stride = 0, out_stream_stride = 0;
-    /// Where the queries wait between the nodes of the chain, in which their own memory may be used again; null: in q.
+    /// Copy of the queries, made because the chain's later nodes may reuse their memory. Null: read from q.
     const float *saved_q = nullptr;
     const key_choice *choice = nullptr;      ///< set before each run; null: all keys
     const thread_memory *memory = nullptr;   ///< attention_bytes(job) for each thread
-    bool few = false;                        ///< whether decode_attention.h does it, which wants the next two
+    bool few = false;                        ///< whether decode_attention.h runs it; the next two are for that
     float *partial = nullptr;                ///< few_partial_floats(job)
-    std::vector<std::atomic<int>> finished;  ///< chunks that are done, for each stream
+    std::vector<std::atomic<int>> finished;  ///< number of finished chunks, per stream
     std::atomic<int64_t> next{0};
 
     int64_t tokens() const { return q->ne[1]; }
@@ -53,7 +53,7 @@ struct attention_job : attention_operands {
     int64_t cell(int64_t key) const { return choice ? choice->cells[key] : key; }
 };
 
-/// Mask of a job from a token of a stream on; null: nothing is hidden.
+/// The mask of a job, starting at one token of a stream; null: nothing is hidden.
 struct job_mask {
     const char *row = nullptr;
     size_t stride = 0;
@@ -62,34 +62,34 @@ struct job_mask {
     job_mask(const attention_job &job, int64_t token, int64_t stream);
 };
 
-/// Reads AGQ_ATTENTION (docs/paper-attention.md): null means attention of the active kernel. On a mistake returns false
-/// and `*error` says which.
+/// Reads AGQ_ATTENTION (docs/paper-attention.md). Null stands for the active kernel's attention. On an error returns
+/// false and sets `*error` to a message.
 bool parse_attention_option(const std::string &text, const attention_kernel **kern, std::string *error);
 
-/// Scratch memory that a job needs in each thread.
+/// Scratch memory in bytes that a job needs in each thread.
 size_t attention_bytes(const attention_job &job);
 
-/// Floats that `saved_q` takes.
+/// Size of `saved_q` in floats.
 int64_t saved_query_floats(const ggml_tensor *q);
 
-/// Fills the job from a flash node, which `found` describes, or returns false if it is not covered (unknown type, odd
-/// shape).
+/// Fills the job from a flash node, which `found` describes. Returns false if the node is not supported (unknown type,
+/// unusual shape).
 bool plan_flash_attention(const attention_pattern &found, const ggml_tensor *node, attention_job *job);
 
-/// Fills the job from the soft-max of a chain, which `found` describes, and the product behind it, likewise.
+/// The same for a chain: `found` describes its soft-max, and `output` is the product that follows.
 bool plan_attention_chain(const attention_pattern &found, const ggml_tensor *output, attention_job *job);
 
-/// One contiguous row of a tensor of any type as floats.
+/// Converts one contiguous row of a tensor of any type to floats.
 void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *from, float *to, int64_t n);
 
-/// One channel of `n` values from key `first` on; `row` is that of the channel, in which keys lie side by side.
+/// Reads one channel of `n` values, starting at key `first`. `row` is the channel's row in a transposed cache.
 void read_column(const attention_job &job, const char *row, int64_t first, int64_t n, float *column);
 
-/// Query of (token, head) of a stream.
+/// The query of (token, head) of a stream.
 const float *query(const attention_job &job, int64_t token, int64_t head, int64_t stream);
 
-/// The slope of ALiBi for each of `group` query heads from `first` on (Press et al., 2022, section 3, as ggml has it);
-/// 1 without ALiBi.
+/// The ALiBi slopes of `group` query heads, starting at head `first` (Press et al., 2022, section 3, as in ggml); 1
+/// without ALiBi.
 void read_slopes(const attention_job &job, int64_t first, int64_t group, float *slopes);
 
 // Functions of the custom nodes; `userdata` is the attention_job.

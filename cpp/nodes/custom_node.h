@@ -1,4 +1,4 @@
-// What a custom node runs.
+// A function of a custom node.
 #pragma once
 
 #include "host/host.h"
@@ -7,7 +7,7 @@ namespace agq {
 
 struct custom_node {
     ggml_custom_op run;
-    bool has_output;  ///< whether it writes to dst->data; otherwise it prepares something for a node that follows
+    bool has_output;  ///< whether it writes to dst->data; otherwise it prepares data for a later node
 };
 
 }  // namespace agq

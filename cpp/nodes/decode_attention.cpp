@@ -1,5 +1,5 @@
-// Reads the cache in chunks, and adds up what the chunks give. Chunks do not depend on the number of threads, nor does
-// the order in which they are put together, so results do not either.
+// Processes the cache in chunks and combines their results. Neither the chunks nor the order of combination depends on
+// the number of threads, so the results do not either.
 #include "nodes/decode_attention.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace agq {
 
 namespace {
 
-/// Chunks of a job, at most: enough to balance some threads, few enough that the cache is read in long runs.
+/// Maximum number of chunks of a job: enough to balance some threads, few enough to read the cache in long runs.
 constexpr int64_t most_chunks = 16;
 
 constexpr uint64_t all_keys = ~uint64_t{0};
@@ -21,7 +21,7 @@ int64_t round_up(int64_t n, int64_t step) {
     return (n + step - 1) / step * step;
 }
 
-/// Sizes of a job.
+/// Dimensions of a job.
 struct few_shape {
     int64_t heads, group, tokens, rows, width, head_v, chunk_keys, chunks;
 
@@ -32,15 +32,15 @@ struct few_shape {
           rows(tokens * group),
           width(round_up(job.q->ne[0], few_width_step)),
           head_v(job.value_width()),
-          // The pruning pass may choose fewer keys each time, so the number of chunks is that of all keys.
+          // The pruning pass may choose fewer keys each time, so chunks are sized for all keys.
           chunk_keys(round_up((job.k->ne[1] + most_chunks - 1) / most_chunks, attention_keys)),
           chunks((job.k->ne[1] + chunk_keys - 1) / chunk_keys) {}
 
-    /// Of what a chunk gives for a head: sums of values, largest scores, sums of weights.
+    /// Floats per head in a chunk's result: sums of values, largest scores, sums of weights.
     int64_t partial_floats() const { return rows * (head_v + 2); }
 };
 
-/// Where a thread keeps what it needs, all multiples of a cache line.
+/// Layout of a thread's memory; all parts are multiples of a cache line.
 struct few_memory {
     float *q, *keys, *values, *masks, *scores;  ///< q [head][rows][width]
     size_t bytes;
@@ -61,10 +61,10 @@ struct few_memory {
     }
 };
 
-/// A block of keys in the cache, and where the next one begins.
+/// A block of keys in the cache, and where the next block begins.
 struct key_range {
     int64_t first, next;
-    uint64_t seen;  ///< bit i: whether any of the tokens sees key first + i
+    uint64_t seen;  ///< bit i: whether any token sees key first + i
 };
 
 uint64_t find_seen(const few_args &args, const few_block &block) {
@@ -77,8 +77,8 @@ uint64_t find_seen(const few_args &args, const few_block &block) {
     return seen;
 }
 
-/// Keys or values of a head as floats, `stride` floats apart; zeros where nobody looks, since a cell that is not in use
-/// may hold anything. The same rows of the next block are fetched ahead.
+/// Reads keys or values of a head as floats, `stride` floats apart. Keys that no token sees become zeros, since an
+/// unused cell may hold anything. Prefetches the same rows of the next block.
 void read_rows(const attention_job &job, const ggml_tensor *t, int64_t head, int64_t stream, const key_range &range,
                int n, float *to, int64_t stride) {
     const int64_t width = t->ne[0], first = range.first;
@@ -100,7 +100,7 @@ void read_rows(const attention_job &job, const ggml_tensor *t, int64_t head, int
     }
 }
 
-/// The same for values whose keys lie side by side: [head_v][64].
+/// The same for a transposed value cache: [head_v][64].
 void read_columns(const attention_job &job, int64_t head, int64_t stream, const key_range &range, int n, float *to) {
     for (int64_t d = 0; d < job.value_width(); ++d, to += attention_keys) {
         read_column(job, row_address(job.v, d, head, stream), range.first, n, to);
@@ -110,7 +110,7 @@ void read_columns(const attention_job &job, int64_t head, int64_t stream, const 
     }
 }
 
-/// The queries of a stream, scaled.
+/// Reads the queries of a stream, scaled.
 void read_queries(const attention_job &job, const few_shape &s, int64_t stream, float *to) {
     const int64_t width = job.q->ne[0];
     for (int64_t head = 0; head < s.heads; ++head) {
@@ -121,8 +121,8 @@ void read_queries(const attention_job &job, const few_shape &s, int64_t stream, 
     }
 }
 
-/// One chunk of a stream, of keys `first` to `last`; `partial` is that of the first head. `after` is where the thread
-/// will go on, as far as one can tell.
+/// Processes one chunk of a stream, from key `first` to `last`. `partial` is the result of the first head. `after` is
+/// the thread's probable next chunk, for prefetching.
 void attend_chunk(const attention_job &job, const few_shape &s, const few_memory &memory, int64_t stream, int64_t first,
                   int64_t last, int64_t after, float *partial) {
     few_args args = {};
@@ -173,7 +173,7 @@ void attend_chunk(const attention_job &job, const few_shape &s, const few_memory
     }
 }
 
-/// Puts the chunks of a head together; `partial` is that of the first one.
+/// Combines the chunks of a head; `partial` is the first one's result.
 void combine(const attention_job &job, const few_shape &s, const float *partial, int64_t step, int64_t head,
              int64_t stream, float *dst) {
     const float *sinks = job.sinks ? static_cast<const float *>(job.sinks->data) + head * s.group : nullptr;
@@ -208,7 +208,7 @@ bool suits_few(const attention_job &job) {
 
 size_t few_bytes(const attention_job &job) {
     alignas(64) float none[16];
-    return few_memory(none, few_shape(job)).bytes;  // addresses are computed, not used
+    return few_memory(none, few_shape(job)).bytes;  // only computes addresses; no memory is accessed
 }
 
 int64_t few_partial_floats(const attention_job &job) {
@@ -230,7 +230,7 @@ void few_attention_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
         read = stream;
         attend_chunk(job, s, memory, stream, first, std::min(n_keys, first + s.chunk_keys), first + nth * s.chunk_keys,
                      job.partial + chunk * step + stream * stream_floats);
-        // Who comes last sees what the others have written.
+        // The last thread to arrive sees what the others have written.
         if (job.finished[static_cast<size_t>(stream)].fetch_add(1, std::memory_order_acq_rel) + 1 == s.chunks) {
             const float *partial = job.partial + stream * stream_floats;
             for (int64_t head = 0; head < s.heads; ++head, partial += s.partial_floats()) {

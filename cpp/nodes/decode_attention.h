@@ -1,5 +1,6 @@
-// Attention jobs of few rows: generation, and batches of a few tokens. Where attention_job packs a head, this reads the
-// cache once, in chunks of keys that threads take in turn; whoever finishes the last one puts them together.
+// Attention jobs with few rows: generation, and batches of a few tokens. Keys are not packed per head here. The cache
+// is read once, in chunks of keys that threads take in turn; the thread that finishes the last chunk combines the
+// results.
 #pragma once
 
 #include "nodes/attention.h"
@@ -7,13 +8,13 @@
 
 namespace agq {
 
-/// Whether the job is better done so; it must be covered otherwise.
+/// Whether this implementation suits the job, which must otherwise be supported.
 bool suits_few(const attention_job &job);
 
-/// Scratch memory that a job needs in each thread.
+/// Scratch memory in bytes that a job needs in each thread.
 size_t few_bytes(const attention_job &job);
 
-/// Floats of attention_job::partial.
+/// Size of `attention_job::partial` in floats.
 int64_t few_partial_floats(const attention_job &job);
 
 /// Function of the custom node; `userdata` is the attention_job.

@@ -1,4 +1,4 @@
-// The work behind each custom node. Threads take units from a shared counter, so a core that is slow or busy takes
+// The functions of the custom nodes. Threads take units of work from a shared counter, so a slow or busy core takes
 // fewer.
 #include "nodes/product.h"
 
@@ -21,8 +21,8 @@ size_t align_up(size_t bytes) {
     return (bytes + alignment - 1) / alignment * alignment;
 }
 
-/// Row of the input that belongs to row `flat` of the product. With experts, the input may have one row per token for
-/// all expert slots.
+/// The input row for row `flat` of the product. With experts, the input may have one row per token, shared by all
+/// expert slots.
 const float *input_row(const activation_set &set, int64_t flat) {
     const char *row;
     if (set.ids) {
@@ -34,17 +34,17 @@ const float *input_row(const activation_set &set, int64_t flat) {
     return reinterpret_cast<const float *>(row);
 }
 
-/// How many panels a thread takes at a time: small enough to balance the threads, large enough to amortize the packed
-/// activations that each unit streams through the cache. With few tokens a unit costs what is fetched ahead behind its
-/// end, with many its share in the time that threads wait for the last one.
+/// How many panels a thread takes at a time: few enough to balance the threads, enough to amortize the packed
+/// activations that each unit streams through the cache. With few tokens, each unit wastes what it prefetches past its
+/// end. With many, threads wait at the end for the last unit.
 int64_t panels_per_unit(int64_t panels, int64_t step, int nth, int64_t tokens) {
     const int64_t units = tokens < 64 ? 8 : 16;
     const int64_t wanted = std::max<int64_t>(1, panels / (nth * units));
     return std::max(step, wanted / step * step);
 }
 
-/// A thread's memory for a product: where the rows of the result are and, if the last panel has fewer than 16 rows,
-/// that panel with 16, and its results.
+/// A thread's memory for a product: pointers to the result rows. If the last panel has fewer than 16 rows, also that
+/// panel padded to 16, and its results.
 struct product_memory {
     float **rows, **results_at;  ///< [rows of the set]
     float *results;              ///< [rows of the set][16]
@@ -68,8 +68,8 @@ struct product_memory {
     }
 };
 
-/// The last panel of a matrix of `m` rows that has fewer than 16: kernels take it as one of 16, and only its own rows
-/// leave. `args.dst` are its places in the result.
+/// Multiplies the last panel of a matrix of `m` rows if it has fewer than 16 rows. The kernel takes it padded to 16;
+/// only its real rows are copied to the result, at `args.dst`.
 void multiply_last_panel(const kernel &kern, gemm_args args, const tile *matrix, int64_t m,
                          const product_memory &memory) {
     expand_last_panel(matrix, m, args.k, memory.last_panel);
@@ -133,7 +133,7 @@ void activation_set::route() {
     const int64_t total = rows();
     order.resize(static_cast<size_t>(total));
     if (!ids) {
-        // Rows with 4 bits come behind the others, as a segment of their own.
+        // Rows with 4 bits come after the others, as a separate segment.
         int64_t filled = 0;
         const auto is_four = [&](int64_t i) { return four && (*four)[static_cast<size_t>(i)] != 0; };
         for (const bool wanted : {false, true}) {

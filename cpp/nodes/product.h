@@ -1,5 +1,5 @@
-// Matrix products on AGQ4 weights as ggml custom nodes: route rows to matrices, quantize activations, multiply; and row
-// look-up. A node boundary is a barrier, so each step is a node of its own and may rely on the one before.
+// Matrix products on AGQ4 weights as ggml custom nodes: assign rows to matrices, quantize activations, multiply. Also
+// row look-up. A node boundary is a barrier, so each step is a separate node and may rely on the one before.
 #pragma once
 
 #include <atomic>
@@ -16,13 +16,13 @@
 
 namespace agq {
 
-/// Attributes of the matrices of one weight tensor (one, or one per expert).
+/// Attributes of each matrix of a weight tensor (one matrix, or one per expert).
 using tensor_attributes = std::vector<std::shared_ptr<const matrix_attributes>>;
 
-/// Memory for packed activations, shared by all products of a backend: it holds one activation set at a time.
+/// Memory for packed activations. All products of a backend share it; it holds one activation set at a time.
 class activation_buffer {
   public:
-    /// Where the parts of a set lie.
+    /// Addresses of the parts of a set.
     struct parts {
         int8_t *q;
         int32_t *bias;
@@ -34,9 +34,9 @@ class activation_buffer {
     activation_buffer(const activation_buffer &) = delete;
     activation_buffer &operator=(const activation_buffer &) = delete;
 
-    /// Makes room for `rows` rows of `k` columns; throws std::bad_alloc and stays as it was if there is none.
+    /// Makes room for `rows` rows of `k` columns. Throws std::bad_alloc and changes nothing if memory runs out.
     void reserve(int64_t rows, int64_t k);
-    /// The parts for a set for which room was reserved.
+    /// The parts of a set; room must have been reserved.
     parts split(int64_t rows, int64_t k) const;
 
   private:
@@ -46,11 +46,11 @@ class activation_buffer {
 
 /// Rows of one input tensor, quantized once and multiplied with one or several weights.
 struct activation_set {
-    /// Packed rows that meet the same matrix.
+    /// Packed rows that are multiplied with the same matrix.
     struct segment {
         int matrix;
         int64_t first, count;
-        int bits;  ///< of the activations; 0: what the matrix says
+        int bits;  ///< of the activations; 0: as the matrix says
     };
     struct unit {
         int matrix;
@@ -60,14 +60,14 @@ struct activation_set {
     };
 
     const ggml_tensor *x = nullptr;
-    const ggml_tensor *ids = nullptr;  ///< experts of each token, or null: all rows meet matrix 0
+    const ggml_tensor *ids = nullptr;  ///< experts of each token; null: all rows use matrix 0
     const kernel *kern = nullptr;
     const tensor_attributes *attributes = nullptr;
     const activation_buffer *buffer = nullptr;
-    const row_source *source = nullptr;          ///< how to compute the rows of x, or null: they are in memory
-    const thread_memory *memory = nullptr;       ///< with a source, room for a block of rows in each thread
-    int bits = 0;                                ///< of all rows; 0: what the matrices say
-    const std::vector<uint8_t> *four = nullptr;  ///< by row, whether it has 4 bits instead; null: none has
+    const row_source *source = nullptr;          ///< computes the rows of x; null: they are in memory
+    const thread_memory *memory = nullptr;       ///< with `source`: room for a block of rows in each thread
+    int bits = 0;                                ///< of all rows; 0: as the matrices say
+    const std::vector<uint8_t> *four = nullptr;  ///< by row: whether it has 4 bits instead; null: none has
 
     std::vector<segment> segments;
     std::vector<unit> units;       ///< activation blocks, the unit of work
@@ -76,10 +76,10 @@ struct activation_set {
     std::atomic<int64_t> next{0};
 
     int64_t rows() const;
-    /// Fills `segments`, `units`, `order` and `invalid`; with `ids` or `four` that needs what was computed before.
+    /// Fills `segments`, `units`, `order` and `invalid`. If `ids` or `four` is set, its values must have been computed.
     void route();
     int64_t scale_stride() const;  ///< scales per row
-    /// Where the packed activations of the rows from `first` on lie.
+    /// The packed activations, starting at row `first`.
     activation_buffer::parts packed(int64_t first) const;
 };
 
@@ -94,15 +94,15 @@ struct product {
     size_t thread_bytes() const;
 };
 
-/// Rows of an AGQ4 tensor by number.
+/// Look-up of rows of an AGQ4 tensor by number.
 struct row_lookup {
     const ggml_tensor *weights = nullptr;
     const tensor_attributes *attributes = nullptr;
 };
 
-// Functions of the custom nodes; `userdata` is an activation_set, an activation_set, a product and a row_lookup. A
-// product node writes to dst->data; a row_lookup node reads its numbers from dst->src[0] and its tensor from
-// dst->src[1].
+// Functions of the custom nodes. `userdata` is, in this order, an activation_set, an activation_set, a product, a
+// row_lookup. A product node writes to dst->data. A row_lookup node reads row numbers from dst->src[0] and its tensor
+// from dst->src[1].
 void route_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void quantize_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void product_node(ggml_tensor *dst, int ith, int nth, void *userdata);

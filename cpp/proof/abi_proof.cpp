@@ -13,7 +13,7 @@ namespace {
 
 std::vector<abi_proof> made;
 
-/// In the order in which they rely on one another.
+/// In order: each proof relies on the ones before it.
 const struct {
     const char *name;
     void (*prove)(findings *);

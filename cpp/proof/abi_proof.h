@@ -1,8 +1,9 @@
-// Proves, each time the plugin is loaded and before anything of the host is touched, that the host is laid out as
-// host/host.h declares. There is one function for each thing to prove; abi_proof.cpp has their list.
+// Proves that the host's layout matches host/host.h, each time the plugin is loaded and before it uses anything of the
+// host. There is one function per fact to prove; abi_proof.cpp lists them.
 //
-// Not provable, because no function of a host shows it: the numbers of log levels and of device types other than the
-// CPU's, and the parameters of the host's public functions. None of them has changed since the oldest release.
+// Some facts cannot be proved, because no function of a host shows them: the numbers of log levels, the numbers of
+// device types other than the CPU's, and the parameters of the host's public functions. None of them has changed since
+// the oldest supported release.
 #pragma once
 
 #include <string>
@@ -16,20 +17,18 @@ namespace agq {
 struct abi_proof {
     const char *name;
     bool passed;
-    std::string found;  ///< what was found, and what was expected if that is something else
+    std::string found;  ///< what was found and, if different, what was expected
     double microseconds;
 };
 
-/// The proofs in the order in which they were made when the plugin was loaded last. After one that failed no other was
-/// made.
+/// The proofs of the last load, in order. A proof that failed is the last one.
 const std::vector<abi_proof> &abi_proofs();
 
-/// Makes all proofs, and learns on the way what `host` says differs between releases: `api_version` and the numbers of
-/// the operations. Comes after `connect_host`. On failure `*error` says what was found, what was expected and what to
-/// do.
+/// Runs all proofs. Also finds what differs between releases and stores it in `host`: `api_version` and the operation
+/// numbers. Must run after `connect_host`. On failure `*error` says what was found, what was expected and what to do.
 bool prove_abi(const loaded_library &library, std::string *error);
 
-/// The last proof, after the type was registered: the host's functions know it.
+/// The last proof, after the type was registered: the host's functions know the type.
 bool prove_registered_type(std::string *error);
 
 }  // namespace agq

@@ -1,4 +1,4 @@
-// What the proofs share: functions of the host that only they call, and a place for what they find.
+// Shared by the proofs: host functions that only they call, and a place for their findings.
 #pragma once
 
 #include <memory>
@@ -83,13 +83,13 @@ struct proof_functions {
 /// Valid while `prove_abi` runs.
 extern proof_functions functions;
 
-/// What one proof found: the first thing that is not as expected, or else a summary.
+/// The findings of one proof: the first mismatch or, if there is none, a summary.
 class findings {
   public:
     void summarize(const std::string &text) { summary_ = text; }
 
-    /// Notes `otherwise` if the condition does not hold and nothing was noted before. Returns whether all is well so
-    /// far: after the first disagreement a proof must not go on to read what it did not prove.
+    /// Records `otherwise` if the condition is false and nothing was recorded before. Returns whether all is well so
+    /// far: after a mismatch a proof must not read what it did not prove.
     bool require(bool condition, const std::string &otherwise) {
         if (!condition && wrong_.empty()) wrong_ = otherwise;
         return good();
@@ -102,7 +102,7 @@ class findings {
     std::string summary_, wrong_;
 };
 
-/// A context of the host's without room for data, in memory of our own: whatever the host puts there can be read.
+/// A context of the host without room for data, in our own memory: everything that the host writes there can be read.
 class tensor_memory {
   public:
     tensor_memory();
@@ -110,10 +110,10 @@ class tensor_memory {
     tensor_memory(const tensor_memory &) = delete;
     tensor_memory &operator=(const tensor_memory &) = delete;
 
-    /// The context, or null after a note that the host made none as asked for.
+    /// The context. If the host made none as requested, records that and returns null.
     ggml_context *context(findings *f) const;
 
-    /// Whether the tensor can be read, which holds for all that was made in the context; notes it if not.
+    /// Whether the tensor is readable, that is, inside the context's memory; records it if not.
     bool holds(findings *f, const ggml_tensor *t) const;
 
   private:
@@ -136,8 +136,7 @@ class one_thread_cpu {
     ggml_backend *backend_;
 };
 
-// What the host reads from us (proof/tables.cpp). The order is that of abi_proof.cpp; later proofs rely on earlier
-// ones.
+// What the host reads from us (proof/tables.cpp), in the order of abi_proof.cpp; later proofs rely on earlier ones.
 
 void prove_api_version(findings *f);
 void prove_registry_table(findings *f);
@@ -153,7 +152,7 @@ void prove_operations(findings *f);
 void prove_graph(findings *f);
 void prove_known_type(findings *f);
 
-// Both ways at once (proof/tables.cpp).
+// In both directions (proof/tables.cpp).
 
 void prove_scheduler(findings *f);
 

@@ -1,5 +1,5 @@
-// What the host reads from us. Every slot of a table gets a function that records its number; the host's public
-// functions, called with such a table, then tell which slot they use.
+// Proves what the host reads from us. Every slot of a table gets a function that records the slot's number. The host's
+// public functions, called with such a table, then show which slot they use.
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -13,12 +13,12 @@ namespace agq {
 
 namespace {
 
-constexpr int n_words = 48;  // more than any table has, so that a longer one holds recorders to its end
+constexpr int n_words = 48;  // larger than any table, so that even a longer one is filled with recorders
 int last_word = -1;
 int calls = 0;
 
-/// Stands in for a function of any type in the tables: it looks at no parameter, and null is a value of all their
-/// return types.
+/// Stands in for a function of any type in the tables. It reads no parameters, and null is a valid result for all of
+/// them.
 template <int word>
 void *record() {
     last_word = word;
@@ -31,7 +31,7 @@ std::array<void *, sizeof...(words)> make_recorders(std::integer_sequence<int, w
     return {reinterpret_cast<void *>(record<words>)...};
 }
 
-/// A table of the host's in which every word is a function that records its place.
+/// A host table in which every word is a function that records its own number.
 template <class table>
 class recorded_table {
   public:
@@ -41,7 +41,7 @@ class recorded_table {
 
     table *get() { return reinterpret_cast<table *>(words_.data()); }
 
-    /// Requires that `call`, which calls the host's function `name`, enters word `expected` and no other.
+    /// Requires that `call`, which calls the host's function `name`, uses word `expected` and no other.
     template <class function>
     void expect(findings *f, const char *name, int expected, function call) {
         if (!f->good()) return;
@@ -103,8 +103,8 @@ void prove_device_table(findings *f) {
     if (!f->good()) return;
     f->require(host.ggml_backend_dev_backend_reg(dev) == dev->reg,
                "the registry of a device is not word 15 of its table");
-    // The host zeroes its struct before it asks. If that is longer than ours, the rest stays zero; it must not be
-    // shorter.
+    // The host zeroes its struct before it calls us. If its struct is longer than ours, the rest stays zero; it must
+    // not be shorter.
     const auto zeros = std::find_if(room, room + sizeof(room), [](unsigned char byte) { return byte != 0; }) - room;
     f->require(zeros >= static_cast<ptrdiff_t>(sizeof(ggml_backend_dev_props)),
                "the properties of a device take " + std::to_string(zeros) + " bytes, expected at least " +
@@ -133,7 +133,7 @@ void prove_backend_table(findings *f) {
     f->summarize("7 functions, the identifier and the device in their places");
 }
 
-/// The other way round: what the CPU device's own tables say is what the public functions say.
+/// The other direction: the CPU device's own tables must agree with the public functions.
 void prove_cpu_device(findings *f) {
     ggml_backend_device *cpu = host.cpu;
     ggml_backend_reg *reg = host.ggml_backend_dev_backend_reg(cpu);
@@ -172,8 +172,8 @@ void prove_cpu_device(findings *f) {
                     "the CPU's registry does not hold the CPU device")) {
         return;
     }
-    // Asked once through the host, which zeroes the struct before, and once directly, so that a zero, too, is seen to
-    // be where it belongs: the CPU's type.
+    // Called twice: through the host, which zeroes the struct first, and directly. The direct call also proves the
+    // place of a field whose value is zero: the CPU's type.
     alignas(64) unsigned char zeroed[1024], filled[1024];
     functions.ggml_backend_dev_get_props(cpu, zeroed);
     std::memset(filled, 0xAA, sizeof(filled));
@@ -184,7 +184,7 @@ void prove_cpu_device(findings *f) {
                    props.type == device_cpu && props.memory_total == total[0] && props.memory_free <= total[0] &&
                    (props.memory_free > 0) == (free[0] > 0),
                "the properties of the CPU device are in other places than expected");
-    // Of the first four capabilities the CPU has the one that we have. They may turn out not to be bools.
+    // Of the first four capabilities, the CPU has the same one as our device. The fields may turn out not to be bools.
     const unsigned char expected[4] = {0, 0, 1, 0};
     f->require(std::memcmp(zeroed + offsetof(ggml_backend_dev_props, caps), expected, sizeof(expected)) == 0,
                "the CPU device's capabilities are in another order than expected");
@@ -193,7 +193,7 @@ void prove_cpu_device(findings *f) {
 
 namespace {
 
-// ---- a backend as ours is, for the scheduler ----
+// ---- a backend like ours, for the scheduler ----
 
 struct probe_context {
     ggml_backend *cpu = nullptr;

@@ -1,5 +1,5 @@
-// What we read from the host: the host's public functions make tensors and nodes from known values, which must be where
-// host.h says.
+// Proves what we read from the host. The host's public functions make tensors and nodes from known values; these must
+// be where host.h says.
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
@@ -13,15 +13,15 @@ namespace agq {
 
 namespace {
 
-constexpr size_t context_bytes = size_t{160} << 10;  // of which the proofs use less than a third
+constexpr size_t context_bytes = size_t{160} << 10;  // the proofs use less than a third of it
 constexpr size_t alignment = 64;
-constexpr size_t object_bytes = 32;  // what ggml puts in front of a tensor, in all releases
+constexpr size_t object_bytes = 32;  // what ggml puts before a tensor, in all releases
 
 std::string number(int64_t n) {
     return std::to_string(n);
 }
 
-/// The byte of what may turn out not to be a bool.
+/// The byte of a field that may turn out not to be a bool.
 int raw_bool(const void *address) {
     return *static_cast<const unsigned char *>(address);
 }
@@ -164,9 +164,8 @@ void prove_tensor(findings *f) {
     }
     if (!f->good()) return;
 
-    // The number of an operation is proved by carrying it over: read from one tensor, written to another, which the
-    // host must then take for a node of that operation. If it is elsewhere, the host still sees the second tensor's
-    // own.
+    // To prove where the operation number is, copy it from one tensor to another. The host must then take the second
+    // for a node of that operation. If the number is elsewhere, the host still sees the second tensor's own.
     ggml_tensor *product = functions.ggml_mul_mat(context, named, plain);
     ggml_tensor *sources[ggml_max_src - 1];
     for (ggml_tensor *&s : sources) s = host.ggml_new_tensor_3d(context, ggml_type_f32, 1, 1, 1);
@@ -188,12 +187,12 @@ void prove_tensor(findings *f) {
 
 namespace {
 
-/// Looks at nodes that the host's constructors made.
+/// Checks nodes that the host's constructors made.
 class node_checks {
   public:
     node_checks(findings *f, const tensor_memory &memory) : f_(f), memory_(memory) {}
 
-    /// Whether the node is of the operation, whose number goes to `*op`, and reads these sources.
+    /// Whether the node has this operation and these sources. Stores the operation's number in `*op`.
     bool is(const ggml_tensor *node, const char *name, int *op, std::initializer_list<const ggml_tensor *> sources) {
         if (!f_->good() || !memory_.holds(f_, node)) return false;
         const char *found = host.ggml_op_name(node->op);
@@ -327,7 +326,7 @@ struct probe_run {
     const ggml_tensor *node = nullptr;
 };
 
-/// 2 x + 1
+/// Computes 2 x + 1.
 void probe_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
     probe_run &run = *static_cast<probe_run *>(userdata);
     ++run.calls;
@@ -356,7 +355,7 @@ void prove_graph(findings *f) {
     }
     x->data = values[0], custom->data = last->data = values[1], sum->data = values[2];
 
-    // The host marks what it is to compute.
+    // The host marks the nodes to compute.
     ggml_cgraph *theirs = host.ggml_new_graph_custom(context, 8, false);
     functions.ggml_build_forward_expand(theirs, sum);
     ggml_tensor **nodes = host.ggml_graph_nodes(theirs);
@@ -366,7 +365,7 @@ void prove_graph(findings *f) {
                     "nodes that are to be computed have another mark than expected")) {
         return;
     }
-    // As the plugin does it: nodes one by one, of which one is not marked. It would spoil what the next one reads.
+    // Like the plugin: add nodes one by one. The unmarked one must not run; it would overwrite an input of the next.
     ggml_cgraph *ours = host.ggml_new_graph_custom(context, 8, false);
     for (ggml_tensor *t : {custom, last, sum}) host.ggml_graph_add_node(ours, t);
     const ggml_status status = host.ggml_backend_graph_compute(cpu.get(), ours);

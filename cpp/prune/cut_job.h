@@ -1,5 +1,5 @@
-// The copies that a cut through the graph needs, as one custom node in front of what follows: rows of the tokens that
-// stay, masks for them, and zeros in the cache for those that go. It runs on all threads.
+// The copies needed for a cut through the graph, as one custom node before the next segment. It copies the rows of
+// tokens that stay, makes their masks, and zeros the cache for dropped tokens. It runs on all threads.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 namespace agq {
 
 struct cut_job {
-    /// Rows of a tensor, `bytes` each: row i of block b goes to `to + (b * rows + i) * bytes` and comes from
-    /// `from + (b * source_rows + rows[i]) * bytes`.
+    /// Copies rows of `bytes` bytes: row i of block b goes to `to + (b * rows + i) * bytes` and comes from `from + (b *
+    /// source_rows + rows[i]) * bytes`.
     struct gather {
         const char *from;
         char *to;
@@ -19,8 +19,8 @@ struct cut_job {
         int64_t blocks, source_rows;
         const std::vector<int32_t> *rows;
     };
-    /// Rows of a mask (as above, rows null: all `n_rows`), of which the columns in `hidden` become -inf. With `columns`
-    /// only these are copied, side by side.
+    /// Copies rows of a mask (as above; rows null: all `n_rows`) and sets the columns in `hidden` to -inf. With
+    /// `columns`, only those columns are copied, side by side.
     struct mask {
         const char *from;
         char *to;

@@ -39,7 +39,7 @@ char *tensor_arena::memory(size_t bytes) {
 
 void tensor_arena::clear() {
     tensors_.clear();
-    if (blocks_.size() > 1) {  // next time one block will do
+    if (blocks_.size() > 1) {  // one block will do next time
         size_t total = 0;
         for (const block &b : blocks_) total += b.size;
         blocks_.clear();
@@ -66,7 +66,8 @@ void graph_copy::shrink(ggml_tensor *copy, const ggml_tensor *original, token_di
         make_contiguous(copy);
         return;
     }
-    // Strides that step over all tokens shrink with them, and so does the part of the offset that is made of them.
+    // Strides that span all tokens shrink with their number, and so does the part of the offset that consists of such
+    // strides.
     const size_t all = token_bytes(original, dim) * static_cast<size_t>(tokens_);
     const size_t now = token_bytes(original, dim) * static_cast<size_t>(tokens_now);
     for (int d = 0; d < 4; ++d) {

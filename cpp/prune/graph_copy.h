@@ -1,5 +1,5 @@
-// Copies of a graph's nodes that read other sources or fewer tokens. The host's tensors are never changed, because it
-// uses them again.
+// Copies of a graph's nodes that read other sources or fewer tokens. The host's tensors are never changed, because the
+// host reuses them.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +14,13 @@
 
 namespace agq {
 
-/// Tensors and their memory, all released at once. Addresses stay valid until then.
+/// Owns tensors and their memory, and releases all at once. Addresses stay valid until then.
 class tensor_arena {
   public:
     ggml_tensor *copy(const ggml_tensor *t) { return &tensors_.emplace_back(*t); }
-    /// A custom node without an output of its own.
+    /// Makes a custom node without its own output.
     ggml_tensor *custom(ggml_custom_op function, void *userdata, ggml_backend_buffer *buffer);
-    /// Memory for tensors, aligned to 64 bytes. Throws std::bad_alloc.
+    /// Allocates memory for tensors, aligned to 64 bytes. Throws std::bad_alloc.
     char *memory(size_t bytes);
     void clear();
 
@@ -34,27 +34,28 @@ class tensor_arena {
     float sink_[4] = {};
 };
 
-/// The graph as it looks behind some changes: what replaces each tensor, and copies of the nodes that see a change.
+/// The graph after some changes: the replacement of each tensor, and copies of the nodes that a change affects.
 class graph_copy {
   public:
-    /// `dims` may be null if no tokens are dropped. All pointers must outlive this object's use.
+    /// `dims` may be null if no tokens are dropped. The pointers must stay valid while this object is used.
     void begin(const graph_facts *facts, const std::vector<token_dim> *dims, int64_t tokens, tensor_arena *arena);
-    /// From here on `replacement` stands for the tensor.
+    /// Replaces a tensor for all nodes that follow.
     void replace(int number, ggml_tensor *replacement) { current_[static_cast<size_t>(number)] = replacement; }
     void restore(int number) { current_[static_cast<size_t>(number)] = nullptr; }
     ggml_tensor *current(int number) const {
         ggml_tensor *t = current_[static_cast<size_t>(number)];
         return t ? t : facts_->tensors[static_cast<size_t>(number)];
     }
-    /// The node as it is to be run for `tokens_now` tokens: itself, or a copy if a source was replaced or `mask` (its
-    /// source `mask_slot`) is given. The copy writes to the memory of the original, of which it needs a part.
+    /// The node to run for `tokens_now` tokens: the original, or a copy if a source was replaced or `mask` (for its
+    /// source `mask_slot`) is given. The copy writes to a part of the original's memory.
     ggml_tensor *node(int i, int64_t tokens_now, ggml_tensor *mask, int mask_slot);
-    /// A copy of the node for `tokens_now` tokens that reads what stands for its sources. Views and stores know their
-    /// memory; of others `data` is null, for the caller to give them some.
+    /// A copy of the node for `tokens_now` tokens that reads the replacements of its sources. Views and stores get
+    /// their memory here; for other nodes `data` is null, and the caller must set it.
     ggml_tensor *aside(int i, int64_t tokens_now);
-    /// A tensor in memory of its own that has room for `tokens_now` tokens in place of all.
+    /// A new tensor with its own memory, with room for `tokens_now` tokens instead of all.
     ggml_tensor *with_tokens(int number, int64_t tokens_now);
-    /// What copies these rows (of tokens) of `from`, which stands for the tensor and has `source_rows` tokens.
+    /// The job that copies these rows (tokens) of `from`, the tensor's current replacement, which has `source_rows`
+    /// tokens.
     cut_job::gather gather_of(int number, const ggml_tensor *from, ggml_tensor *to, int64_t source_rows,
                               const std::vector<int32_t> *rows) const;
 
@@ -68,10 +69,10 @@ class graph_copy {
     std::vector<ggml_tensor *> current_;  ///< by number; null: the original
 };
 
-/// Bytes of one step of the token dimension, for all of its `mult` indices.
+/// Bytes per token along the token dimension (all of its `mult` indices).
 size_t token_bytes(const ggml_tensor *t, token_dim dim);
 
-/// Sets the strides of a contiguous tensor of this type and extent.
+/// Sets the strides of a contiguous tensor from its type and extent.
 void make_contiguous(ggml_tensor *t);
 
 }  // namespace agq

@@ -53,7 +53,7 @@ void hidden_cells::find_in_whole(const graph_facts &facts) {
     if (found.empty()) return;
     std::vector<int32_t> borders;
     for (const dropped_cell &d : found) {
-        // There are as many borders as pruning layers, that is, few.
+        // There are only as many borders as pruning layers.
         if (!borders.empty() && d.first_layer == borders.back()) continue;
         if (std::find(borders.begin(), borders.end(), d.first_layer) == borders.end()) borders.push_back(d.first_layer);
     }
@@ -74,8 +74,8 @@ void hidden_cells::find_in_whole(const graph_facts &facts) {
     }
 }
 
-/// In a part of a graph, later layers may still hold what an earlier token left in a cell of this ubatch, and earlier
-/// ones its keys already. So each layer speaks for itself.
+/// For a part of a graph, the cells of this ubatch may be outdated: later layers may still hold an earlier token's
+/// keys, while earlier layers already hold the new ones. So each layer is scanned on its own.
 void hidden_cells::find_in_part(const graph_facts &facts) {
     for (size_t s = 0; s < facts.sites.size(); ++s) {
         const attention_site &site = facts.sites[s];

@@ -1,4 +1,4 @@
-// Which cells of the cache belong to dropped tokens, for each attention of the graph at hand.
+// Which cells of the cache belong to dropped tokens, for each attention of the current graph.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@ namespace agq {
 
 class hidden_cells {
   public:
-    /// Looks at the cache as it is before the graph is computed. All sites must share facts.mask. Returns whether any
-    /// cell is hidden. Throws std::bad_alloc.
+    /// Scans the cache as it is before the graph is computed. All sites must share facts.mask. Returns whether any cell
+    /// is hidden. Throws std::bad_alloc.
     bool find(const graph_facts &facts);
 
-    /// Attentions of one level hide the same cells; level 0 hides none.
+    /// The level of an attention. Attentions of one level hide the same cells; level 0 hides none.
     int level(int site) const { return level_of_site_[static_cast<size_t>(site)]; }
     int levels() const { return n_levels_; }
-    /// The cells of a level, by stream and cell.
+    /// The hidden cells of a level, by stream and cell.
     const std::vector<dropped_cell> &cells(int level) const { return cells_[static_cast<size_t>(level)]; }
 
   private:
@@ -31,7 +31,7 @@ class hidden_cells {
     std::vector<key_rows> layers_;
     std::vector<uint8_t> in_flight_;  ///< cells that this ubatch writes, by stream and cell
     std::vector<int> level_of_site_;
-    std::vector<std::vector<dropped_cell>> cells_;  ///< by level; there may be more than n_levels_, for their memory
+    std::vector<std::vector<dropped_cell>> cells_;  ///< by level; may be longer than n_levels_, to reuse memory
     int n_levels_ = 1;
 };
 

@@ -6,7 +6,7 @@ namespace agq {
 
 namespace {
 
-constexpr size_t most_positions = size_t{1} << 22;  // positions are the host's choice, so they are not trusted
+constexpr size_t most_positions = size_t{1} << 22;  // the host chooses positions, so they are limited
 
 }  // namespace
 

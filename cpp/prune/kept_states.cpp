@@ -7,7 +7,7 @@ namespace agq {
 
 namespace {
 
-/// Walks back from the stores of one layer, or from a sum, through all that depends on tokens.
+/// Walks back from the stores of one layer, or from a sum, through all token-indexed tensors.
 class walk {
   public:
     walk(const graph_facts &facts, const std::vector<token_dim> &dims, int at) : facts_(facts), dims_(dims), at_(at) {}
@@ -22,7 +22,7 @@ class walk {
             if (src) visit(facts_.number(src));
         }
     }
-    std::set<int> nodes, boundary, sums;  ///< passed; before the cut, or inputs; where the walk ended behind it
+    std::set<int> nodes, boundary, sums;  ///< visited; before the cut, or inputs; where the walk ended after the cut
 
   private:
     bool depends(int i) const { return bool(dims_[static_cast<size_t>(i)]); }
@@ -42,7 +42,7 @@ class walk {
     const int at_;
 };
 
-/// Stores of keys and values between two nodes.
+/// Stores of keys and values from node `begin` to node `end`.
 std::vector<int> stores_between(const graph_facts &facts, int begin, int end) {
     std::vector<int> found;
     for (int i = begin; i < end; ++i) {
@@ -51,7 +51,7 @@ std::vector<int> stores_between(const graph_facts &facts, int begin, int end) {
     return found;
 }
 
-/// Why a cut is refused.
+/// The reason for refusing a cut.
 const char *const odd_layers = "states cannot be reused, because the structure of this model's layers is not supported";
 
 }  // namespace
@@ -60,7 +60,8 @@ int find_state(const graph_facts &facts, const std::vector<token_dim> &dims, int
     for (int i = at + 1; i < facts.n_nodes; ++i) {
         walk to_sum(facts, dims, at);
         if (!to_sum.is_sum(i)) continue;
-        // One side is the residual stream as it was in front of the attention; with a parallel feed-forward it is not.
+        // One operand is the residual stream as it was before the attention. With a parallel feed-forward part it is
+        // not.
         const ggml_tensor *sum = facts.tensors[static_cast<size_t>(i)];
         const auto is_before = [&](const ggml_tensor *t) { return facts.number(t) <= at; };
         if (is_before(sum->src[0]) == is_before(sum->src[1])) return -1;
@@ -133,7 +134,7 @@ void copy_states(const kept_states &plan, const graph_copy &current, int64_t sou
     size_t n_first = 0;
     for (int i : plan.leaving) run(i, &first, &n_first);
     ggml_tensor *state = aside->current(plan.state);
-    std::vector<std::pair<char *, size_t>> scratch;  // layers run one after the other, so they share it
+    std::vector<std::pair<char *, size_t>> scratch;  // layers run one after another, so they share it
     for (const kept_states::layer &layer : plan.layers) {
         size_t next = 0;
         aside->replace(layer.input, state);

@@ -53,7 +53,7 @@ void masked_graph::fill_level(const ggml_tensor *mask, const std::vector<dropped
         hide_all<float>(mask, level->full.data(), hidden, -INFINITY);
     }
     level->choice = {};
-    // A single token goes through the host's attention, which knows masks only.
+    // A single token uses the host's attention, which knows only masks.
     if (mask->ne[3] == 1 && mask->ne[1] > 1) choose_keys(mask, hidden, level);
 }
 

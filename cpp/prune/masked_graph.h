@@ -1,5 +1,5 @@
-// A graph of the host in which every attention has a mask of its own that hides dropped tokens: what runs when no
-// tokens are dropped, above all in decoding. It is kept while the host repeats its graph; only the masks' memory
+// A copy of the host's graph in which every attention has its own mask that hides dropped tokens. It runs when no
+// tokens are dropped, above all in decoding. It is kept while the host repeats its graph; only the memory of the masks
 // changes.
 #pragma once
 
@@ -21,11 +21,11 @@ class masked_graph {
     /// Fills the masks for this ubatch. Throws std::bad_alloc.
     void fill(const graph_facts &facts, const hidden_cells &hidden);
     std::vector<ggml_tensor *> &nodes() { return nodes_; }
-    /// Of the latest ubatch.
+    /// The key choices for the latest ubatch.
     const key_choices &choices() const { return choices_; }
 
   private:
-    /// What the attentions of a level look at.
+    /// The masks of one level.
     struct level_mask {
         std::vector<unsigned char> full;    ///< the host's mask, with dropped tokens hidden
         std::vector<unsigned char> chosen;  ///< the columns of `cells`
@@ -41,7 +41,7 @@ class masked_graph {
     std::vector<ggml_tensor *> nodes_;
     std::vector<ggml_tensor *> masks_;  ///< by site
     key_choices choices_;
-    std::deque<level_mask> levels_;  ///< from 1 on; addresses stay valid
+    std::deque<level_mask> levels_;  ///< from level 1 on; addresses stay valid
 };
 
 }  // namespace agq

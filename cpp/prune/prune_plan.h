@@ -1,4 +1,4 @@
-// Whether and where a graph can be cut: all that follows from its structure, found once for each graph.
+// Whether and where a graph can be cut. All of it follows from the graph's structure and is found once per graph.
 #pragma once
 
 #include <string>
@@ -12,14 +12,14 @@
 
 namespace agq {
 
-/// A cut behind an attention.
+/// A cut after an attention.
 struct prune_cut {
     prune_stage stage;
     int site = 0;               ///< index of the attention
     int at = 0;                 ///< the last node before the cut
-    int state = -1;             ///< of a learned score: the node of which it is a function, the last before the cut
-    std::vector<int> crossing;  ///< numbers of token-indexed tensors that are read behind it, but for the mask
-    kept_states states;         ///< if the stage wants them
+    int state = -1;             ///< with a learned score: the node that it reads, the last before the cut
+    std::vector<int> crossing;  ///< numbers of token-indexed tensors that are read after the cut, except the mask
+    kept_states states;         ///< if the stage reuses states
 };
 
 struct prune_plan {

@@ -11,7 +11,7 @@ namespace agq {
 
 namespace {
 
-/// The cells that the last token of the ubatch sees, which are all that any sees, without those in `hidden`.
+/// The cells that the last token of the ubatch sees, except those in `hidden`. No token sees more.
 std::vector<int32_t> visible_cells(const ggml_tensor *mask, const std::vector<int32_t> &hidden) {
     std::vector<uint8_t> is_hidden_cell(static_cast<size_t>(mask->ne[0]), 0);
     for (int32_t c : hidden) is_hidden_cell[static_cast<size_t>(c)] = 1;
@@ -63,7 +63,7 @@ ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, co
     return status_success;
 }
 
-/// The mask of an attention in this segment: for the tokens in the graph, with dropped ones hidden.
+/// The mask of an attention in this segment: for the tokens in the graph, with dropped tokens hidden.
 ggml_tensor *pruned_run::mask_of(const call &c, int site) {
     const int level = c.hidden.level(site);
     ggml_tensor *&made = masks_[static_cast<size_t>(level)];
@@ -91,7 +91,7 @@ ggml_tensor *pruned_run::make_mask(const call &c, int level) {
     m.hidden = &hide;
     job_.masks.push_back(m);
 
-    // The same for our own attention, which leaves out the keys that nobody sees.
+    // The same for our own attention, which skips the keys that no token sees.
     std::vector<int32_t> &cells = lists_.emplace_back(visible_cells(original, hide));
     key_choice &choice = choices_[made];
     choice.cells = cells.data();
@@ -118,7 +118,7 @@ void pruned_run::prepare_meter(const call &c, const prune_cut &cut) {
     source.layer = cut.stage.layer;
     source.site = c.facts.sites[static_cast<size_t>(cut.site)];
     if (cut.stage.measure->input == score_input::attention) {
-        // Queries are those of this segment's copy; the keys are in the cache.
+        // The queries are this segment's copy; the keys are in the cache.
         source.site.q = copy_.current(c.facts.number(source.site.q));
         source.site.mask = mask_of(c, cut.site);
     }
@@ -144,7 +144,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
     const int end = is_last ? c.facts.n_nodes : cuts[segment].at + 1;
     masks_.assign(static_cast<size_t>(c.hidden.levels()), nullptr);
     nodes_.clear();
-    nodes_.push_back(nullptr);  // the place of the copies
+    nodes_.push_back(nullptr);  // reserved for the node that makes the copies
     nodes_.insert(nodes_.end(), first_nodes_.begin(), first_nodes_.end());
     first_nodes_.clear();
     const score_input input = is_last ? score_input::position : cuts[segment].stage.measure->input;
@@ -169,7 +169,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
         nodes_.push_back(copy_.node(i, rows_, mask, slot));
     }
     if (input == score_input::state) measure();
-    // With mask_only the keys of dropped tokens are computed, and cleared when nothing needs the graph any more.
+    // With mask_only, keys of dropped tokens are computed, and cleared once the graph no longer needs them.
     ggml_tensor *copies = job_.empty() ? nullptr : arena_.custom(cut_node, &job_, c.buffer());
     cut_job clears;
     if (c.mask_only && !job_.clears.empty()) {
@@ -230,7 +230,7 @@ void pruned_run::add_clears(const call &c, const prune_cut &cut) {
     }
 }
 
-/// Prepares the copies for the segment behind the cut.
+/// Prepares the copies for the segment after the cut.
 void pruned_run::apply_cut(const call &c, const prune_cut &cut) {
     if (gone_now_.empty()) return;
     if (cut.stage.reuse) {
@@ -248,7 +248,7 @@ void pruned_run::apply_cut(const call &c, const prune_cut &cut) {
         job_.gathers.push_back(copy_.gather_of(number, copy_.current(number), to, rows_before, &kept));
         copy_.replace(number, to);
     }
-    // The tokens whose logits are wanted have new numbers.
+    // The tokens whose logits are wanted are renumbered.
     const ggml_tensor *out_ids = c.facts.out_ids;
     ggml_tensor *renumbered = arena_.copy(out_ids);
     renumbered->data = arena_.memory(static_cast<size_t>(out_ids->ne[0]) * sizeof(int32_t));

@@ -1,5 +1,5 @@
-// One prompt call with ever fewer tokens: segments of the graph that end behind the attention of a pruning layer, and
-// between them the choice of tokens and the copies that it needs.
+// Runs one prompt with ever fewer tokens. Each segment of the graph ends after the attention of a pruning layer.
+// Between segments, tokens are chosen and the needed copies are made.
 #pragma once
 
 #include <deque>
@@ -18,24 +18,25 @@
 
 namespace agq {
 
-/// Computes the nodes of a part of a graph, of which `choices` says which keys its attentions look at.
+/// Computes a part of a graph. `choices` says which keys its attentions look at.
 using segment_fn = std::function<ggml_status(ggml_tensor **nodes, int n, const key_choices &choices)>;
 
-/// Memory is kept from one run to the next.
+/// Reuses its memory from run to run.
 class pruned_run {
   public:
     explicit pruned_run(const attention_kernel *kern) : kern_(kern) {}
     pruned_run(const pruned_run &) = delete;
     pruned_run &operator=(const pruned_run &) = delete;
 
-    /// Runs the cuts of `plan`, which has no obstacle, for the ubatch that read_ubatch has read. `mask_only`: all
-    /// tokens stay, but dropped ones are hidden as if they had gone. Throws std::bad_alloc.
+    /// Runs the cuts of `plan`, which must have no obstacle, for the ubatch that read_ubatch has read. `mask_only`: all
+    /// tokens stay in the graph, but dropped ones are hidden. Throws std::bad_alloc.
     ggml_status run(const graph_facts &facts, const prune_plan &plan, const hidden_cells &hidden, bool mask_only,
                     const ubatch_facts &ubatch, int n_threads, const segment_fn &compute);
 
-    /// For each token of the ubatch the layer behind which it was dropped, or -1.
+    /// For each token of the ubatch, the layer after which it was dropped, or -1.
     const std::vector<int32_t> &layer_of_token() const { return layer_of_token_; }
-    /// By pruning layer the importance of each token of the ubatch: NaN if it had left, infinite if it was protected.
+    /// By pruning layer, the importance of each token of the ubatch: NaN if it was dropped before, infinity if
+    /// protected.
     const std::map<int, std::vector<float>> &importance() const { return seen_importance_; }
 
   private:
@@ -53,19 +54,19 @@ class pruned_run {
     const attention_kernel *kern_;
     tensor_arena arena_;
     graph_copy copy_;
-    graph_copy states_;                       ///< for tokens that have left, of the segment to come
-    std::vector<ggml_tensor *> first_nodes_;  ///< that a segment begins with, behind the copies
+    graph_copy states_;                       ///< for dropped tokens, for the next segment
+    std::vector<ggml_tensor *> first_nodes_;  ///< nodes at the start of a segment, after the copies
     std::map<const score *, std::unique_ptr<score_meter>> meters_;
-    cut_job job_;                             ///< of the segment to come
-    std::deque<std::vector<int32_t>> lists_;  ///< that job_ and choices_ point at
+    cut_job job_;                             ///< of the next segment
+    std::deque<std::vector<int32_t>> lists_;  ///< that job_ and choices_ point to
     key_choices choices_;                     ///< by the masks of this run
     std::vector<ggml_tensor *> nodes_;
     std::vector<ggml_tensor *> masks_;  ///< of this segment, by level; null: not made yet
-    int64_t rows_ = 0;                  ///< tokens in the graph: all with mask_only
-    std::vector<int32_t> alive_;        ///< tokens that are still there, ascending
-    std::vector<int32_t> gone_cells_;   ///< of the tokens that are not, in the order in which they went
-    std::vector<int32_t> kept_;         ///< of the latest choice: indices into alive_ as it was before
-    std::vector<int32_t> left_;         ///< the others, in the same way
+    int64_t rows_ = 0;                  ///< tokens in the graph; with mask_only all
+    std::vector<int32_t> alive_;        ///< tokens that are not dropped, ascending
+    std::vector<int32_t> gone_cells_;   ///< cells of dropped tokens, in the order in which they were dropped
+    std::vector<int32_t> kept_;         ///< of the latest choice: indices into the previous alive_
+    std::vector<int32_t> left_;         ///< dropped by the latest choice, likewise
     std::vector<int32_t> gone_now_;     ///< their cells
     std::vector<int32_t> layer_of_token_;
     std::map<int, std::vector<float>> seen_importance_;

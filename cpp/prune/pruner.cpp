@@ -11,8 +11,8 @@ namespace agq {
 
 namespace {
 
-/// The pruning record of a weight of a layer; returns false if there is none. Damage is left to those who multiply with
-/// it.
+/// Reads the pruning record of a layer's weight. Returns false if there is none. Damaged attributes are reported by the
+/// products that use them.
 bool read_record(const ggml_tensor *weights, prune_stage *stage) {
     if (weights->type != ggml_type_id || std::strncmp(weights->name, "blk.", 4) != 0 || !weights->data ||
         weights->view_src || !is_shape(weights->ne[1], weights->ne[0])) {
@@ -55,13 +55,13 @@ std::vector<prune_stage> pruner::stages() const {
     return wanted;
 }
 
-/// What the file's records say.
+/// The stages that the file's records define.
 std::vector<prune_stage> pruner::recorded() const {
     std::vector<prune_stage> found;
     for (const ggml_tensor *t : facts_.tensors) {
         prune_stage stage;
         if (t->op != host.op_none || !read_record(t, &stage)) continue;
-        stage.reuse = stage.reuse && !settings_.mask_only;  // tokens that are to be hidden leave no keys
+        stage.reuse = stage.reuse && !settings_.mask_only;  // hidden tokens leave no keys
         found.push_back(stage);
     }
     std::stable_sort(found.begin(), found.end(), [](const auto &a, const auto &b) { return a.layer < b.layer; });
@@ -81,7 +81,7 @@ void pruner::warn_once(const std::string &obstacle) {
     if (warned_.insert(obstacle).second) log_line(log_warn, "token pruning is off: " + obstacle);
 }
 
-/// Whether this ubatch is to be pruned, and can be.
+/// Whether this ubatch should and can be pruned.
 bool pruner::may_prune() {
     if (settings_.source == prune_settings::source_kind::off) return false;
     if (facts_.n_tokens() < settings_.min_tokens) return false;
@@ -99,7 +99,7 @@ bool pruner::may_prune() {
 
 ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute) {
     if (!repeated) read_graph(nodes, n);
-    // Models with several masks are never pruned, so there is nothing to hide.
+    // Models with several masks are never pruned, so nothing needs hiding.
     const bool has_cache = facts_.mask && !facts_.ambiguous && !facts_.unknown_store && !facts_.sites.empty();
     const bool any_hidden = has_cache && hidden_.find(facts_);
     if (may_prune()) {

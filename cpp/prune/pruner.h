@@ -1,5 +1,5 @@
-// Token pruning (docs/pruning.md): decides for each graph of the host whether it is computed with ever fewer tokens,
-// with masks that hide dropped ones, or as it is.
+// Token pruning (docs/pruning.md). For each graph of the host it decides how to run it: with ever fewer tokens, with
+// masks that hide dropped ones, or unchanged.
 #pragma once
 
 #include <functional>
@@ -16,7 +16,7 @@
 
 namespace agq {
 
-/// The pruning of one backend instance. Not thread-safe, like a ggml backend.
+/// Pruning of one backend instance. Not thread-safe, like a ggml backend.
 class pruner {
   public:
     pruner(const attention_kernel *kern, prune_settings settings)
@@ -24,13 +24,13 @@ class pruner {
     pruner(const pruner &) = delete;
     pruner &operator=(const pruner &) = delete;
 
-    /// Computes nodes of the host, or copies of them. `repeated` says that they are those of the last call, `choices`
+    /// Computes nodes of the host, or copies of them. `repeated`: the nodes are those of the last call. `choices`:
     /// which keys their attentions look at.
     using compute_fn =
         std::function<ggml_status(ggml_tensor **nodes, int n, bool repeated, const key_choices &choices)>;
 
-    /// Computes the host's graph by one or several calls of `compute`, which may use up to `n_threads` threads.
-    /// `repeated` says that the graph is that of the last run. Throws std::bad_alloc.
+    /// Computes the host's graph in one or more calls of `compute`, which may use up to `n_threads` threads.
+    /// `repeated`: the graph is that of the last run. Throws std::bad_alloc.
     ggml_status run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute);
 
   private:
@@ -49,7 +49,7 @@ class pruner {
     prune_plan plan_;
     bool is_planned_ = false;
     masked_graph masked_;
-    enum class form : uint8_t { none, host, masked, pruned } last_ = form::none;  ///< what was computed last
+    enum class form : uint8_t { none, host, masked, pruned } last_ = form::none;  ///< how the latest graph was computed
 
     hidden_cells hidden_;
     pruned_run pruned_;

@@ -35,7 +35,7 @@ bool parse_whole(const std::string &text, int least, int most, int *value) {
     return true;
 }
 
-/// LAYER:SHARE or LAYER:tTHRESHOLD
+/// Parses LAYER:SHARE or LAYER:tTHRESHOLD.
 bool parse_stage(const std::string &text, prune_stage *stage) {
     const size_t colon = text.find(':');
     if (colon == std::string::npos || !parse_whole(text.substr(0, colon), 0, max_layer, &stage->layer)) return false;
@@ -48,7 +48,7 @@ bool parse_stage(const std::string &text, prune_stage *stage) {
     return true;
 }
 
-/// The part before the first semicolon.
+/// Parses the part before the first semicolon.
 bool parse_source(const std::string &text, prune_settings *settings) {
     using kind = prune_settings::source_kind;
     if (text.empty() || text == "file") return true;
@@ -84,7 +84,7 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
     int keep = 0, reach = 0, reuse = 0;
     for (size_t i = 1; good && i < parts.size(); ++i) {
         if (parts[i].compare(0, 6, "score=") == 0) {
-            // The file's thresholds were chosen for the file's score, and so on.
+            // Only for a list: a file's thresholds were chosen for its own score, keep and reach.
             measure = find_score(parts[i].substr(6));
             good = is_list && measure;
         } else if (parts[i].compare(0, 5, "keep=") == 0) {
@@ -92,7 +92,7 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
         } else if (parts[i].compare(0, 6, "reach=") == 0) {
             good = is_list && parse_whole(parts[i].substr(6), 0, max_reach, &reach);
         } else if (parts[i].compare(0, 6, "reuse=") == 0) {
-            // Hiding them is another thing, so there is no mask to compare with.
+            // With reused states nothing is hidden, so mask_only has nothing to compare.
             good = is_list && !settings->mask_only && parse_whole(parts[i].substr(6), 0, 1, &reuse);
         } else if (parts[i].compare(0, 4, "min=") == 0) {
             good = parse_whole(parts[i].substr(4), 2, 1 << 30, &settings->min_tokens);

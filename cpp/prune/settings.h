@@ -1,4 +1,4 @@
-// What to prune: the text of AGQ_PRUNE (docs/pruning.md, "Control") as a struct.
+// What to prune: AGQ_PRUNE (docs/pruning.md, "Control") as a struct.
 #pragma once
 
 #include <cstdint>
@@ -10,31 +10,31 @@
 
 namespace agq {
 
-constexpr int max_keep = 255, max_reach = 15;  ///< as the file format has room for
+constexpr int max_keep = 255, max_reach = 15;  ///< limits of the file format
 
-/// Behind the attention of `layer`, drop tokens by a rule.
+/// After the attention of `layer`, drop tokens by a rule.
 struct prune_stage {
     int layer = 0;
     drop_rule rule;
     const score *measure = &score_received;
-    int keep = 0;   ///< the last so many tokens of an ubatch stay
-    int reach = 0;  ///< each token gets the highest importance within so many places
-    /// Later layers still get keys and values of dropped tokens, from the state in which they left.
+    int keep = 0;   ///< the last `keep` tokens of a ubatch stay
+    int reach = 0;  ///< each token gets the highest importance within this many places
+    /// Later layers still get keys and values of dropped tokens, computed from their last state.
     bool reuse = false;
-    state_direction direction;  ///< of a learned score: from the file
+    state_direction direction;  ///< of a learned score, from the file
 };
 
 struct prune_settings {
     enum class source_kind : uint8_t { file, off, list };
 
     source_kind source = source_kind::file;
-    bool given = false;      ///< set by somebody, and not the default
-    bool mask_only = false;  ///< tokens stay in the graph, their keys are hidden: what a pruned run is compared with
+    bool given = false;               ///< set explicitly, not the default
+    bool mask_only = false;           ///< hide dropped tokens but keep them in the graph, to compare with a pruned run
     std::vector<prune_stage> stages;  ///< of a list, by ascending layer
-    int min_tokens = 64;              ///< shortest ubatch to prune
+    int min_tokens = 64;              ///< shortest ubatch that is pruned
 };
 
-/// Reads a specification; an empty text means the default. On a mistake returns false and `*error` says which.
+/// Parses a specification; an empty text means the default. On an error returns false and sets `*error` to a message.
 bool parse_prune_settings(const std::string &text, prune_settings *settings, std::string *error);
 
 }  // namespace agq

@@ -9,8 +9,8 @@ namespace agq {
 
 namespace {
 
-constexpr size_t prefetch_distance = 24;  // rows; each is a cache line of its own, in memory that is not in the cache
-constexpr int64_t max_block = 256;        // elements of the largest block of a stock type
+constexpr size_t prefetch_distance = 24;  // in rows; each is a separate cache line, and not in the cache
+constexpr int64_t max_block = 256;        // elements in the largest block of a stock type
 
 using to_float_fn = void (*)(const void *, float *, int64_t);
 
@@ -22,7 +22,7 @@ void prefetch(const void *address) {
 #endif
 }
 
-/// Whether 16-bit or 32-bit floats are all zero.
+/// Whether all 16-bit or 32-bit floats are zero.
 template <typename Word>
 bool all_zero(const char *bytes, size_t n_bytes) {
     constexpr Word magnitude = static_cast<Word>(~static_cast<Word>(0)) >> 1;
@@ -57,13 +57,13 @@ key_rows key_rows::of(const ggml_tensor *k) {
     rows.type = k->type;
     rows.row_length = k->ne[0] * k->ne[2];
     rows.row_bytes = static_cast<size_t>(rows.row_length / traits->blck_size) * traits->type_size;
-    // Rows are at least one block of a quantized type or 16 floats long, so these bytes are there.
+    // A row holds at least one quantized block or 16 floats, so these bytes exist.
     if (is_16_bit(k->type) || k->type == ggml_type_f32) {
         rows.magnitude = k->type == ggml_type_f32 ? 0x7FFFFFFF7FFFFFFFu : 0x7FFF7FFF7FFF7FFFu;
         rows.head_words = static_cast<int>(std::min<size_t>(rows.row_bytes / sizeof(uint64_t), 4));
     } else {
-        // Blocks of the quantized types of a cache begin with one or two binary16 numbers, the scale and the offset. If
-        // the first is not zero, some element is not. (All machines that ggml runs on here are little endian.)
+        // Blocks of quantized cache types begin with one or two binary16 numbers: the scale and perhaps the offset. If
+        // the first is not zero, some element is not zero. (All supported machines are little endian.)
         rows.magnitude = 0x7FFF;
     }
     return rows;
@@ -85,14 +85,14 @@ bool key_rows::is_zero(int64_t cell, int64_t stream) const {
     return true;
 }
 
-/// Zero in a layer means zero in all later ones, so two rows say whether a hint is right.
+/// A row that is zero in a layer is zero in all later ones, so two rows are enough to verify a hint.
 bool zero_row_scanner::is_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t layer) {
     const size_t at = static_cast<size_t>(layer);
     return layer >= 0 && at < layers.size() && layers[at].may_be_zero(cell, stream) &&
            (at == 0 || !layers[at - 1].may_be_zero(cell, stream));
 }
 
-/// The first layer in which the row is zero; it is in the last one.
+/// The first layer in which the row is zero; the row must be zero in the last layer.
 int32_t zero_row_scanner::find_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream) {
     size_t low = 0, high = layers.size() - 1;
     while (low < high) {
@@ -106,7 +106,7 @@ int32_t zero_row_scanner::find_border(const std::vector<key_rows> &layers, int64
     return static_cast<int32_t>(low);
 }
 
-/// Rows lie far apart in memory that is not in the cache.
+/// Rows are far apart, and usually not in the cache.
 void zero_row_scanner::prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint,
                                      bool both) const {
     if (hint < 0 || static_cast<size_t>(hint) >= layers.size()) {
@@ -117,7 +117,7 @@ void zero_row_scanner::prefetch_rows(const std::vector<key_rows> &layers, int64_
     if (both && hint > 0) prefetch(layers[static_cast<size_t>(hint) - 1].row(cell, stream));
 }
 
-/// Whether the cells to look at are those of the last time and one more, in the same cache: a token was decoded.
+/// Whether the cells to check are those of the last scan plus one, in the same cache: one token was decoded.
 bool zero_row_scanner::is_one_step_on(const std::vector<key_rows> &layers) {
     bool result = layers.size() == last_layers_ && layers[0].base == last_base_ &&
                   candidates_.size() == last_candidates_.size() + 1;
@@ -132,8 +132,8 @@ bool zero_row_scanner::is_one_step_on(const std::vector<key_rows> &layers) {
     return result;
 }
 
-/// Goes through the candidates. With `sampled` one cell in eight is looked at as closely as all are without, and false
-/// is returned as soon as one is not as it was.
+/// Checks the candidates. With `sampled`, only one cell in eight is checked fully; returns false as soon as one has
+/// changed.
 bool zero_row_scanner::scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream,
                                    bool sampled) {
     const key_rows &last = layers.back();
@@ -168,14 +168,14 @@ const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_ro
     if (layers.empty()) return found_;
     const int64_t cells = mask->ne[0], streams = mask->ne[3];
     const size_t total = static_cast<size_t>(cells * streams);
-    if (streams > 1 && cells != hinted_cells_) hints_.clear();  // they are numbered differently now
+    if (streams > 1 && cells != hinted_cells_) hints_.clear();  // the cells are numbered differently now
     hinted_cells_ = cells;
     if (hints_.size() < total) hints_.resize(total, -1);
     const bool one_token = mask->ne[1] == 1;
     ++turn_;
     for (int64_t s = 0; s < streams; ++s) {
         const uint8_t *skipped = skip.empty() ? nullptr : &skip[static_cast<size_t>(s * cells)];
-        const mask_row row(mask, 0, s);  // of the only token, if there is one
+        const mask_row row(mask, 0, s);  // of the only token, if there is just one
         candidates_.resize(static_cast<size_t>(cells));
         size_t n = 0;
         for (int64_t c = 0; c < cells; ++c) {

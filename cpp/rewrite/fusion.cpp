@@ -1,5 +1,5 @@
-// Looks for patterns among the nodes of the host's graph. A pattern is taken only if its nodes follow one another, so
-// that its inputs are still what they were when the first of its nodes would have run.
+// Finds patterns among the nodes of the host's graph. The nodes of a pattern must be consecutive; then its inputs still
+// hold the values that they had at its first node.
 #include "rewrite/fusion.h"
 
 #include <algorithm>
@@ -20,7 +20,7 @@ bool same_shape(const ggml_tensor *a, const ggml_tensor *b) {
     return std::equal(a->ne, a->ne + 4, b->ne);
 }
 
-/// One row for all rows of `like`.
+/// Whether `t` is one row, used for all rows of `like`.
 bool is_single_row(const ggml_tensor *t, const ggml_tensor *like) {
     return is_rows(t) && t->ne[0] == like->ne[0] && t->ne[1] == 1 && t->ne[2] == 1 && t->ne[3] == 1;
 }
@@ -30,13 +30,13 @@ bool overlap(const ggml_tensor *a, const ggml_tensor *b) {
     return from_a < from_b + host.ggml_nbytes(b) && from_b < from_a + host.ggml_nbytes(a);
 }
 
-/// Whether rows of `out` may be written while other rows of `in` have yet to be read.
+/// Whether rows of `out` may be written while other rows of `in` are still to be read.
 bool independent_rows(const ggml_tensor *out, const ggml_tensor *in) {
     const bool same = out->data == in->data && same_shape(out, in) && std::equal(out->nb, out->nb + 4, in->nb);
     return same || !overlap(out, in);
 }
 
-/// The nodes of a graph, and who reads what.
+/// The nodes of a graph, and which nodes read which tensor.
 class graph_view {
   public:
     graph_view(ggml_tensor **nodes, int n) : nodes_(nodes), n_(n) {
@@ -53,21 +53,21 @@ class graph_view {
         return found == position_.end() ? -1 : found->second;
     }
 
-    /// Nodes that read it, ascending; one that reads it twice is there twice.
+    /// Nodes that read the tensor, ascending; a node that reads it twice is listed twice.
     const std::vector<int> &readers(const ggml_tensor *t) const {
         static const std::vector<int> none;
         const auto found = readers_.find(t);
         return found == readers_.end() ? none : found->second;
     }
 
-    /// The node in front of node `i`, not counting those that do nothing; -1 if there is none.
+    /// The node before node `i`, not counting empty operations; -1 if there is none.
     int before(int i) const {
         for (--i; i >= 0 && is_empty_op(nodes_[i]->op);) --i;
         return i;
     }
 
-    /// Whether some node from `i` on writes to the tensor's memory, which means that nobody behind it reads the tensor,
-    /// here or in another part of the host's graph.
+    /// Whether a node from `i` on overwrites the tensor's memory. Then no later node reads the tensor, here or in
+    /// another part of the host's graph.
     bool is_over(const ggml_tensor *t, int i) const {
         for (; i < n_; ++i) {
             if (!is_empty_op(nodes_[i]->op) && root_of(nodes_[i]) != t && nodes_[i]->data && overlap(nodes_[i], t))
@@ -76,7 +76,7 @@ class graph_view {
         return false;
     }
 
-    /// Whether node `reader` alone reads the tensor.
+    /// Whether node `reader` is the tensor's only reader.
     bool is_private(const ggml_tensor *t, int reader) const {
         const std::vector<int> &all = readers(t);
         return all.size() == 1 && all[0] == reader && is_over(t, reader);
@@ -89,8 +89,8 @@ class graph_view {
     std::unordered_map<const ggml_tensor *, std::vector<int>> readers_;
 };
 
-/// The operand of node `i` that the node in front of it computes for it alone, with one row as the other operand; or
-/// null.
+/// The operand of node `i` that the previous node computes for it alone, while the other operand is one row; null if
+/// there is none.
 const ggml_tensor *step_before(const graph_view &graph, const ggml_tensor *node, int i, const ggml_tensor **row) {
     for (int side = 0; side < 2; ++side) {
         const ggml_tensor *operand = node->src[side];
@@ -104,7 +104,7 @@ const ggml_tensor *step_before(const graph_view &graph, const ggml_tensor *node,
     return nullptr;
 }
 
-/// A norm with weight and perhaps bias that ends in node `last`.
+/// Matches a norm with a weight, and perhaps a bias, that ends in node `last`.
 bool match_norm(const graph_view &graph, const ggml_tensor *result, int last, fusion *found) {
     row_source &source = found->source;
     const ggml_tensor *scaled = result;
@@ -126,7 +126,7 @@ bool match_norm(const graph_view &graph, const ggml_tensor *result, int last, fu
     return is_rows(source.x) && same_shape(source.x, result);
 }
 
-/// The residual addition in front of a norm. It is left to the host if rows would get in one another's way.
+/// Matches the residual addition before a norm. The host computes it if rows would overwrite each other.
 void match_sum(const graph_view &graph, fusion *found) {
     row_source &source = found->source;
     const ggml_tensor *sum = source.x;
@@ -172,7 +172,7 @@ std::vector<fusion> find_fusions(ggml_tensor **nodes, int n, const std::vector<b
         if (last < 0 || !is_rows(result) || next_product(last) != i) continue;
         fusion f;
         f.source.result = result;
-        // Quantized activations are kept until a product with another input comes.
+        // Quantized activations are kept until a product with another input follows.
         const auto shares = [&](int j) {
             return j < n && nodes[j]->op == host.op_mul_mat && nodes[j]->src[1] == result && same_format(i, j);
         };

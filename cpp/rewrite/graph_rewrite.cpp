@@ -1,5 +1,5 @@
-// The rewriting pass. The host's tensors are never changed: nodes that do not touch AGQ4 are passed through by address,
-// the others are replaced by custom nodes that write to the same memory.
+// The rewriting pass. The host's tensors are never changed. Nodes without AGQ4 are passed on unchanged; the others are
+// replaced by custom nodes that write to the same memory.
 #include "rewrite/graph_rewrite.h"
 
 #include <algorithm>
@@ -26,7 +26,7 @@ bool is_plain_rows(const ggml_tensor *t, int type) {
     return t->type == type && t->nb[0] == 4;
 }
 
-/// Whether the weights are a whole tensor in host memory, in the shape the format demands.
+/// Whether the weights are a complete tensor in host memory with a valid shape.
 bool check_weights(const ggml_tensor *w, std::string *error) {
     if (!is_shape(w->ne[1], w->ne[0]) || w->ne[3] != 1) {
         *error = describe(w) + " has a shape that AGQ4 does not support; convert the model again";
@@ -39,7 +39,7 @@ bool check_weights(const ggml_tensor *w, std::string *error) {
     return false;
 }
 
-/// Whether the product is one that the custom nodes compute.
+/// Whether the custom nodes support the product.
 bool check_product(const ggml_tensor *node, std::string *error) {
     const ggml_tensor *weights = node->src[0], *x = node->src[1], *ids = node->src[2];
     const bool experts = node->op == host.op_mul_mat_id;
@@ -51,8 +51,8 @@ bool check_product(const ggml_tensor *node, std::string *error) {
     return false;
 }
 
-/// Whether `kept` was parsed from these weights. The header holds a checksum of the rest, so comparing it notices that
-/// other weights have come to the same address.
+/// Whether `kept` was parsed from these weights. The header holds a checksum of the rest, so comparing the headers
+/// detects other weights at the same address.
 bool is_intact(const ggml_tensor *weights, const tensor_attributes &kept) {
     const int64_t m = weights->ne[1], k = weights->ne[0];
     bool intact = kept.size() == static_cast<size_t>(weights->ne[2]);
@@ -131,9 +131,9 @@ void graph_rewriter::find_chain(ggml_tensor **nodes, int output,
     };
     const int soft_max_at = at(weights), scores_at = at(scores);
     if (soft_max_at < 0 || scores_at < 0 || found.k->type == ggml_type_id) return;
-    // Nobody else may want what the chain leaves out.
+    // No other node may read what is skipped.
     if (uses.at(scores) != 1 || uses.at(weights) != 1 || (scores->flags | weights->flags) & ggml_flag_output) return;
-    // The keys are read where the output is computed, so they must be in the cache, not in memory that is used again by
+    // The keys are read when the output is computed. So they must be in the cache, not in memory that is reused by
     // then.
     if (root_of(found.k)->op != host.op_none) return;
     attention_job &job = new_attention();
@@ -155,7 +155,7 @@ void graph_rewriter::find_chain(ggml_tensor **nodes, int output,
 void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
     roles_.assign(static_cast<size_t>(n), role::keep);
     if (!take_all_ && std::none_of(nodes, nodes + n, uses_agq4))
-        return;  // a stock model that is profiled stays as it is
+        return;  // a stock model that is only profiled stays unchanged
     bool has_soft_max = false;
     for (int i = 0; i < n; ++i) {
         role &r = roles_[static_cast<size_t>(i)];
@@ -324,7 +324,7 @@ activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, int i, const 
     if (!sets_.empty()) {
         activation_set &last = sets_.back();
         const auto same = [](const auto &a, const auto &b) { return a == b || a->same_activations(*b); };
-        // Rows that are computed on the way are nowhere else, so whoever reads them takes them as they are.
+        // Rows from a row source exist only in the set, so every product uses them as they are.
         if (last.x == x && last.ids == ids && (last.source || last.four == four) &&
             std::equal(attributes->begin(), attributes->end(), last.attributes->begin(), last.attributes->end(),
                        same)) {
@@ -367,7 +367,7 @@ void graph_rewriter::assign_fusions(ggml_tensor **nodes, int n) {
     std::vector<bool> is_product;
     for (role r : roles_) is_product.push_back(r == role::product);
     const auto same_format = [&](int i, int j) {
-        std::string error;  // will be found again, and reported, when the product is added
+        std::string error;  // found again, and reported, when the product is added
         const tensor_attributes *a = find_attributes(nodes[i]->src[0], &error);
         const tensor_attributes *b = find_attributes(nodes[j]->src[0], &error);
         return a && b && (i == j || (*a)[0]->same_activations(*(*b)[0]));

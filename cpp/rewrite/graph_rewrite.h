@@ -1,4 +1,4 @@
-// Turns a graph of the host into one that its CPU backend can run: custom nodes stand in for all that touches AGQ4.
+// Rewrites a graph of the host so that its CPU backend can run it: custom nodes replace everything that uses AGQ4.
 #pragma once
 
 #include <deque>
@@ -22,9 +22,8 @@ bool uses_agq4(const ggml_tensor *node);
 /// Builds and keeps the rewritten graph of one backend instance. Not thread-safe, like a ggml backend.
 class graph_rewriter {
   public:
-    /// `fuse`: whether work between products may be done where their input is quantized. `take_all`: whether attention
-    /// is taken over in graphs without AGQ4, too. `attention`: in place of the kernel's own, and for single tokens,
-    /// too; null: none.
+    /// `fuse`: compute the work between products while their input is quantized. `take_all`: also replace attention in
+    /// graphs without AGQ4. `attention`: replaces the kernel's own attention, also for single tokens; null: none.
     graph_rewriter(const kernel *kern, bool fuse, bool take_all, const activation_settings &activations,
                    const attention_kernel *attention)
         : kern_(kern),
@@ -38,25 +37,24 @@ class graph_rewriter {
     graph_rewriter(const graph_rewriter &) = delete;
     graph_rewriter &operator=(const graph_rewriter &) = delete;
 
-    /// The graph to run in place of the host's nodes. `repeated` says that nodes and their content are those of the
-    /// last call, whose graph is then used again; `choices` say for this call which keys attentions look at, and must
-    /// stay until the graph has run. On a weight that is damaged or used in a way that is not covered
-    /// returns null and `*error` says which. The graph may then run on up to `n_threads` threads. Throws
-    /// std::bad_alloc.
+    /// The graph to run instead of the host's nodes. `repeated`: the nodes and their content are those of the last
+    /// call, so the last graph is reused. `choices`: which keys the attentions of this call look at; must stay valid
+    /// until the graph has run. The graph may run on up to `n_threads` threads. If a weight is damaged or used in an
+    /// unsupported way, returns null and sets `*error`. Throws std::bad_alloc.
     ggml_cgraph *rewrite(ggml_tensor **nodes, int n, bool repeated, const key_choices &choices, int n_threads,
                          std::string *error);
 
-    /// After the graph has run: which of its tokens had 4 bits, for programs that want to know.
+    /// Call after the graph has run: records which tokens had 4 bits, for programs that ask.
     void record_bits() const { mixed_.record(); }
 
   private:
-    /// What becomes of a node of the host's graph.
+    /// How a node of the host's graph is handled.
     enum class role : uint8_t {
         keep,
         product,
         row_lookup,
-        fused,         ///< computed by a fused_source that follows
-        fused_source,  ///< computed while it is quantized
+        fused,         ///< computed by the fused_source that follows
+        fused_source,  ///< computed while the input of a product is quantized
         flash_attention,
         chain_scores,
         chain_soft_max,
@@ -77,7 +75,7 @@ class graph_rewriter {
     attention_job &new_attention();
     void add_attention(ggml_tensor *node, attention_job *job);
     void add_clock(const std::string &label);
-    /// `i` is the number of the product that reads the set.
+    /// `i` is the index of the product that reads the set.
     activation_set *find_or_add_set(ggml_tensor *node, int i, const tensor_attributes *attributes);
     activation_set *add_set(ggml_tensor *node, ggml_tensor *x, ggml_tensor *ids, const tensor_attributes *attributes,
                             const row_source *source, const std::vector<uint8_t> *four);
@@ -87,29 +85,29 @@ class graph_rewriter {
     const kernel *kern_;
     bool fuse_, take_all_;
     activation_settings activations_;
-    const attention_kernel *attention_;  ///< null: the host's
-    bool any_length_;                    ///< whether it is for single tokens, too
+    const attention_kernel *attention_;  ///< null: the host's attention
+    bool any_length_;                    ///< whether `attention_` also runs single tokens
     mixed_bits mixed_;
     activation_buffer buffer_;
     std::unordered_map<const void *, tensor_attributes>
-        attributes_;  ///< by address of the weights, checked at each use
+        attributes_;  ///< by address of the weights; verified at each use
 
     std::vector<unsigned char> memory_;
     ggml_context *context_ = nullptr;
     ggml_cgraph *graph_ = nullptr;
     std::vector<role> roles_;
-    std::unordered_map<int, attention_job *> jobs_;  ///< by the index of each node that belongs to the job
-    std::unordered_map<int, fusion> fusions_;        ///< by the index of their last node
+    std::unordered_map<int, attention_job *> jobs_;  ///< by the index of each node of the job
+    std::unordered_map<int, fusion> fusions_;        ///< by the index of its last node
     std::deque<activation_set> sets_;
     std::deque<product> products_;
     std::deque<row_lookup> lookups_;
     std::deque<attention_job> attentions_;
-    std::deque<int> clocks_;  ///< kinds of the clock nodes; none unless the graph is profiled
+    std::deque<int> clocks_;  ///< kinds of the clock nodes; empty unless profiling
     bool profiled_ = false;
     std::vector<float> saved_queries_, partial_;  ///< of one attention at a time
-    size_t thread_bytes_ = 0;                     ///< what the nodes need in each thread
+    size_t thread_bytes_ = 0;                     ///< scratch memory that the nodes need in each thread
     thread_memory scratch_;
-    float sink_[4] = {};  ///< what nodes without an output of their own point at
+    float sink_[4] = {};  ///< data of nodes without their own output
 };
 
 }  // namespace agq

@@ -16,9 +16,9 @@ namespace agq {
 
 namespace {
 
-constexpr int64_t min_tokens = 32;  ///< shortest prompt to mix: short ones are bound by reading weights
+constexpr int64_t min_tokens = 32;  ///< shortest prompt to mix: the speed of shorter ones is limited by reading weights
 
-/// Reads a whole text as a number; false if it is none.
+/// Parses the whole text as a number; returns false if it is not one.
 bool read_number(const std::string &text, double *value) {
     char *end = nullptr;
     *value = std::strtod(text.c_str(), &end);
@@ -36,8 +36,8 @@ bool read_option(const std::string &text, activation_settings *settings) {
     return settings->measure && settings->measure->input == score_input::attention;
 }
 
-/// "blk.N.attn_output.weight" and the like: the layer, or -1 if it is none of the products that take mixed tokens. The
-/// paper keeps 8 bits for the inputs of queries, keys and values.
+/// The layer of "blk.N.attn_output.weight" and the like; -1 for products that do not take mixed tokens. The paper keeps
+/// 8 bits for the inputs of queries, keys and values.
 int layer_of_product(const ggml_tensor *weights) {
     int layer = -1, length = 0;
     const std::string name(weights->name, strnlen(weights->name, sizeof(weights->name)));
@@ -92,7 +92,7 @@ void mixed_bits::plan(ggml_tensor **nodes, int n) {
     const attention_site &site = facts_.sites[static_cast<size_t>(site_)];
     attention_job job;
     if (!plan_weights(site, kern_, &job)) return;
-    // What keeps a graph from being cut here also keeps its tokens from being told apart.
+    // What prevents cutting the graph here also prevents telling its tokens apart.
     std::vector<int> crossing;
     if (!find_crossing(facts_, dims, site.last, &crossing).empty() || is_wanted_whole(facts_, dims, site.last)) return;
     node_ = site.first;

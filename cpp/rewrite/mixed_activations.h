@@ -1,5 +1,5 @@
 // Mixed activations: the less important tokens of a prompt are quantized to 4 bits, the others to 8 (Agile-Quant,
-// section 3.2). Importance is that of one attention; it counts for the products behind it.
+// section 3.2). One attention determines the importance, for all products after it.
 #pragma once
 
 #include <cstdint>
@@ -19,37 +19,36 @@ struct activation_settings {
 
     kind mode = kind::file;
     int bits = 8;     ///< of all tokens, if mode is `all`
-    float share = 0;  ///< of the tokens that get 4 bits, if mode is `mixed`
-    int layer = 1;    ///< whose attention tells the importance
+    float share = 0;  ///< the share of tokens that get 4 bits, if mode is `mixed`
+    int layer = 1;    ///< the layer whose attention determines the importance
     const score *measure = &score_received;
 };
 
-/// Reads "8", "4" or "mixed:SHARE[;layer=N][;score=NAME]"; an empty text means what the file says. On
-/// a mistake returns false and `*error` says which.
+/// Parses "8", "4" or "mixed:SHARE[;layer=N][;score=NAME]"; an empty text means the file's setting. On an error returns
+/// false and sets `*error` to a message.
 bool parse_activation_settings(const std::string &text, activation_settings *settings, std::string *error);
 
-/// The tokens of a graph by bits. One object serves one rewritten graph at a time.
+/// Which tokens of a graph have 4 bits. One object serves one rewritten graph at a time.
 class mixed_bits {
   public:
     mixed_bits(const activation_settings &settings, const attention_kernel *kern)
         : settings_(settings), kern_(kern), meter_(settings.measure->make_meter(kern)) {}
 
-    /// Looks for the attention and the products behind it. A graph that is no prompt of one sequence stays as it is.
-    /// Throws std::bad_alloc.
+    /// Finds the attention and the products after it. Only prompts of one sequence are changed. Throws std::bad_alloc.
     void plan(ggml_tensor **nodes, int n);
-    /// Reads the inputs of a call before its graph runs. Throws std::bad_alloc.
+    /// Reads the inputs of a call; must run before its graph. Throws std::bad_alloc.
     void begin_call(int n_threads);
 
-    /// The node in front of which the two nodes below belong, or -1.
+    /// The node before which the two custom nodes below must run, or -1.
     int node() const { return node_; }
-    /// Whether the input of this product, node number `i`, has mixed tokens.
+    /// Whether the input of `product`, node number `i`, has mixed tokens.
     bool covers(const ggml_tensor *product, int i) const;
-    /// By token, 1 for those with 4 bits; valid behind choose_bits_node.
+    /// By token, 1 for 4 bits; valid after choose_bits_node.
     const std::vector<uint8_t> &four() const { return four_; }
 
-    /// After a call: tells `last_call` of this thread what it was.
+    /// Call after the graph has run: stores the result in this thread's `last_call`.
     void record() const;
-    /// By token of the calling thread's last call, 1 for those with 4 bits; empty if its tokens were not mixed.
+    /// By token of the calling thread's last call, 1 for 4 bits; empty if its tokens were not mixed.
     static std::vector<uint8_t> &last_call();
 
   private:
@@ -63,7 +62,7 @@ class mixed_bits {
     std::unique_ptr<score_meter> meter_;
     int node_ = -1, site_ = 0;
     int64_t tokens_ = 0;
-    bool active_ = false;  ///< in this call
+    bool active_ = false;  ///< whether this call is mixed
     std::vector<uint8_t> four_, protected_;
 };
 

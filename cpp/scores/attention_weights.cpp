@@ -12,7 +12,7 @@ namespace {
 
 constexpr double fixed_one = 4294967296.0;  // 2^32: sums of up to 2^31 weights fit
 
-/// What a thread keeps, in floats and multiples of a cache line.
+/// Layout of a thread's memory, in floats and multiples of a cache line.
 struct parts {
     int64_t padded;
     size_t keys, queries, row, weights, mask;
@@ -30,7 +30,7 @@ struct parts {
     size_t bytes() const { return (keys + queries + row + weights + mask) * sizeof(float); }
 };
 
-/// All keys of a head as the kernel wants them. `row` holds one key.
+/// Packs all keys of a head for the kernel. `row` has room for one key.
 void pack_keys(const attention_job &job, int64_t head, float *row, float *packed) {
     const int64_t width = job.k->ne[0], n = job.k->ne[1], blocks = (n + attention_keys - 1) / attention_keys;
     std::memset(packed + (blocks - 1) * width * attention_keys, 0,
@@ -72,7 +72,7 @@ int64_t attention_meter::first_query() const {
 }
 
 void attention_meter::add_rows(const weight_block &block, const int64_t *scales, std::vector<int64_t> *sums) const {
-    float *total = block.weights;  // the first row becomes the sum of all
+    float *total = block.weights;  // the first row is overwritten with the sum of all rows
     for (int64_t r = 0; r < block.n_tokens * block.group; ++r) {
         const float *row = block.weights + r * block.stride;
         const int64_t token = r / block.group;
@@ -99,7 +99,7 @@ void attention_meter::run(int ith, int) {
     const attention_job &a = attention_;
     const int64_t heads = a.k->ne[2], group = a.q->ne[2] / heads, width = a.q->ne[0];
     const int64_t begin = first_query(), n = static_cast<int64_t>(tokens.rows.size());
-    // Blocks are the same for any number of threads, and so are the sums of each.
+    // Blocks and their sums do not depend on the number of threads.
     const int64_t block_tokens = std::max<int64_t>(1, weights_row_limit / group);
     const int64_t blocks = (n - begin + block_tokens - 1) / block_tokens;
 

@@ -1,4 +1,4 @@
-// How much a token looks at the first token of its sequence, as in the paper (Agile-Quant, section 3.2).
+// Score: how much a token attends to the first token of its sequence, as in the paper (Agile-Quant, section 3.2).
 #include "scores/attention_weights.h"
 
 namespace agq {

@@ -1,5 +1,5 @@
-// Importance of a token from its state behind the attention of the pruning layer, by a direction that calibration
-// found.
+// Score: computed from a token's state after the attention of the pruning layer, with a direction learned in
+// calibration.
 #include <algorithm>
 #include <cmath>
 
@@ -10,7 +10,7 @@ namespace agq {
 
 namespace {
 
-/// exp(direction * x / rms(x)), which is above 0 and finite for all finite states.
+/// exp(direction * x / rms(x)); positive and finite for all finite states.
 float learned_importance(const float *state, const std::vector<float> &direction) {
     double product = 0, square = 0;
     for (size_t i = 0; i < direction.size(); ++i) {

@@ -1,4 +1,4 @@
-// A number in [0, 1) for each position, the same in every run: what other scores are compared with.
+// Score: a pseudorandom number in [0, 1) per position, the same in every run; a baseline for other scores.
 #include "scores/score.h"
 
 namespace agq {

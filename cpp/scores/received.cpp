@@ -1,4 +1,4 @@
-// How much attention a token gets from later ones, relative to what it would get if they looked at all tokens alike.
+// Score: how much attention a token gets from later ones, relative to what uniform attention would give it.
 #include "scores/attention_weights.h"
 
 namespace agq {
@@ -19,9 +19,9 @@ class received_meter : public attention_meter {
     }
 
     void finish(std::vector<double> *values) const override {
-        double evenly = 0;  // what the tokens behind this one would give if they spread their attention evenly
+        double evenly = 0;  // what later tokens would give this one with uniform attention
         for (size_t i = values->size(); i-- > 0;) {
-            (*values)[i] /= evenly;  // not a number for the last token
+            (*values)[i] /= evenly;  // NaN for the last token
             if (visible()[i] > 0) evenly += 1.0 / static_cast<double>(visible()[i]);
         }
     }

@@ -1,4 +1,4 @@
-// How much attention a token gets from the last tokens, which are kept. Rows that see more keys count for more.
+// Score: how much attention a token gets from the last tokens, which are kept. Rows that see more keys get more weight.
 #include "scores/attention_weights.h"
 
 namespace agq {

@@ -35,7 +35,7 @@ std::vector<float> spread(const std::vector<float> &importance, int reach) {
         if (std::isnan(own)) continue;
         const int64_t end = std::min<int64_t>(n, i + reach + 1);
         for (int64_t j = std::max<int64_t>(0, i - reach); j < end; ++j) {
-            own = std::fmax(own, importance[static_cast<size_t>(j)]);  // of a NaN and a number it takes the number
+            own = std::fmax(own, importance[static_cast<size_t>(j)]);  // if one is NaN, fmax returns the other
         }
     }
     return best;

@@ -1,5 +1,5 @@
-// Hundreds of hosts that differ from the declaration in one struct, one number or one order: the proofs must refuse
-// each that would make the plugin misread something, and crash on none. Prints how many there were.
+// Tries hundreds of hosts that differ from the declaration in one struct, one number or one order. The proofs must
+// refuse each host that would make the plugin misread something, and must never crash. Prints the number of hosts.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -22,10 +22,10 @@ struct variant {
 struct part {
     const char *name;
     struct_layout host_layout::*layout;
-    /// What the plugin reads or writes of the struct, with the host on the other side.
+    /// Fields that the plugin reads or writes and that the host uses, too.
     std::set<std::string> used;
-    bool fixed_size;  ///< whether the plugin and the host each make such objects for the other
-    bool least_size;  ///< whether the plugin writes all of the struct into the host's memory
+    bool fixed_size;  ///< whether plugin and host each create such objects for the other
+    bool least_size;  ///< whether the plugin writes the whole struct into the host's memory
 };
 
 const part parts[] = {
@@ -170,7 +170,7 @@ std::vector<variant> make_variants() {
     return all;
 }
 
-/// The way of plugin.cpp, from the look-up of the host's functions to the type.
+/// The same steps as plugin.cpp, from looking up the host's functions to registering the type.
 bool is_accepted(std::string *reason) {
     agq::host = {};
     const auto library = agq::loaded_library::offering("ggml_version", reinterpret_cast<const void *>(is_accepted));
@@ -185,14 +185,14 @@ int main(int argc, char **argv) {
     int refused = 0, accepted = 0, wrong = 0, harmful = 0;
     const std::vector<variant> all = make_variants();
     for (const variant &v : all) {
-        std::fprintf(stderr, "%s\n", v.name.c_str());  // the last line names the host that crashed the program
+        std::fprintf(stderr, "%s\n", v.name.c_str());  // if the program crashes, the last line names the host
         make_host(v.layout);
         std::string reason;
         const bool ok = is_accepted(&reason);
         const std::string misuse = host_misuse();
         harmful += v.harmful;
         (ok ? accepted : refused) += 1;
-        // A message says which versions work, or names what else is to be done.
+        // A message must say which versions work or what else to do.
         const bool said = ok || reason.find("ggml 0.15") != std::string::npos ||
                           reason.find("type id 38") != std::string::npos ||
                           reason.find("CPU backend") != std::string::npos;

@@ -61,7 +61,7 @@ struct_layout parameters(const std::vector<std::string> &names) {
     return struct_layout(fields);
 }
 
-/// A field of an object, or a place that nobody reads if this host has no such field.
+/// A field of an object. If this host has no such field, returns a dummy that is never read.
 template <class T>
 T &at(void *object, const struct_layout &layout, const std::string &name, size_t index = 0) {
     static char nowhere[512];
@@ -73,7 +73,7 @@ T &at(void *object, const struct_layout &layout, const std::string &name, size_t
     return reinterpret_cast<T *>(static_cast<char *>(object) + offset)[index];
 }
 
-/// Calls a slot of a table. An empty or absent one gives null, as where a host asks first.
+/// Calls a slot of a table. A missing or null slot returns null, like a host that checks first.
 template <class R = void *, class... Args>
 R call(void *table, const struct_layout &layout, const std::string &name, Args... args) {
     void *function = at<void *>(table, layout, name);
@@ -197,7 +197,7 @@ void *node(void *t, const std::string &op, const std::vector<void *> &sources) {
     return t;
 }
 
-/// A node whose sources stand in the order that this host has for them.
+/// A node whose sources are in this host's order.
 void *node(void *t, const std::string &op, const std::vector<std::string> &order,
            const std::map<std::string, void *> &sources) {
     std::vector<void *> in_order;
@@ -236,7 +236,7 @@ T parameter(void *t, const struct_layout &order, const std::string &name) {
 
 // ---- the CPU's registry, device and backend ----
 
-/// Objects of exactly the size that this host's structs have, so that whoever reads beyond them is caught.
+/// Objects with exactly the size of this host's structs, so that reads past their end are caught.
 struct objects {
     std::vector<char *> all;
     char *make(size_t bytes) {

@@ -1,5 +1,5 @@
-// A host for the proofs of the ABI: it offers the functions of ggml that the plugin calls, and keeps its structs as a
-// `host_layout` says. What it does is as little as the proofs need.
+// A fake host for the ABI proofs. It offers the ggml functions that the plugin calls, and lays out its structs as a
+// `host_layout` says. It does only what the proofs need.
 #pragma once
 
 #include <cstddef>
@@ -32,12 +32,12 @@ class struct_layout {
     std::vector<field> fields_;
 };
 
-/// All that differs between the hosts of the fuzz.
+/// Everything in which the fuzzed hosts differ.
 struct host_layout {
     struct_layout tensor, traits, properties, device, backend, registry, custom;
-    /// Parameters of operations, in the order in which they stand in `op_params`.
+    /// Operation parameters, in their order in `op_params`.
     struct_layout permute, concat, norm, glu, soft_max, flash_attention;
-    /// Names of the sources of operations, in their order.
+    /// Names of the sources of operations, in order.
     std::vector<std::string> rope_sources, soft_max_sources, flash_sources, set_rows_sources, get_rows_sources,
         product_sources, expert_sources, glu_sources;
     size_t object_bytes = 32;
@@ -49,17 +49,17 @@ struct host_layout {
     int our_slot_block = 0;  ///< block size in the slot that must be empty
     bool runs_unmarked_nodes = false;
     bool swaps_thread_numbers = false;
-    bool shuffles_operations = false;  ///< other numbers for the same operations: releases do that
+    bool shuffles_operations = false;  ///< operations get other numbers, as happens between releases
     bool takes_parameters_of_init_as_is = true;
     std::vector<std::string> types;  ///< names in the order of their numbers
     std::string version = "0.26.0";
 };
 
-/// As host.h declares it.
+/// The layout that host.h declares.
 host_layout declared_layout();
 
-/// Makes all objects of the host anew.
+/// Creates all objects of the host again.
 void make_host(const host_layout &layout);
 
-/// What a function was called with that would have crashed a real host; empty if nothing.
+/// Describes a function call that would have crashed a real host; empty if there was none.
 std::string host_misuse();

@@ -1,4 +1,5 @@
-// Random problems for attention kernels, their answer by the definition in double precision, and what a kernel says.
+// Random problems for attention kernels, their expected results in double precision, and functions to run kernels on
+// them.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 
 namespace {
 
-constexpr float guard = 12345.0f;  // stands where a kernel must not write
+constexpr float guard = 12345.0f;  // marks memory that a kernel must not write
 
 struct problem {
     int tokens, group, head_qk, head_v;
@@ -22,7 +23,7 @@ struct problem {
     std::vector<float> q, k, v, mask, slopes, sinks;  // k [key][channel], v [key][channel], mask [token][key]
 };
 
-/// Bytes aligned to a cache line, with a line behind them that nobody may write.
+/// Bytes aligned to a cache line, followed by a line that must not be written.
 class aligned_bytes {
   public:
     explicit aligned_bytes(size_t size) : size_(size), memory_(size + 128, 0x5A) {}
@@ -108,7 +109,7 @@ inline std::vector<double> expected_scores(const problem &p, int t, int g) {
     return score;
 }
 
-/// Turns scores into softmax weights; all are 0 if all keys are hidden and there is no sink.
+/// Turns scores into softmax weights. If all keys are hidden and there is no sink, all weights are 0.
 inline std::vector<double> expected_softmax(const problem &p, int g, std::vector<double> scores) {
     double top = p.has_sinks ? p.sinks[static_cast<size_t>(g)] : -INFINITY;
     for (double s : scores) top = std::max(top, s);
@@ -130,7 +131,7 @@ inline std::vector<double> expected(const problem &p, int t, int g) {
     return out;
 }
 
-/// What all kernels are told of mask, slopes and soft cap; `half` is the mask in binary16.
+/// Sets the arguments that all kernels share: mask, slopes and soft cap. `half` is the mask in binary16.
 template <typename Args>
 void set_bias(const problem &p, const std::vector<uint16_t> &half, Args *args) {
     if (p.has_mask) {
@@ -143,7 +144,7 @@ void set_bias(const problem &p, const std::vector<uint16_t> &half, Args *args) {
     args->soft_cap = p.soft_cap;
 }
 
-/// Output [token][head of the group][head_v] of a kernel; empty if it wrote where it must not.
+/// Output [token][head of the group][head_v] of a kernel; empty if the kernel wrote outside its output.
 inline std::vector<float> run(const agq::attention_kernel &kern, const problem &p) {
     const size_t width = static_cast<size_t>(p.head_qk), head_v = static_cast<size_t>(p.head_v);
     const size_t blocks = (static_cast<size_t>(p.n_keys) + agq::attention_keys - 1) / agq::attention_keys;
@@ -191,7 +192,7 @@ inline std::vector<float> run(const agq::attention_kernel &kern, const problem &
     return kept ? result : std::vector<float>();
 }
 
-/// The same of a kernel for few rows, which gets values by key or, `transposed`, by channel.
+/// The same for a kernel for few rows; values are stored by key or, if `transposed`, by channel.
 inline std::vector<float> run_few(const agq::few_kernel &kern, const problem &p, bool transposed) {
     const int64_t step = agq::few_width_step, width = (p.head_qk + step - 1) / step * step, head_v = p.head_v;
     const int64_t rows = p.tokens * p.group, block_keys = agq::attention_keys;

@@ -1,5 +1,5 @@
-// Every attention kernel this CPU can run against a plain softmax in double precision, over random shapes, masks and
-// modes. Prints its seed; `--seed N` repeats a run.
+// Compares every attention kernel that this CPU can run with a plain softmax in double precision, over random shapes,
+// masks and modes. Prints its seed; `--seed N` repeats a run.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -16,7 +16,7 @@
 
 namespace {
 
-/// Whether the kernel works in 16-bit integers.
+/// Whether the kernel uses 16-bit integers.
 bool in_integers(const agq::attention_kernel *kern) {
 #if defined(__x86_64__)
     return kern == agq::kernel_avx512vnni.attention;
@@ -26,7 +26,7 @@ bool in_integers(const agq::attention_kernel *kern) {
 #endif
 }
 
-/// Largest difference that comes from rounding queries, keys and values, divided by `unit`, to binary16.
+/// Largest error from rounding queries, keys and values, divided by `unit`, to binary16.
 double rounding_error(const problem &p, float unit) {
     problem rounded = p;
     for (std::vector<float> *part : {&rounded.q, &rounded.k, &rounded.v}) {
@@ -42,13 +42,13 @@ double rounding_error(const problem &p, float unit) {
     return worst;
 }
 
-/// What rounding to binary16, as the host does, can make of a small problem is luck: the largest of three tries.
+/// The binary16 rounding error of a small problem varies by chance: takes the largest of three.
 double rounding_error(const problem &p) {
     return std::max({rounding_error(p, 1.0f), rounding_error(p, 1.25f), rounding_error(p, 1.6f)});
 }
 
-/// Largest difference of a kernel's output to the definition (values are about 1); infinity if it is empty, because the
-/// kernel wrote where it must not.
+/// Largest error of a kernel's output (values are about 1); infinity if the output is empty, because the kernel wrote
+/// outside it.
 double largest_error(const std::vector<float> &out, const problem &p) {
     if (out.empty()) return INFINITY;
     double worst = 0;
@@ -61,9 +61,9 @@ double largest_error(const std::vector<float> &out, const problem &p) {
     return worst == worst ? worst : INFINITY;
 }
 
-/// Largest difference of the softmax weights to the definition; infinity if the kernel wrote where it must not.
+/// Largest error of the softmax weights; infinity if the kernel wrote outside its output.
 double largest_weights_error(const agq::attention_kernel &kern, problem p) {
-    p.has_mask = true;  // this kernel takes no problem without
+    p.has_mask = true;  // this kernel requires a mask
     const size_t width = static_cast<size_t>(p.head_qk), keys = static_cast<size_t>(p.n_keys);
     const size_t padded = (keys + agq::attention_keys - 1) / agq::attention_keys * agq::attention_keys;
     std::vector<float> packed(padded * width, 0.0f);
@@ -108,13 +108,13 @@ double largest_weights_error(const agq::attention_kernel &kern, problem p) {
     return worst;
 }
 
-/// A number that is not finite must show in the rows that see it, and in no other.
+/// A number that is not finite must affect the rows that see it, and no others.
 bool check_not_finite(const agq::attention_kernel &kern, std::mt19937 &rng) {
     for (int where = 0; where < 3; ++where) {
         problem p;
         do p = random_problem(rng);
         while (!p.has_mask || p.n_keys < 2 || p.tokens < 2);
-        // Key 1 is seen by token 1 only.
+        // Only token 1 sees key 1.
         std::vector<float> &part = where == 0 ? p.q : where == 1 ? p.k : p.v;
         const size_t keys = static_cast<size_t>(p.n_keys);
         for (int t = 0; t < p.tokens; ++t) {
@@ -129,7 +129,7 @@ bool check_not_finite(const agq::attention_kernel &kern, std::mt19937 &rng) {
         for (size_t i = 0; i < out.size(); ++i) {
             const bool concerned =
                 i / token_floats == 1 && (where > 0 || i % token_floats < static_cast<size_t>(p.head_v));
-            // In a kernel that works in binary32, hidden keys that are not finite may show as well.
+            // In a binary32 kernel, hidden keys that are not finite may also affect a row.
             if (concerned ? std::isfinite(out[i]) && (where < 2 || i % static_cast<size_t>(p.head_v) == 0)
                           : !std::isfinite(out[i]) && in_integers(&kern)) {
                 std::printf("not finite in part %d: output %zu is %g\n", where, i, static_cast<double>(out[i]));
@@ -140,7 +140,7 @@ bool check_not_finite(const agq::attention_kernel &kern, std::mt19937 &rng) {
     return true;
 }
 
-/// binary16 by the definition.
+/// Decodes binary16 by its definition.
 float half_value(uint16_t h) {
     const int exponent = h >> 10 & 31, fraction = h & 1023;
     const float size = exponent == 31 ? INFINITY
@@ -154,7 +154,7 @@ bool check_conversion(const agq::attention_kernel &kern) {
     for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i);
     std::vector<float> to(from.size()), wanted(from.size());
     if (kern.few) {
-        // Rows of 9, the last of which ends with the array; fetching ahead may go beyond it.
+        // Rows of 9; the last ends with the array. Prefetches may go past it.
         std::vector<float> rows(7281 * 10 + 10, guard);
         kern.few->read_f16(reinterpret_cast<const char *>(from.data()), 18, 7281, 9, rows.data(), 10, 1 << 20);
         for (size_t i = 0; i < rows.size(); ++i) {
@@ -180,14 +180,14 @@ int main(int argc, char **argv) {
     unsigned seed = std::random_device{}();
     if (argc == 3 && std::string(argv[1]) == "--seed") seed = static_cast<unsigned>(std::strtoul(argv[2], nullptr, 10));
     std::printf("seed %u\n", seed);
-    // Scores of size 30 and sums of 300 terms in binary32 leave an error of about 1e-5 in weights that add up to 1.
+    // Scores up to 30 and sums of 300 terms in binary32 leave an error of about 1e-5 in weights that sum to 1.
     constexpr double tolerance = 1e-4;
     int failures = 0, tested = 0;
     for (const agq::kernel *row : agq::compiled_kernels()) {
         if (!row->supported() || !row->attention) continue;
         ++tested;
         std::mt19937 rng(seed);
-        // A kernel that works in 16-bit integers may err about as much as the host, which rounds to binary16.
+        // A kernel with 16-bit integers may have about the same error as the host, which rounds to binary16.
         const bool integers = in_integers(row->attention);
         double worst = 0, few_worst = 0;
         for (int round = 0; round < 200; ++round) {

@@ -1,4 +1,4 @@
-// Reports, random numbers, and operands between pages that may not be touched: what the tests of kernels share.
+// Shared by the kernel tests: failure reports, random numbers, and operands between protected pages.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,7 @@ bool chance(int one_in) {
     return random_int(1, one_in) == 1;
 }
 
-/// Reports a failure, the first few at length.
+/// Reports a failure; prints details of the first few.
 #define CHECK(condition, ...)                                           \
     do {                                                                \
         if (!(condition) && ++failures <= 20) {                         \
@@ -39,9 +39,9 @@ bool chance(int one_in) {
         }                                                               \
     } while (0)
 
-// operands between forbidden pages
+// operands between protected pages
 
-/// `size` elements that begin right behind, or end right before, a page without access.
+/// `size` elements that begin right after, or end right before, a page without access.
 template <class T>
 class guarded {
   public:
@@ -82,7 +82,7 @@ class guarded {
     T &operator[](size_t i) { return data_[i]; }
     const T &operator[](size_t i) const { return data_[i]; }
 
-    /// Whether the bytes of the pages around the elements are as they were.
+    /// Whether the bytes around the elements, in the same pages, are unchanged.
     bool intact() const {
         for (const char *p = first_; p < last_; p++) {
             if (p == reinterpret_cast<const char *>(data_)) p += size_ * sizeof(T);

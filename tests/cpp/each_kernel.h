@@ -1,4 +1,4 @@
-// The main of a test program: its seed, and a test for each kernel that this CPU can run.
+// The main function of a test program: sets the seed, and runs a test for each kernel that this CPU supports.
 #pragma once
 
 #include <cstdio>
@@ -8,7 +8,8 @@
 
 #include "kernels/select.h"
 
-/// Prints the seed, which `--seed N` sets, and calls test(kernel, generator) with the same numbers for each kernel.
+/// Prints the seed, which `--seed N` sets, and calls test(kernel, generator) with the same random numbers for each
+/// kernel.
 template <class function>
 void for_each_kernel(int argc, char **argv, const function &test) {
     unsigned seed = std::random_device{}();

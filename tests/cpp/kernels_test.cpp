@@ -1,9 +1,9 @@
-// Every kernel this CPU can run against the scalar one, and that one against the formulas of docs/format.md. Random
-// shapes from a seed that is printed; `--seed N` repeats a run, `--rounds N` sets its length. Exit code 0 means that
-// all agree.
+// Compares every kernel that this CPU can run with the scalar one, and the scalar one with the formulas of
+// docs/format.md. Shapes are random, from a printed seed; `--seed N` repeats a run, `--rounds N` sets its length. Exit
+// code 0: all agree.
 //
-// Every operand lies between two pages that may not be touched, flush with one of them, and outputs are compared with
-// canaries around them: a kernel that reads or writes outside its operands crashes or is reported.
+// Every operand lies between two protected pages and touches one of them; outputs are checked for changed bytes around
+// them. A kernel that reads or writes outside its operands crashes or is reported.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -33,7 +33,7 @@ void test_selection(const std::vector<const kernel *> &kernels) {
         CHECK(error.find(name) != std::string::npos && error.find("scalar") != std::string::npos, "%s", error.c_str());
     }
     CHECK(select_kernel("no_such_isa", nullptr) == nullptr, "error may be null");
-    // A test run that is told to use one kernel must have used it: CI sets the variable and reads this line.
+    // If a test run forces a kernel, that kernel must have been used: CI sets the variable and reads this line.
     const char *forced = std::getenv("AGQ_FORCE_ISA");
     const kernel *active = select_kernel(forced, &error);
     CHECK(active != nullptr, "%s", error.c_str());

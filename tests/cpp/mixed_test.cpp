@@ -1,6 +1,6 @@
-// Rows of one product with 8 and with 4 bits: each must be, bit by bit, what it is when all rows have its bits. And
-// rows of weights in a last panel of fewer than 16: they must give, bit by bit, what they give in a matrix of full
-// panels. With every kernel this CPU can run, on random choices. Prints its seed; `--seed N` repeats a run.
+// Tests products with 8-bit and 4-bit rows: each row must be bit-identical to its result when all rows have its bits.
+// Also tests a last panel of fewer than 16 rows: its rows must be bit-identical to those in a matrix of full panels.
+// Runs every kernel that this CPU can run, on random choices. Prints its seed; `--seed N` repeats a run.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -26,12 +26,12 @@ ggml_tensor matrix(void *data, int64_t columns, int64_t rows) {
     return t;
 }
 
-/// Where the parts of row m in group g lie, by docs/format.md.
+/// Where the fields of row m in group g are, by docs/format.md.
 struct place {
     uint8_t *scale_hi, *scale_lo;
     bool is_high;     ///< which nibble of scale_lo
     uint8_t *codes;   ///< of the first chunk
-    size_t to_chunk;  ///< from one chunk to the next
+    size_t to_chunk;  ///< distance from one chunk to the next
 };
 
 place place_of(uint8_t *bytes, int rows, int k, int m, int g) {
@@ -53,7 +53,7 @@ struct problem {
     tensor_attributes attributes;
 };
 
-/// [tokens][m]; `bits` of all rows, but 4 of those in `four` unless that is null.
+/// Result [tokens][m]. All rows have `bits`, but those in `four`, unless it is null, have 4.
 std::vector<float> multiply(problem &p, const kernel &kern, int bits, const std::vector<uint8_t> *four) {
     std::vector<float> out(static_cast<size_t>(p.tokens) * p.m, -1.0f);
     const ggml_tensor x = matrix(p.x.data(), p.k, p.tokens), w = matrix(p.weights.data(), p.k, p.m);
@@ -104,7 +104,7 @@ problem random_problem(std::mt19937 &rng) {
     return p;
 }
 
-/// The same rows in a matrix of full panels, and others behind them.
+/// The same rows in a matrix of full panels, followed by other rows.
 problem widened(const problem &narrow) {
     problem wide = narrow;
     wide.m = (narrow.m + 15) / 16 * 16;

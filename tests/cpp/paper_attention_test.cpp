@@ -1,5 +1,5 @@
-// Attention on the paper's grids (cpp/kernels/portable/attention_paper.cpp) against its definition in double precision,
-// over random shapes, masks and modes. Prints its seed; `--seed N` repeats a run.
+// Compares attention on the paper's grids (cpp/kernels/portable/attention_paper.cpp) with its definition in double
+// precision, over random shapes, masks and modes. Prints its seed; `--seed N` repeats a run.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -18,13 +18,13 @@ void round_vectors(std::vector<float> *values, int width) {
     }
 }
 
-/// The weight that -log2 of a softmax weight stands for.
+/// The weight on the grid for a softmax weight; `bits` is its -log2.
 double on_grid(double bits) {
     return std::nearbyint(bits) >= 15 ? 0.0 : std::exp2(-std::nearbyint(bits));
 }
 
-/// Largest difference of a kernel to the definition, beyond what weights next to the border of two powers may make;
-/// infinity if the kernel wrote where it must not.
+/// Largest error of a kernel, less the error from weights that may round to either of two powers; infinity if the
+/// kernel wrote outside its output.
 double largest_excess(const agq::attention_kernel &kern, const problem &p, bool normalized) {
     const std::vector<float> out = run(kern, p);
     if (out.empty()) return INFINITY;
@@ -54,7 +54,8 @@ double largest_excess(const agq::attention_kernel &kern, const problem &p, bool 
             }
             if (normalized) {
                 if (p.has_sinks) sum += std::exp2(-std::nearbyint(-std::log2(left)));
-                // A weight that may be another changes all others of its row, and so may a sink next to a border.
+                // If one weight may round either way, all others in its row change, too; so do they with a sink near a
+                // border.
                 if (any_unsure || p.has_sinks) continue;
                 for (double &x : want) x = sum == 0 ? x : x / sum;
             }
@@ -67,7 +68,7 @@ double largest_excess(const agq::attention_kernel &kern, const problem &p, bool 
     return worst;
 }
 
-/// Rows that see a number that is not finite are no numbers.
+/// Rows that see a number that is not finite must become NaN.
 bool shows_what_is_not_finite(const agq::attention_kernel &kern, std::mt19937 &rng) {
     for (const float bad : {NAN, INFINITY}) {
         for (int where = 0; where < 3; ++where) {

@@ -1,4 +1,4 @@
-// Products of every kernel against exact integers and against binary64; a part of kernels_test.cpp.
+// Compares the products of every kernel with exact integers and with binary64; a part of kernels_test.cpp.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 using namespace agq;
 
-/// A product in plain form: matrices by index, nothing packed.
+/// A product in plain form: indexed matrices, not packed.
 struct problem {
     int k, panels, tokens;
     int bits;
@@ -40,7 +40,7 @@ double half_value(uint16_t bits) {
 
 constexpr int columns_of_models[] = {64, 192, 576, 960, 2880};
 
-/// Shape, codes, codebook and activations; scales are left to the caller.
+/// Random shape, codes, codebook and activations; the caller sets the scales.
 problem random_problem() {
     problem p;
     p.k = 64 * random_int(1, chance(4) ? 64 : 10);
@@ -71,7 +71,7 @@ problem random_problem() {
     return p;
 }
 
-/// Weights in file form; the attribute bytes are noise, which kernels must not look at.
+/// Packs weights in file form. The attribute bytes are random; kernels must not read them.
 void pack_weights(const problem &p, uint8_t *bytes) {
     const int groups = p.groups();
     for (int i = 0; i < p.rows() * groups * 34; i++) bytes[i] = static_cast<uint8_t>(random_int(0, 255));
@@ -141,8 +141,8 @@ std::vector<float> run_gemm(const kernel &row, const problem &p) {
     return result;
 }
 
-/// The product in double, and how far a binary32 kernel may be from it: the integers and the cvt are exact; what is
-/// left are three products per group, the additions over the groups in any order, and the two final factors.
+/// The product in double, and the permitted error of a binary32 kernel. Integers and their conversion are exact; what
+/// remains are three products per group, the additions over the groups in any order, and the two final factors.
 void product_by_definition(const problem &p, int t, int m, double *value, double *tolerance) {
     double sum = 0, magnitude = 0;
     for (int g = 0; g < p.groups(); g++) {
@@ -182,14 +182,15 @@ void compare_gemm(const std::vector<const kernel *> &kernels, const problem &p, 
     }
 }
 
-/// Scales that leave the f32 sums exact, so that equality of the results is equality of the integers: D is 0 or +-1,
-/// for at most 16 groups of a row, and |I| <= 64 * 64 * 127 < 2^19, so that every partial sum is an integer below 2^23;
-/// the scales of the activations are one power of two.
+/// Uses scales that keep the f32 sums exact, so that equal results mean equal integers. D is 0 or +-1, for at most 16
+/// groups of a row, and
+/// I
+/// <= 64 * 64 * 127 < 2^19, so every partial sum is an integer below 2^23. All activation scales are one power of two.
 void test_gemm_exact(const std::vector<const kernel *> &kernels) {
     problem p = random_problem();
     p.tensor_scale = std::ldexp(1.0f, random_int(-20, 20));
     for (int m = 0; m < p.rows(); m++) {
-        const int only = chance(2) ? random_int(0, p.groups() - 1) : -1;  // a single group shows its integer as it is
+        const int only = chance(2) ? random_int(0, p.groups() - 1) : -1;  // a single group shows its integer unchanged
         int used = 0;
         for (int g = 0; g < p.groups(); g++) {
             uint16_t d = 0;
@@ -204,7 +205,7 @@ void test_gemm_exact(const std::vector<const kernel *> &kernels) {
     compare_gemm(kernels, p, true);
 }
 
-/// Any 12-bit scales that the format allows (finite, either sign, subnormal too), any activation scales.
+/// Uses any 12-bit scales that the format allows (finite, either sign, also subnormal), and any activation scales.
 void test_gemm_general(const std::vector<const kernel *> &kernels) {
     problem p = random_problem();
     p.tensor_scale = std::ldexp(random_float(0.5f, 1.0f), random_int(-8, 2));

@@ -1,5 +1,5 @@
-// A ggml graph with one product on AGQ4 weights, run by the plugin inside stock ggml: for machines where no Python is
-// at hand, such as an emulated Arm.
+// Runs a ggml graph with one product on AGQ4 weights, with the plugin in stock ggml. For machines without Python, such
+// as an emulated Arm.
 //
 //   product_graph LIBRARIES PLUGIN M K TOKENS WEIGHTS ACTIVATIONS OUTPUT
 //
@@ -26,7 +26,7 @@ using namespace agq;
     std::exit(1);
 }
 
-/// A function of the libraries that are loaded.
+/// A function of the loaded libraries.
 template <class type>
 type function(const char *name) {
     void *symbol = dlsym(RTLD_DEFAULT, name);
@@ -81,7 +81,7 @@ int main(int argc, char **argv) {
     ggml_cgraph *graph = CALL(ggml_cgraph *, ggml_new_graph, (ggml_context *))(context);
     CALL(void, ggml_build_forward_expand, (ggml_cgraph *, ggml_tensor *))(graph, y);
 
-    // As libllama does: memory of the CPU, and the device is asked about each node before it is given the graph.
+    // Same as libllama: CPU memory, and the device is asked about each node before it gets the graph.
     const auto buffer_type =
         CALL(ggml_backend_buffer_type *, ggml_backend_dev_buffer_type, (ggml_backend_device *))(cpu);
     if (!CALL(void *, ggml_backend_alloc_ctx_tensors_from_buft, (ggml_context *, ggml_backend_buffer_type *))(

@@ -1,4 +1,4 @@
-// Quantizers of activations against the formulas of docs/format.md; a part of kernels_test.cpp.
+// Compares the activation quantizers with the formulas of docs/format.md; a part of kernels_test.cpp.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct quantized {
     std::vector<float> scale;   // [k / 64 or 1][tokens]
 };
 
-/// Runs a kernel's quantizer block by block and undoes the packing.
+/// Runs a kernel's quantizer block by block and unpacks the result.
 quantized run_quantizer(const kernel &row, const activation_format &format, const std::vector<const float *> &rows) {
     const int tokens = static_cast<int>(rows.size());
     const int groups = format.k / 64, scales = format.per_group ? groups : 1;
@@ -54,7 +54,7 @@ quantized run_quantizer(const kernel &row, const activation_format &format, cons
     return result;
 }
 
-/// The rotation, by halves: those of both halves, then their sum and their difference.
+/// The rotation, recursively: rotates both halves, then takes their sum and their difference.
 std::vector<float> rotate_by_definition(const std::vector<float> &x) {
     if (x.size() == 1) return {x[0] * 0.125f};
     const auto middle = x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2);
@@ -68,7 +68,7 @@ std::vector<float> rotate_by_definition(const std::vector<float> &x) {
     return sums;
 }
 
-/// Refined and perhaps rotated values of a row in stored order [k].
+/// Values of a row in stored order [k], refined, and rotated if the format says so.
 std::vector<float> values_by_definition(const activation_format &format, const std::vector<int> &order,
                                         const float *row) {
     std::vector<float> found;
@@ -83,7 +83,7 @@ std::vector<float> values_by_definition(const activation_format &format, const s
     return found;
 }
 
-/// The formulas of docs/format.md once more, in a form that shares nothing with scalar.cpp.
+/// The formulas of docs/format.md again, in a form that shares nothing with scalar.cpp.
 quantized quantize_by_definition(const activation_format &format, const std::vector<const float *> &rows) {
     const int tokens = static_cast<int>(rows.size());
     const int groups = format.k / 64, scales = format.per_group ? groups : 1, span = format.k / scales;
@@ -125,7 +125,7 @@ quantized quantize_by_definition(const activation_format &format, const std::vec
     return result;
 }
 
-/// One value of a row: mostly ordinary, sometimes a tie of the rounding, tiny or huge.
+/// One value of a row: usually ordinary, sometimes a rounding tie, tiny or huge.
 float random_activation(int kind) {
     switch (kind) {
         case 0:
@@ -143,7 +143,7 @@ float random_activation(int kind) {
         case 6:
             return chance(2) ? 0.0f : -0.0f;
         default:
-            return std::ldexp(random_float(-1, 1), -118 + random_int(0, 20));  // around the limit of 2^-100
+            return std::ldexp(random_float(-1, 1), -118 + random_int(0, 20));  // near the limit of 2^-100
     }
 }
 
@@ -151,7 +151,7 @@ void fill_row(float *row, int k) {
     const int kind = random_int(0, 7);
     for (int i = 0; i < k; i++) row[i] = random_activation(kind);
     if (kind == 2) row[random_int(0, k - 1)] = chance(2) ? 127.0f : -127.0f;
-    if (kind == 4 && chance(2)) row[random_int(0, k - 1)] = std::ldexp(1.0f, -100);  // just not zero
+    if (kind == 4 && chance(2)) row[random_int(0, k - 1)] = std::ldexp(1.0f, -100);  // the limit: not yet zero
     if (chance(8)) {
         const float bad[] = {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN(),
                              std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()};

@@ -1,6 +1,6 @@
-// Every rounding kernel this CPU can run against the generic one (which tests/test_rounding.py compares with numpy),
-// bit for bit, over random numbers of rows, codebooks and sizes; and the generic one against what it gave on another
-// architecture. Prints its seed; `--seed N` repeats a run.
+// Compares every rounding kernel that this CPU can run with the generic one (which tests/test_rounding.py compares with
+// numpy), bit for bit, over random numbers of rows, codebooks and sizes. Compares the generic one with its result on
+// another architecture. Prints its seed; `--seed N` repeats a run.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -16,12 +16,12 @@
 namespace {
 
 constexpr size_t columns = 64;
-constexpr unsigned char guard = 0xA5;  // stands where a kernel must not write
+constexpr unsigned char guard = 0xA5;  // marks memory that a kernel must not write
 
 template <class element>
 using memory = std::vector<element>;
 
-/// Room for n elements with a guard behind it.
+/// Room for n elements, followed by a guard.
 template <class element>
 memory<element> guarded(size_t n) {
     memory<element> m(n + 64);
@@ -48,7 +48,7 @@ void expect(bool good, const char *kernel, const char *what, size_t n) {
     ++failures;
 }
 
-/// What one kernel makes of everything.
+/// All results of one kernel.
 struct results {
     memory<float> searched, searched_each, scales, errors, descended_scales, change;
     memory<uint8_t> codes, descended_codes;
@@ -59,7 +59,7 @@ struct problem {
     memory<float> values, weights, h, hs, upper, inside;
 
     problem(std::mt19937 &rng, size_t rows, float size) : n(rows) {
-        // Sums of integers: the same on every machine, which the standard library's distributions are not.
+        // Sums of integers: equal on every machine, unlike the standard library's distributions.
         const auto normal = [&rng] {
             int32_t sum = 0;
             for (int i = 0; i < 4; ++i) sum += static_cast<int32_t>(rng() & 0xFFFF) - 0x8000;
@@ -124,7 +124,7 @@ void compare(const char *name, const results &a, const results &b, size_t n) {
            name, "descend", n);
 }
 
-/// FNV-1a of what the generic kernel makes of a fixed problem.
+/// FNV-1a hash of the generic kernel's results for a fixed problem.
 uint32_t checksum() {
     std::mt19937 rng(1);
     const results r = problem(rng, 100, 1.0f).run(*agq::kernel_scalar.rounding);

@@ -1,5 +1,5 @@
-// Every row kernel this CPU can run against the host's order of operations, bit for bit, and swiglu against binary64,
-// over random lengths. Prints its seed; `--seed N` repeats a run.
+// Compares every row kernel that this CPU can run with the host's order of operations, bit for bit, and swiglu with
+// binary64, over random lengths. Prints its seed; `--seed N` repeats a run.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr float guard = 12345.0f;  // stands where a kernel must not write
+constexpr float guard = 12345.0f;  // marks memory that a kernel must not write
 
 using row = std::vector<float>;
 
@@ -55,7 +55,7 @@ row wanted_layer_norm(const row &x, const row &weight, const row *bias, float ep
     return y;
 }
 
-/// Units in the last place between two numbers of the same sign.
+/// Distance between two numbers of the same sign, in units in the last place.
 int64_t steps_between(float a, float b) {
     int32_t bits_a, bits_b;
     std::memcpy(&bits_a, &a, 4);
@@ -71,7 +71,7 @@ void expect(bool good, const char *kernel, const char *what, size_t n) {
     ++failures;
 }
 
-/// Runs `work` on memory with a guard behind it.
+/// Runs `work` on memory followed by a guard.
 template <class work>
 row guarded(size_t n, const work &run) {
     row y(n + 1, guard);
@@ -103,17 +103,17 @@ void test_kernel(const char *name, const agq::row_kernel &kern, std::mt19937 &rn
         bool close = gated.size() == n;
         for (size_t i = 0; close && i < n; ++i) {
             const double gate = a[i], wanted = gate / (1 + std::exp(-gate)) * b[i];
-            // The exponential function stops at e^87; what is lost there is far below what int8 can show.
+            // The exponential is clamped at e^87; the difference is far too small for int8.
             close =
                 gate < -86 ? std::fabs(gated[i]) < 1e-30f : steps_between(gated[i], static_cast<float>(wanted)) <= 8;
         }
         expect(close, name, "swiglu", n);
-        // In place, as the host's graphs have it.
+        // In place, as in the host's graphs.
         row place = a;
         kern.rms_norm(place.data(), b.data(), eps, length, place.data());
         expect(place == wanted_rms_norm(a, b, eps), name, "rms_norm in place", n);
     }
-    // What is not finite stays so.
+    // Values that are not finite must stay so.
     for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
         row a = random_row(rng, 64, 1), y(64);
         const row b = random_row(rng, 64, 1);

@@ -41,7 +41,11 @@ def choose_types(
     """
     output = OUTPUT if OUTPUT in reader.tensors else EMBEDDING
     fixed = {"output_type": options.output_type, "embedding_type": options.embedding_type}
-    plans = plan(reader, **{key: "agq4" if value == "auto" else value for key, value in fixed.items()})
+    plans = plan(
+        reader,
+        keep_types=options.keep_types,
+        **{key: "agq4" if value == "auto" else value for key, value in fixed.items()},
+    )
     may_choose = {EMBEDDING: options.embedding_type == "auto", output: options.output_type == "auto"}
     types = knapsack.open_types(plans, may_choose)
     knapsack.choose(plans, {}, options.target_bpw)  # raises for a target that is too small, before the work begins

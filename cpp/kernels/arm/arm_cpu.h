@@ -1,4 +1,4 @@
-// Internal to the Arm kernels: what the CPU offers. Plain NEON belongs to every 64-bit Arm.
+// Internal to the Arm kernels: detects CPU features. Every 64-bit Arm has plain NEON.
 #pragma once
 
 #if defined(__linux__)
@@ -21,7 +21,7 @@ struct arm_features {
 #if defined(__linux__)
 
 inline arm_features detect_arm() {
-    // Numbers of the kernel's interface; older C libraries do not name them.
+    // Bit numbers from the Linux kernel's interface; older C libraries do not name them.
     constexpr unsigned long asimddp = 1ul << 20;  // HWCAP_ASIMDDP
     constexpr unsigned long i8mm = 1ul << 13;     // HWCAP2_I8MM
     return {(getauxval(AT_HWCAP) & asimddp) != 0, (getauxval(AT_HWCAP2) & i8mm) != 0};
@@ -49,7 +49,7 @@ inline arm_features detect_arm() {
 #else
 
 inline arm_features detect_arm() {
-    return {false, false};  // no way to ask that we know of: plain NEON serves
+    return {false, false};  // no known way to ask here: use plain NEON
 }
 
 #endif

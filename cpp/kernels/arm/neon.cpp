@@ -1,20 +1,19 @@
-// Plain NEON, for CPUs without dot products (Cortex-A53, A72): bytes are multiplied to 16 bits, 8 products per
-// instruction.
+// Plain NEON, for CPUs without dot-product instructions (Cortex-A53, A72): bytes are multiplied to 16 bits, 8 products
+// per instruction.
 //
-// Values u - 64 are at most 64 in size. With 8-bit activations a product is at most 64 * 127 = 8128, so four of them
-// fit a 16-bit lane, and one widening addition serves four multiplications. With 4-bit activations a product is at most
-// 64 * 7 = 448, and a lane takes all that it meets in a group of 64 columns and more: 8 lanes x 8 products, and even
-// their sum, 64 * 448 = 28672, is below 2^15. That is the SIMD 4-bit multiplier: nothing but multiplications until the
-// group is complete.
+// Values u - 64 are at most 64 in size. With 8-bit activations a product is at most 64 * 127 = 8128. So four products
+// fit a 16-bit lane, and one widening addition is enough for four multiplications. With 4-bit activations a product is
+// at most 64 * 7 = 448. A lane holds 8 products of a group of 64 columns, and even the sum of all 8 lanes, 64 * 448 =
+// 28672, is below 2^15. This is the SIMD 4-bit multiplier: nothing but multiplications until the group is complete.
 //
-// For many tokens, rows are looked up into 16 columns side by side, so that operands need no broadcast: lane l of a
-// product belongs to column l or l + 8 of one (row, token). For one token the file's order is used as it is.
+// For many tokens, rows are looked up into 16 adjacent columns, so that operands need no broadcast: lane l of a product
+// belongs to column l or l + 8 of one (row, token). For one token the file's order is used directly.
 #include "kernels/arm/neon_kernel.h"
 
 namespace agq {
 namespace {
 
-/// The four 4-column parts of four rows, turned into four rows of 16 columns.
+/// Transposes the four 4-column parts of four rows to four rows of 16 columns.
 inline int8x16x4_t transpose(int8x16_t part0, int8x16_t part1, int8x16_t part2, int8x16_t part3) {
     const int32x4_t a = vreinterpretq_s32_s8(part0), b = vreinterpretq_s32_s8(part1);
     const int32x4_t c = vreinterpretq_s32_s8(part2), d = vreinterpretq_s32_s8(part3);
@@ -24,7 +23,7 @@ inline int8x16x4_t transpose(int8x16_t part0, int8x16_t part1, int8x16_t part2, 
              vreinterpretq_s8_s64(vtrn2q_s64(ab_even, cd_even)), vreinterpretq_s8_s64(vtrn2q_s64(ab_odd, cd_odd))}};
 }
 
-/// The 16 products of `u` and `x`, two to a lane.
+/// The 16 products of `u` and `x`, added in pairs: two per lane.
 inline int16x8_t multiply16(int8x16_t u, int8x16_t x) {
     return vmlal_high_s8(vmull_s8(vget_low_s8(u), vget_low_s8(x)), u, x);
 }
@@ -32,7 +31,7 @@ inline int16x8_t multiply16(int16x8_t sum, int8x16_t u, int8x16_t x) {
     return vmlal_high_s8(vmlal_s8(sum, vget_low_s8(u), vget_low_s8(x)), u, x);
 }
 
-/// The sums over all lanes of each of four rows, from 16 bits. `bits` 4 only: the sums must fit 16 bits in pairs.
+/// The sums over all lanes of each of four rows of 16-bit integers. Only for `bits` 4: pairwise sums must fit 16 bits.
 inline int32x4_t add_lanes(const int16x8_t row[4]) {
     return vpaddlq_s16(vpaddq_s16(vpaddq_s16(row[0], row[1]), vpaddq_s16(row[2], row[3])));
 }
@@ -68,7 +67,7 @@ struct neon {
         }
     };
 
-    /// Integer sums of four rows and n tokens over one group, for 8-bit activations; moves on to the next group.
+    /// Integer sums of four rows and n tokens over one group, for 8-bit activations; advances to the next group.
     template <int n>
     static void sum_group8(const int8_t *&u, const int8_t *&q, int32x4_t result[n]) {
         int32x4_t acc[n][4];
@@ -79,7 +78,8 @@ struct neon {
             for (int t = 0; t < n; t++) x0[t] = vld1q_s8(q + 16 * t), x1[t] = vld1q_s8(q + 16 * (n + t));
             AGQ_UNROLL
             for (int r = 0; r < 4; r += 2) {
-                // Single loads, which the compiler pairs. All registers are in use, and loads of four want neighbours.
+                // Single loads, which the compiler pairs. All registers are in use, and loads of four need consecutive
+                // registers.
                 const int8x16_t u0[2] = {vld1q_s8(u + 16 * r), vld1q_s8(u + 16 * r + 16)};
                 const int8x16_t u1[2] = {vld1q_s8(u + 16 * r + 64), vld1q_s8(u + 16 * r + 80)};
                 AGQ_UNROLL
@@ -167,8 +167,8 @@ struct neon {
         table[args.bits == 4][args.per_group][n - 1](w, groups, operands_at<nr>(args, begin, end, first), sums);
     }
 
-    /// Integer sums of one token and 16 rows over one group, straight from the file: 4 columns of two rows side by side
-    /// meet the same 4 activations twice.
+    /// Integer sums of one token and 16 rows over one group, directly in the file's order: 4 columns of two rows, side
+    /// by side, are multiplied with the same 4 activations, duplicated.
     template <int bits>
     static inline void stream_group(const uint8_t *codes, int8x16_t codebook, const int8_t *q, int32x4_t result[4]) {
         int16x8_t narrow[4][2];  // two rows each
@@ -191,7 +191,7 @@ struct neon {
                 sum[1] = vmlal_high_s8(sum[1], high, x1);
                 if (bits == 4 || c % 2 == 0) continue;
                 AGQ_UNROLL
-                for (int p = 0; p < 2; p++) {  // four products in each lane
+                for (int p = 0; p < 2; p++) {  // four products per lane
                     wide[i][p] = c == 1 ? vpaddlq_s16(sum[p]) : vpadalq_s16(wide[i][p], sum[p]);
                 }
             }

@@ -1,5 +1,5 @@
-// Internal to the Arm kernels with SDOT: products of 4 rows x 4 columns with 4 activations of one token, straight from
-// the file's order. Packed activations hold 8 columns of a token together, two operands of 4.
+// Internal to the Arm kernels with SDOT: products of 4 rows x 4 columns with 4 activations of one token, directly in
+// the file's order. Packed activations hold 8 columns of a token together: two operands of 4.
 #pragma once
 
 #include "kernels/arm/neon_kernel.h"
@@ -7,9 +7,9 @@
 namespace agq {
 namespace {
 
-/// sum + the four rows of `u` times the four activations number `four` of `x`.
+/// sum + the four rows of `u` times activations 4 * four .. 4 * four + 3 of `x`.
 inline int32x4_t dot(int32x4_t sum, int8x16_t u, int8x16_t x, int four) {
-    // The number is known when the loop over tokens is unrolled, but the intrinsic wants a constant.
+    // After unrolling, `four` is known at compile time, but the intrinsic needs a constant.
     switch (four) {
         case 0:
             return vdotq_laneq_s32(sum, u, x, 0);
@@ -22,7 +22,7 @@ inline int32x4_t dot(int32x4_t sum, int8x16_t u, int8x16_t x, int four) {
     }
 }
 
-/// The next 8 columns of all n tokens: tokens 2 i and 2 i + 1 are x[i]. The part behind an odd last token is zero.
+/// The next 8 columns of all n tokens: tokens 2 i and 2 i + 1 are x[i]. If n is odd, the last half is zero.
 template <int n>
 struct columns8 {
     int8x16_t x[(n + 1) / 2];
@@ -35,7 +35,7 @@ struct columns8 {
     }
 };
 
-/// Adds D * I of one group, straight from the file, to the sums of n tokens; moves on to the next group.
+/// Adds D * I of one group, directly in the file's order, to the sums of n tokens; advances to the next group.
 template <int n, bool per_group, class function>
 AGQ_INLINE void stream_step(const uint8_t *codes, const function &scales, int8x16_t codebook, const int8_t *&q,
                             const float *&scale, float32x4_t sum[n][4]) {
@@ -71,7 +71,7 @@ AGQ_INLINE void stream_step(const uint8_t *codes, const function &scales, int8x1
     if (per_group) scale += n;
 }
 
-/// One panel straight from the file times n tokens, added to sums[t][row].
+/// One panel, directly in the file's order, times n tokens; adds to sums[t][row].
 template <int n, bool per_group>
 void stream_dot(const tile *w, int groups, int8x16_t codebook, const int8_t *q, const float *scale, float *sums) {
     float32x4_t sum[n][4];

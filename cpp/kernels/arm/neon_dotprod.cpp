@@ -1,7 +1,7 @@
 // NEON with SDOT (Armv8.2 FEAT_DotProd): 16 products per instruction.
 //
-// 8 rows x 6 tokens are 12 integer accumulators and 12 sums of floats, which leaves 8 registers for operands, so that
-// nothing but the operands is loaded inside a panel.
+// 8 rows x 6 tokens take 12 integer accumulators and 12 float sums. That leaves 8 registers for operands, so inside a
+// panel only operands are loaded.
 #include "kernels/arm/neon_dot.h"
 
 namespace agq {

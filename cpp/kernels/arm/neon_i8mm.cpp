@@ -5,8 +5,8 @@
 //   low  r0 0..3 | r1 0..3 | r2 0..3 | r3 0..3      first   r0 0..3  r0 4..7 | r1 0..3  r1 4..7
 //   high r0 4..7 | r1 4..7 | r2 4..7 | r3 4..7      second  r2 0..3  r2 4..7 | r3 0..3  r3 4..7
 //
-// ST2 stores them so, shared by all tokens that share a look-up. 4 pairs of rows x 3 pairs of tokens are 12 integer
-// accumulators and 12 sums of floats. A single token uses SDOT, which needs no pairs.
+// ST2 stores them in this order, once for all tokens that share a look-up. 4 pairs of rows x 3 pairs of tokens take 12
+// integer accumulators and 12 float sums. A single token uses SDOT, which needs no pairs.
 #include "kernels/arm/neon_dot.h"
 
 namespace agq {
@@ -16,9 +16,9 @@ struct i8mm {
     static constexpr int nr = 6;
 
     struct ready {
-        /// [rows 0..7 or 8..15][group][chunk][pair of rows]: 8 columns of the one row, then of the other
+        /// [rows 0..7 or 8..15][group][chunk][pair of rows]: 8 columns of one row, then of the other
         alignas(64) int8_t u[2][ready_capacity][8][4][16];
-        /// [rows 0..7 or 8..15][group][pair of rows]: the scales of the two, twice, as they stand in a product's result
+        /// [rows 0..7 or 8..15][group][pair of rows]: the two scales, twice, in the order of a product's result
         alignas(64) float d[2][ready_capacity][4][4];
 
         void fill(const tile *panel, int groups, int first, int count, int8x16_t codebook) {
@@ -56,8 +56,8 @@ struct i8mm {
         return half + (rows * (nr / 2) + tokens) * 4;
     }
 
-    /// Adds D * I of one group of half a panel, 4 pairs of rows, to the sums of n tokens; moves on to the next group.
-    /// The last pair of an odd n is filled up with zeros.
+    /// Adds D * I of one group of half a panel, 4 pairs of rows, to the sums of n tokens; advances to the next group.
+    /// If n is odd, the last pair is padded with zeros.
     template <int n, bool per_group>
     static AGQ_INLINE void add_group(const int8_t *&u, const float *&d_next, const int8_t *&q, const float *&scale,
                                      float32x4_t sum[4][(n + 1) / 2]) {
@@ -160,7 +160,7 @@ struct i8mm {
             float *second = two ? args.dst[b * nr + t + 1] + panel * panel_rows : nullptr;
             const float second_factor = two ? final_factor(args, block, t + 1) : 0.0f;
             AGQ_UNROLL
-            for (int i = 0; i < 4; i++) {  // 4 rows, two pairs
+            for (int i = 0; i < 4; i++) {  // 4 rows: two pairs
                 const float *half = sums + half_sums * (i / 2);
                 const float64x2_t low = vreinterpretq_f64_f32(vld1q_f32(sums_at(half, i % 2 * 2, t / 2)));
                 const float64x2_t high = vreinterpretq_f64_f32(vld1q_f32(sums_at(half, i % 2 * 2 + 1, t / 2)));

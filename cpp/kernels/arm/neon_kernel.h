@@ -1,10 +1,10 @@
-// Internal to the Arm kernels: tiles as NEON registers, the walk over panels and blocks of tokens, the quantizer. How
-// the products are made, and in which order the codes lie for that, is each kernel's own.
+// Shared by the Arm kernels: tiles as NEON registers, the loops over panels and token blocks, and the quantizer. Each
+// kernel defines its products, and the order of codes that they need.
 //
-// Arm multiplies signed by signed bytes, so codes are looked up as u - 64 and the sums begin at 0: the bias of the
-// packed activations is not needed.
+// Arm multiplies signed by signed bytes. So codes are looked up as u - 64 and the sums begin at 0; the bias of the
+// packed activations is not used.
 //
-// Everything is in an anonymous namespace, because each kernel file is compiled with flags of its own.
+// Everything is in an anonymous namespace, because each kernel file is compiled with its own flags.
 #pragma once
 
 #include <arm_neon.h>
@@ -19,14 +19,14 @@
 
 namespace agq {
 
-AGQ_DECLARE_ISA(neon)  // its attention serves the other kernels, too
+AGQ_DECLARE_ISA(neon)  // the other kernels use its attention, too
 
 namespace {
 
 // loads
 
-/// Moves an address on. The compiler must not see that it knows by how much: loads of several registers take an address
-/// and nothing on top, but move it for free, while GCC would compute each address from the first one of its loop.
+/// Advances an address by an amount that the compiler must not see. Loads of several registers take an address without
+/// an offset, but can advance it for free. GCC would otherwise compute each address from the first one of its loop.
 template <class T>
 inline void advance(T *&address, int count) {
     address += count;
@@ -35,7 +35,7 @@ inline void advance(T *&address, int count) {
 #endif
 }
 
-/// Loads `count` registers and moves the address behind them; one instruction for every four of them.
+/// Loads `count` registers and advances the address past them; one instruction per four registers.
 template <int count>
 inline void load(const int8_t *&from, int8x16_t *to) {
     if (count >= 4) {
@@ -88,8 +88,8 @@ inline chunk look_up(const uint8_t *&codes, int8x16_t codebook) {
     return c;
 }
 
-/// The scales D of 16 rows: 12 bits, high byte and nibble, are a binary16 without its last four. The low nibbles are
-/// the high ones of bytes here.
+/// The scales D of 16 rows. Each has 12 bits, a high byte and a nibble: a binary16 without its last four bits. The
+/// scale's nibble is in the high half of the bytes in `low`.
 inline float32x4x4_t join_scales(const uint8_t *scale_hi, uint8x16_t low) {
     const uint8x16_t high = vld1q_u8(scale_hi);
     const float16x8_t first = vreinterpretq_f16_u8(vzip1q_u8(low, high));
@@ -116,9 +116,9 @@ inline float32x4x4_t row_scales(const tile *panel, int groups, int g) {
 // panels and blocks
 
 constexpr int shared_blocks = 32;   ///< token blocks that share one look-up
-constexpr int ready_capacity = 16;  ///< groups that are looked up at a time: 18 KiB, about half of the smallest L1
+constexpr int ready_capacity = 16;  ///< groups that are looked up at once: 18 KiB, about half of the smallest L1
 
-/// Final factors, and out, for sums in the order [token][row].
+/// Applies the final factors and stores the results, for sums in the order [token][row].
 template <int nr>
 inline void store_rows(const gemm_args &args, const activation_block &block, int b, int panel, const float *sums) {
     for (int t = 0; t < block.n; t++) {
@@ -136,13 +136,13 @@ inline void store_rows(const gemm_args &args, const activation_block &block, int
 ///       void fill(const tile *panel, int groups, int first, int count, int8x16_t codebook)
 ///                                              takes some of the panel's groups
 ///   void add(args, begin, end, ready, first, groups, float *sums)   adds D * I of groups first ... to the sums of the
-///                                              blocks from begin to end, which hold equally many tokens; the sums of
-///                                              a block, [nr * 16], are in an order of the policy's own
-///   bool stream(args, panel, block, sums)      all groups straight from the file, for blocks so small that nothing is
-///                                              gained by looking up first; false if this block is not
+///                                              blocks from begin to end, which all hold the same number of tokens;
+///                                              the policy chooses the order of a block's sums, [nr * 16]
+///   bool stream(args, panel, block, sums)      all groups directly in the file's order, for blocks too small to gain
+///                                              from looking up first; returns false for larger blocks
 ///   void store(args, block, b, panel, sums)
 ///
-/// The outer loop is over tokens: their activations stay in L2 while the weights pass by.
+/// The outer loop is over tokens: their activations stay in L2 while the weights stream past.
 template <class policy>
 void multiply(const gemm_args &args) {
     constexpr int nr = policy::nr;
@@ -171,7 +171,7 @@ void multiply(const gemm_args &args) {
     }
 }
 
-/// Where group `first` of some blocks begins, and how far it is from block to block.
+/// Where group `first` of some blocks begins, and the distance from block to block.
 struct group_operands {
     const int8_t *q;
     const float *scale;
@@ -189,7 +189,7 @@ inline group_operands operands_at(const gemm_args &args, int begin, int end, int
 
 // quantizer
 
-/// The arithmetic that quantize_token asks for.
+/// The arithmetic that quantize_token calls.
 template <int kr>
 struct quantize_ops {
     class maximum {
@@ -243,7 +243,7 @@ struct quantize_ops {
             int32x4_t v[4];
             for (int j = 0; j < 4; j++) {
                 const float32x4_t refined = vmulq_n_f32(vld1q_f32(x + i + 4 * j), refine);
-                // To nearest, ties to even, whatever the thread's rounding mode.
+                // Rounds to nearest, ties to even, whatever the thread's rounding mode is.
                 const int32x4_t value = vcvtnq_s32_f32(vmulq_n_f32(refined, factor));
                 v[j] = vmaxq_s32(low, vminq_s32(high, value));
                 sum = vaddq_s32(sum, v[j]);

@@ -1,8 +1,9 @@
-// Attention in binary32, for all instruction sets that have nothing better.
+// Attention in binary32, for all instruction sets without a better kernel.
 //
 // Running softmax over blocks of 64 keys ("Online normalizer calculation for softmax", Milakov and Gimelshein, 2018;
-// FlashAttention, Dao et al., 2022): scores of a block, new maximum of each row, exponentials, then the output so far
-// is scaled down to the new maximum and the block's values are added. Both products are tiles of 6 rows in registers.
+// FlashAttention, Dao et al., 2022): compute the scores of a block, the new maximum of each row, and the exponentials;
+// then scale the previous output down to the new maximum and add the block's values. Both products use tiles of 6 rows
+// in registers.
 #include "kernels/isa.h"
 #include "kernels/portable/score_rows.h"
 
@@ -23,7 +24,7 @@ size_t value_bytes(int head_v) {
     return static_cast<size_t>(head_v) * attention_keys * sizeof(float);
 }
 
-/// Rows of outputs, of scores and of masks, and two numbers for each row.
+/// Rows of outputs, scores and masks, and two numbers per row.
 size_t scratch_bytes(int, int head_v) {
     return round_up(sizeof(float) * attention_row_limit * (static_cast<size_t>(head_v) + 2 * attention_keys + 2));
 }

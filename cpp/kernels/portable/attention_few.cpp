@@ -5,7 +5,7 @@
 namespace agq {
 namespace {
 
-/// c[R][K] = (Add ? c : 0) + a[R][depth] * transposed b[K][depth], K being as many as make whole vectors of results.
+/// c[R][K] = (Add ? c : 0) + a[R][depth] * transposed b[K][depth]. K is as large as needed for whole result vectors.
 template <int R, bool Add>
 struct dot_tile {
     static constexpr int columns = AGQ_VECTOR / R > 4 ? AGQ_VECTOR / R : AGQ_VECTOR == 8 && R == 4 ? 2 : 4;
@@ -16,7 +16,7 @@ struct dot_tile {
         AGQ_UNROLL
         for (int i = 0; i < sums; ++i) sum[i] = vec{};
         int64_t d = 0;
-        do {  // at least once, or the sums would go through memory on the way around the loop
+        do {  // do-while: otherwise the sums would pass through memory around the loop
             vec right[columns];
             AGQ_UNROLL
             for (int k = 0; k < columns; ++k) right[k] = load(b + k * ldb + d);

@@ -1,9 +1,10 @@
-// Attention as Agile-Quant quantizes it (AGQ_ATTENTION=paper, docs/paper-attention.md): queries, keys and values in 8
-// bits, softmax on a logarithmic grid of 4 bits. An experiment about quality, for any CPU; it is not made for speed.
+// Attention quantized as in Agile-Quant (AGQ_ATTENTION=paper, docs/paper-attention.md): queries, keys and values in 8
+// bits, softmax on a logarithmic grid of 4 bits. It is an experiment about quality, for any CPU; it is not optimized
+// for speed.
 //
-// The integers are held in binary32: codes are at most 127 and vectors have at most 1024 of them, so the products of
+// The integers are stored as binary32. Codes are at most 127 and vectors have at most 1024 of them, so products of
 // queries and keys stay below 2^24 and are exact in any order. Weights are powers of two, which need the sum of the
-// whole row, so the keys are gone through twice: for maxima and sums, then for weights and values.
+// whole row. So there are two passes over the keys: one for maxima and sums, one for weights and values.
 #include "kernels/isa.h"
 #include "kernels/portable/score_rows.h"
 
@@ -13,16 +14,16 @@ namespace {
 static_assert(127 * 127 * attention_head_limit < 1 << 24, "sums of products must be exact in binary32");
 
 constexpr float log2_e = 1.44269504f;
-constexpr float zero_code = 15;  ///< stands for weight zero; 0 to 14 for powers of 1/2
+constexpr float zero_code = 15;  ///< stands for weight zero; 0 to 14 stand for powers of 1/2
 
-/// The nearest integer, for numbers below 2^22; not a call to the C library, as without SSE4.1.
+/// The nearest integer, for numbers below 2^22. Without SSE4.1, std::nearbyint would be a library call.
 inline float nearest(float x) {
     constexpr float magic = 12582912.0f;  // 1.5 * 2^23
     return (x + magic) - magic;
 }
 
-/// Rounds a vector to codes in -127..127 and returns their scale. If a number is not finite, they and all that depends
-/// on them are NaN.
+/// Rounds a vector to codes in -127..127 and returns their scale. If a number is not finite, the codes and all that
+/// depends on them become NaN.
 float quantize_vector(const float *x, int n, float *codes, int64_t stride) {
     float largest = 0;
     bool finite = true;
@@ -41,7 +42,7 @@ size_t block_bytes(int width) {
     return (static_cast<size_t>(width) + 1) * attention_keys * sizeof(float);
 }
 
-/// The parts of a row_state.
+/// Sizes of the parts of a row_state.
 size_t scratch_bytes(int head_qk, int head_v) {
     const size_t row = static_cast<size_t>(head_qk) + static_cast<size_t>(head_v) + 2 * attention_keys + 4;
     return (sizeof(float) * attention_row_limit * row + 63) / 64 * 64;
@@ -64,12 +65,12 @@ void pack_values(const float *rows, int n, int head_v, void *packed) {
     }
 }
 
-/// What is kept of the rows of a call, in its scratch memory.
+/// State of the rows of a call, in its scratch memory.
 struct row_state {
     float *codes, *out, *scores, *masks;
     float *scales;   ///< of the codes
     float *maximum;  ///< of the scores
-    float *log_sum;  ///< sum of e^(score - maximum), in the end its logarithm to the base of 2
+    float *log_sum;  ///< sum of e^(score - maximum); at the end, its base-2 logarithm
     float *rounded;  ///< sum of the rounded weights
 
     explicit row_state(const attention_args &args) {
@@ -85,13 +86,12 @@ struct row_state {
     }
 };
 
-/// Rows of a call.
+/// A range of the rows of a call.
 struct row_range {
     int64_t begin, end;
 };
 
-/// Computes the scores of a block for the rows that see some of it, which are returned, and raises their maxima in
-/// `maximum`.
+/// Computes the scores of a block and updates `maximum`. Returns the rows that see part of the block.
 row_range score_block(const attention_args &args, const row_state &state, int64_t first, float *maximum) {
     const token_range seen = read_masks(args, first, state.masks);
     const row_range rows = {static_cast<int64_t>(seen.begin) * args.group, static_cast<int64_t>(seen.end) * args.group};
@@ -115,7 +115,7 @@ row_range score_block(const attention_args &args, const row_state &state, int64_
 
 /// Adds e^(score - top) of a block to a sum that was relative to `before`.
 void add_exponentials(const float *scores, float before, float top, float *sum) {
-    const float reference = top == -INFINITY ? 0.0f : top;  // as long as all keys are hidden
+    const float reference = top == -INFINITY ? 0.0f : top;  // while all keys are hidden
     vec total{};
     for (int j = 0; j < attention_keys; j += AGQ_VECTOR) total += exponential(load(scores + j) - reference);
     float added = 0;
@@ -123,8 +123,8 @@ void add_exponentials(const float *scores, float before, float top, float *sum) 
     *sum = *sum * (before == -INFINITY ? 0.0f : std::exp(before - top)) + added;
 }
 
-/// Turns scores into weights 2^-code, where code is -log2 of the softmax, rounded, multiplied with the scales of the
-/// values. Returns the sum of the weights.
+/// Turns scores into weights 2^-code, multiplied by the scales of the values. The code is the rounded -log2 of the
+/// softmax. Returns the sum of the weights.
 float weigh(float *scores, float maximum, float log_sum, const float *value_scales) {
     const vec magic = splat(12582912.0f);  // 1.5 * 2^23 leaves the nearest integer in the low bits of a sum
     vec total{};
@@ -158,7 +158,7 @@ void find_sums(const attention_args &args, const row_state &state, float *previo
     for (int64_t r = 0; r < rows; ++r) {
         float &sum = state.log_sum[r];
         if (state.maximum[r] == -INFINITY) {
-            // All keys are hidden, or the scores are no numbers.
+            // All keys are hidden, or the scores are NaN.
             state.maximum[r] = 0;
             sum = sum == 0 ? INFINITY : NAN;
         } else {
@@ -167,7 +167,7 @@ void find_sums(const attention_args &args, const row_state &state, float *previo
     }
 }
 
-/// `Normalized` divides the output by the sum of the rounded weights, which the paper does not.
+/// `Normalized` divides the output by the sum of the rounded weights; the paper does not.
 template <bool Normalized>
 void attend(const attention_args &args) {
     const int64_t rows = static_cast<int64_t>(args.n_tokens) * args.group, head_qk = args.head_qk, head_v = args.head_v;

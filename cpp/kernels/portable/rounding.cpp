@@ -1,7 +1,7 @@
-// The one implementation of the rounding kernels, in loops over rows that compilers turn into vector instructions.
+// The rounding kernels, for all instruction sets: loops over rows that compilers vectorize.
 //
-// Rows are taken in tiles of `lanes`, so that a group of them stays in the first cache; the last tile is filled up with
-// zeros. Everything but the table is in an anonymous namespace, for the reasons that rows.cpp gives.
+// Rows are processed in tiles of `lanes`, so that a group of them stays in the first-level cache; the last tile is
+// padded with zeros. Everything but the table is in an anonymous namespace, for the reasons in rows.cpp.
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -15,8 +15,9 @@ constexpr int columns = 64;
 constexpr int lanes = 32;
 constexpr float largest_scale = 65024.0f;  // binary16 with its lowest four bits zero
 
-// Scales tried: those that put the largest weight of the group on an end of the codebook times `coarse`, then the best
-// of them times `fine`, and, by rounding the whole group with each, what the search found times `around`.
+// Scales to try. First, the scale that maps the group's largest weight to an end of the codebook, times each of
+// `coarse`. Then the best of these, times each of `fine`. Finally the result, times each of `around`, with the whole
+// group rounded for each.
 constexpr float coarse[] = {0.68f, 0.76f, 0.84f, 0.92f, 1.0f, 1.08f};
 constexpr float fine[] = {0.95f, 0.975f, 1.025f, 1.05f};
 constexpr float around[] = {0.88f, 0.94f, 1.0f, 1.06f, 1.12f};
@@ -34,11 +35,11 @@ struct codebook {
         for (int i = 0; i < 15; ++i) midpoints[i] = (values[i] + values[i + 1]) / 2;
     }
 
-    /// The value nearest to each number; the larger one from the midpoint on.
+    /// The value nearest to each number; at a midpoint, the larger value.
     void nearest(const lane_values &x, lane_values &found) const {
         for (int t = 0; t < lanes; ++t) found[t] = values[0];
         for (int i = 0; i < 15; ++i) {
-            const float middle = midpoints[i], above = values[i + 1];  // loaded here, or compilers see a branch
+            const float middle = midpoints[i], above = values[i + 1];  // loads here keep compilers from branching
             for (int t = 0; t < lanes; ++t) found[t] = x[t] >= middle ? above : found[t];
         }
     }
@@ -67,7 +68,7 @@ void store(const element (&from)[columns][lanes], int64_t stride, int count, ele
         std::memcpy(to + j * stride, from[j], static_cast<size_t>(count) * sizeof(element));
 }
 
-/// Nearest storable scales: 6 bits of mantissa, ties to even, a step of 2^-20 below 2^-14.
+/// Nearest storable scales: 6 bits of mantissa, ties to even, steps of 2^-20 below 2^-14.
 void storable(lane_values &x) {
     for (int t = 0; t < lanes; ++t) {
         uint32_t bits;
@@ -75,7 +76,7 @@ void storable(lane_values &x) {
         bits = (bits + 0xFFFF + (bits >> 17 & 1)) & ~0x1FFFFu;
         float rounded;
         std::memcpy(&rounded, &bits, 4);
-        const float small = (x[t] + 12.0f) - 12.0f;  // binary32 between 8 and 16 has this step
+        const float small = (x[t] + 12.0f) - 12.0f;  // binary32 between 8 and 16 has this step size
         rounded = x[t] < 0x1p-14f && x[t] > -0x1p-14f ? small : rounded;
         rounded = rounded > largest_scale ? largest_scale : rounded;
         x[t] = rounded < -largest_scale ? -largest_scale : rounded;
@@ -88,8 +89,8 @@ void invert(const lane_values &x, lane_values &inverse) {
 
 // ---- search
 
-/// With the codes that a scale gives, the refitted scale and what it gains: the error of the best scale for codes q is
-/// sum(h w^2) - sum(h w q)^2 / sum(h q^2). Keeps the better one.
+/// Refits the scale for the codes that a trial scale gives, and keeps it if its gain is larger. With the best scale for
+/// codes q, the error is sum(h w^2) - sum(h w q)^2 / sum(h q^2).
 void try_scale(const codebook &book, const tile &weights, const float *h, int64_t h_stride, const lane_values &scale,
                lane_values &best, lane_values &best_gain) {
     lane_values inverse, product = {}, square = {};
@@ -212,8 +213,8 @@ void feed_back(const float *values, const float *upper, const float *weights, in
 
 // ---- descent
 
-/// The scale that is best for the codes as they are, if a storable one is better than the old: c S / c H c further.
-/// `product` is H c; `slope` follows.
+/// Moves the scale to the optimum for the current codes, c S / c H c away, if the nearest storable scale is better than
+/// the old one. `product` is H c; `slope` is updated.
 void refit(const tile &q, const tile &product, tile &slope, lane_values &scale) {
     lane_values linear = {}, square = {}, wanted;
     for (int j = 0; j < columns; ++j) {
@@ -235,7 +236,7 @@ void refit(const tile &q, const tile &product, tile &slope, lane_values &scale) 
     }
 }
 
-/// Each column in turn goes to where it is best, Q + S / H_jj; `q` holds the codes' values and follows.
+/// Rounds each column in turn to its optimum, Q + S / H_jj. `q`, the values of the codes, is updated.
 void visit_columns(const codebook &book, const float *inside, const lane_values &scale, tile &slope, tile &q,
                    code_tile &codes) {
     lane_values inverse;
@@ -250,7 +251,7 @@ void visit_columns(const codebook &book, const float *inside, const lane_values 
             change[t] = (value[t] - q[j][t]) * scale[t];
             q[j][t] = value[t];
         }
-        for (int i = j + 1; i < columns; ++i) {  // columns still to come
+        for (int i = j + 1; i < columns; ++i) {  // the columns not visited yet
             for (int t = 0; t < lanes; ++t) slope[i][t] -= row[i] * change[t];
         }
     }

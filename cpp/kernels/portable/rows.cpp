@@ -1,8 +1,7 @@
-// The one implementation of the row kernels, in loops that compilers turn into vector instructions.
+// The row kernels, for all instruction sets: loops that compilers vectorize.
 //
-// Everything but the table is in an anonymous namespace, because this file is compiled for several instruction sets and
-// the linker must not merge the copies. For the same reason no template or inline function of the standard library is
-// used.
+// Everything but the table is in an anonymous namespace: this file is compiled for several instruction sets, and the
+// linker must not merge the copies. For the same reason it uses no template or inline function of the standard library.
 #include <cmath>
 #include <cstring>
 
@@ -11,7 +10,7 @@
 namespace agq {
 namespace {
 
-constexpr int lanes = 32;  // partial sums, so that a sum is no chain of dependent additions
+constexpr int lanes = 32;  // independent partial sums, to avoid a chain of dependent additions
 
 double sum_of(const double (&parts)[lanes]) {
     double sum = 0;
@@ -57,11 +56,13 @@ void layer_norm(const float *x, const float *weight, const float *bias, float ep
     const float variance = static_cast<float>(sum_of(parts) / static_cast<double>(n));
     const float scale = 1.0f / std::sqrt(variance + eps);
     for (i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * weight[i];
-    // In a loop of its own: a product and a sum in one expression would be rounded once, and by the host twice.
+    // A separate loop: a product and a sum in one expression could be rounded once, while the host rounds twice.
     for (i = 0; bias && i < n; ++i) y[i] += bias[i];
 }
 
-/// e^x for x of at most 87 in size.
+/// e^x for
+/// x
+/// <= 87.
 inline float exponential(float x) {
     // 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the sum.
     const float shifted = x * 1.44269504f + 12582912.0f;
@@ -86,7 +87,7 @@ void swiglu(const float *gate, const float *up, int64_t n, float *y) {
     constexpr int part = 256;
     float e[part];
     for (int64_t i = 0; i < n; i += part) {
-        // In steps of their own, because compilers turn one loop of all this into branches and two divisions.
+        // Separate steps, because compilers turn a single loop into branches and two divisions.
         const int count = static_cast<int>(n - i < part ? n - i : part);
         for (int j = 0; j < count; ++j) e[j] = -gate[i + j] < -87.0f ? -87.0f : -gate[i + j];
         for (int j = 0; j < count; ++j) e[j] = e[j] > 87.0f ? 87.0f : e[j];

@@ -1,5 +1,5 @@
-// The definition of right: the formulas of docs/format.md, one value at a time. Every other kernel must equal it, bit
-// for bit in the integers. It is slow on purpose and runs everywhere.
+// The reference kernel: the formulas of docs/format.md, one value at a time. The integers of every other kernel must
+// equal its integers bit for bit. It is slow on purpose and runs everywhere.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -13,11 +13,12 @@ namespace {
 
 constexpr int nr = 4;
 
-/// The stored order: the listed channels, then all others, ascending. Called with column = 0, 1, 2, ... in turn.
+/// The stored order of columns: the listed channels, then all others, ascending. Call with column = 0, 1, 2, ... in
+/// turn.
 struct column_order {
     const activation_format &format;
-    int next_channel = 0;  ///< smallest channel that has not been looked at for the second part
-    int next_sorted = 0;   ///< first entry of listed_sorted that is not below next_channel
+    int next_channel = 0;  ///< smallest channel not yet checked for the second part
+    int next_sorted = 0;   ///< first entry of listed_sorted that is >= next_channel
 
     int channel(int column) {
         if (column < format.n_listed) return format.listed[column];
@@ -29,12 +30,12 @@ struct column_order {
     }
 };
 
-/// binary32 whose bits are `exponent + 127` in the exponent field.
+/// The binary32 number 2^exponent, built from its bits.
 float power_of_two(int exponent) {
     return std::ldexp(1.0f, exponent);
 }
 
-/// Values of the next group of stored columns before scaling: activations, refined, perhaps rotated.
+/// Values of the next group of stored columns before scaling: refined activations, rotated if the format says so.
 void load_group(const activation_format &format, const float *row, column_order &order, int g, float *group) {
     for (int i = 0; i < group_columns; i++) {
         group[i] = row[order.channel(g * group_columns + i)] * power_of_two(-format.exponents[g]);
@@ -99,7 +100,7 @@ float half_to_float(unsigned bits) {
     return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-/// Sum over the groups of D * I, times the scale of the (token, group) if there is one.
+/// Sum over the groups of D * I, times the (token, group) scale if there is one.
 float row_product(const gemm_args &args, const tile *panel, int row, const activation_block &block, int t) {
     const int groups = args.k / group_columns;
     float sum = 0.0f;
@@ -122,7 +123,7 @@ void gemm(const gemm_args &args) {
         const size_t b = token / nr;
         const int t = token % nr;
         const int left = args.n_tokens - token + t;
-        // The operands are read only; the block type is shared with the quantizer, which writes.
+        // The operands are only read; the block type is shared with the quantizer, which writes.
         const activation_block block = {
             const_cast<int8_t *>(args.q + b * nr * args.k), const_cast<int32_t *>(args.bias + b * nr * groups),
             const_cast<float *>(args.scale + b * nr * (args.per_group ? groups : 1)), left < nr ? left : nr};

@@ -1,13 +1,13 @@
-// Scores of a block of 64 keys on their way into a softmax, in binary32: masks, ALiBi and soft cap. A .cpp file
-// includes it once, as it does vector_math.h.
+// Prepares the scores of a block of 64 keys for a softmax, in binary32: masks, ALiBi and soft cap. Like vector_math.h,
+// a .cpp file includes it once.
 #include "kernels/portable/vector_math.h"
 #include "kernels/softmax_weights.h"
 
 namespace agq {
 namespace {
 
-/// Mask of a token, which begins at `row` (null: nothing is hidden), for the block of keys that begins at `first`, as
-/// floats; keys beyond the last are hidden. Returns whether any key can be seen.
+/// Reads a token's mask, which begins at `row` (null: nothing is hidden), for the block of keys that begins at `first`,
+/// as floats. Keys past the last are hidden. Returns whether any key is visible.
 inline bool read_mask(const char *row, bool is_f16, int64_t first, int64_t n_keys, float *mask) {
     const int n = static_cast<int>(n_keys - first < attention_keys ? n_keys - first : attention_keys);
     if (!row) {
@@ -25,13 +25,13 @@ inline bool read_mask(const char *row, bool is_f16, int64_t first, int64_t n_key
     return any;
 }
 
-/// The tokens of a block that see one of its keys: from `begin` on, before `end`.
+/// The tokens that see one of a block's keys: from `begin` up to, but not including, `end`.
 struct token_range {
     int begin, end;
 };
 
-/// Reads the masks of all tokens for a block. Tokens ascend, so with a causal mask the first ones see the fewest keys,
-/// and those that see none here can be left out.
+/// Reads the masks of all tokens for a block. Tokens are ascending. With a causal mask the first ones see the fewest
+/// keys, so tokens that see no key of the block can be skipped.
 template <typename Args>
 inline token_range read_masks(const Args &args, int64_t first, float *masks) {
     token_range seen = {args.n_tokens, 0};
@@ -53,7 +53,7 @@ inline vec capped(vec s, float soft_cap) {
     return y < 0.0f ? -t : t;
 }
 
-/// Scores of a row as they enter the softmax; returns the largest of them and `maximum`.
+/// Finishes a row's scores for the softmax. Returns the larger of their maximum and `maximum`.
 inline float finish_scores(float *scores, const float *mask, float slope, float soft_cap, float maximum) {
     vec best = splat(maximum);
     for (int j = 0; j < attention_keys; j += AGQ_VECTOR) {
@@ -64,12 +64,11 @@ inline float finish_scores(float *scores, const float *mask, float slope, float 
     return largest(best);
 }
 
-/// Turns a row of scores into weights relative to the new maximum. Returns by how much the output so far has to be
-/// scaled.
+/// Turns a row of scores into weights relative to the new maximum. Returns the factor for the previous output.
 inline float weigh(float *scores, const float *mask, float slope, float soft_cap, float *maximum, float *sum) {
     const float top = finish_scores(scores, mask, slope, soft_cap, *maximum);
     if (top == -INFINITY) {
-        // All keys are hidden, or the scores are no numbers, which the comparisons above pass over.
+        // All keys are hidden, or the scores are NaN, which the comparisons above ignore.
         for (int j = 0; j < attention_keys; ++j) {
             if (scores[j] != scores[j]) *sum = scores[j];
         }

@@ -1,11 +1,11 @@
-// The one implementation of the softmax weights.
+// The softmax weights, for all instruction sets.
 #include "kernels/isa.h"
 #include "kernels/portable/score_rows.h"
 
 namespace agq {
 namespace {
 
-/// Turns the scores of a row, of which the first `n` are computed, into weights.
+/// Turns a row of scores into weights; the first `n` scores are computed.
 inline void normalize(float *row, int64_t n, int64_t padded, float maximum, const float *sink) {
     vec total{};
     for (int64_t j = 0; j < n; j += AGQ_VECTOR) {
@@ -28,11 +28,11 @@ void softmax_weights(const softmax_weights_args &args) {
     const int64_t padded = (args.n_keys + attention_keys - 1) / attention_keys * attention_keys;
     const int rows = args.n_tokens * args.group;
     float maximum[weights_row_limit], masks[weights_row_limit * attention_keys];
-    int64_t seen[weights_row_limit] = {};  // keys up to the end of the last block of which a token sees something
+    int64_t seen[weights_row_limit] = {};  // keys up to the end of the last block in which a token sees a key
     for (int r = 0; r < rows; ++r) maximum[r] = args.sinks ? args.sinks[r % args.group] : -INFINITY;
     for (int64_t first = 0; first < args.n_keys; first += attention_keys) {
         const auto [begin, end] = read_masks(args, first, masks);
-        // The others may still see later keys.
+        // Tokens outside the range may still see later keys.
         for (int t = 0; t < args.n_tokens; ++t) {
             if (t >= begin && t < end) {
                 seen[t] = first + attention_keys;

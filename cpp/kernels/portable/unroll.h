@@ -1,5 +1,5 @@
-// Sums of a kernel are arrays: only when the loops over them are unrolled early, and functions that take them become a
-// part of their caller, do they become registers.
+// A kernel's sums are arrays. They stay in registers only if the loops over them are unrolled early, and if functions
+// that take them are inlined.
 #pragma once
 
 #if defined(__clang__)

@@ -1,8 +1,8 @@
-// Internal to the vector kernels: what they share whatever their instruction set. The walk over the packed blocks, the
-// columns of an activation row in stored order, and the quantizer around each kernel's own arithmetic on 64 columns.
+// Shared by all vector kernels: the loop over packed blocks, the columns of an activation row in stored order, and the
+// quantizer, which calls each kernel's arithmetic on 64 columns.
 //
-// Everything is in an anonymous namespace, because each kernel file is compiled with flags of its own and the linker
-// must not merge the copies. For the same reason no template or inline function of the standard library is used.
+// Everything is in an anonymous namespace: each kernel file is compiled with its own flags, and the linker must not
+// merge the copies. For the same reason no template or inline function of the standard library is used.
 #pragma once
 
 #include <cstring>
@@ -15,7 +15,7 @@ namespace {
 
 // packed activations
 
-/// Block b of the packed activations, for reading only; the type is shared with the quantizer, which writes.
+/// Block b of the packed activations, only for reading; the type is shared with the quantizer, which writes.
 template <int nr>
 inline activation_block block_at(const gemm_args &args, int b) {
     const size_t tokens = static_cast<size_t>(b) * nr;
@@ -25,15 +25,15 @@ inline activation_block block_at(const gemm_args &args, int b) {
             const_cast<float *>(args.scale + tokens * (args.per_group ? groups : 1)), left < nr ? left : nr};
 }
 
-/// What is left to multiply the sum of token t with.
+/// The remaining factor for the sum of token t.
 inline float final_factor(const gemm_args &args, const activation_block &block, int t) {
     return args.per_group ? args.tensor_scale : args.tensor_scale * block.scale[t];
 }
 
 // quantizer
 
-/// Hands out the groups of one row. Where the 64 columns of a group are neighbours in the row, the result points into
-/// the row; otherwise they are gathered into the reader's own buffer.
+/// Returns the groups of one row. If a group's 64 columns are adjacent in the row, the result points into the row.
+/// Otherwise they are gathered into the reader's own buffer.
 class column_reader {
   public:
     column_reader(const activation_format &format, const float *row) : format_(format), row_(row) {}
@@ -55,7 +55,7 @@ class column_reader {
     }
 
   private:
-    /// Copies at least one column to buffer_[filled ...] and says how many.
+    /// Copies at least one column to buffer_[filled ...] and returns how many.
     int fill(int filled) {
         const int column = column_ + filled;
         if (column < format_.n_listed) {
@@ -70,7 +70,7 @@ class column_reader {
         return count;
     }
 
-    /// Moves channel_ to the next channel that is not listed.
+    /// Advances channel_ to the next channel that is not listed.
     void skip_listed() {
         while (sorted_ < format_.n_listed && format_.listed_sorted[sorted_] == channel_) {
             sorted_++;
@@ -78,13 +78,13 @@ class column_reader {
         }
     }
 
-    /// End of the run of channels that are not listed and that begins at channel_.
+    /// End of the run of unlisted channels that begins at channel_.
     int run_end() const { return sorted_ < format_.n_listed ? format_.listed_sorted[sorted_] : format_.k; }
 
     const activation_format &format_;
     const float *row_;
     int column_ = 0;   ///< next stored column
-    int channel_ = 0;  ///< next channel of the part that is not listed
+    int channel_ = 0;  ///< next channel of the unlisted part
     int sorted_ = 0;   ///< listed channels below channel_
     alignas(64) float buffer_[group_columns];
 };
@@ -106,14 +106,14 @@ inline float refinement(int e) {
 ///                                            infinity
 ///       void add(const float *x, float refine)
 ///       int bits() const
-///   void rotate(x, refine, y)                what rotate_group makes of x * refine, to the bit
-///   int quantize(x, refine, factor, limit, n, q)   writes column j to q[j / kr * kr * n + j % kr] and returns their
-///   sum
-/// `offset4` is what is added to the values if they have 4 bits; quantize() has to do it too.
+///   void rotate(x, refine, y)                the result of rotate_group for x * refine, bit for bit
+///   int quantize(x, refine, factor, limit, n, q)   writes column j to q[j / kr * kr * n + j % kr] and returns the
+///                                                  sum of the values
+/// `offset4` is added to 4-bit values; quantize() must add it, too.
 template <class ops, int kr, int offset4>
 inline void quantize_token(const activation_format &format, const float *row, const activation_block &block, int t) {
     constexpr int infinity = 0x7F800000;
-    constexpr int smallest = (127 - 100) << 23;  // 2^-100: what is below counts as zero
+    constexpr int smallest = (127 - 100) << 23;  // 2^-100: smaller values count as zero
     const size_t groups = format.k / group_columns;
     const size_t n = block.n;
     const int limit = format.bits == 4 ? 7 : 127;

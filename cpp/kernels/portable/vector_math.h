@@ -1,5 +1,5 @@
-// What the kernels in binary32 share, written with the compiler's vector types. A .cpp file includes it once.
-// cmake/kernels.cmake defines AGQ_VECTOR (floats per register) and AGQ_TILE_COLUMNS (registers of a tile row) for each
+// Shared by the binary32 kernels, written with the compiler's vector types. A .cpp file includes it once.
+// cmake/kernels.cmake defines AGQ_VECTOR (floats per register) and AGQ_TILE_COLUMNS (registers per tile row) for each
 // instruction set.
 #include <cmath>
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include "kernels/portable/unroll.h"
 #ifdef __F16C__
 #if defined(__AVX512F__) && !defined(__clang__) && __GNUC__ < 13
-// The headers of GCC 12 start many intrinsics from a variable that is initialized with itself (GCC bug 105593).
+// GCC 12's headers initialize many variables with themselves in intrinsics (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -46,14 +46,14 @@ inline vec splat(float x) {
 #define AGQ_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #endif
 
-// GCC has the portable name from version 12 on.
+// GCC has the portable name since version 12.
 #if defined(__clang__) || __GNUC__ >= 12
 #define AGQ_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define AGQ_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
 #endif
 
-/// Elements with even numbers of `a`, then of `b`; and those with odd numbers.
+/// The elements with even index of `a`, then of `b`; and those with odd index.
 inline vec even(vec a, vec b) {
     return AGQ_SHUFFLE(a, b, AGQ_EVEN);
 }
@@ -61,7 +61,7 @@ inline vec odd(vec a, vec b) {
     return AGQ_SHUFFLE(a, b, AGQ_ODD);
 }
 
-/// Sums of neighbours: those of `a` in the first half, those of `b` in the second.
+/// Sums of adjacent elements: those of `a` in the first half, those of `b` in the second.
 inline vec fold(vec a, vec b) {
     return even(a, b) + odd(a, b);
 }
@@ -71,7 +71,7 @@ inline float total(vec v) {
     return v[0];
 }
 
-/// The largest element; all are numbers.
+/// The largest element. No element may be NaN.
 inline float largest(vec v) {
     for (int n = AGQ_VECTOR; n > 1; n /= 2) {
         const vec a = even(v, v), b = odd(v, v);
@@ -144,7 +144,7 @@ inline void tile(const float *a, int64_t lda, const float *b, int64_t ldb, float
         for (int j = 0; j < C; ++j) sum[r][j] = Add ? load(c + r * ldc + j * AGQ_VECTOR) : vec{};
     }
     int64_t d = 0;
-    do {  // at least once, or the sums would go through memory on the way around the loop
+    do {  // do-while: otherwise the sums would pass through memory around the loop
         vec right[C];
         AGQ_UNROLL
         for (int j = 0; j < C; ++j) right[j] = load(b + d * ldb + j * AGQ_VECTOR);

@@ -1,12 +1,13 @@
-// Attention for AVX-512 with VNNI: both products in 16-bit integers (VPDPWSSD, twice the speed of binary32), everything
+// Attention for AVX-512 with VNNI: both products in 16-bit integers (VPDPWSSD, twice as fast as binary32), everything
 // between them in binary32.
 //
-// The weights of 64 keys are relative to the largest of them in the row, and become integers that add up to at most
-// 131000; values are at most 16383, and 131000 * 16383 is below 2^31. How the others are scaled: the header.
+// The weights of 64 keys are relative to the row's largest one among them. They become integers whose sum is at most
+// 131000. Values are at most 16383, and 131000 * 16383 is below 2^31. The header explains how the other operands are
+// scaled.
 //
-// Softmax is running, over blocks of 64 keys ("Online normalizer calculation for softmax", Milakov and Gimelshein,
-// 2018; FlashAttention, Dao et al., 2022), with powers of two instead of e. Six rows at a time go through all three
-// steps of a block, so that scores stay in registers and weights in L1.
+// Running softmax over blocks of 64 keys ("Online normalizer calculation for softmax", Milakov and Gimelshein, 2018;
+// FlashAttention, Dao et al., 2022), with powers of two instead of e. Six rows at a time go through all three steps of
+// a block, so that scores stay in registers and weights in L1.
 #include "kernels/isa.h"
 #include "kernels/portable/unroll.h"
 #include "kernels/x86/attention_avx512vnni_pack.h"
@@ -18,7 +19,7 @@ constexpr int tile_rows = 6;
 constexpr float weight_limit = 32767.0f, weight_sum_limit = 131000.0f;
 constexpr float log2_e = 1.44269504f;
 
-/// What a call keeps of its rows.
+/// State of the rows of a call.
 struct row_state {
     int32_t *q;             ///< [rows][channel_pairs] pairs of int16
     float *out;             ///< [rows][head_v]
@@ -26,8 +27,8 @@ struct row_state {
     float *sum;             ///< [rows] of the weights
     float *q_scale;         ///< [rows], with log2 e
     float *maximum;         ///< [rows] largest score so far, in powers of two
-    unsigned char *bad;     ///< [rows] whether the row has met what is not finite
-    signed char *visible;   ///< [tokens] registers of 16 keys, from the first on, that hold all visible keys of a block
+    unsigned char *bad;     ///< [rows] whether the row has met a value that is not finite
+    signed char *visible;   ///< [tokens] number of leading registers of 16 keys that hold all visible keys of a block
     signed char *unbiased;  ///< [tokens] whether the mask adds nothing in these registers
     size_t bytes;
 
@@ -54,20 +55,20 @@ struct row_state {
 
 size_t scratch_bytes(int head_qk, int head_v) {
     alignas(64) char none[64];
-    return row_state(none, head_qk, head_v).bytes;  // addresses are computed, not used
+    return row_state(none, head_qk, head_v).bytes;  // only computes addresses; no memory is accessed
 }
 
 // ---- arithmetic ----
 
-/// sum + the products of two neighbouring 16-bit integers. Inline assembly because GCC 12 copies the accumulators of
-/// the intrinsic around.
+/// sum + the products of two adjacent 16-bit integers. Inline assembly, because GCC 12 copies the accumulators of the
+/// intrinsic from register to register.
 inline __m512i dot(__m512i sum, __m512i a, __m512i b) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
 }
 
-/// 2^x for N registers x <= 0, to 2.6e-6; next to nothing where x < -112 or no number. All registers go through
-/// each step together, because one alone would spend its time waiting for the step before.
+/// 2^x for N registers x <= 0, to 2.6e-6; nearly 0 if x < -112 or NaN. All registers go through each step together,
+/// because a single one would wait for the previous step most of the time.
 template <int N>
 inline void powers_of_two(__m512 (&x)[N]) {
     // 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the sum.
@@ -75,7 +76,7 @@ inline void powers_of_two(__m512 (&x)[N]) {
     const float coefficients[] = {5.591786178e-2f, 2.402474484e-1f, 6.931218146e-1f, 9.999992614e-1f};
     __m512 shifted[N], p[N];
     AGQ_UNROLL
-    for (int i = 0; i < N; ++i) x[i] = _mm512_max_ps(x[i], _mm512_set1_ps(-112.0f));  // the second operand for NaN
+    for (int i = 0; i < N; ++i) x[i] = _mm512_max_ps(x[i], _mm512_set1_ps(-112.0f));  // NaN gives the second operand
     AGQ_UNROLL
     for (int i = 0; i < N; ++i) shifted[i] = _mm512_add_ps(x[i], magic);
     AGQ_UNROLL
@@ -109,7 +110,7 @@ inline __m512i low_halves(__m512i a, __m512i b) {
     return _mm512_permutex2var_epi16(a, even, b);
 }
 
-/// c tanh(score / c) for scores and `cap` in powers of two; `cap_e` is c itself.
+/// c tanh(score / c), with the scores and `cap` in powers of two; `cap_e` is c itself.
 inline __m512 capped(__m512 score, float cap, float cap_e) {
     const __m512 e = power_of_two(_mm512_mul_ps(_mm512_abs_ps(score), _mm512_set1_ps(-2.0f / cap_e)));
     const __m512 one = _mm512_set1_ps(1.0f);
@@ -141,11 +142,11 @@ inline void multiply(const int32_t *a, int64_t lda, const int32_t *b, int64_t ld
 
 // ---- a block of keys ----
 
-/// What the rows of a tile hand from the scores to the values.
+/// What the rows of a tile pass from the scores to the values.
 struct tile_weights {
     alignas(64) int16_t weight[tile_rows][attention_keys];
-    alignas(64) float old_scale[16];  ///< of each row: what the output so far is multiplied with
-    alignas(64) float factor[16];     ///< of each row: what this block's integers are multiplied with
+    alignas(64) float old_scale[16];  ///< per row: the factor for the previous output
+    alignas(64) float factor[16];     ///< per row: the factor for this block's integers
 };
 
 struct maximum {
@@ -181,7 +182,7 @@ inline __m512 reduce_rows(const __m512 (&x)[8]) {
     return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_setzero_pd(), _mm256_castps_pd(all), 0));
 }
 
-/// Scores of R rows from `row` on with the first 16 C keys of the block, and their weights.
+/// Scores of R rows, starting at `row`, with the first 16 C keys of the block, and their weights.
 template <int R, int C, bool biased>
 void weigh(const attention_args &args, const row_state &state, int row, const key_header *keys, tile_weights *out) {
     const int pairs = channel_pairs(args.head_qk);
@@ -212,7 +213,7 @@ void weigh(const attention_args &args, const row_state &state, int row, const ke
     AGQ_UNROLL
     for (int r = R; r < 8; ++r) best[r] = best[0];
 
-    // Without a bias, scores are in units of q_scale up to here.
+    // Without a bias, scores are in units of q_scale up to this point.
     __m512 tops = reduce_rows<maximum>(best);
     if (!biased) tops = _mm512_mul_ps(tops, _mm512_loadu_ps(state.q_scale + row));
     constexpr int batch = R % 2 == 0 ? 2 : 1;
@@ -238,7 +239,7 @@ void weigh(const attention_args &args, const row_state &state, int row, const ke
     AGQ_UNROLL
     for (int r = R; r < 8; ++r) sums[r] = sums[0];
 
-    // The new maximum of each row, and what the output so far and this block are worth next to it.
+    // The new maximum of each row, and the factors for the previous output and for this block.
     constexpr __mmask16 lanes = (1 << R) - 1;
     const __m512 before = _mm512_loadu_ps(state.maximum + row), after = _mm512_max_ps(before, tops);
     __m512 relative[2] = {_mm512_sub_ps(before, after), _mm512_sub_ps(tops, after)};
@@ -286,7 +287,7 @@ void add_values(const tile_weights &tile, int pairs, const float *scales, const 
 
 using weigh_fn = void (*)(const attention_args &, const row_state &, int, const key_header *, tile_weights *);
 
-/// R rows and one block, of which the first `columns` registers of keys are looked at.
+/// R rows and one block; only the first `columns` registers of keys are used.
 template <int R>
 void attend_tile(const attention_args &args, const row_state &state, int row, const char *keys, const char *values,
                  int columns, bool biased) {
@@ -305,12 +306,12 @@ void attend_tile(const attention_args &args, const row_state &state, int row, co
     for (; d < head_v; d += 16) add_values<R, 1>(tile, pairs, scales + d, data + d, head_v, out + d);
 }
 
-/// Reads the mask of a token for the block of keys that begins at `first`; keys beyond the last are hidden.
+/// Reads a token's mask for the block of keys that begins at `first`; keys past the last are hidden.
 void read_mask(const attention_args &args, const row_state &state, int token, int64_t first) {
     const int n = static_cast<int>(args.n_keys - first < attention_keys ? args.n_keys - first : attention_keys);
     const char *row = args.mask ? args.mask + static_cast<size_t>(token) * args.mask_stride : nullptr;
     const __m512 hidden = _mm512_set1_ps(-INFINITY);
-    int visible = 0, zeros = 0;  // registers up to the last visible key; of zeros only, at the beginning
+    int visible = 0, zeros = 0;  // registers up to the last visible key; leading registers of zeros only
     for (int j = 0; j < 4; ++j) {
         const int left = n - 16 * j;
         const __mmask16 lanes = first_lanes(left > 0 ? left : 0);
@@ -330,7 +331,7 @@ void read_mask(const attention_args &args, const row_state &state, int token, in
     state.unbiased[token] = zeros >= visible;
 }
 
-/// Rows that see a key that is not finite, or whose value is not.
+/// Marks rows that see a key that is not finite, or whose value is not.
 void mark_bad(const attention_args &args, const row_state &state, uint64_t keys) {
     for (int r = 0; r < args.n_tokens * args.group; ++r) {
         const float *mask = state.masks + r / args.group * attention_keys;
@@ -350,7 +351,7 @@ void attend_block(const attention_args &args, const row_state &state, const char
         int columns = 0;
         bool biased = args.soft_cap != 0;
         for (int t = row / args.group; t <= (row + n - 1) / args.group; ++t) {
-            // Registers that only some of the tokens see need the mask.
+            // The mask is needed for registers that only some of the tokens see.
             if (t > row / args.group && state.visible[t] != columns) biased = true;
             if (state.visible[t] > columns) columns = state.visible[t];
             if (!state.unbiased[t]) biased = true;

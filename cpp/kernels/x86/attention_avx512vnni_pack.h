@@ -1,14 +1,15 @@
-// Internal to attention_avx512vnni.cpp: how queries, keys and values become 16-bit integers, and how they lie.
+// Internal to attention_avx512vnni.cpp: how queries, keys and values are converted to 16-bit integers, and their
+// layout.
 //
-// A query or key vector becomes integers with one scale, so that its Euclidean norm stays below 46000: by the
-// inequality of Cauchy and Schwarz no product leaves 32 bits, and a vector of 64 ordinary values keeps 14 bits. The
-// values of 64 keys keep 14 bits of the largest one in the channel. Keys and values in the cache have 11 bits.
+// A query or key vector is converted to integers with one scale, so that its Euclidean norm stays below 46000. By the
+// Cauchy-Schwarz inequality all products then fit 32 bits. A vector of 64 ordinary values keeps 14 bits. The values of
+// 64 keys keep 14 bits of the largest one in the channel. Keys and values in the cache have 11 bits.
 //
-// Everything is in an anonymous namespace, because the one file that includes this is compiled with flags of its own.
+// Everything is in an anonymous namespace, because the one file that includes this is compiled with its own flags.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// The headers of GCC 12 start many intrinsics from a variable that is initialized with itself (GCC bug 105593).
+// GCC 12's headers initialize many variables with themselves in intrinsics (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -25,14 +26,14 @@ namespace {
 constexpr float norm_limit = 46000.0f, element_limit = 32767.0f;
 constexpr float value_limit = 16383.0f;
 
-/// Comes first in a packed block of keys. Behind it: [head_qk / 2, rounded up][64 keys][2 channels] int16.
+/// Begins a packed block of keys. Then follows [head_qk / 2, rounded up][64 keys][2 channels] int16.
 struct key_header {
     float scale[attention_keys];
-    uint64_t bad;  ///< bit i: key i is not finite, and zero here
+    uint64_t bad;  ///< bit i: key i is not finite, and stored as zeros
     char filler[56];
 };
 
-/// A packed block of values: this, float scale[head_v], then int16 [32 pairs of keys][head_v][2 keys].
+/// Begins a packed block of values. Then follow float scale[head_v] and int16 [32 pairs of keys][head_v][2 keys].
 struct value_header {
     uint64_t bad;
     char filler[56];
@@ -58,12 +59,12 @@ __mmask16 first_lanes(int n) {
     return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1 << n) - 1);
 }
 
-/// Writes n floats as 16-bit integers, up to `pairs` pairs, and returns their scale; NaN, and zeros, if one is not
-/// finite.
+/// Writes n floats as 16-bit integers, padded to `pairs` pairs, and returns their scale. If a float is not finite,
+/// returns NaN and writes zeros.
 float quantize_vector(const float *x, int n, int pairs, int16_t *to) {
     __m512i largest = _mm512_setzero_si512();
     for (int i = 0; i < n; i += 16) {
-        // Without the sign, the order of the bits is the order of the values, NaN above all.
+        // Without the sign, the bits sort like the values, with NaN above all.
         const __m512i bits = _mm512_maskz_loadu_epi32(first_lanes(n - i), x + i);
         largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)));
     }
@@ -132,7 +133,7 @@ void pack_values(const float *rows, int n, int head_v, void *packed) {
         };
         __m512 largest = _mm512_setzero_ps();
         for (int i = 0; i < n; ++i) largest = _mm512_max_ps(largest, _mm512_abs_ps(value(i)));
-        // Channels that hold next to nothing become zero.
+        // Channels whose values are tiny become zero.
         const __mmask16 used = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(0x1p-100f), _CMP_GE_OQ);
         const __m512 factor = _mm512_maskz_div_ps(used, _mm512_set1_ps(value_limit), largest);
         _mm512_store_ps(scales + d, _mm512_maskz_mul_ps(used, largest, _mm512_set1_ps(1.0f / value_limit)));

@@ -1,7 +1,7 @@
-// AVX2: VPMADDUBSW multiplies unsigned codebook bytes with signed activations and adds neighbours in 16 bits.
+// AVX2: VPMADDUBSW multiplies unsigned codebook bytes by signed activations and adds adjacent products in 16 bits.
 //
-// Codebook bytes are at most 127 and activations at most 127 in size, so a pair adds up to at most 2 * 127 * 127 =
-// 32258: nothing saturates, and no trick with signs is needed.
+// Codebook bytes are at most 127, and activations at most 127 in size. So a pair adds up to at most 2 * 127 * 127 =
+// 32258: nothing saturates, and no sign trick is needed.
 #include "kernels/x86/avx2_4bit.h"
 #include "kernels/x86/x86_256.h"
 #include "kernels/x86/x86_cpu.h"
@@ -13,8 +13,8 @@ inline __m256i add_pairs(__m256i sums16) {
     return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1));
 }
 
-// The steps are inline assembly, because GCC collects the products of all tokens before it adds the first, and has to
-// keep the sums in memory: 12 sums, two codebook operands and these two temporaries are all 16 registers.
+// The steps are inline assembly. GCC computes the products of all tokens before it adds the first, and then has to keep
+// the sums in memory: 12 sums, two codebook operands and these two temporaries fill all 16 registers.
 #ifdef __GNUC__
 alignas(32) constexpr int16_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 #endif
@@ -44,9 +44,8 @@ struct widen_each_step {
     static __m256i finish(__m256i sum, int32_t) { return sum; }
 };
 
-/// For 4-bit activations of few tokens (avx2_4bit.h is for many): the 16 steps of a group add up to at most
-/// 16 * 2 * 127 * 7 = 28448, so 16 bits are enough for the whole group and a step costs two instructions instead of
-/// three.
+/// For 4-bit activations of few tokens (avx2_4bit.h is for many). The 16 steps of a group add up to at most 16 * 2 *
+/// 127 * 7 = 28448. So 16 bits are enough for a whole group, and a step takes two instructions instead of three.
 struct widen_each_group {
     static __m256i start(int32_t) { return _mm256_setzero_si256(); }
     static void step(__m256i &rows0, __m256i &rows8, columns4 u, const int8_t *x) {

@@ -1,15 +1,16 @@
 // Internal to the AVX2 kernel: the SIMD 4-bit multiplier, for many tokens with 4-bit activations.
 //
-// VPMADDUBSW multiplies unsigned with signed bytes, and only its signed operand may come from memory. So the
-// activations are the unsigned ones, stored as x + 8 = 1..15, and weights are signed, u - 64 = -64..63: each weight is
-// read where it is used, and a step of 8 rows x 4 columns x 1 token is two instructions,
+// VPMADDUBSW multiplies unsigned by signed bytes, and only its signed operand may come from memory. So activations are
+// unsigned, stored as x + 8 = 1..15, and weights are signed, u - 64 = -64..63. Each weight is read from memory where it
+// is used, and a step of 8 rows x 4 columns x 1 token takes two instructions,
 //
 //   vpmaddubsw [weights], x, product        16 bits: pairs of products, at most 2 * 64 * 15 = 1920 in size
 //   vpaddw     product, sum
 //
-// against three (and the load) with 8-bit activations. A lane of 16 bits takes all 16 steps of a group: it begins at
-// -8 * (sum of its weights), so that it ends at the sum of weight * x, at most 32 * 64 * 7 = 14336; on the way it may
-// wrap around, which the end undoes. 32 rows (two panels) x 3 tokens are 12 sums, so that a broadcast serves 4 steps.
+// instead of three (and the load) with 8-bit activations. A 16-bit lane holds the sum of all 16 steps of a group. It
+// starts at -8 * (sum of its weights), so that it ends at the sum of weight * x, at most 32 * 64 * 7 = 14336. It may
+// wrap around on the way; the result is still correct. 32 rows (two panels) x 3 tokens take 12 sums, and each broadcast
+// is used for 4 steps.
 #pragma once
 
 #include "kernels/x86/x86_256.h"
@@ -17,9 +18,9 @@
 namespace agq {
 namespace {
 
-constexpr int activation_offset = 8;  ///< what is added to 4-bit activations
+constexpr int activation_offset = 8;  ///< offset of stored 4-bit activations
 
-/// Groups of two panels, looked up.
+/// Groups of two panels, already looked up.
 struct ready_pair {
     static constexpr int capacity = 6;  ///< 13 KiB, less than half of the smallest L1
     alignas(64) int8_t w[capacity][16][4][32];
@@ -42,7 +43,7 @@ struct ready_pair {
                     const columns4 low = look_up(codes, 0, codebook), high = look_up(codes, 1, codebook);
                     store(w[g][i][2 * p], low);
                     store(w[g][i + 1][2 * p], high);
-                    // Two values add up to -128..126: still bytes.
+                    // The sum of two values is -128..126, which still fits a byte.
                     const __m256i both0 = _mm256_add_epi8(low.rows0, high.rows0);
                     const __m256i both8 = _mm256_add_epi8(low.rows8, high.rows8);
                     rows0 = _mm256_sub_epi16(rows0, _mm256_maddubs_epi16(offset, both0));
@@ -57,10 +58,10 @@ struct ready_pair {
     }
 };
 
-/// Adds the products of 4 columns of 32 rows with the 4 activations at `x`.
+/// Adds the products of 4 columns of 32 rows and the 4 activations at `x`.
 inline void step4(__m256i (&sum)[4], const int8_t (&w)[4][32], const int8_t *x) {
 #ifdef __GNUC__
-    // Left to itself, GCC collects products before it adds them and then spills the sums.
+    // Otherwise GCC collects products before it adds them, and then spills the sums.
     __m256i four, product;
     asm("vpbroadcastd %[x], %[four]\n\t"
         "vpmaddubsw %[w0], %[four], %[product]\n\t"
@@ -84,7 +85,7 @@ inline void step4(__m256i (&sum)[4], const int8_t (&w)[4][32], const int8_t *x) 
 #endif
 }
 
-/// The first step of a group: like step4, but the sums begin at `start`.
+/// The first step of a group: like step4, but the sums start at `start`.
 inline void step4(__m256i (&sum)[4], const int16_t (&start)[4][16], const int8_t (&w)[4][32], const int8_t *x) {
 #ifdef __GNUC__
     __m256i four;
@@ -149,7 +150,7 @@ inline void multiply_4bit(const gemm_args &args) {
     for (int begin = 0; begin < blocks; begin += pair_blocks) {
         const int end = blocks - begin < pair_blocks ? blocks : begin + pair_blocks;
         for (int p = 0; p < args.panels; p += 2) {
-            // A last single panel is multiplied twice, and stored once.
+            // A last single panel is multiplied twice and stored once.
             const int count = args.panels - p < 2 ? 1 : 2;
             const tile *const panel[2] = {panel_at(args.weights, p, groups),
                                           panel_at(args.weights, p + count - 1, groups)};

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: VPDPBUSD multiplies 16 rows x 4 columns of unsigned codebook bytes with 4 signed activations that
+// AVX-512 with VNNI: VPDPBUSD multiplies 16 rows x 4 columns of unsigned codebook bytes by 4 signed activations that
 // are broadcast to all rows.
 //
 // Two loops share the work:
@@ -7,7 +7,7 @@
 //   pair_blocks   two panels x 1..12 tokens, 24 accumulators. For many tokens, where arithmetic is the limit: codes are
 //                 looked up once into a scratch that stays in L1 and is used for many blocks.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// The headers of GCC 12 start many intrinsics from a variable that is initialized with itself (GCC bug 105593).
+// GCC 12's headers initialize many variables with themselves in intrinsics (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -28,10 +28,10 @@ constexpr int nr = 12;
 
 // integer arithmetic
 
-/// sum + the products of unsigned bytes `u` and signed bytes `x`, four neighbours added up.
+/// sum + the products of unsigned bytes `u` and signed bytes `x`, added in fours.
 ///
-/// GCC 12 compiles _mm512_dpbusd_epi32 in a block of 24 accumulators with a register copy for almost every product,
-/// which halves the speed. The accumulator as an in-out operand leaves it no choice.
+/// With 24 accumulators, GCC 12 compiles _mm512_dpbusd_epi32 with a register copy for almost every product, which
+/// halves the speed. An in-out operand for the accumulator prevents this.
 inline __m512i dot(__m512i sum, __m512i u, __m512i x) {
 #if defined(__GNUC__)
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
@@ -75,8 +75,8 @@ inline __m512i load_codebook(const uint8_t *codebook) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codebook)));
 }
 
-/// The scales D of 16 rows: 12 bits, high byte and nibble, are a binary16 without its last four. The low nibbles are
-/// the high ones of bytes here.
+/// The scales D of 16 rows. Each has 12 bits, a high byte and a nibble: a binary16 without its last four bits. The
+/// scale's nibble is in the high half of the bytes in `low`.
 inline __m512 join_scales(const uint8_t *scale_hi, __m128i low) {
     const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scale_hi));
     low = _mm_and_si128(low, _mm_set1_epi8(static_cast<char>(0xF0)));
@@ -98,7 +98,7 @@ inline __m512 row_scales(const tile *panel, int groups, int g) {
     return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
 }
 
-/// sum + D * I, times the scale of (token, group) if there is one.
+/// sum + D * I, times the (token, group) scale if there is one.
 template <bool per_group>
 inline __m512 add_group(__m512 sum, __m512 d, __m512i integers, const float *scale) {
     const __m512 product = _mm512_cvtepi32_ps(integers);
@@ -106,20 +106,20 @@ inline __m512 add_group(__m512 sum, __m512 d, __m512i integers, const float *sca
     return _mm512_fmadd_ps(product, d, sum);
 }
 
-// a single block of tokens: one panel at a time, at the speed of memory
+// a single block of tokens: one panel at a time, limited by memory speed
 
-/// Fetches the line that stands 4 tiles behind `p` into the first-level cache, and the one 16 tiles behind into the
-/// second. Panels follow one another in the file, so this runs across their borders.
+/// Prefetches the line 4 tiles after `p` into the first-level cache, and the line 16 tiles after it into the second.
+/// Panels follow one another in the file, so prefetching continues into the next panel.
 ///
-/// The first-level cache waits for a dozen lines at once, the second for several dozen: without its part, generation is
-/// a tenth slower on an Emerald Rapids.
+/// The first-level cache can wait for a dozen lines at once, the second for several dozen. Without the second prefetch,
+/// generation is a tenth slower on an Emerald Rapids.
 inline void prefetch_stream(const void *p) {
     const char *line = static_cast<const char *>(p);
     _mm_prefetch(line + 4 * sizeof(tile), _MM_HINT_T0);
     _mm_prefetch(line + 16 * sizeof(tile), _MM_HINT_T1);
 }
 
-/// What is left of a block of n tokens while a panel passes by.
+/// State of a block of n tokens while a panel is processed.
 template <int n>
 struct stream_operands {
     const int8_t *q;
@@ -132,7 +132,7 @@ struct stream_operands {
 template <int n, bool per_group, class function>
 AGQ_INLINE void stream_group(stream_operands<n> &x, const uint8_t (*codes)[64], __m512i codebook,
                              const function &scales) {
-    // Separate sums of low and high nibbles halve the chain of dependent instructions.
+    // Separate sums for low and high nibbles halve the chain of dependent instructions.
     __m512i low[n], high[n];
     AGQ_UNROLL
     for (int t = 0; t < n; t++) {
@@ -189,13 +189,13 @@ struct pair_group {
     float d[2][16];
 };
 
-constexpr int scratch_groups = 8;   ///< groups of a scratch: 17 KiB, half of the smallest L1
-constexpr int scratch_blocks = 43;  ///< token blocks that share one look-up: a batch of 512 tokens; 66 KiB of sums
+constexpr int scratch_groups = 8;   ///< groups in a scratch: 17 KiB, half of the smallest L1
+constexpr int scratch_blocks = 43;  ///< token blocks that share one look-up: a batch of 512 tokens, 66 KiB of sums
 
 /// The f32 sums of a block of tokens for a pair of panels.
 using pair_sums = float[nr][2][16];
 
-/// Groups `first` ... of two panels that have `groups`.
+/// Looks up `count` groups, starting at `first`, of two panels with `groups` groups.
 void look_up_pair(const tile *const panel[2], int groups, int first, int count, __m512i codebook, pair_group *out) {
     for (int g = first; g < first + count; g++, out++) {
         for (int p = 0; p < 2; p++) {
@@ -228,7 +228,7 @@ inline void finish_pair(const float sums[2][16], const pair_group &w, __m512i fi
     _mm512_storeu_ps(out + 16, _mm512_mul_ps(f, b));
 }
 
-/// Keeps the compiler from moving loads and stores, and what depends on the two sums, across this line.
+/// Keeps the compiler from moving loads, stores and anything that depends on the two sums across this line.
 inline void stay_in_order(__m512i &a, __m512i &b) {
 #if defined(__GNUC__)
     asm volatile("" : "+v"(a), "+v"(b) : : "memory");
@@ -237,7 +237,7 @@ inline void stay_in_order(__m512i &a, __m512i &b) {
 #endif
 }
 
-/// The first products of a group: starts both sums of a token from its bias.
+/// The first products of a group: starts both sums of a token at its bias.
 inline void start_pair(__m512i &first, __m512i &second, __m512i u0, __m512i u1, const int8_t *q, int32_t bias) {
     const __m512i four = broadcast(q);
     first = second = _mm512_set1_epi32(bias);
@@ -246,37 +246,37 @@ inline void start_pair(__m512i &first, __m512i &second, __m512i u0, __m512i u1, 
     stay_in_order(first, second);
 }
 
-/// What a pair_blocks call reads besides the scratch.
+/// What a pair_blocks call reads, besides the scratch.
 struct pair_operands {
     const int8_t *q;  ///< activations of the first block, at the scratch's first group
     const int32_t *bias;
     const float *scale;
-    const tile *next[2];  ///< tiles that the next scratch will be made of, for both panels: to be fetched; or null
-    float *const *dst;    ///< with the last scratch, [tokens of all blocks] where results go; else null
-    int row;              ///< of the first panel in dst
+    const tile *next[2];  ///< tiles of both panels to prefetch for the next scratch; or null
+    float *const *dst;    ///< with the last scratch: [tokens of all blocks] where results go; else null
+    int row;              ///< row in dst of the first panel
 };
 
-/// What is left to multiply the sum of a token with; counted from the first block.
+/// The remaining factor for a token's sum; tokens count from the first block.
 template <bool per_group>
 inline float pair_factor(const gemm_args &args, const pair_operands &x, int token) {
     return per_group ? args.tensor_scale : args.tensor_scale * x.scale[token];
 }
 
-/// sums[b][t] += the groups of the scratch times n tokens, for each block b; with the last scratch, sums go out
-/// instead.
+/// sums[b][t] += the groups of the scratch times n tokens, for each block b. With the last scratch, the results are
+/// stored instead.
 ///
-/// Zen 4 can start one 512-bit VPDPBUSD or one FMA per cycle, so the two FMAs per token and group cost 24 cycles next
-/// to the 384 of the products. Written group after group, the conversions, FMAs and stores at the end of each one fill
-/// the schedulers while they wait for one another, and cost 50 cycles more. So the end of a group is woven into the
-/// first products of the next one, token by token, and the loop goes on through all blocks. Results leave in the same
-/// way: a pass over the sums of all blocks at the end waits for memory, 1/6 of the time at 2048 columns on an Ice Lake.
+/// Zen 4 can start one 512-bit VPDPBUSD or one FMA per cycle. So the two FMAs per token and group cost 24 cycles, next
+/// to 384 for the products. If each group ends before the next begins, its conversions, FMAs and stores fill the
+/// schedulers while they wait for one another; that costs 50 more cycles. So the end of a group is interleaved with the
+/// first products of the next one, token by token, across all blocks. Results are stored in the same way: a separate
+/// pass over the sums of all blocks would wait for memory, 1/6 of the time at 2048 columns on an Ice Lake.
 template <int n, bool per_group>
 void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blocks, pair_operands x, pair_sums *sums) {
     const size_t k = args.k;
     __m512i first[n], second[n];
     AGQ_UNROLL
     for (int t = 0; t < n; t++) first[t] = second[t] = _mm512_setzero_si512();
-    const pair_group *last_w = w;  // the group whose integers are complete but not yet added; at first zeros are added
+    const pair_group *last_w = w;  // the group whose integers are complete but not added yet; at first, zeros are added
     const float *last_scale = x.scale;
     float (*last_sums)[2][16] = sums[0];
 
@@ -285,8 +285,8 @@ void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blo
         const int32_t *bias = x.bias + b * (n * k / group_columns);
         const float *scale = x.scale + (per_group ? b * (n * k / group_columns) : 0);
         for (int g = 0; g < groups; g++) {
-            // A group of the first block fetches one tile of 17 lines, so that 8 groups fetch what the next scratch
-            // will be made of. Later blocks fetch the activations and sums of the block behind them.
+            // Each group of the first block prefetches one tile of 17 lines, so 8 groups prefetch the whole next
+            // scratch. Later blocks prefetch the activations and sums of the block after them.
             const bool fetch = b == 0 && x.next[0] != nullptr;
             const char *ahead = fetch ? reinterpret_cast<const char *>(x.next[g % 2] + g / 2)
                                       : reinterpret_cast<const char *>(q + n * k);
@@ -353,7 +353,7 @@ void pair_blocks(const gemm_args &args, const pair_group *w, int groups, int blo
     }
 }
 
-// the loops by number of tokens
+// dispatch by number of tokens
 
 using stream_fn = void (*)(const gemm_args &, const tile *, const activation_block &, float *const *, int);
 using pair_fn = void (*)(const gemm_args &, const pair_group *, int, int, pair_operands, pair_sums *);
@@ -390,7 +390,7 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
         const int groups_here = groups - g < scratch_groups ? groups - g : scratch_groups;
         look_up_pair(pair, groups, g, groups_here, codebook, scratch);
 
-        // The weights that come next are these panels' or, after their last, those of the next pair.
+        // The next weights belong to these panels or, after their last group, to the next pair.
         const int next = g + scratch_groups < groups ? (g + scratch_groups) / 2 : groups;
         for (int b = block_begin; b < block_end;) {
             const activation_block block = block_at<nr>(args, b);
@@ -402,7 +402,7 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
                                g + groups_here < groups ? nullptr : args.dst + b * nr,
                                panel * panel_rows};
             if (b == block_begin) x.next[0] = pair[0] + next, x.next[1] = pair[1] + next;
-            // All full blocks in one go, then the last one of the matrix if it is smaller.
+            // All full blocks at once, then the last one of the matrix if it is smaller.
             const int count = block.n < nr ? 1 : (block_end < full_blocks ? block_end : full_blocks) - b;
             pair_table[args.per_group][block.n - 1](args, scratch, groups_here, count, x, sums + (b - block_begin));
             b += count;
@@ -412,7 +412,7 @@ void multiply_pair(const gemm_args &args, int panel, int block_begin, int block_
 
 void gemm(const gemm_args &args) {
     const int blocks = (args.n_tokens + nr - 1) / nr;
-    // The outer loop is over tokens: their activations stay close while the weights, which are smaller, pass by.
+    // The outer loop is over tokens: their activations stay in cache while the weights, which are smaller, stream past.
     const int parts = (blocks + scratch_blocks - 1) / scratch_blocks;
     for (int i = 0; i < parts; i++) {
         const int begin = static_cast<int>(static_cast<int64_t>(blocks) * i / parts);
@@ -443,8 +443,7 @@ struct quantize_ops {
         __m512i found_ = _mm512_setzero_si512();
     };
 
-    /// Sums and differences of lanes and their `partners`, those of the lanes in `second` being the second of their
-    /// pair.
+    /// Sums and differences of lanes and their `partners`; a lane in `second` is the second of its pair.
     static __m512 combine(__m512 v, __m512 partners, __mmask16 second) {
         const __m512 signs = _mm512_mask_blend_ps(second, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
         return _mm512_fmadd_ps(v, signs, partners);  // the product is exact
@@ -475,7 +474,7 @@ struct quantize_ops {
         __m512i sum = _mm512_setzero_si512();
         for (int i = 0; i < group_columns; i += 16) {
             const __m512 refined = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(refine));
-            // The conversion rounds as the thread is set to: to nearest, ties to even.
+            // The conversion uses the thread's rounding mode: to nearest, ties to even.
             const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(refined, _mm512_set1_ps(factor)));
             const __m512i clamped = _mm512_max_epi32(low, _mm512_min_epi32(high, value));
             sum = _mm512_add_epi32(sum, clamped);

@@ -1,7 +1,7 @@
 // AVX-VNNI: VPDPBUSD on 256-bit registers in its VEX encoding, for CPUs without AVX-512.
 //
-// Built with AGQ_AVXVNNI_AS_EVEX the kernel uses the EVEX encoding of the same instruction, so that a CPU with AVX-512
-// VNNI but without AVX-VNNI can run the tests on it. The rest of the machine code is the same.
+// Built with AGQ_AVXVNNI_AS_EVEX, the kernel uses the EVEX encoding of the same instruction. A CPU with AVX-512 VNNI
+// but without AVX-VNNI can then run its tests. The rest of the machine code is the same.
 #include "kernels/x86/x86_256.h"
 #include "kernels/x86/x86_cpu.h"
 
@@ -23,8 +23,8 @@ struct dot4 {
     }
     static __m256i dot(__m256i sum, __m256i u, __m256i x) {
 #if defined(__GNUC__)
-        // Inline assembly for three reasons: GCC 12 copies the accumulators of the intrinsic around, older compilers do
-        // not know it, and the encoding is ours to choose.
+        // Inline assembly for three reasons: GCC 12 copies the accumulators of the intrinsic from register to register,
+        // older compilers lack the intrinsic, and we choose the encoding.
         asm(AGQ_VPDPBUSD : "+x"(sum) : "x"(u), "x"(x));
         return sum;
 #else

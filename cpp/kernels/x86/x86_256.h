@@ -47,7 +47,7 @@ inline __m256i load(const uint8_t *bytes) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes));
 }
 
-/// The two times 4 columns of a chunk: `half` 0 are its low nibbles, 1 its high ones.
+/// The two sets of 4 columns of a chunk: `half` 0 is its low nibbles, 1 its high ones.
 inline columns4 look_up(const uint8_t *codes, int half, __m256i codebook) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i rows0 = load(codes), rows8 = load(codes + 32);
@@ -59,12 +59,13 @@ inline columns4 look_up(const uint8_t *codes, int half, __m256i codebook) {
             _mm256_shuffle_epi8(codebook, _mm256_and_si256(rows8, nibble))};
 }
 
-/// The scales D of rows 0..7 and 8..15: 12 bits, high byte and nibble, are a binary16 without its last four.
+/// The scales D of rows 0..7 and 8..15. Each has 12 bits, a high byte and a nibble: a binary16 without its last four
+/// bits.
 struct scales16 {
     __m256 rows0, rows8;
 };
 
-/// From the high bytes of 16 rows and bytes whose high nibbles are the low ones.
+/// From the high bytes of 16 rows, and bytes whose high nibbles are the scales' low bits.
 inline scales16 join_scales(const uint8_t *scale_hi, __m128i low) {
     const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scale_hi));
     low = _mm_and_si128(low, _mm_set1_epi8(static_cast<char>(0xF0)));
@@ -86,19 +87,20 @@ inline scales16 row_scales(const tile *panel, int groups, int g) {
     return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
 }
 
-/// Fetches what stands four tiles behind `p`. Panels follow one another in the file, so this runs across their borders.
+/// Prefetches the line four tiles after `p`. Panels follow one another in the file, so this continues into the next
+/// panel.
 inline void prefetch_ahead(const void *p) {
     _mm_prefetch(static_cast<const char *>(p) + 4 * sizeof(tile), _MM_HINT_T0);
 }
 
-/// The same, and what stands 16 tiles behind into the second-level cache, which waits for more lines at once.
+/// The same, and also 16 tiles after `p` into the second-level cache, which can wait for more lines at once.
 inline void prefetch_stream(const void *p) {
     prefetch_ahead(p);
     _mm_prefetch(static_cast<const char *>(p) + 16 * sizeof(tile), _MM_HINT_T1);
 }
 
-/// Groups of the full tiles of a panel straight from the file: codes are looked up on the way and memory is fetched
-/// ahead. For a single block of tokens, where reading the weights is the limit.
+/// Groups of a panel's full tiles, read directly from the file: codes are looked up on the way and memory is
+/// prefetched. For a single block of tokens, where reading the weights is the limit.
 struct stored_groups {
     const tile *w;
     __m256i codebook;
@@ -113,7 +115,7 @@ struct stored_groups {
     }
 };
 
-/// The same for the half tile at the end of a panel, its only group.
+/// The same for the half tile at the end of a panel; it has one group.
 struct stored_half {
     const half_tile &w;
     __m256i codebook;
@@ -125,7 +127,7 @@ struct stored_half {
     scales16 scales(int) const { return row_scales(w); }
 };
 
-/// Groups of a panel that have been looked up before, for many blocks of tokens.
+/// Groups of a panel that were looked up before, for many blocks of tokens.
 struct ready_groups {
     static constexpr int capacity = 12;  ///< 13 KiB, less than half of the smallest L1
     alignas(64) uint8_t u[capacity][16][64];
@@ -134,7 +136,7 @@ struct ready_groups {
     columns4 columns(int g, int i) const { return {load(u[g][i]), load(u[g][i] + 32)}; }
     scales16 scales(int g) const { return {_mm256_load_ps(d[g]), _mm256_load_ps(d[g] + 8)}; }
 
-    /// Takes `count` groups of a panel of `groups`, beginning with group `first`.
+    /// Looks up `count` groups of a panel that has `groups` groups, starting at group `first`.
     void fill(const tile *panel, int groups, int first, int count, __m256i codebook) {
         for (int g = 0; g < count; g++) {
             const uint8_t (*chunks)[64] = chunks_of(panel, groups, first + g);
@@ -154,15 +156,15 @@ struct ready_groups {
 /// The f32 sums of a block of tokens for one panel.
 using block_sums = float[nr][16];
 
-/// Keeps the compiler from holding sums in registers over several groups: there are none left, so it would spill them,
-/// and write them to their place all the same.
+/// Keeps the compiler from holding sums in registers over several groups. No registers are left, so it would spill the
+/// sums and still write them to their place.
 inline void sums_stay_in_memory() {
 #if defined(__GNUC__)
     asm volatile("" : : : "memory");
 #endif
 }
 
-/// Adds D * I of 8 rows, times the scale of (token, group) if there is one, to `sums`.
+/// Adds D * I of 8 rows, times the (token, group) scale if there is one, to `sums`.
 template <bool per_group>
 inline void add_group(float *sums, __m256 d, __m256i integers, const float *scale) {
     __m256 product = _mm256_cvtepi32_ps(integers);
@@ -196,7 +198,7 @@ void add_groups(const source &w, int groups, const int8_t *q, const int32_t *bia
     }
 }
 
-/// add_groups for the number of tokens and the mode at hand.
+/// Calls add_groups for the number of tokens and the mode.
 template <class policy, class source>
 void add_groups_of(const activation_block &block, bool per_group, const source &w, int first, int groups,
                    block_sums sums) {
@@ -213,7 +215,7 @@ void add_groups_of(const activation_block &block, bool per_group, const source &
                                   block.scale + (per_group ? skipped : 0), sums);
 }
 
-/// Final factors, and out.
+/// Applies the final factors and stores the results.
 inline void store_block(const gemm_args &args, const activation_block &block, int b, int panel, const block_sums sums) {
     for (int t = 0; t < block.n; t++) {
         const __m256 factor = _mm256_set1_ps(final_factor(args, block, t));
@@ -256,7 +258,7 @@ void multiply_panel(const gemm_args &args, int panel, int begin, int end) {
     for (int b = begin; b < end; b++) store_block(args, block_at<nr>(args, b), b, panel, sums[b - begin]);
 }
 
-/// The gemm_fn of a kernel. The outer loop is over tokens: their activations stay in L2 while the weights pass by.
+/// The gemm_fn of a kernel. The outer loop is over tokens: their activations stay in L2 while the weights stream past.
 template <class policy>
 void multiply(const gemm_args &args) {
     const int blocks = (args.n_tokens + nr - 1) / nr;
@@ -268,7 +270,7 @@ void multiply(const gemm_args &args) {
 
 // quantizer
 
-/// The arithmetic that quantize_token asks for.
+/// The arithmetic that quantize_token calls.
 template <int offset4>
 struct quantize_ops {
     class maximum {
@@ -331,12 +333,12 @@ struct quantize_ops {
             __m256i v[4];
             for (int j = 0; j < 4; j++) {
                 const __m256 refined = _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), _mm256_set1_ps(refine));
-                // The conversion rounds as the thread is set to: to nearest, ties to even.
+                // The conversion uses the thread's rounding mode: to nearest, ties to even.
                 const __m256i value = _mm256_cvtps_epi32(_mm256_mul_ps(refined, _mm256_set1_ps(factor)));
                 v[j] = _mm256_max_epi32(low, _mm256_min_epi32(high, value));
                 sum = _mm256_add_epi32(sum, v[j]);
             }
-            // Packing works within 128-bit lanes: the first holds columns 0..3 of each v[j], the second columns 4..7.
+            // Packing works in 128-bit lanes: the first holds columns 0..3 of each v[j], the second columns 4..7.
             alignas(32) int8_t bytes[2][4][4];
             const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
             _mm256_store_si256(reinterpret_cast<__m256i *>(bytes), _mm256_add_epi8(packed, offset));

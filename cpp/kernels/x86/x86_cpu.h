@@ -1,7 +1,7 @@
-// Internal to the x86 kernels: what the CPU offers and the operating system has switched on.
+// Internal to the x86 kernels: detects what the CPU offers and the operating system has enabled.
 //
-// CPUID is asked directly instead of through __builtin_cpu_supports, because the names that function knows differ
-// between compilers and their versions ("f16c" and "avxvnni" in particular), and MSVC has no such function.
+// CPUID is read directly instead of with __builtin_cpu_supports. The feature names of that function differ between
+// compilers and versions ("f16c" and "avxvnni" in particular), and MSVC does not have it.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ namespace {
 
 struct x86_features {
     bool avx2;        ///< AVX2, FMA and F16C
-    bool avxvnni;     ///< the above and the VEX encoded VPDPBUSD
-    bool avx512vnni;  ///< the above (but for avxvnni) and AVX512F, BW, VL and VNNI
+    bool avxvnni;     ///< the above and the VEX-encoded VPDPBUSD
+    bool avx512vnni;  ///< the above (except avxvnni) and AVX512F, BW, VL and VNNI
 };
 
 struct cpuid_result {

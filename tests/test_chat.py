@@ -1,0 +1,214 @@
+"""`chat` and `generate` with what people really have: odd templates, long conversations, bytes that are no text."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import pytest
+from command_line import COMMAND, environment, heeding_interrupts, process, run
+
+from agq_gguf.errors import InputError
+from agq_gguf.runtime.chat_format import Prompt, by_name, format_names
+from agq_gguf.runtime.conversation import Conversation
+from agq_gguf.runtime.text import TextModel
+
+BROKEN = {
+    "syntax": "{% for m in messages %}{{ m.content }}{% endfor",
+    "a Go template": "{{ if .System }}{{ .System }}{{ end }}{{ .Prompt }}",
+    "an unknown filter": "{% for m in messages %}{{ m.content | from_json }}{% endfor %}",
+    "an unknown tag": "{% whatever %}{% for m in messages %}{{ m.content }}{% endfor %}",
+}
+UNSUITED = {
+    "no system role": "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+    "adds what is not there": "{% for m in messages %}{{ m.content + m.tool_calls }}{% endfor %}",
+    "calls what is not there": "{{ nosuch('x') }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "wants parts": "{% for m in messages %}{{ m.content[0].text + 'x' }}{% endfor %}",
+}
+SIMPLE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+
+
+def with_template(source: Path, target: Path, template: str) -> Path:
+    """A copy of a model with another chat template."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "tokenizer.chat_template"):
+            kind = field.types[0]
+            sub_type = field.types[-1] if kind is gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), kind, sub_type=sub_type)
+    writer.add_chat_template(template)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_template_that_cannot_be_compiled(name: str, llama_f16: Path, tmp_path: Path) -> None:
+    path = with_template(llama_f16, tmp_path / "m.gguf", BROKEN[name])
+    refusal = run("chat", path, "-t", 1, input="hello\n", code=2).stderr
+    assert "the chat template cannot be compiled" in refusal and "--chat-format" in refusal
+    assert len(run("generate", path, "-p", "the", "-n", 4, "-t", 1).stdout) > 2
+    assert run("chat", path, "-t", 1, "-n", 4, "--chat-format", "chatml", input="hello\n").stdout
+
+
+@pytest.mark.parametrize("name", UNSUITED)
+def test_a_template_that_does_not_suit_the_conversation(name: str, llama_f16: Path, tmp_path: Path) -> None:
+    path = with_template(llama_f16, tmp_path / "m.gguf", UNSUITED[name])
+    refusal = run("chat", path, "-t", 1, "--system", "be brief", input="hello\n", code=2).stderr
+    assert "the chat template cannot show this conversation" in refusal
+
+
+def test_own_template_file_and_formats(llama_f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def answer(text: TextModel, prompt: Prompt, **_: object) -> list[str]:
+        seen.append(prompt.text)
+        return ["fine"]
+
+    monkeypatch.setattr(TextModel, "continued", answer)
+    path = with_template(llama_f16, tmp_path / "m.gguf", SIMPLE)
+    (tmp_path / "t.jinja").write_text("<{{ messages[-1].content }}>", encoding="utf-8")
+    run("chat", path, "-t", 1, input="hello\nagain\n")
+    run("chat", path, "-t", 1, "--template", tmp_path / "t.jinja", input="hello\n")
+    run("chat", path, "-t", 1, "--chat-format", "plain", input="hello\n")
+    run("chat", path, "-t", 1, "--chat-format", "gemma", input="hello\n")
+    assert seen == [
+        "[user] hello\n",
+        "[user] hello\n[assistant] fine\n[user] again\n",
+        "<hello>",
+        "hello\n",
+        "<start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\n",
+    ]
+    assert "chat format must be one of" in run("chat", path, "--chat-format", "x", input="", code=2).stderr
+    assert "exclude" in run("chat", path, "--chat-format", "x", "--template", path, input="", code=2).stderr
+
+
+def test_formats_of_llama_cpp() -> None:
+    assert {"chatml", "gemma", "llama3", "mistral-v1"} <= set(format_names())
+    long = [{"role": "user", "content": "\N{SNOWMAN}" * 5000}]
+    assert long[0]["content"] in by_name("chatml")(long).text
+
+
+def lines(messages: object) -> Prompt:
+    """A format in which each message is a line."""
+    assert isinstance(messages, list)
+    return Prompt("".join(f"{m['role'][0]}: {m['content']}\n" for m in messages), True)
+
+
+def test_a_long_conversation_drops_the_oldest_turns(llama_f16: Path) -> None:
+    with TextModel(llama_f16, context=128, threads=1) as text:
+        talk = Conversation(text, lines, "the system", tokens=16, temperature=0, seed=1)
+        dropped = 0
+        for i in range(12):
+            said = "".join(talk.answer(f"the red key in the box {i}"))
+            assert said.strip()
+            dropped += talk.dropped
+            prompt = talk._prompt().text
+            assert prompt.startswith("s: the system\n") and f"box {i}" in prompt
+            assert len(text.tokenize(Prompt(prompt, True))) < 128
+        assert dropped > 8 and len(talk.messages) == 24  # nothing that was said is lost
+        with pytest.raises(InputError, match="shorten it or use a larger --ctx"):
+            list(talk.answer("key " * 300))
+        assert len(talk.messages) == 24
+        assert "".join(talk.answer("the cat"))
+        assert "the red key in the box 3" in talk.as_markdown()
+
+
+def test_bytes_that_are_no_text(llama_f16: Path) -> None:
+    shown = subprocess.run(
+        [*COMMAND, "chat", str(llama_f16), "-n", "4", "-t", "1", "--temp", "0", "--chat-format", "plain"],
+        input=b"caf\xe9 \xff\xfe\nthe cat\n", capture_output=True, timeout=120, check=False, env=environment(),
+    )  # fmt: skip
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    assert len(shown.stdout.splitlines()) >= 2
+
+
+def test_stops_are_held_back(llama_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TextModel(llama_f16, context=64, threads=1) as text:
+        plain = "".join(text.continued("the red key", tokens=12, temperature=0))
+        stop = plain[4:8]
+        cut = "".join(text.continued(Prompt("the red key", False, (stop,)), tokens=12, temperature=0))
+        assert stop not in cut
+        same = "".join(text.continued(Prompt("the red key", False, ("no such text",)), tokens=12, temperature=0))
+        assert same == "".join(text.continued(Prompt("the red key", False), tokens=12, temperature=0))
+
+
+def test_a_second_text_with_the_same_beginning(llama_f16: Path) -> None:
+    """What the cache holds is used again, and changes nothing."""
+    with TextModel(llama_f16, context=128, threads=1) as text:
+        first = "".join(text.continued("the red key in the box", tokens=10, temperature=0))
+        text.read(text.tokenize("the red door"))
+        assert "".join(text.continued("the red key in the box", tokens=10, temperature=0)) == first
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
+def test_a_chat_at_a_terminal(llama_f16: Path, tmp_path: Path) -> None:
+    path = with_template(llama_f16, tmp_path / "m.gguf", SIMPLE)
+    saved = tmp_path / "talk.md"
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "chat", str(path), "-n", "8", "-t", "1", "--temp", "0"],
+        stdin=slave, stdout=slave, stderr=slave, env=environment(TERM="dumb"), preexec_fn=heeding_interrupts,
+    ) as chat:  # fmt: skip
+        os.close(slave)
+        shown = b""
+
+        def until(text: bytes) -> bytes:
+            nonlocal shown
+            end = time.monotonic() + 60
+            while text not in shown:
+                assert time.monotonic() < end, shown
+                try:
+                    shown += os.read(master, 4096)
+                except OSError:
+                    pytest.fail(f"the chat ended: {shown!r}")
+            found, shown = shown.split(text, 1)
+            return found
+
+        assert b"/help lists commands" in until(b"\n> ")
+        for typed, answer in [
+            (b"/help\n", b"stop the answer"), (b"/nonsense\n", b"unknown command /nonsense"),
+            (b"/system be brief\n", b"system prompt changed"), (b"the cat\n", b""),
+            (b'"""\nthe dog\nand the cat\n"""\n', b""), (b"/save " + os.fsencode(saved) + b"\n", b"written"),
+            (b"/save /no/such/folder/x\n", b"cannot be written"), (b"/reset\n", b"a new conversation"),
+        ]:  # fmt: skip
+            os.write(master, typed)
+            assert answer in until(b"\n> ")
+        chat.send_signal(signal.SIGINT)  # at the prompt: does not end the program
+        until(b"> ")
+        os.write(master, b"\x04")
+        assert chat.wait(60) == 0
+    os.close(master)
+    text = saved.read_text(encoding="utf-8")
+    assert text.startswith("**System**\n\nbe brief\n\n**User**\n\nthe cat\n")
+    assert "**User**\n\nthe dog\nand the cat\n" in text
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(llama_f16: Path) -> None:
+    with TextModel(llama_f16, context=128, threads=1) as text:
+        talk = Conversation(text, lines, tokens=50, temperature=0, seed=1)
+        answer = talk.answer("the cat")
+        first = next(answer)
+        with pytest.raises(KeyboardInterrupt):
+            answer.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+        assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+        assert talk.messages[1]["content"] == first
+        assert "".join(talk.answer("the dog"))
+
+
+def test_a_name_that_is_no_text(llama_agq: Path, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.gguf"))
+    path.write_bytes(llama_agq.read_bytes())
+    shown = process("generate", path, "-p", "the", "-n", 4, "-t", 1)
+    assert (shown.returncode, shown.stderr) == (0, "") and len(shown.stdout) > 2

@@ -1,0 +1,202 @@
+"""`serve` with llama.cpp's llama-server: how it is found and started, and several people at once.
+
+    AGQ_LLAMA_SERVER=build/bin/llama-server pytest --slow tests/test_llama_server.py
+
+runs the last tests with a real one; a stand-in program shows everywhere what it would be started with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import COMMAND, environment, heeding_interrupts, process
+
+from agq_gguf.errors import InputError
+from agq_gguf.integrations import llama_server
+from agq_gguf.integrations.llama_server import ServerOptions, command_line, find_server
+from agq_gguf.runtime.text import TextModel
+
+REAL = os.environ.get("AGQ_LLAMA_SERVER", "")
+PEOPLE = 8
+
+# Writes down what it was started with, and answers like a server whose model is loaded.
+STAND_IN = """#!{python}
+import http.server, json, os, sys
+arguments = sys.argv[1:]
+with open({log!r}, "w") as file:
+    json.dump([arguments, os.environ.get("GGML_BACKEND_PATH"), os.environ.get("LD_PRELOAD")], file)
+if "--fail" in arguments:
+    sys.exit("no such option: --fail")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
+    def log_message(self, *_): pass
+host, port = (arguments[arguments.index(name) + 1] for name in ("--host", "--port"))
+http.server.HTTPServer((host, int(port)), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program called llama-server."""
+    program = tmp_path / "bin" / "llama-server"
+    program.parent.mkdir()
+    program.write_text(STAND_IN.format(python=sys.executable, log=str(tmp_path / "log.json")))
+    program.chmod(0o755)
+    return program
+
+
+def started(*arguments: object, **variables: str) -> tuple[str, str, int]:
+    """Starts `serve`, waits for its address, ends it as Ctrl-C does; returns the address, stderr and the exit code."""
+    command = [*COMMAND, "serve", *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**variables),
+        preexec_fn=heeding_interrupts,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        line = running.stdout.readline()
+        with urllib.request.urlopen(line.split()[2] + "/models", timeout=60) as response:
+            assert response.status == 200
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    return line, errors, running.returncode
+
+
+def test_the_command_line() -> None:
+    options = ServerOptions("::1", 8080, 0, 3, 2, False, "secret", ("--metrics", "--cache-reuse", "64"))
+    words = command_line(Path("bin/llama-server"), Path("models/story-agq4.gguf"), options, 512)
+    assert words[0] == "bin/llama-server" and words[-3:] == ["--metrics", "--cache-reuse", "64"]
+    pairs = dict(zip(words[1:-3:2], words[2:-3:2], strict=True))
+    assert pairs == {
+        "--model": "models/story-agq4.gguf", "--alias": "story-agq4", "--host": "::1", "--port": "8080",
+        "--ctx-size": "1536", "--parallel": "3", "--threads": "2", "--threads-batch": "2", "--flash-attn": "off",
+        "--api-key": "secret",
+    }  # fmt: skip
+    assert "8192" in command_line(Path("s"), Path("m"), ServerOptions(slots=2), 1 << 17)
+
+
+def test_where_the_program_is_looked_for(stand_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_server() is None
+    assert find_server(stand_in) == stand_in
+    monkeypatch.setenv("PATH", str(stand_in.parent))
+    assert find_server() == stand_in
+    with pytest.raises(InputError, match="is no program that can be run"):
+        find_server(tmp_path / "nothing")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into programs")
+def test_a_program_that_cannot_load_the_plugin(stand_in: Path, llama_agq: Path) -> None:
+    shown = process("serve", llama_agq, "--server", stand_in, "--port", 0)
+    assert shown.returncode == 2 and "llama-server" in shown.stderr and "Traceback" not in shown.stderr
+
+
+def test_serve_starts_it(
+    stand_in: Path, llama_f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llama_server, "environment_for", lambda program: {**os.environ, "GGML_BACKEND_PATH": "plugin"})
+    addresses: list[str] = []
+
+    def ready(url: str) -> None:
+        addresses.append(url)
+        raise KeyboardInterrupt
+
+    options = ServerOptions(slots=2, rest=("--metrics",))
+    assert llama_server.serve_with(stand_in, llama_f16, options, ready) == 0
+    [url] = addresses
+    arguments, backend, _ = json.loads((tmp_path / "log.json").read_text())
+    assert backend == "plugin" and arguments[-1] == "--metrics"
+    assert url == f"http://127.0.0.1:{arguments[arguments.index('--port') + 1]}"
+    with pytest.raises(Exception, match="ended with exit code 1"):
+        llama_server.serve_with(stand_in, llama_f16, ServerOptions(rest=("--fail",)), ready)
+    assert "no such option" in capfd.readouterr().err
+
+
+def test_what_is_only_for_one_of_the_servers(stand_in: Path, llama_f16: Path) -> None:
+    for options in (["--set", "n_batch=64"], ["--logprobs"]):
+        assert "use --server python" in process("serve", llama_f16, "--server", stand_in, *options).stderr
+    refusal = process("serve", llama_f16, "--server", "python", "--port", 0, "--", "--metrics").stderr
+    assert "is for llama-server" in refusal
+
+
+def test_without_a_program_it_says_what_is_missing(llama_f16: Path, tmp_path: Path) -> None:
+    line, errors, code = started(llama_f16, "--port", 0, "-c", 128, "-t", 1, PATH=str(tmp_path))
+    assert re.match(r"serving at http://127.0.0.1:\d+/v1\n", line) and code == 0
+    assert "one request at a time" in errors
+
+
+# a real one
+
+
+@pytest.fixture(scope="module")
+def served(llama_agq: Path) -> Iterator[str]:
+    if not REAL:
+        pytest.skip("AGQ_LLAMA_SERVER is not set: a llama-server of llama.cpp")
+    command = [*COMMAND, "serve", llama_agq, "--server", REAL, "--port", 0, "-t", 2, "-c", 256, "--slots", PEOPLE]
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(),
+        preexec_fn=heeding_interrupts,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        line = running.stdout.readline()
+        found = re.match(r"serving at (http://127\.0\.0\.1:\d+)/v1 with ", line)
+        assert found, line
+        yield found[1]
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 0
+
+
+def ask(url: str, path: str, body: dict[str, Any]) -> str:
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return str(response.read().decode())
+
+
+@pytest.mark.slow
+def test_several_people_at_once(served: str, llama_agq: Path) -> None:
+    """Each gets what it would get alone, streamed to the end."""
+    prompts = [f"the red key in the box {i} and the blue door" for i in range(PEOPLE)]
+    with TextModel(llama_agq, context=256, threads=1) as model:
+        alone = ["".join(model.continued(p, tokens=12, temperature=0)) for p in prompts]
+    answers: list[str] = [""] * PEOPLE
+
+    def person(i: int) -> None:
+        body = {"prompt": prompts[i], "max_tokens": 12, "temperature": 0, "stream": True}
+        events = [e[6:] for e in ask(served, "/v1/completions", body).split("\n\n") if e.startswith("data: ")]
+        assert events[-1] == "[DONE]"
+        parts = [json.loads(event)["choices"][0] for event in events[:-1]]
+        assert parts[-1]["finish_reason"] == "length"
+        answers[i] = "".join(part["text"] for part in parts)
+
+    people = [threading.Thread(target=person, args=(i,)) for i in range(PEOPLE)]
+    for one in people:
+        one.start()
+    for one in people:
+        one.join()
+    same = sum(answer.strip() == wanted.strip() for answer, wanted in zip(answers, alone, strict=True))
+    assert all(len(answer) > 10 for answer in answers) and same >= PEOPLE - 1
+
+
+@pytest.mark.slow
+def test_health_schema_and_page(served: str) -> None:
+    with urllib.request.urlopen(f"{served}/health", timeout=30) as response:
+        assert response.status == 200
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    body = {
+        "messages": [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "a number"}],
+        "max_tokens": 40, "temperature": 0, "chat_template": "chatml",
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    }  # fmt: skip
+    text = json.loads(ask(served, "/v1/chat/completions", body))["choices"][0]["message"]["content"]
+    assert text.lstrip().startswith("{")
