@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.runtime.abilities import Abilities, abilities_of
 from agq_gguf.runtime.cpus import default_threads
+from agq_gguf.runtime.interrupts import Interrupts
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import last_error, redirect
 from agq_gguf.runtime.model_file import prepare
@@ -264,9 +266,11 @@ class Context(_Closable):
         parameters.type_k = parameters.type_v = _CACHE_TYPES[cache]
         parameters.embeddings = embeddings
         parameters.no_perf = True
+        self._interrupts = Interrupts()
+        self._calls_back = eval_callback is not None
         if eval_callback is not None:
             self._eval_callback = api.ggml_backend_sched_eval_callback(
-                lambda tensor, ask, _: eval_callback(tensor, ask)
+                lambda tensor, ask, _: self._interrupts.asked is None and eval_callback(tensor, ask)
             )
             parameters.cb_eval = self._eval_callback
         redirect.errors.clear()
@@ -293,14 +297,15 @@ class Context(_Closable):
 
     def decode(self, batch: Batch) -> None:
         """Runs the batch and waits for the result. Raises HostError if llama.cpp fails."""
-        status = self._decode(self._context, batch.raw)
-        if status != 0:
-            raise HostError(self._failure(status))
-        self._synchronize(self._context)
+        self._run(self._decode, batch)
 
     def encode(self, batch: Batch) -> None:
         """Runs the batch, of at most n_ubatch tokens, through the encoder. Raises HostError if llama.cpp fails."""
-        status = self._api.llama_encode(self._context, batch.raw)
+        self._run(self._api.llama_encode, batch)
+
+    def _run(self, function: Any, batch: Batch) -> None:
+        with self._interrupts.deferred() if self._calls_back else nullcontext():
+            status = function(self._context, batch.raw)
         if status != 0:
             raise HostError(self._failure(status))
         self._synchronize(self._context)

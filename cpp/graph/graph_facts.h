@@ -1,4 +1,5 @@
 // What the pruning pass needs to know about a graph: numbers for its tensors, its inputs, and where its attentions are.
+#pragma once
 
 #include <cstdint>
 #include <string>
