@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.gguf_io.writer import Writer, layout
-from agq_gguf.graphs.llama import STAGES, why_not
 
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+READERS = {"attn_norm": ("attn_q", "attn_k", "attn_v"), "ffn_norm": ("ffn_gate", "ffn_up")}  # of what a norm makes
 DTYPES = {"f16": np.float16, "f32": np.float32}
 Array = NDArray[np.float64]
 
@@ -58,8 +59,8 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
     with open_gguf(args.source) as reader:
-        if problem := why_not(reader):
-            raise SystemExit(f"{args.source}: {problem}")
+        if reader.architecture not in ARCHITECTURES or "blk.0.ffn_gate.weight" not in reader.tensors:
+            raise SystemExit(f"{args.source}: must be one of {', '.join(ARCHITECTURES)} without experts")
         types = {name: tensor.type_name for name, tensor in reader.tensors.items()}
         tensors = {name: np.array(reader.read(name), np.float64) for name in types}
         layers = int(reader.get(f"{reader.architecture}.block_count"))
@@ -69,7 +70,7 @@ def main() -> None:
         types.setdefault("output.weight", types["token_embd.weight"])
         behind = {"output_norm.weight": ["output.weight"]}
         for layer in range(layers):
-            for norm, names in (("attn_norm", STAGES[0]), ("ffn_norm", STAGES[2])):
+            for norm, names in READERS.items():
                 behind[f"blk.{layer}.{norm}.weight"] = [f"blk.{layer}.{name}.weight" for name in names]
             for name in ("attn_output", "ffn_down"):
                 key = f"blk.{layer}.{name}.weight"

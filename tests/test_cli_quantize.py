@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_architectures
 import typer
 from command_line import CONTROL, environment, run
 
@@ -86,6 +87,17 @@ def test_dry_run_writes_nothing(small: Path, tmp_path: Path) -> None:
     assert "the run would need about" in shown.stdout and "of memory" in shown.stdout
     assert "nothing was written" in shown.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_whether_best_is_possible(small: Path, tmp_path: Path) -> None:
+    def warned(source: Path, quality: str) -> str:
+        return run("quantize", source, tmp_path / "out.gguf", "--dry-run", "--quality", quality).stderr
+
+    assert warned(small, "best") == ""
+    source = tiny_architectures.write_t5(tmp_path / "t5.gguf")
+    assert warned(source, "balanced") == ""
+    told = 'warning: falling back to quality "balanced": "best" does not support this model (it has an encoder and a'
+    assert warned(source, "best").startswith(told)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from agq_gguf.errors import AgqError, InputError
 from agq_gguf.gguf_io.reader import Reader, check_source, open_gguf
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.gguf_io.writer import Value, Writer
-from agq_gguf.graphs.registry import graph_of, why_not
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.inspection.report import gather
 from agq_gguf.inspection.verify import verify
@@ -76,8 +75,6 @@ def use(path: Path) -> None:
     attempt(partial(gather, tokens=0), path)
     with suppress(AgqError), open_model(path) as reader:
         attempt(check_source, reader)
-        if "token_embd.weight" in reader.tensors and why_not(reader) == "":
-            attempt(graph_of, reader, 0)
 
 
 def test_every_key_that_is_read(
@@ -94,7 +91,7 @@ def test_every_key_that_is_read(
     for path in models_here:
         use(path)
     keys = sorted(asked)
-    assert len(keys) > 30 and {"llama.context_length", "split.count", "agq.prune.keep"} <= asked
+    assert len(keys) > 20 and {"llama.context_length", "split.count", "agq.prune.keep"} <= asked
     for key in keys:
         for value in ODD:
             odd = copy(models_here[key.startswith("agq.")], tmp_path / "odd.gguf", {key: value})

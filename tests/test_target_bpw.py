@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from executors import opened
 from torch.nn import functional
 
 from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import Tensor, open_gguf
-from agq_gguf.graphs.registry import graph_of
+from agq_gguf.graphs.run import Reading
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.measure.evaluate import evaluate
 from agq_gguf.quantization import stock_types
@@ -91,47 +92,47 @@ def test_types_that_do_not_fit_are_not_offered() -> None:
 # the cost
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "bloom"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "bloom", "mixtral"])
 def test_gradients_foretell_the_divergence(kind: str, tmp_path: Path) -> None:
     """Each tensor's cost against the divergence of the model in which just this tensor is AGQ4."""
-    tied = kind != "untied"
+    tied = kind in ("tied", "bloom")
     if kind == "bloom":
         path = tiny_models.write_bloom(tmp_path / "m.gguf", n_layer=1)
     else:
-        path = tiny_models.write_llama(tmp_path / "m.gguf", n_layer=1, tied=tied)
+        path = tiny_models.write_llama(
+            tmp_path / "m.gguf", n_layer=1, tied=tied, n_expert=4 * (kind == "mixtral"), n_expert_used=2
+        )
     tokens = torch.randint(300, 500, (8, 64), generator=torch.Generator().manual_seed(0))
     options = MatrixOptions()
-    with open_gguf(path) as reader:
-        graph = graph_of(reader, 1 << 30)
+    with opened(path, 64) as (run, _, _):
         names = ["blk.0.attn_qkv.weight" if kind == "bloom" else "blk.0.attn_v.weight", "blk.0.ffn_down.weight"]
+        names = ["blk.0.attn_v.weight", "blk.0.ffn_down_exps.weight"] if kind == "mixtral" else names
         names += ["token_embd.weight"] if tied else ["token_embd.weight", "output.weight"]
-        found = costs.by_gradients(graph, tokens, dict.fromkeys(names, BOTH), options, QUIET)
+        found = costs.by_gradients(run, tokens, dict.fromkeys(names, BOTH), options, QUIET)
         assert set(found) == set(names)
 
         inputs: dict[str, torch.Tensor] = {}
 
-        def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-            inputs.setdefault(f"{name}.weight", x.flatten(0, 1))
-            return graph.linear(name, x)
+        def note(place: Reading) -> None:
+            if place.given is not None:
+                inputs.setdefault(place.weight, place.given.flatten(0, -2))
 
         def scores() -> torch.Tensor:
-            with torch.no_grad():
-                x = graph.block(0, graph.embed(tokens), linear)
-                inputs.setdefault("output.weight", graph.normed(x).flatten(0, 1))
-                return functional.log_softmax(graph.logits(x), -1)
+            with torch.no_grad(), run.replacing(readings=note):
+                return functional.log_softmax(run.forward(tokens), -1)
 
         wanted = scores()
         for name in names:
-            given = inputs["output.weight"] if tied and name == "token_embd.weight" else inputs.get(name)
-            known = None if given is None else costs._stats(given)
-            rough = costs.rounded(graph.tensor(name).numpy(), "agq4", known, options)
-            with graph.replacing({name: torch.from_numpy(rough)}):
+            known = costs._stats(inputs[name]) if name in inputs else None
+            weight = run.weight(name)
+            rough = [costs.rounded(w, "agq4", known, options) for w in weight.numpy().reshape(-1, *weight.shape[-2:])]
+            with run.replacing({name: torch.from_numpy(np.stack(rough)).reshape(weight.shape)}):
                 real = float((wanted.exp() * (wanted - scores())).sum(-1).mean())
             assert real / 2 < found[name]["agq4"] < 2 * real
             assert found[name]["q8_0"] < 0.1 * found[name]["agq4"]
 
 
-def test_errors_where_the_graph_is_not_known(gpt2_f16: Path, words: str) -> None:
+def test_errors_where_gradients_are_not_known(gpt2_f16: Path, words: str) -> None:
     """The output matrix counts as much as all blocks together; with statistics, channels count as they are used."""
     types = {
         plan.source.name: BOTH for plan in plan_file(gpt2_f16, QuantizeOptions(output_type="agq4")) if not plan.reason

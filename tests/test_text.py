@@ -12,7 +12,7 @@ from command_line import run
 
 from agq_gguf.errors import InputError
 from agq_gguf.gguf_io.reader import open_gguf
-from agq_gguf.gguf_io.tensor_names import in_layer, kind_of, layer_of, split_name
+from agq_gguf.gguf_io.tensor_names import kind_of, layer_of, split_name
 from agq_gguf.text import load_text, read_text
 
 TEXT = "Grüße, the café is open. " * 40
@@ -85,7 +85,6 @@ def test_strings_are_kept_as_pieces() -> None:
 
 
 def test_names_of_tensors() -> None:
-    assert in_layer(3, "attn_q.weight") == "blk.3.attn_q.weight"
     assert layer_of("blk.12.ffn_up.weight") == 12 and layer_of("output.weight") is None and layer_of("blk.x.y") is None
     assert split_name("blk.0.a.b.c") == (0, "a.b.c") and split_name("token_embd.weight") == (None, "token_embd.weight")
     assert kind_of("blk.7.attn_k.weight") == "attn_k" and kind_of("output.weight") == "output"

@@ -114,7 +114,7 @@ def write_gpt_oss(path: Path | str) -> Path:
     return _ends(model, quiet)
 
 
-def _write_gemma(path: Path | str, arch: str) -> Path:
+def _write_gemma(path: Path | str, arch: str, *, tied: bool = True) -> Path:
     model = _start(path, arch)
     _heads(model)
     model.writer.add_layer_norm_rms_eps(1e-6)
@@ -130,7 +130,7 @@ def _write_gemma(path: Path | str, arch: str) -> Path:
         _gated(model, block)
         model.norm(block + "post_attention_norm", E, outliers=False)
         model.norm(block + "post_ffw_norm", E, outliers=False)
-    return _ends(model, quiet, tied=True)
+    return _ends(model, quiet, tied=tied)
 
 
 def write_gemma2(path: Path | str) -> Path:
@@ -138,9 +138,9 @@ def write_gemma2(path: Path | str) -> Path:
     return _write_gemma(path, "gemma2")
 
 
-def write_gemma3(path: Path | str) -> Path:
+def write_gemma3(path: Path | str, *, tied: bool = True) -> Path:
     """Gemma 3: norms on queries and keys, every second layer with a sliding window, tied output."""
-    return _write_gemma(path, "gemma3")
+    return _write_gemma(path, "gemma3", tied=tied)
 
 
 def write_phi3(path: Path | str) -> Path:

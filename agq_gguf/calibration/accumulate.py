@@ -90,12 +90,17 @@ def merge(parts: list[InputStats]) -> InputStats:
     )
 
 
+def own_share(tokens: int) -> float:
+    """How much of an expert's statistics comes from the `tokens` that it has seen; the rest, from all tokens."""
+    return tokens / (tokens + _EXPERT_PRIOR)
+
+
 def _with_prior(own: InputStats, whole: InputStats) -> InputStats:
     """An expert's statistics mixed with those of all experts; the fewer tokens it has seen, the more.
 
     The expert's Hessian is overwritten.
     """
-    s = np.float32(own.tokens / (own.tokens + _EXPERT_PRIOR))
+    s = np.float32(own_share(own.tokens))
     if own.hessian is not None and whole.hessian is not None:
         mixed = own.hessian
         for rows in _rows(mixed):

@@ -100,14 +100,6 @@ class Calibrator:
         """Number of tokens in one pass over the text."""
         return sum(map(len, self.chunks))
 
-    def logits(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Logits [n, vocabulary] of the float model for separate tokens, at most as many as in a chunk."""
-        self._visit = lambda node, ask: False
-        self._context.clear()
-        batch = Batch(tokens, first_logits=0)
-        self._context.decode(batch)
-        return self._context.logits(batch).copy()
-
     def passes(self, memory: int, hessians: bool = True) -> list[list[Input]]:
         """Splits the inputs, in graph order, into parts whose Hessians fit into `memory` bytes."""
         if not hessians:

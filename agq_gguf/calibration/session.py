@@ -49,10 +49,11 @@ class Session:
         """Tokens per chunk: `context`, or the model's trained context if that is smaller."""
         return min(context, self.model.n_ctx_train or context)
 
-    def chunks(self, size: int, max_tokens: int) -> list[NDArray[np.int32]]:
+    def chunks(self, size: int, max_tokens: int, *, equal: bool = False) -> list[NDArray[np.int32]]:
         """Chunks of `size` tokens, spread over the text, with up to `max_tokens` tokens in total.
 
-        Each chunk includes the model's special tokens at its ends. Raises InputError if `size` is too small.
+        Each chunk includes the model's special tokens at its ends. The last one may be shorter; with `equal` it begins
+        earlier instead. Raises InputError if `size` is too small.
         """
         around = self.model.tokenize("")
         first, last = np.split(around, [int(self.model.add_bos and len(around) > 0)])
@@ -66,6 +67,8 @@ class Session:
         bodies = [tokens[i : i + body] for i in range(0, len(tokens), body)]
         if len(bodies) > 1 and len(bodies[-1]) < body // 4:
             bodies.pop()  # a few words without context are not typical input
+        if equal and len(bodies) > 1:
+            bodies[-1] = tokens[-body:] if len(bodies[-1]) < body else bodies[-1]
         n_chunks = max(1, min(len(bodies), max_tokens // size))
         return [np.concatenate([first, bodies[i * len(bodies) // n_chunks], last]) for i in range(n_chunks)]
 

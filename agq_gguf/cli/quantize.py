@@ -157,8 +157,13 @@ def quantize(
         raise InputError("--prune does not support several files; leave out --split-max-size")
     if dry_run:
         plans = pipeline.plan_file(source, options, calibration=calibration, imatrix=imatrix)
+        warnings = pipeline.plan_warnings(source, options)
+        if warnings:
+            options = replace(options, quality="balanced")
         needed = estimate(plans, options, calibrated=calibration is not None, threads=threads or default_threads())
         (write_plan if as_json else show_plan)(plans, needed)
+        for warning in warnings:
+            show.complain(f"warning: {warning}")
         return
     with show.ProgressView(quiet=quiet or as_json) as view:
         text = None if calibration is None else load_text(calibration)

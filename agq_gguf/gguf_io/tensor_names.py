@@ -11,11 +11,6 @@ _IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)", re.DOTALL)
 _SUFFIX = ".weight"
 
 
-def in_layer(layer: int, kind: str) -> str:
-    """The name of a layer's tensor: ``blk.3.attn_q.weight`` of 3 and ``attn_q.weight``."""
-    return f"blk.{layer}.{kind}"
-
-
 def layer_of(name: str) -> int | None:
     """The layer of a tensor; None outside the layers."""
     found = _IN_LAYER.fullmatch(name)

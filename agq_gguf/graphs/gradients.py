@@ -1,53 +1,62 @@
-"""Gradients of -log p(token) for tokens drawn from the model's own prediction, block by block."""
+"""Goes backward through a graph segment by segment: gradients with respect to what every weight yields."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-from torch.nn import functional
 
-from agq_gguf.graphs.llama import LlamaGraph, State
+from agq_gguf.graphs.run import Executor, Reading, State
+from agq_gguf.graphs.segments import Segment
+
+Loss = Callable[[torch.Tensor], torch.Tensor]  # output [batch, rows, columns] -> scalar
+Visit = Callable[[Reading, torch.Tensor], None]  # a place with a weight, and the gradient by what it yields
 
 
-def logits_gradient(
-    graph: LlamaGraph, x: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of -log p of drawn tokens, with respect to the last block's x and the logits [tokens, vocabulary]."""
-    x = x.detach().requires_grad_()
-    logits = graph.logits(x)
-    scores = functional.log_softmax(logits, -1).flatten(0, -2)
+def gradients(run: Executor, parts: list[Segment], tokens: torch.Tensor, loss: Loss, visit: Visit) -> float:
+    """The loss for `tokens` [batch, n] int64; calls `visit` once for every place with a weight, the last one first.
+
+    Memory: the state at the end of each segment, and the values of one segment, which is computed again for it.
+    """
+    states = [run.start(tokens)]
     with torch.no_grad():
-        drawn = torch.multinomial(scores.exp(), 1, generator=generator)
-    by_x, by_logits = torch.autograd.grad(-scores.gather(1, drawn).sum(), [x, logits])
-    return by_x, by_logits.flatten(0, -2)
+        for part in parts[:-1]:
+            after = run.run(states[-1], part.begin, part.end)
+            states.append({i: after[i] for i in part.alive})
+    by_state: State = {}  # gradients by the values behind the segment
+    value = 0.0
+    made: list[tuple[Reading, torch.Tensor]] = []
 
+    def follow(place: Reading) -> torch.Tensor:
+        found = place.of(run.weight(place.weight))
+        if not found.requires_grad:  # the first place of all: nothing before it has a gradient
+            found.requires_grad_()
+        made.append((place, found))
+        return found
 
-@dataclass(frozen=True)
-class Product:
-    """The input of a matrix of a block, and the gradient with respect to its output; [tokens, channels]."""
-
-    stage: int
-    name: str  # without ".weight"
-    given: torch.Tensor
-    gradient: torch.Tensor
-
-
-def block_gradients(
-    graph: LlamaGraph, layer: int, x: torch.Tensor, gradient: torch.Tensor
-) -> tuple[torch.Tensor, list[Product]]:
-    """Gradients with respect to the block's x and to all its products, given `gradient` with respect to its output."""
-    x = x.detach().requires_grad_()
-    state: State = (x, None)
-    made: list[tuple[int, str, torch.Tensor, torch.Tensor]] = []
-    for stage, names in enumerate(graph.stages):
-        given = graph.stage_input(layer, stage, state)
-        products = [graph.linear(f"blk.{layer}.{name}", given) for name in names]
-        made += [(stage, f"blk.{layer}.{name}", given, p) for name, p in zip(names, products, strict=True)]
-        state = graph.stage_output(layer, stage, state, products)
-    before, *gradients = torch.autograd.grad(state[0], [x, *(product for *_, product in made)], gradient)
-    found = [
-        Product(stage, name, given.detach().flatten(0, 1), g.flatten(0, 1))
-        for (stage, name, given, _), g in zip(made, gradients, strict=True)
-    ]
-    return before, found
+    for number in reversed(range(len(parts))):
+        part, state = parts[number], states.pop()
+        leaves = {i: v.detach().requires_grad_() for i, v in state.items() if v.is_floating_point()}
+        made.clear()
+        with run.replacing(readings=follow):
+            after = run.run(state | leaves, part.begin, part.end)
+        if number == len(parts) - 1:
+            total = loss(after[run.graph.output].flatten(1, 3))
+            value = float(total.detach())
+            ends, weights = [total], [torch.ones(())]
+        else:
+            kept = [i for i in part.alive if i in by_state and i not in leaves and after[i].requires_grad]
+            ends, weights = [after[i] for i in kept], [by_state[i] for i in kept]
+        del after
+        inputs = [*leaves.values(), *(found for _, found in made)]
+        grads = torch.autograd.grad(ends, inputs, weights, allow_unused=True) if ends else (None,) * len(inputs)
+        passed = {i: by_state[i] for i in leaves if i in by_state}  # alive before the segment and behind it
+        by_state = {}
+        for i, gradient in zip(leaves, grads[: len(leaves)], strict=True):
+            both = [g for g in (gradient, passed.get(i)) if g is not None]
+            if both:
+                by_state[i] = both[0] if len(both) == 1 else both[0] + both[1]
+        for (place, found), gradient in reversed(list(zip(made, grads[len(leaves) :], strict=True))):
+            plain = Reading(place.node, place.weight, None if place.given is None else place.given.detach(), place.ids)
+            visit(plain, torch.zeros_like(found) if gradient is None else gradient)
+    return value

@@ -9,7 +9,6 @@ function is the direction of the score `learned` in docs/pruning.md.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.errors import HostError, InputError
+from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.graphs.ir import translate
+from agq_gguf.graphs.layers import layers as layers_of
+from agq_gguf.graphs.trace import Recorder
+from agq_gguf.graphs.unsupported import Unsupported
 from agq_gguf.runtime.ggml import GgmlTensor, ggml
-from agq_gguf.runtime.model import Batch, Model
+from agq_gguf.runtime.model import Batch, Context, Model
 from agq_gguf.runtime.plugin import options
 
 MAX_PIECES = 64  # of the text
-_NODE = re.compile(r"(ffn_inp|l_out|kq_soft_max)-(\d+)")
 _FLOOR = 1e-3  # added to every worth, as a share of the mean, so that its logarithm is finite
 _RIDGE = 1e-2  # minimum; larger if there are few tokens for the channels of a state
 
@@ -102,7 +105,7 @@ def learn_directions(
         raise InputError(f"the text has {len(tokens)} tokens, at least {size} are needed; use a longer text")
     count = min(MAX_PIECES, len(tokens) // size)
     fits = {layer: Fit() for layer in layers}
-    reader = _Reader(length)
+    reader = _Reader(model, length)
     with options(prune="off"):  # the file's own pruning may come from another text
         context = model.context(
             size, n_ubatch=size, threads=threads, flash_attention="off", eval_callback=reader.on_node
@@ -115,10 +118,7 @@ def learn_directions(
             seen = reader.read(context, piece)
             missing = [layer for layer in layers if layer not in seen.states or layer + 1 not in seen.looks]
             if missing or any(later - 1 not in seen.outputs for later in seen.looks if later > min(layers)):
-                raise HostError(
-                    f"{model.path}: the score 'learned' does not support this model (llama.cpp's graph does not show "
-                    "the states of its tokens); choose another with --score"
-                )
+                raise _not_supported(model, "llama.cpp's graph does not show the states of its tokens")
             for layer, fit in fits.items():
                 # The first token differs from all others, and is never dropped.
                 fit.add(seen.states[layer][1:], worth_keeping(seen, layer)[1:])
@@ -126,39 +126,70 @@ def learn_directions(
     return {layer: fit.direction() for layer, fit in fits.items()}
 
 
-class _Reader:
-    """Collects the tensors of `Seen` from a running model."""
+def _not_supported(model: Model, reason: str) -> HostError:
+    return HostError(
+        f"{model.path}: the score 'learned' does not support this model ({reason}); choose another with --score"
+    )
 
-    def __init__(self, length: int) -> None:
-        self._length, self._ggml = length, ggml()
+
+class _Reader:
+    """Collects the tensors of `Seen` from a running model. The first run records where they are in its graph."""
+
+    def __init__(self, model: Model, length: int) -> None:
+        self._model, self._length, self._ggml = model, length, ggml()
+        with open_model(model.path) as reader:
+            self._shapes = {tensor.name: tensor.shape for tensor in reader.tensors.values()}
+        self._recorder: Recorder | None = Recorder(self._shapes)
+        self._wanted: dict[int, list[tuple[str, int]]] = {}  # place in the graph -> kinds and layers
+        self._place = -1  # of the node that llama.cpp asked about last
         self._seen = Seen()
         self._failure: BaseException | None = None
 
-    def read(self, context: Any, tokens: NDArray[np.int32]) -> Seen:
+    def read(self, context: Context, tokens: NDArray[np.int32]) -> Seen:
         """Runs a prompt and the tokens that follow it."""
+        if self._recorder is not None:
+            self._run(context, tokens)
+            self._find(self._recorder)
+            self._recorder = None
         self._seen = Seen()
+        self._run(context, tokens)
+        return self._seen
+
+    def _run(self, context: Context, tokens: NDArray[np.int32]) -> None:
+        self._place = -1
         context.clear()
         # Requests all logits; otherwise the last layer would skip tokens.
         context.decode(Batch(tokens, first_logits=0))
         if self._failure is not None:
             raise self._failure
-        return self._seen
+
+    def _find(self, recorder: Recorder) -> None:
+        try:
+            found = layers_of(translate(recorder.take(), self._shapes))
+        except Unsupported as e:
+            raise _not_supported(self._model, str(e)) from e
+        for number, layer in found.items():
+            self._wanted.setdefault(layer.attention, []).append(("looks", number))
+            self._wanted.setdefault(layer.after_attention, []).append(("states", number))
+            if layer.before is not None:
+                self._wanted.setdefault(layer.before, []).append(("outputs", number - 1))
 
     def on_node(self, address: int, ask: bool) -> bool:
         """Called by llama.cpp; no exception may pass through its C code."""
+        if self._recorder is not None:
+            return self._recorder.on_node(address, ask)
         try:
-            node = GgmlTensor.from_address(address)
-            found = _NODE.fullmatch(node.name.decode("utf-8", "surrogateescape"))
-            if ask or not found:
-                return bool(found) or not ask
-            kind, layer, n = found[1], int(found[2]), self._length
-            values = self._ggml.floats(node)
-            if kind == "kq_soft_max":
-                paid = values[0, :, n:, :n]  # [heads, tokens after the prompt, tokens of the prompt]
-                self._seen.looks[layer] = np.square(paid).mean(0).sum(0)
-            else:
-                kept = self._seen.states if kind == "ffn_inp" else self._seen.outputs
-                kept[layer] = normalized(values[0, 0, :n])
+            if ask:
+                self._place += 1
+                return self._place in self._wanted
+            values, n = self._ggml.floats(GgmlTensor.from_address(address)), self._length
+            for kind, layer in self._wanted[self._place]:
+                if kind == "looks":
+                    paid = values[0, :, n:, :n]  # [heads, tokens after the prompt, tokens of the prompt]
+                    self._seen.looks[layer] = np.square(paid).mean(0).sum(0)
+                else:
+                    kept = self._seen.states if kind == "states" else self._seen.outputs
+                    kept[layer] = normalized(values[0, 0, :n])
             return True
         except BaseException as e:
             self._failure = e

@@ -106,13 +106,13 @@ def from_text(
         journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
     warnings, best = [], None
     if options.quality == "best":
-        setting = Setting(options.matrix, options.memory, options.tune, journal, progress)
-        found = prepare(reader, calibrator, plans, setting)
+        setting = Setting(options.matrix, options.memory, options.tune, options.threads, journal, progress)
+        found = prepare(reader, session, options.context, options.calibration_tokens, plans, setting)
         if isinstance(found, BestRun):
             best = found
             wanted = [name for name in wanted if name not in best.names]
         else:
-            warnings.append(f'falling back to quality "balanced": "best" does not support this model ({found})')
+            warnings.append(falling_back(found))
     hessians = options.matrix.error_feedback
     left = set(wanted)
     parts = [
@@ -140,7 +140,7 @@ def from_text(
         warnings.extend(unused_experts(unused))
 
     warnings += _unseen([name for name in unseen if name != EMBEDDING])  # an embedding that is looked up has no input
-    if hessians and (pooled := calibrator.pooled(options.memory)):
+    if hessians and (pooled := left.intersection(calibrator.pooled(options.memory))):
         warnings.append(
             f"the experts of {len(pooled)} tensors share one set of statistics; "
             "a larger --memory gives each expert its own"
@@ -164,6 +164,11 @@ def _without_hessian(calibrator: Calibrator, memory: int) -> list[str]:
         f"{len(names)} tensors ({names[0]}, ...) get no error feedback between groups of columns: the Hessian of "
         f"{most} columns does not fit into {memory >> 20} MiB; --memory {needed}M includes it"
     ]
+
+
+def falling_back(reason: str) -> str:
+    """The warning that a model gets another quality than `best`."""
+    return f'falling back to quality "balanced": "best" does not support this model ({reason})'
 
 
 def _plain(reader: Reader, norms: tuple[str, ...]) -> bool:

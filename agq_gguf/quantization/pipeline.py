@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +25,7 @@ from agq_gguf.matrix import equalize
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.quantization import folder, source, stock_types
-from agq_gguf.quantization.guidance import Group, Guide, from_imatrix, from_text, unguided
+from agq_gguf.quantization.guidance import Group, Guide, falling_back, from_imatrix, from_text, unguided
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.report import REPLACED, Report, TensorReport
 from agq_gguf.quantization.resume import Journal
@@ -57,6 +57,20 @@ def plan_file(
         source.prepare(reader, options)
         session = None if calibration is None else _opener(stack, reader, load_text(calibration), progress)
         return _plans(reader, session, imatrix, options, progress)
+
+
+def plan_warnings(src: PathName, options: QuantizeOptions) -> list[str]:
+    """What `quantize` would warn of before the work begins: that `best` does not support the model, and why.
+
+    For that the model runs a few tokens in llama.cpp and in PyTorch.
+    """
+    if options.quality != "best":
+        return []
+    from agq_gguf.graphs.support import supported
+
+    with _torch_threads(options.threads):
+        reason = supported(src, lambda reader: source.prepare(reader, options))
+    return [falling_back(reason)] if reason else []
 
 
 def _plans(
@@ -161,7 +175,7 @@ def _write(
     total = sum(p.source.n_elements for p in plans)
     done = 0
     results: dict[str, _Quantized] = {}
-    added = _metadata(plans, guide.origin, options)
+    added = _metadata(plans, guide, options)
     with Writer(dst, reader.metadata, added, placed, split=options.split_size) as writer:
         _check_targets(writer.paths, reader)
         norms: dict[str, NDArray[np.float32]] = {}  # these replace the norms of the file
@@ -173,9 +187,7 @@ def _write(
             done += reader.tensors[name].n_elements
 
         if guide.best is not None:
-            outcome = guide.best.run(
-                lambda name, made: finish(name, _Quantized([blocks.pack(made.matrix)], made.error, made.note))
-            )
+            outcome = guide.best.run(lambda name, made: finish(name, _Quantized.of(made)))
             norms |= outcome.norms
             guide.warnings.extend(outcome.notes)
         for group in guide.groups:
@@ -232,6 +244,13 @@ class _Quantized:
     error: float
     note: str
 
+    @classmethod
+    def of(cls, made: Sequence[QuantizedMatrix]) -> _Quantized:
+        """A tensor of these matrices: one, or one for each expert."""
+        notes = sorted({found.note for found in made if found.note})
+        packed = [blocks.pack(found.matrix) for found in made]
+        return cls(packed, float(np.mean([found.error for found in made])), "; ".join(notes))
+
 
 @dataclass(frozen=True)
 class _Made:
@@ -266,7 +285,6 @@ def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Ma
     experts = reader.tensors[names[0]].n_matrices
     capacity = min(blocks.listable(*shape[-2:]) for shape in shapes)
     found: dict[str, list[QuantizedMatrix]] = {name: [] for name in names}
-    packed: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in names}
     columns, norms = None, {}
     if stats is not None and group.norms and options.equalize:
         every = [reader.read(name).reshape(-1, shapes[0][-1]) for name in names]
@@ -284,16 +302,8 @@ def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Ma
             rows = range(expert * shape[-2], (expert + 1) * shape[-2])
             weight = reader.read(name, rows)
             result = quantize_matrix(weight if columns is None else weight * columns, prepared, options, name)
-            packed[name].append(blocks.pack(result.matrix))
             found[name].append(result)
-    matrices = {
-        name: _Quantized(
-            packed[name],
-            float(np.mean([result.error for result in found[name]])),
-            "; ".join(sorted({result.note for result in found[name] if result.note})),
-        )
-        for name in names
-    }
+    matrices = {name: _Quantized.of(made) for name, made in found.items()}
     return _Made(matrices, norms)
 
 
@@ -305,15 +315,15 @@ def _stock(reader: Reader, tensor: Tensor, type_name: str) -> Iterator[NDArray[A
         yield stock_types.quantize(rows, type_name)
 
 
-def _metadata(plans: list[TensorPlan], guidance: str, options: QuantizeOptions) -> dict[str, Any]:
+def _metadata(plans: list[TensorPlan], guide: Guide, options: QuantizeOptions) -> dict[str, Any]:
     counts = Counter(p.type_name for p in plans)
     names = [p.source.name for p in plans if p.type_name == blocks.TYPE_NAME]
     return {
         "general.quantization_version": 2,  # ggml's GGML_QNT_VERSION, which stock quantized files carry
         "general.file_type": 100 + blocks.TYPE_ID,  # no stock number; programs show it as unknown
         metadata.VERSION: blocks.VERSION,
-        metadata.CALIBRATION: guidance,
-        metadata.QUALITY: options.quality,
+        metadata.CALIBRATION: guide.origin,
+        metadata.QUALITY: "balanced" if options.quality == "best" and guide.best is None else options.quality,
         metadata.ACTIVATION_BITS: options.matrix.activation_bits,
         metadata.ACTIVATION_SCALE: options.matrix.activation_scale,
         **({metadata.REQUANTIZED_FROM: ", ".join(types)} if (types := source.lossy_types(plans)) else {}),

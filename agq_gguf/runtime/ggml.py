@@ -21,6 +21,8 @@ from agq_gguf.runtime.host import llama_cpp_python
 _MAX_DIMENSIONS = 4
 _MAX_SOURCES = 10
 F32, I32 = 0, 26
+_FAMILIES = {"UNARY": "ggml_unary_op_name", "GLU": "ggml_glu_op_name"}  # ops whose first parameter says which one
+_DTYPES = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i64": np.int64}
 
 
 class GgmlTensor(ctypes.Structure):
@@ -72,7 +74,9 @@ class Ggml:
     def __init__(self) -> None:
         host = llama_cpp_python().library
         self._lib = ctypes.CDLL(host._name, handle=host._handle)
-        self._lib.ggml_op_name.restype = ctypes.c_char_p
+        for function in ("ggml_op_name", "ggml_type_name", *_FAMILIES.values()):
+            getattr(self._lib, function).restype = ctypes.c_char_p
+            getattr(self._lib, function).argtypes = [ctypes.c_int]
         self._lib.ggml_backend_buffer_is_host.restype = ctypes.c_bool
         self._lib.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]
         self._lib.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -136,6 +140,27 @@ class Ggml:
         """Same as `floats`, for an I32 tensor."""
         return self._array(tensor, I32, np.dtype(np.int32))
 
+    def op_name(self, tensor: GgmlTensor) -> str:
+        """ggml's name of the operation; of one in a family with the family's name: ``UNARY.SILU``, ``GLU.SWIGLU``."""
+        name: str = self._lib.ggml_op_name(tensor.op).decode()
+        if name in _FAMILIES:
+            name += "." + getattr(self._lib, _FAMILIES[name])(tensor.op_params[0]).decode()
+        return name
+
+    def type_name(self, tensor: GgmlTensor) -> str:
+        """ggml's name of the type of a tensor that llama.cpp has computed or set; not for AGQ4 weights."""
+        return self._lib.ggml_type_name(tensor.type).decode()
+
+    def values(self, tensor: GgmlTensor) -> NDArray[Any] | None:
+        """The data of a tensor of floats or integers, not copied, [ne3, ne2, ne1, ne0]; None for other types.
+
+        Also None if it has no memory yet. Raises HostError if the memory is not the host's.
+        """
+        dtype = _DTYPES.get(self.type_name(tensor))
+        if dtype is None or not tensor.data:
+            return None
+        return self._array(tensor, tensor.type, np.dtype(dtype))
+
     def quantize(
         self, type_id: int, rows: NDArray[np.float32], row_bytes: int, importance: NDArray[np.float32] | None
     ) -> NDArray[np.uint8]:
@@ -182,7 +207,7 @@ class Ggml:
         if owner.buffer and not self._lib.ggml_backend_buffer_is_host(owner.buffer):
             raise HostError("activations are not in host memory; calibrate with a CPU build of llama-cpp-python")
         shape, strides = tuple(reversed(tensor.ne)), tuple(reversed(tensor.nb))
-        n_bytes = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 4
+        n_bytes = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + dtype.itemsize
         memory = (ctypes.c_uint8 * n_bytes).from_address(tensor.data)
         return np.ndarray(shape, dtype, buffer=memory, strides=strides)
 

@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FlashAttention = Literal["auto", "on", "off"]
+CacheType = Literal["f16", "f32"]  # of keys and values
 EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor; True before it is computed, False after
 
 _FLASH = {"auto": -1, "off": 0, "on": 1}
+_CACHE_TYPES = {"f16": 1, "f32": 0}  # ggml's types
+_POOLING_NONE = 0
 
 logging.getLogger("agq_gguf").addHandler(logging.NullHandler())
 
@@ -169,8 +172,12 @@ class Model(_Closable):
         flash_attention: FlashAttention = "auto",
         sequences: int = 1,
         eval_callback: EvalCallback | None = None,
+        cache: CacheType = "f16",
+        embeddings: bool = False,
     ) -> Context:
         """A context of `n_ctx` tokens for each sequence. `n_batch` 0 means n_ctx; `threads` 0 means all CPUs.
+
+        With `embeddings` the model computes them in place of logits, as an encoder does.
 
         Raises InputError if the model does not support so many tokens, HostError if llama.cpp cannot create it.
         """
@@ -178,7 +185,18 @@ class Model(_Closable):
         if limit and n_ctx > limit:
             # llama.cpp would read past the end of the position table, and abort.
             raise InputError(f"{self.path}: the context must be at most {limit} tokens for this model, got {n_ctx}")
-        return Context(self, n_ctx, n_batch or n_ctx, n_ubatch, threads, flash_attention, sequences, eval_callback)
+        return Context(
+            self,
+            n_ctx,
+            n_batch or n_ctx,
+            n_ubatch,
+            threads,
+            flash_attention,
+            sequences,
+            eval_callback,
+            cache,
+            embeddings,
+        )
 
     def close(self) -> None:
         """Frees the model and restores the log."""
@@ -234,6 +252,8 @@ class Context(_Closable):
         flash_attention: FlashAttention,
         sequences: int,
         eval_callback: EvalCallback | None,
+        cache: CacheType,
+        embeddings: bool,
     ) -> None:
         """Called by `Model.context`."""
         self.model = model
@@ -243,6 +263,8 @@ class Context(_Closable):
         parameters.n_batch, parameters.n_ubatch = n_batch, min(n_ubatch, n_batch)
         parameters.n_threads = parameters.n_threads_batch = threads or default_threads()
         parameters.flash_attn_type = _FLASH[flash_attention]
+        parameters.type_k = parameters.type_v = _CACHE_TYPES[cache]
+        parameters.embeddings = embeddings
         parameters.no_perf = True
         self._interrupts = Interrupts()
         self._calls_back = eval_callback is not None
@@ -259,10 +281,10 @@ class Context(_Closable):
         self._memory = api.llama_get_memory(self._context)
         self._decode, self._synchronize = api.llama_decode, api.llama_synchronize
 
-    def clear(self) -> None:
-        """Removes all tokens from the cache."""
+    def clear(self, *, zero: bool = False) -> None:
+        """Removes all tokens from the cache; with `zero`, its memory is set to zeros, as in a new context."""
         if self._memory:
-            self._api.llama_memory_clear(self._memory, False)
+            self._api.llama_memory_clear(self._memory, zero)
 
     @property
     def handle(self) -> Any:
@@ -302,6 +324,22 @@ class Context(_Closable):
         if not pointer:
             raise InputError(f"{self.model.path}: llama.cpp computes no logits for this model")
         return np.ctypeslib.as_array(pointer, (batch.n_outputs, self.model.n_vocab))
+
+    def embeddings(self, batch: Batch) -> NDArray[np.float32]:
+        """What a context made with `embeddings` has computed of the last batch, which held one sequence.
+
+        [1, n_embd] if the model pools the tokens, else [batch.n_outputs, n_embd]. A view that the next run overwrites.
+        """
+        pooled = self._api.llama_pooling_type(self._context) != _POOLING_NONE
+        pointer = (
+            self._api.llama_get_embeddings_seq(self._context, 0)
+            if pooled
+            else self._api.llama_get_embeddings(self._context)
+        )
+        if not pointer:
+            raise HostError(f"{self.model.path}: this model computes no embeddings")
+        width = int(self._api.llama_model_n_embd(self.model._model))
+        return np.ctypeslib.as_array(pointer, (1 if pooled else batch.n_outputs, width))
 
     def close(self) -> None:
         """Frees the context."""

@@ -10,16 +10,20 @@ this is the simplest form, one weight per token and input.) E[g g^T] says which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agq_gguf.graphs.gradients import block_gradients, logits_gradient
-from agq_gguf.graphs.llama import LlamaGraph
+from agq_gguf.graphs.gradients import gradients
+from agq_gguf.graphs.losses import drawn
+from agq_gguf.graphs.parts import Plan, groups, keys_and_values
+from agq_gguf.graphs.run import Executor, Reading
+from agq_gguf.graphs.segments import segments
 from agq_gguf.quantization.resume import Journal
 
 # |g|^2 has a heavy tail. Keys and values need |g|^2: when a head has nothing to attend to, it attends to the first
@@ -27,7 +31,6 @@ from agq_gguf.quantization.resume import Journal
 # on SmolLM2). The rest of the weight, 1 - _SHARE, is the same for all tokens, so that the Hessian does not depend on a
 # few hundred tokens. For the other inputs |g| is better by 2% on text not seen.
 _SHARE = 0.8
-_ATTENTION_INPUT = 0  # stage
 _KEPT_BATCHES = 8  # an interrupted run repeats at most so many batches
 
 
@@ -36,51 +39,69 @@ class Sensitivity:
     """Sums over `batches` batches of the text."""
 
     batches: int = 0
-    tokens: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)  # |g|^2, by layer and stage
-    grams: dict[str, torch.Tensor] = field(default_factory=dict)  # sum of g g^T [M, M], by matrix without ".weight"
+    rows: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # |g|^2, by the key of a `parts.Group`
+    grams: dict[str, torch.Tensor] = field(default_factory=dict)  # sum of g g^T [M, M], by weight
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)  # sum of g g^T [K, K] of looked up rows, by weight
+    attended: frozenset[str] = frozenset()  # weights whose products are keys or values
 
-    def weights(self, layer: int, stage: int) -> torch.Tensor | None:
-        """Weight of each token in the inputs of a stage: [tokens] float32 with mean 1. None: all the same."""
-        parts = self.tokens.get((layer, stage))
-        return None if parts is None else _tempered(torch.cat(parts), stage)
+    def weights(self, names: Collection[str]) -> torch.Tensor | None:
+        """Weight of each row in the input of a group with these weights: float32 with mean 1. None: all the same.
+
+        Rows are tokens, or tokens and the experts that they use.
+        """
+        parts = [self.rows[name] for name in names if name in self.rows]
+        return _tempered(torch.cat(parts[0]), not self.attended.isdisjoint(names)) if parts else None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The content as arrays, for a journal."""
-        tokens = {f"tokens {layer} {stage}": torch.cat(parts).numpy() for (layer, stage), parts in self.tokens.items()}
-        return {"batches": np.array(self.batches), **tokens, **{f"gram {n}": g.numpy() for n, g in self.grams.items()}}
+        rows = {f"rows {name}": torch.cat(parts).numpy() for name, parts in self.rows.items()}
+        sums = {"gram": self.grams, "square": self.squares}
+        kept = {f"{kind} {name}": m.numpy() for kind, found in sums.items() for name, m in found.items()}
+        return {"batches": np.array(self.batches), **rows, **kept}
 
-    @classmethod
-    def of(cls, arrays: dict[str, NDArray[Any]]) -> Sensitivity:
+    def restore(self, arrays: dict[str, NDArray[Any]]) -> None:
         """The inverse of `arrays`."""
-        found = cls(int(arrays["batches"]))
+        self.batches = int(arrays["batches"])
         for key, value in arrays.items():
-            kind, _, rest = key.partition(" ")
-            if kind == "tokens":
-                layer, stage = map(int, rest.split())
-                found.tokens[layer, stage] = [torch.from_numpy(value)]
+            kind, _, name = key.partition(" ")
+            if kind == "rows":
+                self.rows[name] = [torch.from_numpy(value)]
             elif kind == "gram":
-                found.grams[rest] = torch.from_numpy(value)
-        return found
+                self.grams[name] = torch.from_numpy(value)
+            elif kind == "square":
+                self.squares[name] = torch.from_numpy(value)
 
 
 def measure(
-    graph: LlamaGraph,
+    run: Executor,
+    plan: Plan,
     batches: list[torch.Tensor],
-    names: set[str],
+    names: Collection[str],
     journal: Journal,
     progress: Callable[[int], None],
+    *,
+    tables: Collection[str] = (),
+    logits: bool = True,
     seed: int = 0,
 ) -> Sensitivity:
-    """Runs `batches`, tokens [batch, tokens] int64, forward and backward: about three times the work of a forward run.
+    """Runs `batches`, tokens [batch, n] int64, forward and backward: about three times the work of a forward run.
 
-    `names` are the matrices to compute G for. `journal` holds the results of an earlier run and receives new ones.
+    `names` are the matrices to compute E[g g^T] for, `tables` those whose looked up rows are to be weighed. `journal`
+    holds the results of an earlier run and receives new ones. `logits` says what the graph's output is.
     """
+    found = Sensitivity(attended=frozenset(keys_and_values(run.graph)))
     kept = journal.get("sensitivity")
-    found = Sensitivity() if kept is None else Sensitivity.of(kept)
+    if kept is not None:
+        found.restore(kept)
+    keys = {name: group.key for stage in plan.stages for group in groups(run.graph, stage) for name in group.weights}
+    parts = segments(run.graph)
     done = sum(tokens.numel() for tokens in batches[: found.batches])
     for i in range(found.batches, len(batches)):
         progress(done)
-        _add(graph, batches[i], names, found, torch.Generator().manual_seed(seed + i))
+        adder = _Adder(found, keys, names, tables)
+        loss = partial(drawn, logits=logits, generator=torch.Generator().manual_seed(seed + i))
+        gradients(run, parts, batches[i], loss, adder.visit)
+        adder.finish()
         done += batches[i].numel()
         if found.batches % _KEPT_BATCHES == 0 or found.batches == len(batches):
             journal.put("sensitivity", found.arrays())
@@ -98,27 +119,42 @@ def affordable(rows: dict[str, int], memory: int) -> set[str]:
     return found
 
 
-def _add(
-    graph: LlamaGraph, tokens: torch.Tensor, names: set[str], found: Sensitivity, generator: torch.Generator
-) -> None:
-    inputs = [graph.embed(tokens)]
-    with torch.no_grad():
-        for layer in range(graph.shape.n_layer):
-            inputs.append(graph.block(layer, inputs[-1], graph.linear))
-    gradient, _ = logits_gradient(graph, inputs.pop(), generator)
-    for layer in reversed(range(graph.shape.n_layer)):
-        gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
-        for stage in range(len(graph.stages)):  # summed over the matrices and channels of a stage
-            squares = [p.gradient.square().sum(-1) for p in products if p.stage == stage]
-            found.tokens.setdefault((layer, stage), []).append(torch.stack(squares).sum(0))
-        for p in products:
-            if p.name in names:
-                gram = found.grams.setdefault(p.name, torch.zeros(p.gradient.shape[1], p.gradient.shape[1]))
-                gram.addmm_(p.gradient.T, p.gradient)
-    found.batches += 1
+class _Adder:
+    """Adds the gradients of one batch; `keys` are those of the groups, by weight."""
+
+    def __init__(
+        self, found: Sensitivity, keys: Mapping[str, str], names: Collection[str], tables: Collection[str]
+    ) -> None:
+        self._found, self._keys, self._names, self._tables = found, keys, names, tables
+        self._squares: dict[str, list[torch.Tensor]] = {}  # |g|^2 of each place
+
+    def visit(self, place: Reading, gradient: torch.Tensor) -> None:
+        """Adds the gradient by what a place yields."""
+        name, flat = place.weight, gradient.flatten(0, -2)
+        if place.given is None:
+            if name in self._tables:
+                self._add_gram(self._found.squares, name, flat)
+            return
+        if key := self._keys.get(name):  # summed over the matrices and channels of a group
+            self._squares.setdefault(key, []).append(flat.square().sum(-1))
+        if name in self._names:
+            self._add_gram(self._found.grams, name, flat)
+
+    def finish(self) -> None:
+        """Adds what the places of the batch have; in float64, so that their order does not change the sum."""
+        for key, squares in self._squares.items():
+            self._found.rows.setdefault(key, []).append(torch.stack(squares).double().sum(0).float())
+        self._found.batches += 1
+
+    @staticmethod
+    def _add_gram(sums: dict[str, torch.Tensor], name: str, gradient: torch.Tensor) -> None:
+        size = gradient.shape[1]
+        if name not in sums:
+            sums[name] = torch.zeros(size, size)
+        sums[name].addmm_(gradient.T, gradient)
 
 
-def _tempered(squares: torch.Tensor, stage: int) -> torch.Tensor:
-    weights, share = (squares, _SHARE) if stage == _ATTENTION_INPUT else (squares.sqrt(), 1.0)
+def _tempered(squares: torch.Tensor, attended: bool) -> torch.Tensor:
+    weights, share = (squares, _SHARE) if attended else (squares.sqrt(), 1.0)
     mean = float(weights.mean())
     return share * weights / mean + (1 - share) if mean > 0 else torch.ones_like(weights)

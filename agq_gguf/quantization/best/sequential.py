@@ -5,20 +5,27 @@ earlier stages are quantized, with rounded activations. A matrix W should give W
 solution is W + W T with T = E[(x - x^) x^^T] E[x^ x^^T]^-1: it compensates for the predictable part of the earlier
 errors. It is rounded with error feedback on E[x^ x^^T]. (arXiv 2504.09629 has the same correction.) Products are
 computed once per stream, so this needs two passes through the model, and as many Hessians as without the correction.
+
+With experts, the float stream chooses which ones a token uses, and x^ follows: else there would be no x to compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
+from agq_gguf.calibration.accumulate import own_share
 from agq_gguf.calibration.sampling import spread
 from agq_gguf.calibration.stats import InputStats
 from agq_gguf.format.blocks import Matrix, listable
-from agq_gguf.graphs.llama import LlamaGraph, State
+from agq_gguf.graphs.levelled import Pair
+from agq_gguf.graphs.parts import Group, Plan, Stage, first_state, groups, multiplied, next_state, norm_before
+from agq_gguf.graphs.run import Executor, Reading, State
 from agq_gguf.matrix import equalize
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
@@ -26,182 +33,310 @@ from agq_gguf.matrix.simulate import Rounder, restored
 from agq_gguf.quantization.best.fisher import Sensitivity
 from agq_gguf.quantization.resume import Journal
 
-Finish = Callable[[str, QuantizedMatrix], None]  # called with a name and a finished matrix
+Matrices = list[QuantizedMatrix]  # one, or one for each expert
+Finish = Callable[[str, Matrices], None]  # called with a name and what was made of it
 
 _SAMPLE_ROWS = 256
-_NORMS = ("attn_norm", "", "ffn_norm", "")  # the norm that produces the input of a stage
 _RIDGE = 0.03  # added to the Hessian in T, as a share of its mean diagonal
 # T is learned from the calibration text. Half of it measured as well as all of it, and errs less on other text.
 _TAKEN_BACK = 0.5
+# What error feedback costs for a weight, in multiplications of a matrix product, and how much more for each row and
+# column; between columns, and also between rows. Measured with matrices of 512 to 2048 rows and columns.
+_BY_COLUMNS, _BY_ROWS = (20_000, 10), (60_000, 40)
+_PREPARED = 10  # the same for an input of K columns, in K^3
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of some rows of x and x^: how many, E[x^ x^^T] and E[(x - x^) x^^T], both weighted."""
+
+    rows: int
+    hessian: torch.Tensor
+    cross: torch.Tensor
+
+    def mixed(self, whole: _Sums) -> _Sums:
+        """With the whole input; the fewer rows, the more of it."""
+        share = own_share(self.rows)
+        hessian, cross = (
+            a * share + b * (1 - share) for a, b in ((self.hessian, whole.hessian), (self.cross, whole.cross))
+        )
+        return _Sums(self.rows, hessian, cross)
+
+    def correction(self) -> torch.Tensor:
+        """T [K, K], as much of it as is taken."""
+        damped = self.hessian.clone()
+        damped.diagonal().add_(_RIDGE * float(self.hessian.diagonal().mean()) + torch.finfo(torch.float32).tiny)
+        return torch.linalg.solve(damped, self.cross.T).T * _TAKEN_BACK
 
 
 class Sequential:
     """One run over a model.
 
-    `batches` hold tokens [batch, tokens] int64. `wanted` are the names of the weights to quantize; all other matrices
-    stay float. `embedding` [vocabulary, n_embd] is the token embedding of the quantized model.
+    `plan` has the weights to quantize, `batches` hold tokens [batch, n] int64. `stored` are the other tensors of the
+    quantized model that differ, `pairs` matrices between which channels may be scaled, and `movable` says of which
+    tensors factors can be moved.
     """
 
     def __init__(
         self,
-        graph: LlamaGraph,
+        run: Executor,
+        plan: Plan,
         batches: list[torch.Tensor],
-        wanted: set[str],
         sensitivity: Sensitivity,
         options: MatrixOptions,
-        embedding: torch.Tensor | None = None,
+        *,
+        stored: Mapping[str, torch.Tensor] | None = None,
+        pairs: Sequence[Pair] = (),
+        movable: Callable[[Sequence[str]], bool] = lambda names: True,
     ) -> None:
-        self._graph, self._wanted, self._sensitivity, self._options = graph, wanted, sensitivity, options
-        self._row_factors: dict[str, torch.Tensor] = {}  # factors by which rows of matrices were multiplied
+        self._run, self._plan, self._sensitivity, self._options = run, plan, sensitivity, options
+        self._stored, self._movable = stored or {}, movable
+        self._pairs = {pair.front: pair for pair in pairs} if options.equalize else {}
+        self._levelled: dict[str, torch.Tensor] = {}  # weights to use in place of the file's, until they are quantized
+        self._row_factors: dict[str, torch.Tensor] = {}  # factors by which rows of weights were multiplied
         self._norms: dict[str, torch.Tensor] = {}  # equalized
-        self._float: list[State] = [(graph.embed(tokens), None) for tokens in batches]
-        self._rounded: list[State] = [(graph.embed(tokens, embedding), None) for tokens in batches]
+        self._keys = {group.key for stage in plan.stages for group in groups(run.graph, stage)}
+        self._n_tokens = sum(tokens.numel() for tokens in batches)
+        with torch.no_grad():
+            self._float = [first_state(run, plan, tokens) for tokens in batches]
+            with run.replacing(self._stored):
+                self._rounded = [first_state(run, plan, tokens) for tokens in batches]
 
     @torch.no_grad()
-    def run(self, journal: Journal, progress: Callable[[int, str], None], finish: Finish) -> dict[str, torch.Tensor]:
-        """Quantizes every wanted weight of the layers in the order of the graph; returns the norms that changed.
+    def run(
+        self, journal: Journal, progress: Callable[[int, int, str], None], finish: Finish
+    ) -> dict[str, torch.Tensor]:
+        """Quantizes every weight of the plan in the order of the graph; returns the norms that changed.
 
-        Calls `finish` with each finished matrix and `progress` with the number of stages done and a name. `journal`
-        holds the matrices of an earlier run and receives new ones.
+        Calls `finish` with what was made of each weight, and `progress` with the work done, all work and a name.
+        `journal` holds the matrices of an earlier run and receives new ones.
         """
-        for layer in range(self._graph.shape.n_layer):
-            with self._graph.replacing(self._levelled(layer) if self._options.equalize else {}):
-                for stage, names in enumerate(self._graph.stages):
-                    progress(layer * len(self._graph.stages) + stage, f"blk.{layer}.{names[0]}.weight")
-                    self._stage(layer, stage, journal, finish)
+        work = [self._work(stage) for stage in self._plan.stages]
+        for number, stage in enumerate(self._plan.stages):
+            progress(sum(work[:number]), sum(work), stage.weights[0])
+            self._stage(number, stage, journal, finish)
+        progress(sum(work), sum(work), "")
         return self._norms
+
+    def _work(self, stage: Stage) -> int:
+        """What a stage costs, in multiplications of a matrix product: the time left can be told from it."""
+        nodes, work = self._run.graph.nodes, 0
+        for use in stage.uses:
+            inputs = nodes[use.node].inputs
+            experts, rows, columns = nodes[inputs[0]].shape[1:]
+            seen = self._n_tokens * (nodes[inputs[2]].shape[-1] if use.has_experts else 1)
+            of_rows = use.weight in self._sensitivity.grams
+            each = (
+                _BY_ROWS[0] + _BY_ROWS[1] * (rows + columns) if of_rows else _BY_COLUMNS[0] + _BY_COLUMNS[1] * columns
+            )
+            work += experts * rows * columns * each + 2 * seen * rows * columns  # two streams
+            if use.weight in self._keys:
+                work += 2 * seen * columns**2 + experts * _PREPARED * columns**3
+        return work
+
+    # levelling
+
+    def _weight(self, name: str) -> torch.Tensor:
+        return self._levelled[name] if name in self._levelled else self._run.weight(name)
+
+    def _level(self, stage: Stage) -> None:
+        """Levels the weights of a stage: columns of the matrices behind them get the same size.
+
+        A channel between two matrices of a pair may be multiplied by any factor if the columns of the second are
+        divided by it. Each row has its own scales, but a group of columns shares one, so columns of equal size lose
+        less in rounding.
+        """
+        for name in stage.weights:
+            pair = self._pairs.get(name)
+            if pair is None:
+                continue
+            rows, columns = self._weight(name), self._weight(pair.behind)
+            square = torch.zeros(rows.shape[-2])
+            square.index_add_(0, pair.source, columns.square().flatten(0, -2).mean(0))
+            factors = equalize.level(square)
+            self._levelled |= {name: rows * factors[:, None], pair.behind: columns / factors[pair.source]}
+            self._row_factors[name] = factors
 
     def _take_gram(self, name: str) -> torch.Tensor | None:
         """G of a matrix, adapted if its rows were levelled. It is large and needed once, so it is removed here."""
         gram, factors = self._sensitivity.grams.pop(name, None), self._row_factors.get(name)
         return gram if gram is None or factors is None else gram / factors / factors[:, None]
 
-    def _levelled(self, layer: int) -> dict[str, torch.Tensor]:
-        """The matrices of a block after levelling: columns of two of them get the same size, and the function stays.
+    # a stage
 
-        A channel between up and down, or between v and the attention output, may be multiplied by any factor if the
-        columns of the next matrix are divided by it. Each row has its own scales, but a group of columns shares one, so
-        columns of equal size lose less in rounding.
-        """
-        found: dict[str, torch.Tensor] = {}
-        for front, behind in self._graph.levelled:
-            names = [f"blk.{layer}.{name}.weight" for name in (front, behind)]
-            if not self._wanted.issuperset(names) or self._graph.has(f"blk.{layer}.{front}.bias"):
-                continue
-            rows, columns = (self._graph.tensor(name) for name in names)
-            source = torch.arange(columns.shape[1])  # the row that produces a column's input
-            if front == "attn_v":
-                shape, head = self._graph.shape, len(rows) // self._graph.shape.n_kv
-                source = source // head // (shape.n_head // shape.n_kv) * head + source % head
-            square = torch.zeros(len(rows)).index_add_(0, source, columns.square().mean(0))
-            factors = equalize.level(square)
-            found |= {names[0]: rows * factors[:, None], names[1]: columns / factors[source]}
-            self._row_factors[f"blk.{layer}.{front}"] = factors
-        return found
-
-    def _stage(self, layer: int, stage: int, journal: Journal, finish: Finish) -> None:
-        graph = self._graph
-        names = [f"blk.{layer}.{name}" for name in graph.stages[stage]]
-        float_in = [graph.stage_input(layer, stage, state) for state in self._float]
-        rounded_in = [graph.stage_input(layer, stage, state) for state in self._rounded]
-        weights = {name: graph.tensor(f"{name}.weight") for name in names}
-        wanted = [name for name in names if f"{name}.weight" in self._wanted]
-        norm = f"blk.{layer}.{_NORMS[stage]}.weight"
-        if self._options.equalize and len(wanted) == len(names) and norm in graph.norms:
-            factors = self._factors(rounded_in, [weight.numpy() for weight in weights.values()])
+    def _stage(self, number: int, stage: Stage, journal: Journal, finish: Finish) -> None:
+        self._level(stage)
+        weights = {name: self._weight(name) for name in stage.weights}
+        norm = norm_before(self._run.graph, stage)
+        if self._options.equalize and norm and self._movable(norm):
+            factors = self._factors([state[stage.given] for state in self._rounded], list(weights.values()))
             if factors is not None:
-                bias = norm.removesuffix("weight") + "bias"
-                self._norms |= {name: graph.tensor(name) / factors for name in (norm, bias) if graph.has(name)}
+                self._norms |= {name: self._run.weight(name) / factors for name in norm}
                 weights = {name: weight * factors for name, weight in weights.items()}
-                float_in, rounded_in = ([x / factors for x in inputs] for inputs in (float_in, rounded_in))
-        done = {name: result for name in wanted if (result := journal.get_matrix(f"refined {name}")) is not None}
-        if len(done) < len(wanted):
-            stats, correction = self._gather(float_in, rounded_in, self._sensitivity.weights(layer, stage))
-            capacity = min(listable(*weights[name].shape) for name in wanted)
-            prepared = prepare_input(stats, stats.columns, capacity, self._options)
-            for name in wanted:
-                if name not in done:
-                    target = weights[name] + weights[name] @ correction
-                    done[name] = quantize_matrix(
-                        target.numpy(), prepared, self._options, f"{name}.weight", self._take_gram(name)
-                    )
-                    journal.put_matrix(f"refined {name}", done[name])
-        self._float = [
-            graph.stage_output(layer, stage, state, [functional.linear(x, weights[name]) for name in names])
-            for state, x in zip(self._float, float_in, strict=True)
-        ]
-        apply = {name: _Applied(done[name].matrix) for name in wanted}
-        self._rounded = [
-            graph.stage_output(
-                layer,
-                stage,
-                state,
-                [apply[name](x) if name in apply else functional.linear(x, weights[name]) for name in names],
-            )
-            for state, x in zip(self._rounded, rounded_in, strict=True)
-        ]
-        for name in wanted:
-            finish(f"{name}.weight", done[name])
+                for state in (*self._float, *self._rounded):
+                    state[stage.given] = state[stage.given] / factors
+        exact = [state[stage.given] for state in self._float]
+        chosen: dict[str, list[torch.Tensor]] = {}  # experts of each row, by weight
+        choices: list[State] = [{} for _ in self._float]
 
-    def _factors(self, inputs: list[torch.Tensor], weights: list[np.ndarray]) -> torch.Tensor | None:
+        def multiply(place: Reading) -> torch.Tensor:
+            if place.ids is not None:
+                chosen.setdefault(place.weight, []).append(place.ids)
+            return place.of(weights[place.weight])
+
+        self._advance(self._float, number, multiply, choices)
+        inputs = [state[stage.given] for state in self._rounded]
+        done: dict[str, Matrices] = {}
+        for group in groups(self._run.graph, stage):
+            ids = chosen[group.key] if group.has_experts else None
+            done |= self._group(group, weights, exact, inputs, ids, journal)
+        applied = {name: Applied(matrices) for name, matrices in done.items()}
+        with self._run.replacing(self._stored):
+            self._advance(self._rounded, number, lambda place: place.by(applied[place.weight]), choices)
+        for name, matrices in done.items():
+            self._levelled.pop(name, None)
+            finish(name, matrices)
+
+    def _advance(
+        self, states: list[State], number: int, product: Callable[[Reading], torch.Tensor], choices: list[State]
+    ) -> None:
+        """Moves a stream to the next stage, batch by batch; at the last stage nothing behind it is computed."""
+        last = number + 1 == len(self._plan.stages)
+        for i, state in enumerate(states):
+            values = multiplied(self._run, self._plan.stages[number], state, product, choices[i])
+            if not last:
+                states[i] = next_state(self._run, self._plan, number + 1, values, choices[i])
+
+    def _group(
+        self,
+        group: Group,
+        weights: Mapping[str, torch.Tensor],
+        exact: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        ids: list[torch.Tensor] | None,
+        journal: Journal,
+    ) -> dict[str, Matrices]:
+        """Quantizes weights that get the same rows of the input, expert by expert."""
+        experts = weights[group.key].shape[0] if group.has_experts else 1
+        done: dict[str, Matrices] = {name: [] for name in group.weights}
+        kept = {
+            (name, expert): journal.get_matrix(_key(name, expert, group.has_experts))
+            for name in group.weights
+            for expert in range(experts)
+        }
+        missing = {expert for (_, expert), found in kept.items() if found is None}
+        row_weights = self._sensitivity.weights(group.weights)
+        whole = self._sums(exact, inputs, ids, None, row_weights) if missing else None
+        seen = _seen(inputs) if missing else None
+        for expert in range(experts):
+            if expert in missing:
+                assert whole is not None and seen is not None
+                sums = whole
+                if ids is not None:
+                    sums = self._sums(exact, inputs, ids, expert, row_weights).mixed(whole)
+                square, hessian = sums.hessian.diagonal().numpy().copy(), sums.hessian.numpy()
+                stats, correction = InputStats(sums.rows, square, *seen, hessian), sums.correction()
+                capacity = min(listable(*weights[name].shape[-2:]) for name in group.weights)
+                prepared = prepare_input(stats, stats.columns, capacity, self._options)
+            for name in group.weights:
+                found = kept[name, expert]
+                if found is None:
+                    target = weights[name][expert] if group.has_experts else weights[name]
+                    target = target + target @ correction
+                    found = quantize_matrix(target.numpy(), prepared, self._options, name, self._take_gram(name))
+                    journal.put_matrix(_key(name, expert, group.has_experts), found)
+                done[name].append(found)
+        return done
+
+    def _factors(self, inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor | None:
         """The factors that equalization moves from the norm into the matrices; None if it does not help."""
         columns, options = inputs[0].shape[-1], self._options
-        tokens = sum(x.shape[0] * x.shape[1] for x in inputs)
-        square = torch.stack([x.flatten(0, 1).square().sum(0) for x in inputs]).sum(0) / tokens
-        stats = InputStats(tokens, square.numpy(), None, _sample(inputs).numpy())
-        capacity = min(listable(len(weight), columns) for weight in weights)
+        rows = sum(x.numel() for x in inputs) // columns
+        square = torch.stack([x.flatten(0, -2).square().sum(0) for x in inputs]).sum(0) / rows
+        stats = InputStats(rows, square.numpy(), None, _sample(inputs).numpy())
+        capacity = min(listable(*weight.shape[-2:]) for weight in weights)
+        flat = [weight.flatten(0, -2).numpy() for weight in weights]
         found = equalize.choose(
-            stats, weights, capacity, options.activation_bits, options.activation_scale, options.refine
+            stats, flat, capacity, options.activation_bits, options.activation_scale, options.refine
         )
         return None if found is None else torch.from_numpy(found)
 
-    def _gather(
-        self, float_in: list[torch.Tensor], rounded_in: list[torch.Tensor], weights: torch.Tensor | None
-    ) -> tuple[InputStats, torch.Tensor]:
-        """Statistics of x^ with a Hessian weighted by token, and the correction T [K, K]."""
-        columns = rounded_in[0].shape[-1]
+    def _sums(
+        self,
+        exact: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        ids: list[torch.Tensor] | None,
+        expert: int | None,
+        row_weights: torch.Tensor | None,
+    ) -> _Sums:
+        """Sums over all rows of the input, or over those of one expert."""
+        columns = inputs[0].shape[-1]
         hessian, cross = torch.zeros(columns, columns), torch.zeros(columns, columns)
-        largest = torch.zeros(columns)
-        tokens = sum(x.shape[0] * x.shape[1] for x in rounded_in)
-        begin = 0
-        for x, rounded in zip(float_in, rounded_in, strict=True):
-            flat = rounded.flatten(0, 1)
-            weighted = flat if weights is None else flat * weights[begin : begin + len(flat), None]
-            hessian.addmm_(weighted.T, flat)
-            cross.addmm_((x.flatten(0, 1) - flat).T, weighted)
-            largest = torch.maximum(largest, flat.abs().amax(0))
-            begin += len(flat)
-        hessian /= tokens
-        damped = hessian.clone()
-        damped.diagonal().add_(_RIDGE * float(hessian.diagonal().mean()) + torch.finfo(torch.float32).tiny)
-        correction = torch.linalg.solve(damped, cross.T / tokens).T * _TAKEN_BACK
-        stats = InputStats(
-            tokens,
-            hessian.diagonal().numpy().copy(),
-            largest.numpy(),
-            _sample(rounded_in).numpy(),
-            hessian.numpy(),
-        )
-        return stats, correction
+        count = 0
+        for x, rounded, weight in _rows(exact, inputs, ids, expert, row_weights):
+            weighted = rounded if weight is None else rounded * weight[:, None]
+            hessian.addmm_(weighted.T, rounded)
+            cross.addmm_((x - rounded).T, weighted)
+            count += len(rounded)
+        return _Sums(count, hessian / max(count, 1), cross / max(count, 1))
+
+
+def _key(name: str, expert: int, has_experts: bool) -> str:
+    return f"refined {name} {expert}" if has_experts else f"refined {name}"
+
+
+def _rows(
+    exact: list[torch.Tensor],
+    inputs: list[torch.Tensor],
+    ids: list[torch.Tensor] | None,
+    expert: int | None,
+    row_weights: torch.Tensor | None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """x, x^ [n, K] and the weights of their rows [n], batch by batch."""
+    begin = 0
+    for number, pair in enumerate(zip(exact, inputs, strict=True)):
+        x, rounded = (part.flatten(0, -2) for part in pair)
+        count = len(x) if ids is None else ids[number].numel()
+        weight = None if row_weights is None else row_weights[begin : begin + count]
+        begin += count
+        if ids is not None:
+            chosen = ids[number].flatten()
+            slots = torch.arange(count) if expert is None else (chosen == expert).nonzero()[:, 0]
+            rows = slots * len(x) // count  # all experts of a token may read one row
+            x, rounded, weight = x[rows], rounded[rows], None if weight is None else weight[slots]
+        yield x, rounded, weight
+
+
+def _seen(inputs: list[torch.Tensor]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Of x^, the largest value of each channel [K] and some rows [n, K]."""
+    largest = torch.stack([x.flatten(0, -2).abs().amax(0) for x in inputs]).amax(0)
+    return largest.numpy(), _sample(inputs).numpy()
 
 
 def _sample(inputs: list[torch.Tensor]) -> torch.Tensor:
-    """Some tokens [n, K] of inputs [batch, tokens, K], spread evenly over all places of a text."""
-    places = torch.from_numpy(spread(_SAMPLE_ROWS, sum(x.shape[0] * x.shape[1] for x in inputs)))
+    """Some rows [n, K] of inputs [batch, .., K], spread evenly over all places of a text."""
+    flat = [x.flatten(0, -2) for x in inputs]
+    places = torch.from_numpy(spread(_SAMPLE_ROWS, sum(map(len, flat))))
     found, begin = [], 0
-    for x in inputs:
-        flat = x.flatten(0, 1)
-        found.append(flat[places[(places >= begin) & (places < begin + len(flat))] - begin])
-        begin += len(flat)
+    for x in flat:
+        found.append(x[places[(places >= begin) & (places < begin + len(x))] - begin])
+        begin += len(x)
     return torch.cat(found)
 
 
-class _Applied:
-    """A quantized matrix as the runtime applies it."""
+class Applied:
+    """A quantized weight as the runtime applies it; experts are restored when they are needed."""
 
-    def __init__(self, matrix: Matrix) -> None:
-        self._round = Rounder(matrix.parameters, matrix.codes.shape[1])
-        self._weight = restored(matrix, self._round)
+    def __init__(self, matrices: Matrices) -> None:
+        self._matrices = [found.matrix for found in matrices]
+        self._kept = _restored(self._matrices[0]) if len(matrices) == 1 else None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(self._round(x), self._weight)
+    def __call__(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """The product of rows x [.., K] with an expert's matrix; 0 without experts."""
+        rounder, weight = self._kept or _restored(self._matrices[expert])
+        return functional.linear(rounder(x), weight)
+
+
+def _restored(matrix: Matrix) -> tuple[Rounder, torch.Tensor]:
+    rounder = Rounder(matrix.parameters, matrix.codes.shape[1])
+    return rounder, restored(matrix, rounder)

@@ -1,23 +1,26 @@
-"""Trains norm weights and scales after quantization, so that the logits move back towards the float model's.
+"""Trains norm weights and scales after quantization, so that the output moves back towards the float model's.
 
 The student is the quantized model with rounded activations, the teacher is the float model. The loss is the divergence
-that `evaluate` measures, on the calibration text. Codes, codebooks and everything else stay fixed. Part of the text is
-held out, and the result is dropped unless it is better there. The trained parameters are factors near 1, because the
-norm weights of one model differ by three powers of ten: a step size that suits one ruins another.
+that `evaluate` measures, on the calibration text; for encoders it is 1 - cosine of the embedding. Codes, codebooks and
+everything else stay fixed. Part of the text is held out, and the result is dropped unless it is better there. The
+trained parameters are factors near 1, because the norm weights of one model differ by three powers of ten: a step size
+that suits one ruins another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
 
-from agq_gguf.graphs.llama import LlamaGraph
+from agq_gguf.graphs.losses import divergence
+from agq_gguf.graphs.run import Executor, Reading
 from agq_gguf.matrix.codebook import storable
 from agq_gguf.matrix.quantize import QuantizedMatrix
 from agq_gguf.matrix.simulate import Rounder, restored
+from agq_gguf.quantization.best.sequential import Matrices
 
 _RATE = 5e-4  # learning rate of the factors
 _WARM_UP = 0.1  # share of the steps
@@ -30,8 +33,8 @@ class Tuned:
     """The result; with empty dictionaries if tuning did not help."""
 
     norms: dict[str, torch.Tensor]
-    matrices: dict[str, QuantizedMatrix]
-    before: float  # divergence in nats per token on the held-out text
+    matrices: dict[str, Matrices]
+    before: float  # divergence (`losses.divergence`) per row on the held-out text
     after: float
 
 
@@ -40,50 +43,66 @@ class _Student:
 
     def __init__(
         self,
-        graph: LlamaGraph,
-        matrices: Mapping[str, QuantizedMatrix],
+        run: Executor,
+        matrices: Mapping[str, Matrices],
         norms: Mapping[str, torch.Tensor],
-        embedding: torch.Tensor | None,
-        output: torch.Tensor | None,
+        trained: Collection[str],
+        stored: Mapping[str, torch.Tensor],
     ) -> None:
-        self.graph, self.matrices, self.output = graph, matrices, output
-        self.embedding = embedding
-        self._biases = {name: bias for name, bias in norms.items() if name not in graph.norms}
-        self._norms = {name: norms.get(name, graph.tensor(name)) for name in graph.norms}
-        self._scales = {name: torch.from_numpy(m.matrix.scales) for name, m in matrices.items()}
+        self._run, self._stored = run, stored
+        self._biases = {name: bias for name, bias in norms.items() if name not in trained}
+        self._norms = {name: norms.get(name, run.weight(name)) for name in trained}
         self._norm_factors = {name: torch.ones_like(norm) for name, norm in self._norms.items()}
-        self._scale_factors = {name: torch.ones_like(scales) for name, scales in self._scales.items()}
-        self._rounders = {name: Rounder(m.matrix.parameters, m.matrix.codes.shape[1]) for name, m in matrices.items()}
+        self._matrices = {name: [_Scaled(found) for found in made] for name, made in matrices.items()}
 
     @property
     def parameters(self) -> list[torch.Tensor]:
         """The trained parameters."""
-        found = [*self._norm_factors.values(), *self._scale_factors.values()]
-        return [factor.requires_grad_() for factor in found]
+        scales = [matrix.factors for found in self._matrices.values() for matrix in found]
+        return [factor.requires_grad_() for factor in (*self._norm_factors.values(), *scales)]
 
     def norms(self) -> dict[str, torch.Tensor]:
         """Current weights of norms, and biases that differ from the file's."""
         return self._biases | {name: norm * self._norm_factors[name] for name, norm in self._norms.items()}
 
-    def scales(self, name: str) -> torch.Tensor:
-        """Scales [M, K / 64] of a matrix, rounded as the file stores them; gradients ignore the rounding."""
-        exact = self._scales[name] * self._scale_factors[name]
+    def matrices(self) -> dict[str, Matrices]:
+        """The matrices with their current scales."""
+        return {name: [matrix.trained() for matrix in found] for name, found in self._matrices.items()}
+
+    def output(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The output of the quantized model."""
+        with self._run.replacing({**self._stored, **self.norms()}, self._yield):
+            return self._run.forward(tokens)
+
+    def _yield(self, place: Reading) -> torch.Tensor | None:
+        found = self._matrices.get(place.weight)
+        if found is None or place.given is None:
+            return None
+        return place.by(lambda expert, x: found[expert](x))
+
+
+class _Scaled:
+    """A quantized matrix with trainable scales."""
+
+    def __init__(self, made: QuantizedMatrix) -> None:
+        self._made = made
+        self._scales = torch.from_numpy(made.matrix.scales)
+        self.factors = torch.ones_like(self._scales)
+        self._rounder = Rounder(made.matrix.parameters, made.matrix.codes.shape[1])
+
+    def scales(self) -> torch.Tensor:
+        """Scales [M, K / 64], rounded as the file stores them; gradients ignore the rounding."""
+        exact = self._scales * self.factors
         return exact + (storable(exact.detach()) - exact.detach())
 
-    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        key = f"{name}.weight"
-        if key not in self.matrices:
-            return self.graph.linear(name, x)
-        rounder = self._rounders[key]
-        return functional.linear(rounder(x), restored(self.matrices[key].matrix, rounder, self.scales(key)))
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with x [.., K]."""
+        return functional.linear(self._rounder(x), restored(self._made.matrix, self._rounder, self.scales()))
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits with the norms of the student."""
-        with self.graph.replacing(self.norms()):
-            x = self.graph.embed(tokens, self.embedding)
-            for layer in range(self.graph.shape.n_layer):
-                x = self.graph.block(layer, x, self._linear)
-            return self.graph.logits(x, self.output)
+    def trained(self) -> QuantizedMatrix:
+        """The matrix with its current scales."""
+        scales = storable(self.scales()).numpy()
+        return replace(self._made, matrix=replace(self._made.matrix, scales=scales))
 
 
 def bytes_needed(n_parameters: int) -> int:
@@ -92,28 +111,39 @@ def bytes_needed(n_parameters: int) -> int:
 
 
 def tune(
-    graph: LlamaGraph,
+    run: Executor,
     batches: list[torch.Tensor],
-    matrices: Mapping[str, QuantizedMatrix],
+    matrices: Mapping[str, Matrices],
     norms: Mapping[str, torch.Tensor],
     *,
-    embedding: torch.Tensor | None,
-    output: torch.Tensor | None,
+    trained: Collection[str],
+    stored: Mapping[str, torch.Tensor],
+    logits: bool,
     epochs: int,
     progress: Callable[[int, int], None],
 ) -> Tuned:
-    """Trains on `batches` of tokens [batch, tokens].
+    """Trains on `batches` of tokens [batch, n].
 
-    `norms` (those that differ from the file's), `embedding` and `output` belong to the quantized model.
+    `norms` are those that differ from the file's, `trained` the names of those to train, `stored` the other tensors
+    that differ. `logits` says what the graph's output is.
     """
-    student = _Student(graph, matrices, norms, embedding, output)
+    student = _Student(run, matrices, norms, trained, stored)
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = run.forward(tokens)
+        return divergence(wanted, student.output(tokens), logits)
+
+    def divergences(batches: list[torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([loss(batch).flatten() for batch in batches])
+
     kept = set(range(min(_HELD_OUT // 2, len(batches) - 1), len(batches), _HELD_OUT))
     aside = [batches[i] for i in kept]
     seen = [batch for i, batch in enumerate(batches) if i not in kept]
     if not seen:
         return Tuned({}, {}, 0.0, 0.0)
-    with torch.no_grad():
-        before = _divergence(graph, student, aside)
+    before = divergences(aside)
     optimizer = torch.optim.Adam(student.parameters, lr=_RATE, betas=(0.9, 0.95))
     steps, step = epochs * len(seen), 0
     generator = torch.Generator().manual_seed(0)
@@ -122,34 +152,14 @@ def tune(
             for group in optimizer.param_groups:
                 group["lr"] = _RATE * min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 - step / steps)
             optimizer.zero_grad()
-            _loss(graph, student, seen[i]).mean().backward()
+            loss(seen[i]).mean().backward()
             optimizer.step()
             step += 1
             progress(step, steps)
-    with torch.no_grad():
-        after = _divergence(graph, student, aside)
+    after = divergences(aside)
     # A few positions hold a third of the divergence. Where they fall is luck, so they must not decide.
     usual = (before + after).argsort()[: int(_USUAL * len(before)) or 1]
     if not after[usual].mean() < before[usual].mean():
         return Tuned({}, {}, float(before.mean()), float(after.mean()))
     with torch.no_grad():
-        tuned = {
-            name: replace(m, matrix=replace(m.matrix, scales=storable(student.scales(name)).numpy()))
-            for name, m in matrices.items()
-        }
-        return Tuned(student.norms(), tuned, float(before.mean()), float(after.mean()))
-
-
-def _loss(graph: LlamaGraph, student: _Student, tokens: torch.Tensor) -> torch.Tensor:
-    """KL(float || student) of each position, in nats."""
-    with torch.no_grad():
-        x = graph.embed(tokens)
-        for layer in range(graph.shape.n_layer):
-            x = graph.block(layer, x, graph.linear)
-        wanted = functional.log_softmax(graph.logits(x), -1)
-    found = functional.log_softmax(student.logits(tokens), -1)
-    return (wanted.exp() * (wanted - found)).sum(-1)
-
-
-def _divergence(graph: LlamaGraph, student: _Student, batches: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([_loss(graph, student, batch).flatten() for batch in batches])
+        return Tuned(student.norms(), student.matrices(), float(before.mean()), float(after.mean()))

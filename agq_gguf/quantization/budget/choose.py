@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ from agq_gguf.calibration.imatrix import load_imatrix
 from agq_gguf.calibration.stats import InputStats
 from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
-from agq_gguf.graphs.registry import graph_of, why_not
+from agq_gguf.graphs.support import open_graph
+from agq_gguf.graphs.unsupported import Unsupported
 from agq_gguf.quantization.budget import costs, knapsack
 from agq_gguf.quantization.type_plan import TensorPlan, plan
 
@@ -52,20 +53,35 @@ def choose_types(
     def report(done: int, total: int, name: str) -> None:
         progress("sensitivity", done, total, name)
 
-    if session is None or why_not(reader):
+    cost = None if session is None else _by_gradients(reader, session(), options, types, report)
+    if cost is None:
         stats = _mean_squares(reader, session, imatrix, options, types)
         cost = costs.by_errors(reader, output, stats, types, options.matrix, report)
-    else:
-        graph = graph_of(reader, options.memory // 4)
-        cost = costs.by_gradients(graph, _tokens(session(), options), types, options.matrix, report)
     return knapsack.choose(plans, cost, options.target_bpw)
+
+
+def _by_gradients(
+    reader: Reader,
+    session: Session,
+    options: QuantizeOptions,
+    types: Mapping[str, Iterable[str]],
+    report: Callable[[int, int, str], None],
+) -> costs.Damage | None:
+    """What each tensor costs; None if the model's graph does not run in PyTorch."""
+    tokens = _tokens(session, options)
+    try:
+        run = open_graph(
+            reader, session.model, tokens[0].numpy().astype(np.int32), options.memory // 4, options.threads
+        )
+    except Unsupported:
+        return None
+    return costs.by_gradients(run, tokens, types, options.matrix, report, logits=session.model.facts.causal)
 
 
 def _tokens(session: Session, options: QuantizeOptions) -> torch.Tensor:
     """Some chunks of the text, [batch, n] int64."""
-    chunks = session.chunks(session.chunk_size(min(_CHUNK, options.context)), _TOKENS)
-    length = min(map(len, chunks))
-    return torch.from_numpy(np.stack([chunk[:length] for chunk in chunks]).astype(np.int64))
+    chunks = session.chunks(session.chunk_size(min(_CHUNK, options.context)), _TOKENS, equal=True)
+    return torch.from_numpy(np.stack(chunks).astype(np.int64))
 
 
 def _mean_squares(

@@ -1,11 +1,11 @@
 """Estimates the loss, in nats per token, from storing one tensor in a coarser type.
 
-If the graph is known (`graphs`), the cost is the divergence to second order, E[(g . dy)^2] / 2. Here dy is the change
-of the product when the tensor is rounded, and g is the gradient of -log p of a token drawn from the model's own
+If the graph runs in PyTorch (`graphs`), the cost is the divergence to second order, E[(g . dy)^2] / 2. Here dy is the
+change of the product when the tensor is rounded, and g is the gradient of -log p of a token drawn from the model's own
 prediction. Tensors are rounded one at a time, without error feedback, which would help all of them about equally.
 
 Otherwise the cost is the relative squared error of the product. All blocks then have the same weight, and the output
-matrix has the weight of all blocks together. This is close to what was measured where the graph is known
+matrix has the weight of all blocks together. This is close to what was measured where gradients are known
 (docs/research/quality.md).
 """
 
@@ -22,15 +22,17 @@ from agq_gguf.calibration.stats import InputStats
 from agq_gguf.format.blocks import TYPE_NAME, listable
 from agq_gguf.format.reference import dequantize
 from agq_gguf.gguf_io.reader import Reader, Tensor
-from agq_gguf.gguf_io.tensor_names import EMBEDDING, layer_of
-from agq_gguf.graphs.gradients import block_gradients, logits_gradient
-from agq_gguf.graphs.llama import LlamaGraph
+from agq_gguf.gguf_io.tensor_names import layer_of
+from agq_gguf.graphs.gradients import gradients
+from agq_gguf.graphs.losses import drawn
+from agq_gguf.graphs.run import Executor, Reading
+from agq_gguf.graphs.segments import segments
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
 from agq_gguf.quantization import stock_types
 
 Damage = dict[str, dict[str, float]]  # tensor -> type -> cost
-_ROWS = 1024  # rows of a matrix that are tried if the graph is not known
+_ROWS = 1024  # rows of a matrix that are tried without gradients
 
 
 def rounded(
@@ -45,49 +47,55 @@ def rounded(
 
 
 def by_gradients(
-    graph: LlamaGraph,
+    run: Executor,
     tokens: torch.Tensor,
     types: Mapping[str, Iterable[str]],
     options: MatrixOptions,
     progress: Callable[[int, int, str], None],
+    *,
+    logits: bool = True,
 ) -> Damage:
-    """Divergence on `tokens` [batch, n] int64 from rounding one tensor only, for each of its `types`."""
-    found: Damage = {}
-    shared: dict[str, InputStats] = {}
-    inputs = [graph.embed(tokens)]
-    with torch.no_grad():
-        for layer in range(graph.shape.n_layer):
-            inputs.append(graph.block(layer, inputs[-1], graph.linear))
-        last = graph.normed(inputs[-1]).flatten(0, 1)
+    """Divergence on `tokens` [batch, n] int64 from rounding one tensor only, for each of its `types`.
 
-    def add(name: str, given: torch.Tensor | None, gradient: torch.Tensor) -> None:
+    `logits` says what the graph's output is. A table that is looked up and multiplied costs the sum of both.
+    """
+    found: Damage = {}
+    known: dict[str, InputStats] = {}  # of weights that were multiplied; a lookup of one gets the rows rounded for that
+
+    def visit(place: Reading, gradient: torch.Tensor) -> None:
+        name = place.weight
         if name not in types:
             return
         progress(len(found), len(types), name)
-        weight = graph.tensor(name)
-        stats = shared.get(name) if given is None else _stats(given)
-        if name == graph.output_name and stats is not None:
-            shared[name] = stats  # a shared embedding is looked up as it was rounded for its use as the output matrix
+        weight = run.weight(name)
+        if place.given is not None:
+            known[name] = _stats(place.given.flatten(0, -2))
+        kept = found.setdefault(name, {})
         with torch.no_grad():
             for type_name in types[name]:
-                change = torch.from_numpy(rounded(weight.numpy(), type_name, stats, options)) - weight
-                moved = change[tokens.flatten()] if given is None else given @ change.T
-                cost = float((moved * gradient).sum(-1).square().mean()) / 2
-                kept = found.setdefault(name, {})
-                kept[type_name] = kept.get(type_name, 0.0) + cost  # a shared embedding is looked up and multiplied
+                change = _change(weight, type_name, known.get(name), options)
+                cost = _cost(place, change, gradient) / tokens.numel()
+                kept[type_name] = kept.get(type_name, 0.0) + cost
 
-    gradient, by_logits = logits_gradient(graph, inputs.pop(), torch.Generator().manual_seed(0))
-    add(graph.output_name, last, by_logits)
-    del by_logits
-    for layer in reversed(range(graph.shape.n_layer)):
-        gradient, products = block_gradients(graph, layer, inputs.pop(), gradient)
-        for product in products:
-            add(f"{product.name}.weight", product.given, product.gradient)
-    rows = graph.tensor(EMBEDDING)[tokens].requires_grad_()
-    (by_rows,) = torch.autograd.grad(graph.enter(rows), rows, gradient)
-    add(EMBEDDING, None, by_rows.flatten(0, 1))
+    generator = torch.Generator().manual_seed(0)
+    gradients(run, segments(run.graph), tokens, lambda y: drawn(y, logits, generator), visit)
     progress(len(types), len(types), "")
     return found
+
+
+def _change(weight: torch.Tensor, type_name: str, stats: InputStats | None, options: MatrixOptions) -> torch.Tensor:
+    """What rounding adds to a weight [rows, columns] or [experts, rows, columns]."""
+    matrices = weight.reshape(-1, *weight.shape[-2:]).numpy()
+    made = np.stack([rounded(matrix, type_name, stats, options) for matrix in matrices])
+    return torch.from_numpy(made).reshape(weight.shape) - weight
+
+
+def _cost(place: Reading, change: torch.Tensor, gradient: torch.Tensor) -> float:
+    """Half of the sum of (g . dy)^2 over rows; of experts, the changes of a token count together."""
+    moved = (place.of(change) * gradient).sum(-1)
+    if place.given is not None and place.ids is not None:
+        moved = moved.sum(-1)
+    return float(moved.square().sum()) / 2
 
 
 def _stats(x: torch.Tensor) -> InputStats:

@@ -1,0 +1,118 @@
+"""Opens a model's graph in PyTorch, if it computes what llama.cpp computes; else says why not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agq_gguf.errors import AgqError, HostError
+from agq_gguf.gguf_io.reader import FLOATS, Reader
+from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.graphs.ir import Graph, check_inputs, translate
+from agq_gguf.graphs.ops.arithmetic import BY_TABLE
+from agq_gguf.graphs.ops.indices import CHOICES
+from agq_gguf.graphs.run import Executor
+from agq_gguf.graphs.trace import open_context, record, run
+from agq_gguf.graphs.unsupported import Unsupported
+from agq_gguf.runtime.model import Model
+
+# The largest relative difference of outputs. llama.cpp rounds the input of a product to the type of the weight, and
+# takes GELU from a table of F16 values.
+_EXACT, _ROUGH, _BF16, _CODED = 1e-5, 1e-3, 1e-2, 1e-1  # coded: activations have 8 bits
+_TRIED_TOKENS = 32
+_POOLING_RANK = 4  # of a reranker: gguf.PoolingType.RANK
+
+
+def open_graph(reader: Reader, model: Model, tokens: NDArray[np.int32], cache: int, threads: int = 1) -> Executor:
+    """The graph for texts of `len(tokens)` tokens, which gives llama.cpp's outputs for `tokens`.
+
+    It keeps up to `cache` bytes of weights. Raises Unsupported with the reason if there is none.
+    """
+    graph = graph_for(reader, model, tokens, threads)
+    try:
+        executor = Executor(graph, lambda name: torch.from_numpy(reader.read(name)), cache)
+        found, most = difference(executor, model, tokens, threads), tolerance(graph, reader)
+    except (RuntimeError, ValueError, IndexError) as e:  # an operation in a form that was never seen
+        raise Unsupported(
+            f"PyTorch cannot run its graph: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+        ) from e
+    if not found <= most:
+        what = "logits" if model.facts.causal else "embeddings"
+        raise Unsupported(f"its {what} in PyTorch differ from those of llama.cpp by {found:.1e}, more than {most:.0e}")
+    return executor
+
+
+def graph_for(reader: Reader, model: Model, tokens: NDArray[np.int32], threads: int = 1) -> Graph:
+    """llama.cpp's graph for texts of `len(tokens)` tokens, not checked. Raises Unsupported."""
+    try:
+        return _graph_for(reader, model, tokens, threads)
+    except HostError as e:
+        raise Unsupported(str(e)) from e
+
+
+def _graph_for(reader: Reader, model: Model, tokens: NDArray[np.int32], threads: int) -> Graph:
+    if not model.facts.causal and reader.get(f"{reader.architecture}.pooling_type") == _POOLING_RANK:
+        raise Unsupported("it gives a score and no embedding")
+    shapes = {tensor.name: tensor.shape for tensor in reader.tensors.values()}
+    other = np.roll(tokens, len(tokens) // 2 + 1)
+    if np.array_equal(other, tokens):
+        other = (tokens + 1) % model.n_vocab
+    first, second = record(model, [tokens, other.astype(np.int32)], shapes, threads=threads)
+    check_inputs(first, second)
+    graph = translate(first, shapes)
+    for node in graph.nodes:
+        if node.op == "WEIGHT" and reader.tensors[node.attr].type_name not in (*FLOATS, *reader.decoders):
+            raise Unsupported(f"its tensor {node.attr} is of type {reader.tensors[node.attr].type_name}")
+    return graph
+
+
+def tolerance(graph: Graph, reader: Reader) -> float:
+    """The relative difference between llama.cpp's outputs and ours that its arithmetic explains."""
+    types = {reader.tensors[name].type_name for i in range(len(graph.nodes)) if (name := graph.matrix_of(i))}
+    if not types.issubset(FLOATS):
+        return _CODED
+    if "bf16" in types:
+        return _BF16
+    return _ROUGH if "f16" in types or any(node.op in BY_TABLE for node in graph.nodes) else _EXACT
+
+
+def difference(executor: Executor, model: Model, tokens: NDArray[np.int32], threads: int = 1) -> float:
+    """The relative difference between llama.cpp's outputs for `tokens` and ours; NaN counts as infinite.
+
+    llama.cpp runs without flash attention and with an F32 cache. Where tokens choose (experts), the typical token
+    decides: at some a choice falls the other way by rounding alone.
+    """
+    with open_context(model, len(tokens), flash_attention="off", threads=threads) as context:
+        batch = run(context, tokens)
+        theirs = torch.from_numpy((context.logits(batch) if model.facts.causal else context.embeddings(batch)).copy())
+    with torch.no_grad():
+        ours = executor.forward(torch.from_numpy(tokens.astype(np.int64))[None])[0]
+    if ours.shape != theirs.shape:
+        return float("inf")
+    if any(node.op in CHOICES for node in executor.graph.nodes):
+        found = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median()
+    else:
+        found = (ours - theirs).norm() / theirs.norm()
+    return float(torch.nan_to_num(found, nan=torch.inf))
+
+
+def supported(path: str | os.PathLike[str], prepare: Callable[[Reader], None] = lambda reader: None) -> str:
+    """Why a model cannot run in PyTorch with gradients; empty if it can. Tries it on a few tokens.
+
+    `prepare` gets the open file: it may add decoders.
+    """
+    try:
+        with open_model(path) as reader, Model(Path(path)) as model:
+            prepare(reader)
+            tokens = (np.arange(_TRIED_TOKENS) * 7919 % model.n_vocab).astype(np.int32)
+            open_graph(reader, model, tokens, 0)
+    except Unsupported as e:
+        return str(e)
+    except AgqError as e:
+        return f"llama.cpp cannot run it: {e}"
+    return ""
