@@ -14,14 +14,16 @@ from pathlib import Path
 
 from agq_gguf import QuantizeOptions, default_calibration, evaluate, quantize
 from agq_gguf.calibration.default_text import read_pieces
-from agq_gguf.text import LoadedText
+from agq_gguf.text import LoadedText, load_text
 
 
 def load(path: Path) -> LoadedText:
-    return LoadedText(path.name, (tuple(read_pieces(path)),))
+    """A text file as it is, or the dialogues of a .json file."""
+    return LoadedText(path.name, (tuple(read_pieces(path)),)) if path.suffix == ".json" else load_text(path)
 
 
 def main() -> None:
+    """Runs the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", nargs="+", required=True, help="text files, default, none")

@@ -41,9 +41,9 @@ def quantize(
         list[str] | None,
         typer.Option(
             metavar="FILE",
-            help="Text file similar to what the model will read; may be given several times. `default` is the text in "
-            "the package, `none` leaves calibration out.",
-            show_default="default",
+            help="Text file similar to what the model will read; may be given several times. `default`, used if no "
+            "text and no --imatrix is given, is a text in the package; `none` leaves calibration out.",
+            show_default=False,
         ),
     ] = None,
     imatrix: Annotated[
