@@ -17,6 +17,7 @@ from agq_gguf.native import backend_path
 from agq_gguf.runtime.plugin import last_pruned, options, register
 
 if TYPE_CHECKING:
+    from agq_gguf.calibration.default_text import default_calibration
     from agq_gguf.calibration.imatrix import load_imatrix
     from agq_gguf.calibration.stats import InputStats, WeightStats
     from agq_gguf.import_hf import import_checkpoint
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from agq_gguf.quantization.options import QuantizeOptions, activation_options
     from agq_gguf.quantization.packing import pack_agq4
     from agq_gguf.quantization.pipeline import plan_file, quantize
+    from agq_gguf.text import mix_texts
 
 # Where the public names live that load torch or llama_cpp; they are imported when they are first used.
 _LAZY = {
@@ -41,10 +43,12 @@ _LAZY = {
     "activation_options": "quantization.options",
     "bench": "measure.bench",
     "calibrate_pruning": "pruning.calibrate",
+    "default_calibration": "calibration.default_text",
     "evaluate": "measure.evaluate",
     "import_checkpoint": "import_hf",
     "inspect_file": "inspection.inspect",
     "load_imatrix": "calibration.imatrix",
+    "mix_texts": "text",
     "pack_agq4": "quantization.packing",
     "plan_file": "quantization.pipeline",
     "quantize": "quantization.pipeline",
@@ -67,11 +71,13 @@ __all__ = [
     "backend_path",
     "bench",
     "calibrate_pruning",
+    "default_calibration",
     "evaluate",
     "import_checkpoint",
     "inspect_file",
     "last_pruned",
     "load_imatrix",
+    "mix_texts",
     "options",
     "pack_agq4",
     "plan_file",

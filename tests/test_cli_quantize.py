@@ -49,7 +49,7 @@ def test_quantize(small: Path, words_file: Path, tmp_path: Path) -> None:
 def test_quantize_without_calibration_warns_and_replaces(small: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.gguf"
     target.write_text("an older file")
-    shown = run("quantize", small, target, "-t", 1, "--quiet", "--output-type", "agq4")
+    shown = run("quantize", small, target, "--calibration", "none", "-t", 1, "--quiet", "--output-type", "agq4")
     assert shown.stderr.startswith("warning: quantized without calibration")
     assert "output type is" not in shown.stdout
     with open_gguf(target) as reader:
@@ -163,7 +163,7 @@ def test_no_sizes(text: str) -> None:
 
 
 def test_quantize_as_json(small: Path, tmp_path: Path) -> None:
-    shown = run("quantize", small, tmp_path / "out.gguf", "-t", 1, "--json")
+    shown = run("quantize", small, tmp_path / "out.gguf", "-t", 1, "--json", "--calibration-tokens", 512)
     found = json.loads(shown.stdout)
     assert found["paths"] == [str(tmp_path / "out.gguf")] and found["n_bytes"] == (tmp_path / "out.gguf").stat().st_size
     assert {tensor["type_name"] for tensor in found["tensors"]} >= {"agq4", "f32"}

@@ -180,7 +180,7 @@ cli.main()
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 def test_limit_on_file_size(source: Path, tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(source), str(tmp_path / "out.gguf"), "-t", "1"],
+        [sys.executable, "-c", LIMITED, str(source), str(tmp_path / "out.gguf"), "-t", "1", "--calibration", "none"],
         capture_output=True, text=True, timeout=120, check=False, env=environment(),
     )  # fmt: skip
     assert result.returncode == OutputError.exit_code, result.stderr

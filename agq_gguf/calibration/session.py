@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.errors import InputError
+from agq_gguf.runtime.dialogues import tokens_of
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.model import Model
+from agq_gguf.text import LoadedText, fair_shares, interleaved
 
 MIN_TOKENS = 64  # a shorter text is useless
 _MIN_CHUNK = 16
@@ -20,7 +22,7 @@ _NO_TOKENIZER = 0  # LLAMA_VOCAB_TYPE_NONE
 
 
 class Session:
-    """The model and the tokens of its calibration text; a context manager.
+    """The model and the tokens of its calibration text; a context manager. `warnings` are about the text.
 
     Raises InputError if llama.cpp cannot load the model, if it has no tokenizer, or if the text is too short.
     """
@@ -34,12 +36,13 @@ class Session:
                     f"{path}: has no tokenizer, so a text cannot be used for calibration; use an imatrix, or no "
                     "calibration"
                 )
-            pieces = [self.model.tokenize(piece, add_special=False) for piece in text]
-            self._tokens = np.concatenate([np.empty(0, np.int32), *pieces])
-            if len(self._tokens) < MIN_TOKENS:
+            found = [tokens_of(self.model, part) for part in (text.parts if isinstance(text, LoadedText) else [text])]
+            self._parts = [tokens for tokens, _ in found]
+            self.warnings = list(dict.fromkeys(warning for _, warnings in found for warning in warnings))
+            total = sum(map(len, self._parts))
+            if total < MIN_TOKENS:
                 raise InputError(
-                    f"the calibration text has {len(self._tokens)} tokens, at least {MIN_TOKENS} are needed; "
-                    "use a longer text"
+                    f"the calibration text has {total} tokens, at least {MIN_TOKENS} are needed; use a longer text"
                 )
         except BaseException:
             self.model.close()
@@ -52,8 +55,9 @@ class Session:
     def chunks(self, size: int, max_tokens: int, *, equal: bool = False) -> list[NDArray[np.int32]]:
         """Chunks of `size` tokens, spread over the text, with up to `max_tokens` tokens in total.
 
-        Each chunk includes the model's special tokens at its ends. The last one may be shorter; with `equal` it begins
-        earlier instead. Raises InputError if `size` is too small.
+        Several texts get equal shares as far as they are long, and take turns. Each chunk includes the model's special
+        tokens at its ends. The last one of a text may be shorter; with `equal` it begins earlier instead. Raises
+        InputError if `size` is too small.
         """
         around = self.model.tokenize("")
         first, last = np.split(around, [int(self.model.add_bos and len(around) > 0)])
@@ -63,14 +67,17 @@ class Session:
                 f"a context of {size} tokens is too small for calibration, at least {_MIN_CHUNK + len(around)} are "
                 "needed"
             )
-        tokens = self._tokens
-        bodies = [tokens[i : i + body] for i in range(0, len(tokens), body)]
-        if len(bodies) > 1 and len(bodies[-1]) < body // 4:
-            bodies.pop()  # a few words without context are not typical input
-        if equal and len(bodies) > 1:
-            bodies[-1] = tokens[-body:] if len(bodies[-1]) < body else bodies[-1]
-        n_chunks = max(1, min(len(bodies), max_tokens // size))
-        return [np.concatenate([first, bodies[i * len(bodies) // n_chunks], last]) for i in range(n_chunks)]
+        texts = []
+        for tokens in self._parts:
+            bodies = [tokens[i : i + body] for i in range(0, len(tokens), body)]
+            if len(bodies) > 1 and len(bodies[-1]) < body // 4:
+                bodies.pop()  # a few words without context are not typical input
+            if equal and len(bodies) > 1:
+                bodies[-1] = tokens[-body:] if len(bodies[-1]) < body else bodies[-1]
+            texts.append(bodies)
+        shares = fair_shares([len(bodies) for bodies in texts], max(1, max_tokens // size))
+        taken = [[bodies[i * len(bodies) // n] for i in range(n)] for bodies, n in zip(texts, shares, strict=True) if n]
+        return [np.concatenate([first, found, last]) for found in interleaved(taken)]
 
     def close(self) -> None:
         """Frees the model."""

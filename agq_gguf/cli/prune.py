@@ -120,7 +120,7 @@ def calibrate_pruning(
 
 
 def prune_new(
-    model: Path, share: float, calibration: LoadedText | None, threads: int, view: show.ProgressView
+    model: Path, share: float, calibration: LoadedText, threads: int, view: show.ProgressView
 ) -> PruneReport | None:
     """Calibrates a model that was just made, in place; if that fails the model does not change."""
     from agq_gguf.pruning.calibrate import calibrate_pruning as run

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from agq_gguf.calibration.default_text import default_calibration
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Json, Quality, Quiet, Threads, parse_size
 from agq_gguf.cli.prune import prune_new, show_calibration
@@ -16,7 +17,7 @@ from agq_gguf.errors import InputError, missing_package
 from agq_gguf.gguf_io.tensor_names import kind_of
 from agq_gguf.quantization.options import QuantizeOptions, activation_options
 from agq_gguf.runtime.cpus import default_threads
-from agq_gguf.text import load_text
+from agq_gguf.text import LoadedText, mix_texts
 
 if TYPE_CHECKING:
     from agq_gguf.quantization.estimate import Estimate
@@ -37,7 +38,13 @@ def quantize(
         Path, typer.Argument(metavar="OUT", help="File to write; replaced only when complete.", show_default=False)
     ],
     calibration: Annotated[
-        Path | None, typer.Option(help="Text file similar to what the model will read.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text file similar to what the model will read; may be given several times. `default`, used if no "
+            "text and no --imatrix is given, is a text in the package; `none` leaves calibration out.",
+            show_default=False,
+        ),
     ] = None,
     imatrix: Annotated[
         Path | None, typer.Option(help="Importance matrix (GGUF) to use instead of a text.", show_default=False)
@@ -126,8 +133,8 @@ def quantize(
 ) -> None:
     """Quantize a model to AGQ4.
 
-    Without --calibration or --imatrix all activations get the same weight, which costs quality. An existing OUT is
-    replaced only when the new file is complete.
+    Without --calibration and --imatrix, the calibration text in the package is used. With several texts each gets an
+    equal share of the tokens. An existing OUT is replaced only when the new file is complete.
     """
     try:
         from agq_gguf.quantization import pipeline
@@ -151,32 +158,43 @@ def quantize(
         keep_types=() if keep_types == "none" else tuple(keep_types.split(",")),
         matrix=replace(activation_options(act_bits, act_scale), equalize=not keep_norms),
     )
-    if prune and calibration is None:
-        raise InputError("--prune needs a text; give one with --calibration")
+    text = _chosen_text(calibration or ([] if imatrix is None else ["none"]))
+    if prune and calibration == ["none"]:
+        raise InputError("--prune needs a text; leave out --calibration none")
     if prune and split_size:
         raise InputError("--prune does not support several files; leave out --split-max-size")
     if dry_run:
-        plans = pipeline.plan_file(source, options, calibration=calibration, imatrix=imatrix)
+        plans = pipeline.plan_file(source, options, calibration=text, imatrix=imatrix)
         warnings = pipeline.plan_warnings(source, options)
         if warnings:
             options = replace(options, quality="balanced")
-        needed = estimate(plans, options, calibrated=calibration is not None, threads=threads or default_threads())
+        needed = estimate(plans, options, calibrated=text is not None, threads=threads or default_threads())
         (write_plan if as_json else show_plan)(plans, needed)
         for warning in warnings:
             show.complain(f"warning: {warning}")
         return
     with show.ProgressView(quiet=quiet or as_json) as view:
-        text = None if calibration is None else load_text(calibration)
         report = pipeline.quantize(
             source, target, calibration=text, imatrix=imatrix, options=options, progress=view.update
         )
-        pruned = prune_new(target, prune, text, threads, view) if prune else None
+        pruned = prune_new(target, prune, text or default_calibration(), threads, view) if prune else None
     if as_json:
         show.write_json({**asdict(report), "pruning": asdict(pruned) if pruned else None})
         return
     show_report(report, source)
     if pruned is not None:
         show_calibration(pruned)
+
+
+def _chosen_text(names: list[str]) -> LoadedText | None:
+    """The text that the values of --calibration name; None for `none`."""
+    if not names:
+        return default_calibration()
+    if "none" in names:
+        if len(names) > 1:
+            raise InputError("--calibration none leaves calibration out; it cannot be combined with a text")
+        return None
+    return mix_texts(*(default_calibration() if name == "default" else name for name in names))
 
 
 def show_plan(plans: list[TensorPlan], needed: Estimate) -> None:
@@ -240,6 +258,7 @@ def show_report(report: Report, source: Path) -> None:
             show.complain(f"note: {tensor.name}: {tensor.note}")
     for warning in report.warnings:
         show.complain(f"warning: {warning}")
+    show.say(f"calibration: {report.guidance}")
     files = f" in {len(report.paths)} files" if len(report.paths) > 1 else ""
     show.say(
         f"{source.name} {show.size(report.source_bytes)} -> {report.paths[0]} {show.size(report.n_bytes)}{files}, "

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from agq_gguf.arguments import Progress, no_progress
 from agq_gguf.errors import InputError
 from agq_gguf.logits import compare
+from agq_gguf.runtime.dialogues import tokens_of
 from agq_gguf.runtime.model import Batch, Context, FlashAttention, Model, check_same_tokens
+from agq_gguf.text import LoadedText
 
 DEFAULT_CONTEXT = 512
 _ROWS = 32  # positions whose logits are held in binary64 at one time: 33 MB for a vocabulary of 128k
@@ -40,7 +42,7 @@ class Evaluation:
 def evaluate(
     model_path: str | os.PathLike[str],
     reference_path: str | os.PathLike[str],
-    text: str,
+    text: str | LoadedText,
     *,
     context: int | None = None,
     chunks: int | None = None,
@@ -52,7 +54,8 @@ def evaluate(
 
     As in llama-perplexity, the text is cut into chunks of `context` tokens (default: 512, or the trained context if
     that is smaller). Each chunk starts with the BOS token if the model uses one, and the positions of its second half
-    are scored. `chunks` limits their number. Raises InputError, or HostError if a model does not run.
+    are scored. `chunks` limits their number. Dialogues in a `LoadedText` are rendered with the model's chat template.
+    Raises InputError, or HostError if a model does not run.
     """
     with ExitStack() as stack:
         models = [stack.enter_context(Model(path)) for path in (reference_path, model_path)]
@@ -75,9 +78,11 @@ def evaluate(
     return summarize(np.concatenate(scored), size, len(pieces))
 
 
-def _cut(model: Model, text: str, size: int, chunks: int | None) -> NDArray[np.int32]:
+def _cut(model: Model, text: str | LoadedText, size: int, chunks: int | None) -> NDArray[np.int32]:
     """Token ids [chunk, size]; a last chunk that is too short is left out."""
-    tokens = model.tokenize(text)
+    tokens = (
+        model.tokenize(text) if isinstance(text, str) else np.concatenate([tokens_of(model, p)[0] for p in text.parts])
+    )
     n = len(tokens) // size
     if n == 0:
         raise InputError(

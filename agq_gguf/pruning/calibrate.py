@@ -26,7 +26,7 @@ from agq_gguf.gguf_io.metadata import PRUNE_LAYERS, PRUNE_PREFIX
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.gguf_io.writer import check_writable
 from agq_gguf.pruning.file import carriers, write_plan
-from agq_gguf.pruning.learn import learn_directions
+from agq_gguf.pruning.learn import MAX_PIECES, learn_directions
 from agq_gguf.pruning.options import PruneOptions
 from agq_gguf.pruning.plan import (
     Plan,
@@ -35,8 +35,9 @@ from agq_gguf.pruning.plan import (
 )
 from agq_gguf.pruning.search import Point, choose
 from agq_gguf.pruning.trial import CALL_TOKENS, Example, Runtime, examples_of
+from agq_gguf.runtime.dialogues import tokens_of
 from agq_gguf.runtime.model import Model
-from agq_gguf.text import load_text
+from agq_gguf.text import LoadedText, fair_shares, load_text
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,19 @@ def calibrate_pruning(
         known = ", ".join(map(str, allowed)) or "none"
         raise InputError(f"{src}: layer {missing[0]} cannot be a pruning layer; possible layers: {known}")
     loaded = load_text(calibration)
-    text = loaded.whole
     found: list[tuple[tuple[Point, list[Point], float], _Holders]] = []
     refused: list[AgqError] = []
     with Model(src) as model, ExitStack() as stack:
         model.require_logits()
-        examples = examples_of(model, text, choice)
+        tokens = _tokens(model, loaded)
+        examples = examples_of(model, tokens, choice)
         ways = choice.ways()
         run = _counted(model, examples, work, allowed, choice, len(ways), progress)
         for way in ways:
             try:
                 holders = _Holders(held_by, {})
                 if way.score and pruning_record.score_named(way.score).has_direction:
-                    holders = _learned(src, model, model.tokenize(text), allowed, way, progress)
+                    holders = _learned(src, model, tokens, allowed, way, progress)
                     run.model = stack.enter_context(_taught(src, dst, holders, way))
                 layers = sorted(set(allowed) & set(holders.tensors))
                 found.append((choose(run, work_of(sizes, bool(way.reuse)), layers, way), holders))
@@ -109,6 +110,16 @@ def calibrate_pruning(
     with open_model(src) as reader:
         write_plan(reader, dst, holders.records(chosen.plan), metadata_of(report), progress)
     return report
+
+
+def _tokens(model: Model, text: LoadedText) -> NDArray[np.int32]:
+    """The tokens of the text; several texts follow one another, with equal shares as far as they are long."""
+    if len(text.parts) == 1 and all(isinstance(piece, str) for piece in text.parts[0]):
+        return model.tokenize(text.whole)
+    found = [tokens_of(model, part)[0] for part in text.parts]
+    lengths = [len(tokens) for tokens in found]
+    shares = fair_shares(lengths, max(len(found) * min(lengths), MAX_PIECES * CALL_TOKENS))
+    return np.concatenate([tokens[:share] for tokens, share in zip(found, shares, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -140,9 +140,8 @@ class Runtime:
         return np.concatenate([first, context.logits(batch)])
 
 
-def examples_of(model: Model, text: str, choice: PruneOptions) -> list[Example]:
+def examples_of(model: Model, tokens: NDArray[np.int32], choice: PruneOptions) -> list[Example]:
     """Examples from a text: as many as `choice` asks for, but no more than the memory for their logits allows."""
-    tokens = model.tokenize(text)
     logits_bytes = 4 * model.n_vocab * choice.following
     count = max(2, min(choice.prompts, _LOGITS_BYTES // logits_bytes))
     examples = make_examples(tokens, count, choice.following, model.n_ctx_train)

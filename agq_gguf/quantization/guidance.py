@@ -104,7 +104,7 @@ def from_text(
     if options.resume:
         decisive = replace(options, threads=0, resume=False, split_size=0, converter="", keep_float="")
         journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
-    warnings, best = [], None
+    warnings, best = [*session.warnings], None
     if options.quality == "best":
         setting = Setting(options.matrix, options.memory, options.tune, options.threads, journal, progress)
         found = prepare(reader, session, options.context, options.calibration_tokens, plans, setting)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf.arguments import PathName, Progress, Text, no_progress
-from agq_gguf.errors import InputError
+from agq_gguf.errors import HostError, InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io import metadata
 from agq_gguf.gguf_io.reader import Reader, Tensor
@@ -55,7 +55,8 @@ def plan_file(
         )
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         source.prepare(reader, options)
-        session = None if calibration is None else _opener(stack, reader, load_text(calibration), progress)
+        text = None if calibration is None or not options.target_bpw else load_text(calibration)
+        session, _ = _opener(stack, reader, text, progress)
         return _plans(reader, session, imatrix, options, progress)
 
 
@@ -107,9 +108,10 @@ def quantize(
     `src` is a GGUF in F32, F16 or BF16, of any type with `options.allow_requantize`, or the folder of a Hugging Face
     checkpoint.
 
-    `calibration` is the path of a text file, or strings of text. `imatrix` is an importance matrix for the same model;
-    it is used if no text is given. Without both, all activations get the same weight, which costs quality and causes a
-    warning. Raises InputError, FormatError or OutputError, and then leaves `dst` unchanged.
+    `calibration` is the path of a text file, strings of text, or what `default_calibration` or `mix_texts` returned.
+    `imatrix` is an importance matrix for the same model; it is used if no text is given. Without both, all activations
+    get the same weight, which costs quality and causes a warning: unlike the command, this function has no default
+    text. Raises InputError, FormatError or OutputError, and then leaves `dst` unchanged.
     """
     options = options or QuantizeOptions()
     with folder.as_gguf(src, dst, options, progress) as (path, warnings):
@@ -130,21 +132,32 @@ def _quantize_file(
         source.prepare(reader, options)
         check_writable(dst)
         text = None if calibration is None else load_text(calibration)
-        session = None if text is None else _opener(stack, reader, text, progress)
+        session, warnings = _opener(stack, reader, text, progress)
         plans = _plans(reader, session, imatrix, options, progress)
         wanted = {p.source.name: p.source for p in plans if p.type_name == blocks.TYPE_NAME}
+        guide: Guide | None = None
         if text is not None and session is not None and wanted:
-            guide = from_text(stack, reader, plans, session(), text.name, options, Path(dst), progress)
-        elif imatrix is not None and wanted:
-            guide = from_imatrix(wanted, imatrix)
-        else:
-            guide = unguided(wanted)
-        guide.warnings[:0] = source.loss_warnings(plans)
+            try:
+                guide = from_text(stack, reader, plans, session(), text.name, options, Path(dst), progress)
+            except (InputError, HostError) as e:
+                if not text.optional:
+                    raise
+                warnings.append(f"{text.name} was not used: {e}")
+        if guide is None:
+            guide = unguided(wanted) if imatrix is None or not wanted else from_imatrix(wanted, imatrix)
+        guide.warnings[:0] = [*source.loss_warnings(plans), *warnings]
         return _write(reader, Path(dst), plans, guide, options, progress)
 
 
-def _opener(stack: ExitStack, reader: Reader, text: LoadedText, progress: Progress) -> Callable[[], Session]:
-    """A function that opens the model with its text at the first call and returns the same session at later calls."""
+def _opener(
+    stack: ExitStack, reader: Reader, text: LoadedText | None, progress: Progress
+) -> tuple[Callable[[], Session] | None, list[str]]:
+    """A function that opens the model with its text at the first call and returns the same session at later calls.
+
+    An optional text is tried at once. If the model cannot read it there is no function, but a warning.
+    """
+    if text is None:
+        return None, []
     from agq_gguf.calibration.session import Session
 
     @cache
@@ -152,7 +165,12 @@ def _opener(stack: ExitStack, reader: Reader, text: LoadedText, progress: Progre
         progress("calibrate", 0, 1, "loading the model")
         return stack.enter_context(Session(reader.path, text))
 
-    return session
+    try:
+        if text.optional:
+            session()
+    except (InputError, HostError) as e:
+        return None, [f"{text.name} was not used: {e}"]
+    return session, []
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""The calibration text in the package, for models that are quantized without a text of the user.
+
+It is a mixture of what models read: prose in many languages, encyclopedic articles, programs, manuals, mathematics and
+dialogues. Its pieces alternate, so that any part of it is about as varied as the whole.
+`agq_gguf/data/default-calibration/ORIGINS.md` says where each file comes from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from agq_gguf.errors import InputError
+from agq_gguf.text import DATA, Dialogue, LoadedText, Piece, interleaved, read_text
+
+FOLDER = DATA / "default-calibration"
+NAME = "the default text"
+_PIECE = 1500  # minimum characters of a piece; most fill a chunk of 512 tokens, as a text that models read would
+
+
+def default_calibration() -> LoadedText:
+    """The text that `agq-gguf quantize` uses if none is given. Pass it as `calibration`.
+
+    If the model has a chat template, the dialogues in the text are rendered with it. A model that cannot read a text
+    (one without a tokenizer) is quantized without calibration, with a warning. Raises InputError if the package is
+    incomplete.
+    """
+    kinds = sorted(path for path in FOLDER.glob("*") if path.is_dir())
+    if not kinds:
+        raise InputError(f"{FOLDER}: the default calibration text is missing; install agq-gguf again")
+    pieces = [_alternating([read_pieces(file) for file in sorted(kind.iterdir())]) for kind in kinds]
+    return LoadedText(NAME, (tuple(_alternating(pieces)),), optional=True)
+
+
+def _alternating(lists: list[list[Piece]]) -> list[Piece]:
+    return interleaved(lists, [[_size(piece) for piece in pieces] for pieces in lists])
+
+
+def _size(piece: Piece) -> int:
+    return len((piece if isinstance(piece, str) else piece.plain).encode())
+
+
+def read_pieces(file: Path) -> list[Piece]:
+    """The dialogues of a .json file, or the paragraphs of a text in groups of at least 1500 characters."""
+    if file.suffix == ".json":
+        dialogues = json.loads(read_text(file))
+        return [Dialogue(tuple((turn["role"], turn["content"]) for turn in dialogue)) for dialogue in dialogues]
+    pieces: list[str] = []
+    for paragraph in read_text(file).strip("\n").split("\n\n"):
+        if pieces and len(pieces[-1]) < _PIECE:
+            pieces[-1] += f"{paragraph}\n\n"
+        else:
+            pieces.append(f"{paragraph}\n\n")
+    if len(pieces) > 1 and len(pieces[-1]) < _PIECE // 2:
+        last = pieces.pop()
+        pieces[-1] += last
+    return list(pieces)
