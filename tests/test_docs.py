@@ -21,7 +21,7 @@ GUIDE_LINES = 120
 EXTERNAL = {
     "llama.cpp": (
         r"GGML_\w+", r"ggml_\w+", r"rpc_server::\w+", "rpc_tensor", "set_tensor", "offload_kqv",
-        "simple", "--check-tensors", "gguf_init_from_file", "src1", "vec_dot",
+        "simple", "--check-tensors", "gguf_init_from_file", "src1", "vec_dot", r"blk\.N\.ffn\.act\.scales",
     ),
     "ik_llama.cpp": ("-rtr",),
     "compilers and CMake": (r"-D\w+=.*", r"-f[a-z-]+"),
