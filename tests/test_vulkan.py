@@ -80,6 +80,7 @@ def test_the_text_is_that_of_the_cpu(hybrid: Path, set_up: tuple[str, ...]) -> N
     prompt = "the red key in the box and the blue door"
     assert len(wanted.stdout.strip()) > len(prompt) + 20
     # The device rounds otherwise, so a late token of this random model may fall the other way.
-    assert len(os.path.commonprefix([found.stdout, wanted.stdout])) > len(prompt) + 12
+    sure = len(prompt) + 12
+    assert found.stdout[:sure] == wanted.stdout[:sure]
     if set_up[1] != "0":
         assert "Vulkan0 model buffer size" in found.stderr  # the device really had a part of the model
