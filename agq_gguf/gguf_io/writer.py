@@ -242,12 +242,12 @@ def through_links(path: str | os.PathLike[str]) -> Path:
     Raises OutputError for links that lead in a circle.
     """
     target = Path(path)
-    if not target.is_symlink():
-        return target
     try:
-        return target.resolve()
-    except (OSError, RuntimeError) as e:
-        raise OutputError(f"{path}: is a symbolic link that leads nowhere; give another name") from e
+        return target.resolve() if target.is_symlink() else target
+    except RuntimeError as e:
+        raise OutputError(f"{path}: is a symbolic link that leads in a circle; give another name") from e
+    except OSError as e:  # a name that is too long, for example
+        raise OutputError(f"{path}: cannot write there: {e.strerror}") from e
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

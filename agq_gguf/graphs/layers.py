@@ -29,6 +29,8 @@ def layers(graph: Graph) -> dict[int, Layer]:
         for i, node in enumerate(graph.nodes)
         if node.op == "SOFT_MAX" and len(node.inputs) > 1 and node.varies and (layer := _layer(graph, i)) is not None
     ]
+    if not attentions:  # a recurrent model
+        return {}
     ends = [i for i, _ in attentions[1:]] + [len(graph.nodes)]
     found = {}
     for (i, layer), end in zip(attentions, ends, strict=True):
