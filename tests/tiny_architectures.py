@@ -90,30 +90,6 @@ def write_qwen3moe(path: Path | str) -> Path:
     return _ends(model, quiet)
 
 
-def write_gpt_oss(path: Path | str) -> Path:
-    """gpt-oss: every second layer with a sliding window, attention sinks, biases everywhere, also on 4 experts."""
-    model = _start(path, "gpt-oss")
-    _heads(model)
-    model.writer.add_layer_norm_rms_eps(1e-5)
-    model.writer.add_sliding_window(64)
-    model.writer.add_expert_count(4)
-    model.writer.add_expert_used_count(2)
-    model.writer.add_expert_feed_forward_length(FF)
-    quiet = add_bpe_tokenizer(model.writer, VOCAB, pre="gpt-4o")
-    for i in range(2):
-        block = f"blk.{i}."
-        _attention(model, block)
-        for part, rows in (("attn_q", HEADS * HEAD), ("attn_k", KV * HEAD), ("attn_v", KV * HEAD), ("attn_output", E)):
-            model.bias(block + part, rows)
-        model.writer.add_tensor(block + "attn_sinks.weight", model.rng.normal(0, 1, HEADS).astype(np.float32))
-        model.norm(block + "post_attention_norm", E)
-        model.linear(block + "ffn_gate_inp", 4, E)
-        for part, rows, columns in (("ffn_gate_exps", FF, E), ("ffn_up_exps", FF, E), ("ffn_down_exps", E, FF)):
-            model.matrix(block + part, 4, rows, columns)
-            model.writer.add_tensor(f"{block}{part}.bias", model.rng.normal(0, 0.1, (4, rows)).astype(np.float32))
-    return _ends(model, quiet)
-
-
 def _write_gemma(path: Path | str, arch: str, *, tied: bool = True) -> Path:
     model = _start(path, arch)
     _heads(model)
