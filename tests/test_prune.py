@@ -15,6 +15,7 @@ import agq_gguf
 from agq_gguf.errors import InputError
 from agq_gguf.format.pruning_record import Direction, Pruning
 from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.pruning.file import carriers, write_plan
 from agq_gguf.quantization.pipeline import quantize
 
@@ -115,6 +116,23 @@ def test_learned_score(learned: GetModel, arch: str, spec: str, flash: bool) -> 
     assert not np.allclose(again, pruned, atol=1e-3)
 
 
+def test_a_direction_in_the_list_replaces_that_of_the_file(model: GetModel, learned: GetModel) -> None:
+    """A list with the file's directions drops what the file's own records drop; another direction drops others."""
+    stored = learned("llama")
+    records = [t.agq.pruning for t in inspect_file(stored.path).tensors if t.agq and t.agq.pruning]
+    held = [record.direction for record in records if record.direction]
+    assert len(held) == LAYERS - 1
+    spec = "0:0.3,2:0.5;score=learned"
+    listed = "".join(f";direction={layer}:{held[layer].to_bytes().hex()}" for layer in (0, 2))
+    logits, fate = run(stored, spec)
+    for m in (model("llama"), stored):
+        again, same_fate = run(m, spec + listed)
+        assert same_fate == fate and np.array_equal(again, logits)
+    turned = Direction(held[0].factor, tuple(reversed(held[0].codes))).to_bytes().hex()
+    _, other_fate = run(stored, f"{spec};direction=0:{turned}")
+    assert other_fate != fate
+
+
 def test_learned_score_needs_a_direction(model: GetModel, learned: GetModel) -> None:
     for m, spec, reason in (
         (model("llama"), "1:0.5;score=learned", "the file has no learned score for layer 1"),
@@ -144,6 +162,18 @@ def test_options_are_checked_and_nest(model: GetModel) -> None:
         "off,3:0.5",
         "mask,3:0.5;reuse=1",
         "3:0.5;reuse=2",
+        "file;direction=3:0000803f0100000001",
+        "3:0.5;direction=3",
+        "3:0.5;direction=3:",
+        "3:0.5;direction=3:0000803f010000000",  # half a byte
+        "3:0.5;direction=3:0000803f0100000001zz",
+        "3:0.5;direction=3:0000803f01000000",  # no number
+        "3:0.5;direction=3:0000803f010000000101",  # a number too many
+        "3:0.5;direction=3:0000803f0000000001",  # no channels
+        "3:0.5;direction=3:000080ff0100000001",  # infinity
+        "3:0.5;direction=3:000080bf0100000001",  # below zero
+        "3:0.5;direction=4:0000803f0100000001",  # not in the list
+        "3:0.5;direction=3:0000803f0100000001;direction=3:0000803f0100000001",
     ):
         with pytest.raises(InputError, match="is not understood"), agq_gguf.options(prune=text):
             pass

@@ -90,11 +90,24 @@ def forward(m: ReferenceModel, tokens: list[int], length: int) -> Seen:
     return seen
 
 
-def test_calibration_with_a_learned_score(small: Path, words_file: Path, tmp_path: Path) -> None:
-    """What is written holds the directions; calibrating again, over old records, gives the same file."""
+def test_calibration_with_a_learned_score(
+    small: Path, words_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written holds the directions; calibrating again, over old records, gives the same file.
+
+    llama.cpp opens the model once, and no other copy of it.
+    """
+    opened: list[Path] = []
+
+    def opening(path: Path) -> Model:
+        opened.append(path)
+        return Model(path)
+
+    monkeypatch.setattr("agq_gguf.pruning.calibrate.Model", opening)
     choice = PruneOptions(share=0.2, score="learned", prompts=2, threads=1, curve=(0.1,), max_layers=1)
     model, out = small.with_name("agq4.gguf"), tmp_path / "out.gguf"
     report = calibrate_pruning(model, out, calibration=words_file, choice=choice)
+    assert opened == [model]
     assert report is not None and report.chosen.plan.reuse and report.chosen.plan.keep == 32
     assert report.chosen.saving == pytest.approx(0.2, abs=0.01)
     layer = report.chosen.plan.layers[0]

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from agq_gguf.errors import FormatError
 from agq_gguf.format.pruning_record import (
-    DIRECTION,
     RECORD,
     SCORES,
     Pruning,
@@ -166,8 +165,7 @@ def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint
         p = parameters.pruning
         body += RECORD.pack(SCORES.index(p.score), p.keep, p.reach, p.reuse, p.threshold)
         if p.direction is not None:
-            body += DIRECTION.pack(p.direction.factor, len(p.direction.codes), 0)
-            body += np.array(p.direction.codes, np.int8).tobytes()
+            body += p.direction.to_bytes()
     activation = parameters.activation_bits | ACTIVATION_SCALES.index(parameters.activation_scale) << 4
     header = _HEADER.pack(
         _MAGIC, VERSION, activation, flags, np.float32(parameters.tensor_scale), zlib.crc32(body), len(body)

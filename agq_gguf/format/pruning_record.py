@@ -62,6 +62,10 @@ class Direction:
         codes = np.rint(values / factor) if factor else np.zeros(len(values))
         return cls(factor, tuple(codes.clip(-127, 127).astype(int).tolist()))
 
+    def to_bytes(self) -> bytes:
+        """The direction as the file stores it."""
+        return DIRECTION.pack(self.factor, len(self.codes), 0) + np.array(self.codes, np.int8).tobytes()
+
     def values(self) -> NDArray[np.float32]:
         """The direction as numbers [E]."""
         return np.float32(self.factor) * np.array(self.codes, np.float32)

@@ -9,11 +9,8 @@ docs/pruning-design.md, "How calibration chooses".
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -86,7 +83,7 @@ def calibrate_pruning(
     loaded = load_text(calibration)
     found: list[tuple[tuple[Point, list[Point], float], _Holders]] = []
     refused: list[AgqError] = []
-    with Model(src) as model, ExitStack() as stack:
+    with Model(src) as model:
         model.require_logits()
         tokens = _tokens(model, loaded)
         examples = examples_of(model, tokens, choice)
@@ -97,7 +94,7 @@ def calibrate_pruning(
                 holders = _Holders(held_by, {})
                 if way.score and pruning_record.score_named(way.score).has_direction:
                     holders = _learned(src, model, tokens, allowed, way, progress)
-                    run.model = stack.enter_context(_taught(src, dst, holders, way))
+                run.directions = holders.directions
                 layers = sorted(set(allowed) & set(holders.tensors))
                 found.append((choose(run, work_of(sizes, bool(way.reuse)), layers, way), holders))
             except (InputError, HostError) as e:  # too large a share, or not supported; another way may succeed
@@ -161,20 +158,6 @@ def _learned(
     if not set(tensors) & set(found):
         raise InputError(f"{src}: no AGQ4 matrix has room for the score {way.score!r}; choose another with --score")
     return _Holders(tensors, {layer: pruning_record.Direction.of(found[layer]) for layer in tensors if layer in found})
-
-
-@contextmanager
-def _taught(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], holders: _Holders, way: PruneOptions
-) -> Iterator[Model]:
-    """A copy of the model with all directions, because the plugin reads them only from the file."""
-    with TemporaryDirectory(prefix=".agq-learned-", dir=Path(dst).absolute().parent) as folder:
-        copy = Path(folder) / "model.gguf"
-        with open_model(src) as reader:
-            everywhere = way.plan(*((layer, 0.0) for layer in holders.directions))
-            write_plan(reader, copy, holders.records(everywhere), {}, no_progress)
-        with Model(copy) as model:
-            yield model
 
 
 def _counted(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,16 +37,20 @@ class Plan:
         """The pruning layers."""
         return tuple(layer for layer, _ in self.thresholds)
 
-    def spec(self, probed: Iterable[int] = ()) -> str:
+    def spec(self, probed: Iterable[int] = (), directions: Mapping[int, pruning_record.Direction] | None = None) -> str:
         """The plan as text for `agq_gguf.options(prune=...)` and the variable AGQ_PRUNE.
 
-        `probed` are further layers where the runtime computes importance but drops nothing.
+        `probed` are further layers where the runtime computes importance but drops nothing. `directions` of layers are
+        those of a learned score that the file does not have yet.
         """
         rules = dict.fromkeys(probed, "t0") | {layer: f"t{value:.9g}" for layer, value in self.thresholds}
         if not rules:
             return "off"
         listed = ",".join(f"{layer}:{rule}" for layer, rule in sorted(rules.items()))
-        return f"{listed};score={self.score};keep={self.keep};reach={self.reach}" + (";reuse=1" if self.reuse else "")
+        known = {layer: direction for layer, direction in (directions or {}).items() if layer in rules}
+        given = [f";direction={layer}:{direction.to_bytes().hex()}" for layer, direction in known.items()]
+        settings = f";score={self.score};keep={self.keep};reach={self.reach}" + (";reuse=1" if self.reuse else "")
+        return listed + settings + "".join(given)
 
     def records(self) -> dict[int, pruning_record.Pruning]:
         """The record of each pruning layer."""

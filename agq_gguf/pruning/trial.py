@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.errors import HostError, InputError
+from agq_gguf.format.pruning_record import Direction
 from agq_gguf.logits import compare
 from agq_gguf.pruning.options import PruneOptions
 from agq_gguf.pruning.plan import (
@@ -88,7 +89,8 @@ class Runtime:
     """Runs the model with the plugin on all examples. The plan of the first run must drop nothing."""
 
     def __init__(self, model: Model, examples: list[Example], threads: int, progress: Callable[[], None]) -> None:
-        self.model, self._examples, self._threads, self._progress = model, examples, threads, progress
+        self._model, self._examples, self._threads, self._progress = model, examples, threads, progress
+        self.directions: dict[int, Direction] = {}  # of a learned score, by layer; the file need not have them
         self._reuse = False
         self._full: list[NDArray[np.float32]] = []  # logits of the unpruned model, for each example
 
@@ -100,8 +102,8 @@ class Runtime:
         importance: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in probed}
         rows: dict[bool, list[NDArray[np.float64]]] = {False: [], True: []}
         with ExitStack() as stack:
-            with options(prune=plan.spec(probed)):
-                context = stack.enter_context(self.model.context(size, n_ubatch=size, threads=self._threads))
+            with options(prune=plan.spec(probed, self.directions)):
+                context = stack.enter_context(self._model.context(size, n_ubatch=size, threads=self._threads))
             for i, example in enumerate(self._examples):
                 logits = self._logits(context, example, left, importance)
                 if len(self._full) <= i:
@@ -111,7 +113,7 @@ class Runtime:
         _, nll, kl, _ = np.concatenate(rows[False]).T
         echo_kl = np.concatenate(rows[True])[:, 2]
         if not (np.isfinite(nll).all() and np.isfinite(kl).all() and np.isfinite(echo_kl).all()):
-            raise InputError(f"{self.model.path}: the logits hold a NaN or an infinity; the weights are damaged")
+            raise InputError(f"{self._model.path}: the logits hold a NaN or an infinity; the weights are damaged")
         return Run(left, importance, float(kl.mean()), float(nll.mean()), float(echo_kl.mean()))
 
     def _logits(
@@ -133,7 +135,7 @@ class Runtime:
         if any(len(values) != n for values in found):
             without = "; --no-reuse may work" if self._reuse else ""
             reason = why_not_pruned() or "the plugin did not say why"
-            raise HostError(f"{self.model.path}: tokens of this model cannot be pruned: {reason}{without}")
+            raise HostError(f"{self._model.path}: tokens of this model cannot be pruned: {reason}{without}")
         first = context.logits(prompt)[-1:].copy()
         batch = Batch(example.following[:-1], first_position=n, first_logits=0)
         context.decode(batch)

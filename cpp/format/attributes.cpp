@@ -94,20 +94,14 @@ size_t pruning_bytes(const uint8_t *bytes, size_t left) {
     return left < fixed ? fixed : fixed + read_u16(bytes + pruning_record_bytes + 4);
 }
 
-/// Checks the direction of a learned score and stores it: factor, count, zero, then one signed byte per channel.
-bool parse_direction(const uint8_t *bytes, matrix_attributes *result, std::string *error) {
+bool read_record_direction(const uint8_t *bytes, matrix_attributes *result, std::string *error) {
+    const size_t n = read_u16(bytes + 4);
+    if (parse_direction(bytes, prune_direction_bytes + n, &result->prune_direction)) return true;
     float factor;
     std::memcpy(&factor, bytes, sizeof(factor));
-    const size_t n = read_u16(bytes + 4);
-    if (n == 0 || read_u16(bytes + 6) != 0 || !std::isfinite(factor) || factor < 0) {
-        *error = "the direction of the pruning record is not valid (" + std::to_string(n) + " channels, factor " +
-                 std::to_string(factor) + "): the file is damaged";
-        return false;
-    }
-    for (size_t i = 0; i < n; ++i) {
-        result->prune_direction.push_back(factor * static_cast<int8_t>(bytes[prune_direction_bytes + i]));
-    }
-    return true;
+    *error = "the direction of the pruning record is not valid (" + std::to_string(n) + " channels, factor " +
+             std::to_string(factor) + "): the file is damaged";
+    return false;
 }
 
 /// Checks the pruning record and stores it.
@@ -126,7 +120,7 @@ bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string 
     result->prune_keep = bytes[1];
     result->prune_reach = bytes[2];
     result->prune_reuse = bytes[3] == 1;
-    return bytes[0] != prune_score_learned || parse_direction(bytes + pruning_record_bytes, result, error);
+    return bytes[0] != prune_score_learned || read_record_direction(bytes + pruning_record_bytes, result, error);
 }
 
 bool check_header(const attribute_header &h, size_t stream_bytes, std::string *error) {
@@ -190,6 +184,20 @@ size_t stream_bytes(int64_t m, int64_t k) {
 
 size_t matrix_bytes(int64_t m, int64_t k) {
     return static_cast<size_t>(m) * static_cast<size_t>(k / group_columns) * ggml_block_bytes;
+}
+
+bool parse_direction(const uint8_t *bytes, size_t size, std::vector<float> *direction) {
+    if (size < prune_direction_bytes) return false;
+    float factor;
+    std::memcpy(&factor, bytes, sizeof(factor));
+    const size_t n = read_u16(bytes + 4);
+    const bool good = n > 0 && read_u16(bytes + 6) == 0 && std::isfinite(factor) && factor >= 0;
+    if (!good || size != prune_direction_bytes + n) return false;
+    direction->clear();
+    for (size_t i = 0; i < n; ++i) {
+        direction->push_back(factor * static_cast<int8_t>(bytes[prune_direction_bytes + i]));
+    }
+    return true;
 }
 
 attribute_header read_header(const tile *tiles, int64_t m, int64_t k) {

@@ -61,6 +61,10 @@ attribute_header read_header(const tile *tiles, int64_t m, int64_t k);
 /// the matrix, whatever its content. If the stream is not valid, returns null and sets `*error` to a message.
 std::shared_ptr<const matrix_attributes> parse_attributes(const tile *tiles, int64_t m, int64_t k, std::string *error);
 
+/// Reads the direction of a learned score: factor, count, zero, then one signed byte per channel. Returns false if the
+/// `size` bytes are not exactly a valid direction.
+bool parse_direction(const uint8_t *bytes, size_t size, std::vector<float> *direction);
+
 /// Pads the last panel of a matrix to 16 rows, as the kernels take it, if `m` is not a multiple of 16. `out` gets k /
 /// 64 * sizeof(half_tile) bytes. The missing rows and the attributes are zero.
 void expand_last_panel(const tile *tiles, int64_t m, int64_t k, tile *out);

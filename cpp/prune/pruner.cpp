@@ -41,15 +41,15 @@ bool read_record(const ggml_tensor *weights, prune_stage *stage) {
 std::vector<prune_stage> pruner::stages() const {
     if (settings_.source == prune_settings::source_kind::off) return {};
     const bool is_list = settings_.source == prune_settings::source_kind::list;
-    const bool needs_file = std::any_of(settings_.stages.begin(), settings_.stages.end(),
-                                        [](const prune_stage &stage) { return stage.measure->needs_direction; });
+    const auto is_incomplete = [](const prune_stage &s) { return s.measure->needs_direction && !s.direction; };
+    const bool needs_file = std::any_of(settings_.stages.begin(), settings_.stages.end(), is_incomplete);
     if (is_list && !needs_file) return settings_.stages;
     std::vector<prune_stage> found = recorded();
     if (!is_list) return found;
     std::vector<prune_stage> wanted = settings_.stages;
     for (prune_stage &stage : wanted) {
         for (const prune_stage &record : found) {
-            if (record.layer == stage.layer) stage.direction = record.direction;
+            if (record.layer == stage.layer && !stage.direction) stage.direction = record.direction;
         }
     }
     return wanted;

@@ -4,11 +4,14 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "format/attributes.h"
+
 namespace agq {
 
 namespace {
 
 constexpr int max_layer = 10000;
+constexpr size_t shown_length = 200;  ///< characters of a wrong specification that its message repeats
 
 std::vector<std::string> split(const std::string &text, char separator) {
     std::vector<std::string> parts(1);
@@ -45,6 +48,33 @@ bool parse_stage(const std::string &text, prune_stage *stage) {
     double number;
     if (!parse_number(value, &number) || number < 0 || (stage->rule.by_share && number >= 1)) return false;
     stage->rule.value = static_cast<float>(number);
+    return true;
+}
+
+bool parse_hex(const std::string &text, std::vector<uint8_t> *bytes) {
+    const auto digit = [](char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; };
+    for (size_t i = 0; i < text.size(); i += 2) {
+        const int high = digit(text[i]), low = i + 1 < text.size() ? digit(text[i + 1]) : -1;
+        if (high < 0 || low < 0) return false;
+        bytes->push_back(static_cast<uint8_t>(16 * high + low));
+    }
+    return true;
+}
+
+/// Parses LAYER:BYTES, the direction of a learned score for a stage of the list.
+bool parse_direction_option(const std::string &text, std::vector<prune_stage> *stages) {
+    const size_t colon = text.find(':');
+    int layer;
+    std::vector<uint8_t> bytes;
+    std::vector<float> direction;
+    if (colon == std::string::npos || !parse_whole(text.substr(0, colon), 0, max_layer, &layer) ||
+        !parse_hex(text.substr(colon + 1), &bytes) || !parse_direction(bytes.data(), bytes.size(), &direction)) {
+        return false;
+    }
+    const auto stage =
+        std::find_if(stages->begin(), stages->end(), [layer](const prune_stage &s) { return s.layer == layer; });
+    if (stage == stages->end() || stage->direction) return false;
+    stage->direction = std::make_shared<const std::vector<float>>(std::move(direction));
     return true;
 }
 
@@ -94,6 +124,8 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
         } else if (parts[i].compare(0, 6, "reuse=") == 0) {
             // With reused states nothing is hidden, so mask_only has nothing to compare.
             good = is_list && !settings->mask_only && parse_whole(parts[i].substr(6), 0, 1, &reuse);
+        } else if (parts[i].compare(0, 10, "direction=") == 0) {
+            good = is_list && parse_direction_option(parts[i].substr(10), &settings->stages);
         } else if (parts[i].compare(0, 4, "min=") == 0) {
             good = parse_whole(parts[i].substr(4), 2, 1 << 30, &settings->min_tokens);
         } else {
@@ -107,11 +139,14 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
         stage.reuse = reuse == 1;
     }
     if (!good) {
+        const std::string shown = text.size() > shown_length ? text.substr(0, shown_length) + "..." : text;
         *error =
-            "pruning is set to '" + text +
+            "pruning is set to '" + shown +
             "', which is not understood; it must be 'file', 'off', 'mask', a list such as '3:0.5' (share) or " +
             "'3:t0.1' (threshold) with each layer once, or 'mask,' and a list. A list may be followed by ';score=" +
-            score_names() + "', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15) and ';reuse=0|1'; all may " +
+            score_names() +
+            "', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1' and ';direction=LAYER:BYTES'; all "
+            "may " +
             "be followed by ';min=TOKENS'";
     }
     return good;

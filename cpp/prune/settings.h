@@ -21,7 +21,7 @@ struct prune_stage {
     int reach = 0;  ///< each token gets the highest importance within this many places
     /// Later layers still get keys and values of dropped tokens, computed from their last state.
     bool reuse = false;
-    state_direction direction;  ///< of a learned score, from the file
+    state_direction direction;  ///< of a learned score, from a list or the file
 };
 
 struct prune_settings {

@@ -30,7 +30,7 @@ struct score_source {
     int layer = 0;
     attention_site site;                 ///< the attention of the layer, with its current queries and mask
     const ggml_tensor *state = nullptr;  ///< F32 [channels, tokens]
-    state_direction direction;           ///< from the file; null if it has none
+    state_direction direction;           ///< from a list or the file; null if neither has one
 };
 
 /// The tokens that are not dropped.
@@ -66,7 +66,7 @@ struct score {
     int number;        ///< in a file's pruning record (format/blocks.h has the largest), or not_stored
     score_input input;
     int protected_last;    ///< this many last tokens always stay
-    bool needs_direction;  ///< whether it needs a direction from the file
+    bool needs_direction;  ///< whether it needs a direction, from the file or from a list
     std::unique_ptr<score_meter> (*make_meter)(const attention_kernel *kern);
     /// Returns why the score cannot use the source, empty if it can. Null: any source with its input will do.
     std::string (*find_obstacle)(const score_source &source) = nullptr;
