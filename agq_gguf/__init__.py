@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from agq_gguf.quantization.options import QuantizeOptions, activation_options
     from agq_gguf.quantization.packing import pack_agq4
     from agq_gguf.quantization.pipeline import plan_file, quantize
+    from agq_gguf.quantization.presets import with_preset
     from agq_gguf.text import mix_texts
 
 # Where the public names live that load torch or llama_cpp; they are imported when they are first used.
@@ -53,6 +54,7 @@ _LAZY = {
     "plan_file": "quantization.pipeline",
     "quantize": "quantization.pipeline",
     "verify": "inspection.verify",
+    "with_preset": "quantization.presets",
 }
 
 __all__ = [
@@ -84,6 +86,7 @@ __all__ = [
     "quantize",
     "register",
     "verify",
+    "with_preset",
 ]
 
 try:

@@ -27,6 +27,14 @@ class Quality(str, Enum):
     best = "best"
 
 
+class Preset(str, Enum):
+    """Values of --preset; agq_gguf/quantization/presets.py says what each means."""
+
+    small = "small"
+    balanced = "balanced"
+    near_lossless = "near-lossless"
+
+
 class Flash(str, Enum):
     """Values of --flash-attn."""
 

@@ -11,7 +11,7 @@ import typer
 
 from agq_gguf.calibration.default_text import default_calibration
 from agq_gguf.cli import output as show
-from agq_gguf.cli.options import Json, Quality, Quiet, Threads, parse_size
+from agq_gguf.cli.options import Json, Preset, Quality, Quiet, Threads, parse_size
 from agq_gguf.cli.prune import prune_new, show_calibration
 from agq_gguf.errors import InputError, missing_package
 from agq_gguf.gguf_io.tensor_names import kind_of
@@ -52,6 +52,13 @@ def quantize(
     quality: Annotated[
         Quality, typer.Option(help="How much work to do; docs/quality.md compares the choices.")
     ] = Quality.balanced,
+    preset: Annotated[
+        Preset,
+        typer.Option(
+            help="Size of the file: small (all AGQ4), balanced (output matrix and small embeddings Q8_0) or "
+            "near-lossless (7 bits per weight, where they matter most). Options for types and --target-bpw come first."
+        ),
+    ] = Preset.balanced,
     output_type: Annotated[
         str, typer.Option(help="Type of the output matrix: agq4, q6_K, q8_0, f16, f32 or auto (q8_0).")
     ] = "auto",
@@ -139,6 +146,7 @@ def quantize(
     try:
         from agq_gguf.quantization import pipeline
         from agq_gguf.quantization.estimate import estimate
+        from agq_gguf.quantization.presets import with_preset
     except ImportError as e:
         raise missing_package("quantizing", e, "convert") from e
     options = QuantizeOptions(
@@ -158,6 +166,7 @@ def quantize(
         keep_types=() if keep_types == "none" else tuple(keep_types.split(",")),
         matrix=replace(activation_options(act_bits, act_scale), equalize=not keep_norms),
     )
+    options = with_preset(options, preset.value)
     text = _chosen_text(calibration or ([] if imatrix is None else ["none"]))
     if prune and calibration == ["none"]:
         raise InputError("--prune needs a text; leave out --calibration none")
@@ -263,6 +272,7 @@ def show_report(report: Report, source: Path) -> None:
     show.say(
         f"{source.name} {show.size(report.source_bytes)} -> {report.paths[0]} {show.size(report.n_bytes)}{files}, "
         f"{report.bits_per_weight:.2f} bits per weight"
+        + (f"; with --preset small: {show.size(report.small_bytes)}" if report.small_bytes else "")
     )
     show.say(f'Try it: agq-gguf generate {shlex.quote(str(report.paths[0]))} -p "Once upon a time"')
 

@@ -27,6 +27,7 @@ from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_ma
 from agq_gguf.quantization import folder, source, stock_types
 from agq_gguf.quantization.guidance import Group, Guide, falling_back, from_imatrix, from_text, unguided
 from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.presets import saved_by_small
 from agq_gguf.quantization.report import REPLACED, Report, TensorReport
 from agq_gguf.quantization.resume import Journal
 from agq_gguf.quantization.type_plan import TensorPlan, no_larger, plan
@@ -240,6 +241,7 @@ def _write(
         error, note = (found.error, found.note) if found else (None, "")
         reason = f"{p.reason}; {REPLACED}" if p.source.name in norms else p.reason
         reports.append(TensorReport(target.name, p.type_name, target.n_elements, target.n_bytes, reason, error, note))
+    saved = saved_by_small(reader, plans, options)
     return Report(
         reports,
         writer.n_bytes,
@@ -247,6 +249,7 @@ def _write(
         guide.warnings,
         writer.paths,
         sum(path.stat().st_size for path in paths_of(reader)),
+        writer.n_bytes - saved if saved else 0,
     )
 
 

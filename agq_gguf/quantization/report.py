@@ -31,6 +31,7 @@ class Report:
     warnings: list[str]
     paths: list[Path] = field(compare=False)  # the files; the first is the one to open
     source_bytes: int = 0  # of all files of the source
+    small_bytes: int = 0  # what the file would have with the preset `small`; 0 if not smaller
 
     def by_type(self) -> dict[str, tuple[int, int, float]]:
         """Type name -> (tensors, bytes, bits per weight), largest first."""
