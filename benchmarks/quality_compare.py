@@ -11,57 +11,15 @@ with the figures of ``agq-gguf evaluate``.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
 from pathlib import Path
 
 import numpy as np
 
-from agq_gguf.calibration.collect import Calibrator
+from agq_gguf.calibration.importance import importance
 from agq_gguf.format import blocks
-from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.evaluate import evaluate
-from agq_gguf.runtime.library import llama_api
-from agq_gguf.runtime.log import quiet_log
-from agq_gguf.text import load_text
-
-FILE_TYPES = {"Q4_0": 2, "Q4_K_S": 14, "IQ4_XS": 30, "IQ4_NL": 25, "Q4_K_M": 15, "Q5_K_S": 16, "Q8_0": 7}
-Q8_0 = 8  # ggml_type
-
-
-def importance(model: Path, text: Path, tokens: int, threads: int) -> dict[str, np.ndarray]:
-    """Mean squares of every matrix's input, [experts * K] float32."""
-    with open_gguf(model) as reader:
-        wanted = {t.name: t.shape for t in reader.tensors.values() if len(t.shape) > 1 and t.name.endswith(".weight")}
-    with Calibrator.open(model, load_text(text), wanted, max_tokens=tokens, threads=threads) as calibrator:
-        inputs = calibrator.inputs
-        found = calibrator.collect(inputs, 1 << 30, lambda done: None, hessians=False)
-    return {
-        name: np.concatenate([part.mean_square for part in stats.experts or (stats.whole,)])
-        for entry, stats in zip(inputs, found, strict=True)
-        for name in entry.weights
-    }
-
-
-def quantize_stock(
-    src: Path, dst: Path, file_type: int, data: dict[str, np.ndarray], large: bool, threads: int
-) -> None:
-    """Quantizes as ``llama-quantize --imatrix`` does; `large`: with token embedding and output matrix in Q8_0."""
-    api = llama_api()
-    entry = api.llama_model_imatrix_data
-    keep = {name: np.ascontiguousarray(values, np.float32) for name, values in data.items()}
-    floats = ctypes.POINTER(ctypes.c_float)
-    rows = [entry(name.encode(), v.ctypes.data_as(floats), v.size) for name, v in keep.items()]
-    array = (entry * (len(rows) + 1))(*rows)  # an entry of zeros ends the list
-    parameters = api.llama_model_quantize_default_params()
-    parameters.ftype, parameters.nthread = file_type, threads
-    parameters.imatrix = ctypes.cast(array, type(parameters.imatrix))
-    if large:
-        parameters.output_tensor_type = parameters.token_embedding_type = Q8_0
-    with quiet_log():
-        if api.llama_model_quantize(os.fsencode(src), os.fsencode(dst), ctypes.byref(parameters)):
-            raise SystemExit(f"llama.cpp cannot make {dst}")
+from agq_gguf.runtime.stock_quantize import STOCK_FILE_TYPES, quantize_stock
 
 
 def main() -> None:
@@ -72,7 +30,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="must not be the calibration text")
     parser.add_argument("--folder", type=Path, required=True, help="for the models; existing ones are reused")
     parser.add_argument("--agq", type=Path, nargs="*", default=[], help="AGQ4 files of the same model")
-    parser.add_argument("--types", nargs="*", default=["Q4_0", "Q4_K_S", "IQ4_XS"], choices=list(FILE_TYPES))
+    parser.add_argument(
+        "--types", nargs="*", default=["Q4_0", "Q4_K_S", "IQ4_XS"], choices=[name.upper() for name in STOCK_FILE_TYPES]
+    )
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--chunks", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -84,8 +44,8 @@ def main() -> None:
         for large in (False, True):
             path = args.folder / f"{args.model.stem}-{name}{'-embedding-output-q8_0' if large else ''}.gguf"
             if not path.exists():
-                data = data or importance(args.model, args.calibration, args.tokens, args.threads)
-                quantize_stock(args.model, path, FILE_TYPES[name], data, large, args.threads)
+                data = data or importance(args.model, args.calibration, max_tokens=args.tokens, threads=args.threads)
+                quantize_stock(args.model, path, name.lower(), args.threads, importance=data, tables_q8_0=large)
             files.append((name + (", embedding and output Q8_0" if large else ""), path))
     files += [(path.stem, path) for path in args.agq]
     text = args.text.read_text("utf-8")

@@ -32,6 +32,16 @@ def default_calibration() -> LoadedText:
     return LoadedText(NAME, (tuple(_alternating(pieces)),), optional=True)
 
 
+def held_out(every: int = 6) -> tuple[LoadedText, LoadedText]:
+    """The default text in two: what calibrates, and every sixth piece, to measure on. Raises InputError as above."""
+    pieces = default_calibration().parts[0]
+    learn = tuple(piece for i, piece in enumerate(pieces) if i % every != every - 1)
+    return (
+        LoadedText(f"{NAME} (five sixths)", (learn,)),
+        LoadedText(f"{NAME} (the other sixth)", (pieces[every - 1 :: every],)),
+    )
+
+
 def _alternating(lists: list[list[Piece]]) -> list[Piece]:
     return interleaved(lists, [[_size(piece) for piece in pieces] for pieces in lists])
 

@@ -16,7 +16,21 @@ import typer
 from typer.core import TyperGroup
 
 from agq_gguf._version import __version__
-from agq_gguf.cli import bench, chat, demo, doctor, evaluate, import_hf, inspect, prune, quantize, report, serve, verify
+from agq_gguf.cli import (
+    bench,
+    chat,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    import_hf,
+    inspect,
+    prune,
+    quantize,
+    report,
+    serve,
+    verify,
+)
 from agq_gguf.cli import output as show
 from agq_gguf.errors import AgqError, HostError
 
@@ -114,6 +128,8 @@ for _command in (
     serve.serve,
     verify.verify,
     report.report,
+    compare.compare,
+    compare.card,
     import_hf.import_hf,
 ):
     app.command()(_command)

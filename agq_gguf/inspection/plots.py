@@ -34,7 +34,7 @@ def plot_bench(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     parts = [part for part in ("prompt", "generation") if any(getattr(result, part) for result in results)]
     if not parts:
         raise InputError("nothing was measured, so there is nothing to draw")
-    figure, axes = _panels(len(parts), len(results))
+    figure, axes = panels(len(parts), len(results))
     names = [Path(result.model).name for result in results]
     for axis, part in zip(axes, parts, strict=True):
         speeds = [getattr(result, part) for result in results]
@@ -47,12 +47,12 @@ def plot_bench(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
         axis.set_xlabel("tokens/s")
         axis.margins(x=0.25)
         axis.invert_yaxis()
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_evaluation(found: Evaluation, name: str, path: str | os.PathLike[str]) -> None:
     """Draws the KL divergence from the reference on a logarithmic axis: mean, median and tail. Raises OutputError."""
-    figure, (axis,) = _panels(1, 4)
+    figure, (axis,) = panels(1, 4)
     rows = {
         "mean": found.mean_kl,
         "median": found.median_kl,
@@ -69,7 +69,7 @@ def plot_evaluation(found: Evaluation, name: str, path: str | os.PathLike[str]) 
     axis.set_xlabel("KL divergence from the reference, nats per token")
     axis.margins(x=0.2)
     axis.invert_yaxis()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _pyplot() -> Any:
@@ -80,7 +80,7 @@ def _pyplot() -> Any:
     return matplotlib
 
 
-def _panels(n: int, rows: int) -> tuple[Any, Any]:
+def panels(n: int, rows: int) -> tuple[Any, Any]:
     """A figure without a window, and its `n` axes, one below the other."""
     from matplotlib.figure import Figure
 
@@ -88,7 +88,8 @@ def _panels(n: int, rows: int) -> tuple[Any, Any]:
     return figure, figure.subplots(n, 1, squeeze=False)[:, 0]
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a figure. Raises OutputError."""
     try:
         figure.savefig(path, dpi=144)
     except OSError as e:
