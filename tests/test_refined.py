@@ -108,10 +108,14 @@ def test_weights_of_rows_do_not_depend_on_the_order_of_places() -> None:
     assert all(torch.equal(square, sums[0]) for square in sums)
 
 
-@pytest.mark.parametrize("arch", ["llama", "bloom", "mixtral"])
+@pytest.mark.parametrize("arch", ["llama", "tied", "bloom", "mixtral"])
 def test_sensitivity_is_of_gradients(arch: str, graph_of: Opener, llama_f16: Path, tmp_path: Path) -> None:
     """Against autograd through the whole graph at once."""
-    writers = {"bloom": tiny_models.write_bloom, "mixtral": tiny_architectures.write_mixtral}
+    writers: dict[str, Callable[[Path], Path]] = {
+        "bloom": tiny_models.write_bloom,
+        "mixtral": tiny_architectures.write_mixtral,
+        "tied": partial(tiny_models.write_llama, tied=True),
+    }
     run, tokens = graph_of(writers[arch](tmp_path / "m.gguf") if arch in writers else llama_f16, 24), some_tokens(2, 24)
     plan = plan_of(run)
     names = [name for stage in plan.stages for name in stage.weights if "exps" not in name]
@@ -120,8 +124,11 @@ def test_sensitivity_is_of_gradients(arch: str, graph_of: Opener, llama_f16: Pat
         run, plan, [tokens], set(names[:-1]), resume.Journal(None), lambda done: None, tables=[table], seed=5
     )
     made: dict[str, torch.Tensor] = {}
+    given: dict[str, torch.Tensor] = {}
 
     def follow(place: Reading) -> torch.Tensor:
+        if place.given is not None:
+            given[place.weight] = place.given.detach().flatten(0, -2)
         y = place.of(run.weight(place.weight).clone().requires_grad_())
         y.retain_grad()
         return made.setdefault(place.weight + " looked up" * (place.given is None), y)
@@ -143,6 +150,9 @@ def test_sensitivity_is_of_gradients(arch: str, graph_of: Opener, llama_f16: Pat
     assert set(found.grams) == set(names[:-1])
     for name, gram in [*found.grams.items(), (f"{table} looked up", found.squares[table])]:
         expected = gradients[name].T @ gradients[name]
+        if "looked up" in name and arch == "tied":
+            rows = given[table] * gradients[table].norm(dim=-1, keepdim=True)
+            expected = expected + rows.T @ rows
         torch.testing.assert_close(gram, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -405,15 +415,17 @@ def test_best_of_an_encoder(bert_f16: Path, words: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tables_are_weighed_by_gradients(llama_f16: Path, words: str, tmp_path: Path) -> None:
-    """Embedding and output matrix in AGQ4: rounded where it costs least."""
-    found = {}
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_are_weighed_by_gradients(tied: bool, words: str, tmp_path: Path) -> None:
+    """Embedding and output matrix in AGQ4, or one that is both: rounded where it costs least."""
+    llama_f16, found = tmp_path / "m.gguf", {}
+    tiny_models.write_llama(llama_f16, tied=tied)
     for quality in ("balanced", "best"):
         out = tmp_path / f"{quality}.gguf"
         options = replace(BEST, quality=quality, calibration_tokens=2048, tune=False)
         options = replace(options, embedding_type="agq4", output_type="agq4")
         report = quantize(llama_f16, out, calibration=[words], options=options)
-        assert sum(t.type_name == "agq4" for t in report.tensors) == 16
+        assert sum(t.type_name == "agq4" for t in report.tensors) == 16 - tied
         found[quality] = evaluate(out, llama_f16, words, context=64, chunks=24, threads=1).mean_kl
     assert found["best"] < 0.9 * found["balanced"]
 

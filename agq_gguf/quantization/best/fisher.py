@@ -41,7 +41,7 @@ class Sensitivity:
     batches: int = 0
     rows: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # |g|^2, by the key of a `parts.Group`
     grams: dict[str, torch.Tensor] = field(default_factory=dict)  # sum of g g^T [M, M], by weight
-    squares: dict[str, torch.Tensor] = field(default_factory=dict)  # sum of g g^T [K, K] of looked up rows, by weight
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)  # [K, K]: what errors in the rows of a table cost
     attended: frozenset[str] = frozenset()  # weights whose products are keys or values
 
     def weights(self, names: Collection[str]) -> torch.Tensor | None:
@@ -87,7 +87,8 @@ def measure(
     """Runs `batches`, tokens [batch, n] int64, forward and backward: about three times the work of a forward run.
 
     `names` are the matrices to compute E[g g^T] for, `tables` those whose looked up rows are to be weighed. `journal`
-    holds the results of an earlier run and receives new ones. `logits` says what the graph's output is.
+    holds the results of an earlier run and receives new ones. `logits` says what the graph's output is. A table that is
+    also an output matrix is weighed by both.
     """
     found = Sensitivity(attended=frozenset(keys_and_values(run.graph)))
     kept = journal.get("sensitivity")
@@ -131,9 +132,11 @@ class _Adder:
     def visit(self, place: Reading, gradient: torch.Tensor) -> None:
         """Adds the gradient by what a place yields."""
         name, flat = place.weight, gradient.flatten(0, -2)
+        if name in self._tables:
+            # An error e in a row costs (g . e)^2 where the row is looked up, |g|^2 (x . e)^2 in a product with x.
+            seen = flat if place.given is None else place.given.flatten(0, -2) * flat.norm(dim=-1, keepdim=True)
+            self._add_gram(self._found.squares, name, seen)
         if place.given is None:
-            if name in self._tables:
-                self._add_gram(self._found.squares, name, flat)
             return
         if key := self._keys.get(name):  # summed over the matrices and channels of a group
             self._squares.setdefault(key, []).append(flat.square().sum(-1))

@@ -73,7 +73,7 @@ class BestRun:
     plans: list[TensorPlan]
     setting: Setting
     matrices: frozenset[str]  # to be quantized stage by stage
-    tables: frozenset[str]  # to be quantized as what is only looked up
+    tables: frozenset[str]  # to be quantized as what is looked up; an output matrix may be tied to it
 
     @property
     def names(self) -> frozenset[str]:
@@ -177,7 +177,7 @@ class BestRun:
 def prepare(
     reader: Reader, session: Session, context: int, max_tokens: int, plans: list[TensorPlan], setting: Setting
 ) -> BestRun | str:
-    """A run over all AGQ4 weights that are multiplied at one place, and those that are only looked up.
+    """A run over all AGQ4 weights that are multiplied at one place, looked up, or both.
 
     It uses up to `max_tokens` tokens of the session's text, in chunks of `context`. Returns the reason instead if this
     model is not supported.
@@ -197,7 +197,7 @@ def prepare(
             pairs = levelled(few, matrices, torch.from_numpy(tokens.astype(np.int64))[None])
     except Unsupported as e:
         return str(e)
-    tables = frozenset(name for name in wanted & looked_up if name not in used)
+    tables = frozenset(name for name in wanted & looked_up if used.get(name, 0) <= 1)
     logits = model.facts.causal
     return BestRun(reader, executor, pairs, logits, chunks, plans, setting, frozenset(matrices), tables)
 
@@ -207,7 +207,7 @@ def _arrays(norms: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]
 
 
 def _table(table: torch.Tensor, name: str, sensitivity: Sensitivity, options: MatrixOptions) -> QuantizedMatrix:
-    """A matrix that is only looked up: an error e in a row costs (g . e)^2, with the gradient g by the row."""
+    """A matrix whose rows are looked up, quantized by what errors in them cost (`fisher`)."""
     stats, square = None, sensitivity.squares.get(name)
     if square is not None and options.error_feedback:
         stats = InputStats(1, square.diagonal().numpy().copy(), hessian=square.numpy())
