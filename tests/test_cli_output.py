@@ -46,6 +46,24 @@ def test_progress_tells_phase_layer_speed_time_and_memory(
     ]
 
 
+def test_time_left_of_a_phase_that_begins_in_the_middle(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier run finished took no time in this one, so it says nothing about the rest."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(output, "resident", lambda: 0)
+    with output.ProgressView() as view:
+        view.update("quantize", 600, 1000, "a")
+        now = 50.0
+        view.update("quantize", 800, 1000, "b")
+        view.update("quantize", 1000, 1000, "")
+    assert [line for line in capsys.readouterr().err.splitlines() if "80%" in line or "60%" in line] == [
+        "quantize: 60% (a)",
+        "quantize: 80%, 4 weights/s, 50 s left (b)",
+    ]
+
+
 def test_sizes_for_people() -> None:
     shown = [output.size(n) for n in (0, 1023, 1024, 1536 * 1024, 3 << 30, 5 << 40)]
     assert shown == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "3.00 GiB", "5120.00 GiB"]

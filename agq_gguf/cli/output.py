@@ -14,8 +14,9 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from agq_gguf.gguf_io.tensor_names import split_name
 
@@ -119,6 +120,22 @@ def _place(what: str) -> str:
     return what if layer is None else f"layer {layer}, {rest}"
 
 
+class _TimeLeft(ProgressColumn):
+    """The time left, counted down between updates; the time that a phase took once it is done."""
+
+    def render(self, task: Task) -> Text:
+        """Text for a bar."""
+        if task.finished:
+            return Text(duration(task.finished_time or 0))
+        ends = task.fields["ends"]
+        return Text("" if ends is None else f"{duration(max(0.0, ends - time.monotonic()))} left")
+
+
+def _seconds_left(elapsed: float, first: int, done: int, total: int) -> float | None:
+    """Time left, if the rest goes as fast as what was done since the phase began at `first`; None: not known yet."""
+    return elapsed * (total - done) / (done - first) if first < done < total else None
+
+
 class ProgressView:
     """Shows `(phase, done, total, what)` with speed, time left and memory: bars on a terminal, a few plain lines
     elsewhere, on stderr."""
@@ -140,7 +157,7 @@ class ProgressView:
                 BarColumn(bar_width=20),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                _TimeLeft(),
                 TextColumn("{task.fields[memory]}"),
                 TextColumn("{task.fields[what]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
@@ -160,22 +177,32 @@ class ProgressView:
         begun, first = self._begun.setdefault(phase, (time.monotonic(), done))
         elapsed = time.monotonic() - begun
         rate, place = _rate(phase, done - first, elapsed), safe(_place(what))
+        left = _seconds_left(elapsed, first, done, total)
         if self._bars is not None:
             if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task(phase, total=total, what="", rate="", memory="")
+                self._tasks[phase] = self._bars.add_task(phase, total=total, what="", rate="", memory="", ends=None)
+            ends = None if left is None else time.monotonic() + left
             self._bars.update(
-                self._tasks[phase], completed=done, total=total, what=place, rate=rate, memory=size(resident())
+                self._tasks[phase],
+                completed=done,
+                total=total,
+                what=place,
+                rate=rate,
+                memory=size(resident()),
+                ends=ends,
             )
         else:
-            self._line(phase, done, max(total, 1), elapsed, rate, place)
+            self._line(phase, done, max(total, 1), elapsed, left, rate, place)
 
-    def _line(self, phase: str, done: int, total: int, elapsed: float, rate: str, what: str) -> None:
+    def _line(
+        self, phase: str, done: int, total: int, elapsed: float, left: float | None, rate: str, what: str
+    ) -> None:
         share, line = done / total, done * _LINES // total
         if line <= self._lines.get(phase, -1):
             return
         self._lines[phase] = line
         took = f" in {duration(elapsed)}" if share >= 1 else ""
-        left = f"{duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
+        until = "" if left is None else f"{duration(left)} left"
         memory = size(resident()) if resident() else ""
-        details = "".join(f", {part}" for part in (rate, left, memory) if part)
+        details = "".join(f", {part}" for part in (rate, until, memory) if part)
         complain(f"{phase}: {share:.0%}{took}{details}{f' ({what})' if what else ''}")

@@ -37,6 +37,10 @@ from agq_gguf.text import LoadedText, load_text
 if TYPE_CHECKING:
     from agq_gguf.calibration.session import Session
 
+# What a weight costs, compared with the search of codes for a narrow AGQ4 matrix. Error feedback between columns costs
+# as much again with so many columns.
+_CONVERTED, _COPIED, _WIDE = 1 / 16, 1 / 64, 2000
+
 _STOCK_ROWS = 4096  # rows converted at one time, which limits memory use
 
 
@@ -192,7 +196,8 @@ def _write(
 ) -> Report:
     placed = layout((p.source.name, p.type_name, p.source.shape) for p in plans)
     total = sum(p.source.n_elements for p in plans)
-    done = 0
+    costs = _costs(plans)
+    done = 0.0
     results: dict[str, _Quantized] = {}
     added = _metadata(plans, guide, options)
     with Writer(dst, reader.metadata, added, placed, split=options.split_size) as writer:
@@ -203,14 +208,14 @@ def _write(
             nonlocal done
             writer.write(name, result.parts)
             results[name] = result
-            done += reader.tensors[name].n_elements
+            done += costs[name]
 
         if guide.best is not None:
             outcome = guide.best.run(lambda name, made: finish(name, _Quantized.of(made)))
             norms |= outcome.norms
             guide.warnings.extend(outcome.notes)
         for group in guide.groups:
-            progress("quantize", done, total, group.names[0])
+            progress("quantize", int(done), total, group.names[0])
             made = _finished(guide.journal, group.names)
             if made is None:
                 made = _quantize_group(reader, group, options.matrix)
@@ -227,13 +232,13 @@ def _write(
                     writer.write(name, reader.chunks(name))
                 else:
                     writer.write(name, _stock(reader, p.source, p.type_name))
-                done += p.source.n_elements
-                progress("quantize", done, total, name)
+                done += costs[name]
+                progress("quantize", int(done), total, name)
         reader.check_unchanged()
         errors = {p.source.name: results[p.source.name].error for p in plans if p.type_name == blocks.TYPE_NAME}
         for key, value in metadata.error_table(errors).items():
             writer.replace(key, value)
-        progress("quantize", done, total, "")
+        progress("quantize", total, total, "")
     guide.journal.close()
     reports = []
     for p, target in zip(plans, placed, strict=True):
@@ -251,6 +256,19 @@ def _write(
         sum(path.stat().st_size for path in paths_of(reader)),
         writer.n_bytes - saved if saved else 0,
     )
+
+
+def _costs(plans: Sequence[TensorPlan]) -> dict[str, float]:
+    """What each tensor costs, in weights of the model: so the time left can be told from what is done."""
+    costs = {}
+    for p in plans:
+        if p.type_name == blocks.TYPE_NAME:
+            each = 1 + p.source.shape[-1] / _WIDE
+        else:
+            each = _COPIED if p.type_name == p.source.type_name else _CONVERTED
+        costs[p.source.name] = p.source.n_elements * each
+    scale = sum(p.source.n_elements for p in plans) / sum(costs.values())
+    return {name: cost * scale for name, cost in costs.items()}
 
 
 def _check_targets(targets: list[Path], reader: Reader) -> None:
