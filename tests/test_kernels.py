@@ -42,6 +42,12 @@ def test_cpp_program(name: str, build: Path) -> None:
     assert "scalar" in result.stdout
 
 
+def test_choice_of_threads(build: Path) -> None:
+    """With how many threads graphs run while other processes use the cores, too."""
+    result = run(build / "thread_choice_test")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_hosts_that_would_be_misread_are_refused(build: Path) -> None:
     """Fake hosts, each with one struct, number or order that differs (tests/abi); AddressSanitizer watches."""
     result = run(build / "abi_fuzz")

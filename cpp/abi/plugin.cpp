@@ -45,7 +45,10 @@ const agq::kernel *prepare(const void *caller) {
     if (is_in_use(library) || !agq::connect_host(library, &last_error) || !agq::prove_abi(library, &last_error)) {
         return nullptr;
     }
-    const std::string forced = agq::read_options().force_isa;
+    const agq::options chosen = agq::read_options();
+    last_error = chosen.error;
+    if (!last_error.empty()) return nullptr;
+    const std::string &forced = chosen.force_isa;
     const agq::kernel *kern = agq::select_kernel(forced.empty() ? nullptr : forced.c_str(), &last_error);
     if (!kern || !agq::register_type(&last_error)) return nullptr;
     if (!agq::prove_registered_type(&last_error)) {

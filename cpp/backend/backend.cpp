@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "backend/graph_snapshot.h"
+#include "backend/shared_cores.h"
 #include "base/thread_value.h"
 #include "host/profile.h"
 #include "kernels/select.h"
@@ -140,7 +141,8 @@ struct backend_context {
           cpu(inner_cpu),
           rewriter(settings.kern, device.chosen.fuse, device.chosen.take_all, settings.activations, settings.attention),
           pruning(settings.kern->attention, settings.pruning),
-          may_prune(settings.pruning.given) {
+          may_prune(settings.pruning.given),
+          cores(device.chosen.wait) {
         device.creating.begin(this);
     }
     ~backend_context() {
@@ -164,8 +166,10 @@ struct backend_context {
     graph_snapshot snapshot;
     graph_rewriter rewriter;
     pruner pruning;
-    bool may_prune;          ///< also set by the first AGQ4 tensor: stock models are not touched unless asked for
-    int n_threads = 4;       ///< ggml's default, until the host sets it
+    bool may_prune;         ///< also set by the first AGQ4 tensor: stock models are not touched unless asked for
+    int n_threads = 4;      ///< ggml's default, until the host sets it
+    int inner_threads = 4;  ///< those of the inner backend
+    shared_cores cores;
     std::string last_error;  ///< so that a failing model is reported once, not once per token
 };
 
@@ -209,6 +213,29 @@ ggml_tensor **find_computed(backend_context &context, ggml_cgraph *graph, int *n
     return context.computed.data();
 }
 
+void set_inner_threads(backend_context &context, int n_threads) {
+    if (n_threads == context.inner_threads) return;
+    if (const auto set = reinterpret_cast<set_n_threads_fn>(cpu_function("ggml_backend_set_n_threads"))) {
+        set(context.cpu, n_threads);
+        context.inner_threads = n_threads;
+    }
+}
+
+/// Watches a graph for other processes on its cores, and computes it with fewer threads if that is faster then.
+class watched_graph {
+  public:
+    watched_graph(backend_context &context, ggml_tensor **nodes, int n) : context_(context) {
+        // The first node looks up the tokens. Another number would only mix the times of different graphs.
+        set_inner_threads(context, context.cores.begin(context.n_threads, n > 0 ? nodes[0]->ne[1] : 1));
+    }
+    ~watched_graph() { context_.cores.end(); }
+    watched_graph(const watched_graph &) = delete;
+    watched_graph &operator=(const watched_graph &) = delete;
+
+  private:
+    backend_context &context_;
+};
+
 ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
     backend_context &context = context_of(backend);
     try {
@@ -218,6 +245,7 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
         const bool repeated = context.snapshot.is_repeated(nodes, n);
         const bool has_agq4 = context.device.chosen.take_all || std::any_of(nodes, nodes + n, uses_agq4);
         context.may_prune = context.may_prune || has_agq4;
+        const watched_graph watched(context, nodes, n);
         if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
         int64_t computing = 0;  // nanoseconds spent in `compute`, which are not the pruner's own
         const auto compute_part = [&](ggml_tensor **part, int size, bool part_repeated, const key_choices &choices) {
@@ -257,9 +285,8 @@ void set_n_threads(ggml_backend *backend, int n_threads) {
     backend_context &context = context_of(backend);
     context.n_threads = n_threads;
     context.threads.resize(context.cpu, n_threads);
-    if (const auto set = reinterpret_cast<set_n_threads_fn>(cpu_function("ggml_backend_set_n_threads"))) {
-        set(context.cpu, n_threads);
-    }
+    context.inner_threads = 0;
+    set_inner_threads(context, n_threads);
 }
 
 void set_abort_callback(ggml_backend *backend, ggml_abort_callback callback, void *data) {

@@ -12,6 +12,15 @@ options read_options() {
     if (const char *isa = std::getenv("AGQ_FORCE_ISA")) result.force_isa = isa;
     if (const char *fuse = std::getenv("AGQ_FUSE")) result.fuse = std::string(fuse) != "0";
     if (const char *all = std::getenv("AGQ_TAKE_ALL")) result.take_all = std::string(all) == "1";
+    const char *given = std::getenv("AGQ_WAIT");
+    const std::string wait = given ? given : "auto";
+    if (wait == "spin") {
+        result.wait = wait_mode::spin;
+    } else if (wait == "sleep") {
+        result.wait = wait_mode::sleep;
+    } else if (wait != "auto") {
+        result.error = "AGQ_WAIT must be auto, spin or sleep, got '" + wait + "'";
+    }
     return result;
 }
 

@@ -1,17 +1,23 @@
 // Every environment variable of the plugin. Nothing else reads the environment.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace agq {
+
+/// What threads do that wait for others.
+enum class wait_mode : uint8_t { automatic, spin, sleep };
 
 struct options {
     bool fuse = true;       ///< AGQ_FUSE=0: the host computes the work between products, for comparisons
     bool take_all = false;  ///< AGQ_TAKE_ALL=1: take every operation, without waiting for an AGQ4 tensor, for tests
     std::string force_isa;  ///< AGQ_FORCE_ISA: name of the kernel to use, empty for the best one
+    wait_mode wait = wait_mode::automatic;  ///< AGQ_WAIT: spin, sleep, or auto: sleep while cores are shared
+    std::string error;                      ///< why a value is not understood; empty if all are
 };
 
-/// Reads these three. The plugin calls it once, when it is loaded; the converter calls it before it rounds the first
+/// Reads these. The plugin calls it once, when it is loaded; the converter calls it before it rounds the first
 /// weights.
 options read_options();
 
