@@ -121,4 +121,6 @@ def test_tutorial(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "intact (" in result.stdout
+    assert "Ella hid the brown lamp under the bed." in result.stdout
+    assert "Finn liked to eat honey cake." in result.stdout
     assert (tmp_path / "work" / "report.html").stat().st_size > 1 << 20
