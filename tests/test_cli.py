@@ -211,7 +211,7 @@ def test_evaluate(llama_f16: Path, llama_q8: Path, words_file: Path) -> None:
     found = json.loads(run("evaluate", *arguments, "--json").stdout)
     assert set(found) == {
         "model", "reference", "text", "context", "chunks", "positions", "perplexity", "reference_perplexity",
-        "mean_kl", "mean_kl_error", "median_kl", "kl_999", "max_kl", "top1_agreement",
+        "mean_kl", "mean_kl_error", "median_kl", "kl_999", "max_kl", "top1_agreement", "kl_percentiles",
     }  # fmt: skip
     assert f"{found['mean_kl']:.6f}" in shown.stdout
     assert 0 < found["median_kl"] <= found["kl_999"] <= found["max_kl"]

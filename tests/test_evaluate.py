@@ -78,6 +78,7 @@ def test_figures_equal_an_independent_computation(llama_f16: Path, llama_q8: Pat
     assert found.reference_perplexity == pytest.approx(np.exp(-np.log(p[each, targets]).mean()), rel=1e-6)
     assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-5)
     assert found.median_kl == pytest.approx(np.median(kl), rel=1e-5)
+    assert found.kl_percentiles == pytest.approx(np.percentile(kl, np.arange(101)), rel=1e-5)
     assert found.max_kl == pytest.approx(kl.max(), rel=1e-5)
     assert found.top1_agreement == (p.argmax(1) == q.argmax(1)).mean()
 

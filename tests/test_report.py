@@ -32,7 +32,7 @@ RESULTS = [
     )
     for name, slow in (("fast", 1.0), ("slow", 2.0))
 ]  # fmt: skip
-EVALUATION = Evaluation(512, 4, 1024, 1.75, 1.7, 0.004, 0.0002, 0.001, 0.09, 0.5, 0.97)
+EVALUATION = Evaluation(512, 4, 1024, 1.75, 1.7, 0.004, 0.0002, 0.001, 0.09, 0.5, 0.97, [i / 200 for i in range(101)])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,8 @@ def test_refined_groups_are_shown(llama_f16: Path, words_file: Path, tmp_path: P
         channels = one.order[np.repeat(one.exponents, 64) > 0]
         assert one.abs_max[channels].max() == one.abs_max.max()
     run("report", out, "-o", tmp_path / "page.html", "--text", words_file, "--tokens", 256, "-t", 1)
-    assert "<h2>Outlier groups and their exponents</h2>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<h2>Outlier groups and their exponents</h2>" in page and "refined groups" in page
 
 
 def test_page_has_everything_and_asks_for_nothing(page: Path, with_errors: Path) -> None:
@@ -141,6 +142,7 @@ def test_page_has_everything_and_asks_for_nothing(page: Path, with_errors: Path)
     assert "somebody" not in html  # the page may be given away
     assert "&lt;script&gt;&lt;b&gt;x" in html and "&lt;/script&gt;&lt;b&gt;y" in html  # names from files are text
     assert "script><b>" not in html
+    assert "refined groups" not in html  # this file has none
 
 
 @pytest.mark.slow

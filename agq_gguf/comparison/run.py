@@ -195,7 +195,10 @@ class _State:
 
     def evaluation(self, key: str) -> Evaluation | None:
         """The evaluation that was kept under this key."""
-        return Evaluation(**self._found[key]["evaluation"]) if key in self._found else None
+        try:
+            return Evaluation(**self._found[key]["evaluation"])
+        except (KeyError, TypeError):  # nothing, or of a version with other fields
+            return None
 
     def keep(self, key: str, found: Evaluation, path: Path) -> None:
         """Keeps an evaluation, with the size of its file. Raises OutputError."""

@@ -51,24 +51,20 @@ def plot_bench(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
 
 
 def plot_evaluation(found: Evaluation, name: str, path: str | os.PathLike[str]) -> None:
-    """Draws the KL divergence from the reference on a logarithmic axis: mean, median and tail. Raises OutputError."""
-    figure, (axis,) = panels(1, 4)
-    rows = {
-        "mean": found.mean_kl,
-        "median": found.median_kl,
-        "99.9%": found.kl_999,
-        "largest": found.max_kl,
-    }
-    smallest = min((value for value in rows.values() if value > 0), default=1e-9)
-    bars = axis.barh(list(rows), [max(value, smallest / 10) for value in rows.values()], color="tab:blue", log=True)
-    axis.bar_label(bars, [f" {value:.2e}" for value in rows.values()], padding=4)
+    """Draws how the KL divergence from the reference is distributed over the positions. Raises OutputError."""
+    figure, (axis,) = panels(1, 6)
+    smallest = max(found.kl_percentiles[1], 1e-9)  # the axis is logarithmic
+    axis.plot(range(len(found.kl_percentiles)), [max(value, smallest) for value in found.kl_percentiles])
+    for label, value in {"mean": found.mean_kl, "99.9%": found.kl_999}.items():
+        axis.axhline(max(value, smallest), color="black", linewidth=0.8, linestyle="--")
+        axis.annotate(f"{label} {value:.2e}", (0, max(value, smallest)), xytext=(4, 4), textcoords="offset points")
+    axis.set_yscale("log")
     axis.set_title(
         f"{name}: perplexity {found.perplexity:.4f}, reference {found.reference_perplexity:.4f}, "
         f"same most likely token {found.top1_agreement:.1%}"
     )
-    axis.set_xlabel("KL divergence from the reference, nats per token")
-    axis.margins(x=0.2)
-    axis.invert_yaxis()
+    axis.set_xlabel("share of positions with at most this divergence, percent")
+    axis.set_ylabel("KL divergence, nats per token")
     save(figure, path)
 
 

@@ -44,6 +44,7 @@ def render(data: ReportData) -> str:
     return template.render(
         data=data,
         figures=_figures(data),
+        refined=any(tensor.agq and tensor.agq.exponent_max for tensor in data.model.tensors),
         plotly=get_plotlyjs(),
         name=data.model.name or Path(data.model.path).name,
         file=Path(data.model.path).name,

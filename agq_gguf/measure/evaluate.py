@@ -37,6 +37,7 @@ class Evaluation:
     kl_999: float  # the 99.9% percentile
     max_kl: float
     top1_agreement: float  # share of positions where both models find the same token most likely
+    kl_percentiles: list[float]  # 0% to 100% in steps of 1%
 
 
 def evaluate(
@@ -132,6 +133,7 @@ def summarize(scored: NDArray[np.float64], context: int, chunks: int) -> Evaluat
         kl_999=float(np.quantile(kl, 0.999)),
         max_kl=float(kl.max()),
         top1_agreement=float(agree.mean()),
+        kl_percentiles=[float(value) for value in np.percentile(kl, np.arange(101))],
     )
 
 
