@@ -26,8 +26,8 @@ int run_ours(const agq::kernel &row, int bits, int m, int k, int tokens, int cal
     const std::vector<int32_t> bias(static_cast<size_t>(k / 64) * tokens);
     const std::vector<float> scale(static_cast<size_t>(tokens));
     std::vector<float> out(static_cast<size_t>(m) * tokens);
-    std::vector<float *> rows;
-    for (int t = 0; t < tokens; t++) rows.push_back(out.data() + static_cast<size_t>(t) * m);
+    std::vector<float *> rows(static_cast<size_t>(tokens));
+    for (int t = 0; t < tokens; t++) rows[t] = out.data() + static_cast<size_t>(t) * m;
     for (int i = 0; i < calls; i++) {
         row.gemm({reinterpret_cast<const agq::tile *>(weights.data()), k, m / 16, codebook.data(), 1.0f, false,
                   q.data(), bias.data(), scale.data(), tokens, rows.data(), bits});

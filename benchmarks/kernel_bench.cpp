@@ -208,8 +208,8 @@ void bench_quantizer(const options &o, const kernel &row, int k, const char *sca
     std::vector<float> x(static_cast<size_t>(k) * tokens);
     std::mt19937 rng(1);
     for (float &v : x) v = static_cast<float>(static_cast<int>(rng() % 2000) - 1000);
-    std::vector<uint16_t> listed;
-    for (int i = 0; i < n_listed; i++) listed.push_back(static_cast<uint16_t>(i * (k / n_listed)));
+    std::vector<uint16_t> listed(static_cast<size_t>(n_listed));
+    for (int i = 0; i < n_listed; i++) listed[i] = static_cast<uint16_t>(i * (k / n_listed));
     const std::vector<uint8_t> exponents(k / 64, 1);
     const bool per_group = std::string(scale) != "token";
     const activation_format format = {

@@ -22,7 +22,7 @@ inline double vnni512(long rounds) {
     for (long i = 0; i < rounds; i++) asm volatile(AGQ_FOR_12(AGQ_STEP) AGQ_FOR_12(AGQ_STEP)::: AGQ_ACCUMULATORS);
 #undef AGQ_STEP
     asm volatile("vzeroupper");
-    return 2.0 * 64 * 24 * rounds;
+    return 2.0 * 64 * 24 * static_cast<double>(rounds);
 }
 
 /// The same for 256-bit VPDPBUSD, in the AVX-512 or the AVX-VNNI encoding.
@@ -31,7 +31,7 @@ inline double vnni256_evex(long rounds) {
     for (long i = 0; i < rounds; i++) asm volatile(AGQ_FOR_12(AGQ_STEP) AGQ_FOR_12(AGQ_STEP)::: AGQ_ACCUMULATORS);
 #undef AGQ_STEP
     asm volatile("vzeroupper");
-    return 2.0 * 32 * 24 * rounds;
+    return 2.0 * 32 * 24 * static_cast<double>(rounds);
 }
 
 inline double vnni256_vex(long rounds) {
@@ -39,7 +39,7 @@ inline double vnni256_vex(long rounds) {
     for (long i = 0; i < rounds; i++) asm volatile(AGQ_FOR_12(AGQ_STEP) AGQ_FOR_12(AGQ_STEP)::: AGQ_ACCUMULATORS);
 #undef AGQ_STEP
     asm volatile("vzeroupper");
-    return 2.0 * 32 * 24 * rounds;
+    return 2.0 * 32 * 24 * static_cast<double>(rounds);
 }
 
 /// The same for the three AVX2 instructions VPMADDUBSW, VPMADDWD, VPADDD.
@@ -53,7 +53,7 @@ inline double maddubs(long rounds) {
     }
 #undef AGQ_STEP
     asm volatile("vzeroupper");
-    return 2.0 * 32 * 24 * rounds;
+    return 2.0 * 32 * 24 * static_cast<double>(rounds);
 }
 #undef AGQ_FOR_12
 #undef AGQ_ACCUMULATORS

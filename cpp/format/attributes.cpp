@@ -147,7 +147,7 @@ bool check_header(const attribute_header &h, size_t stream_bytes, std::string *e
 
 /// Decodes one scale from the bits of a binary16.
 float decode_scale(unsigned bits) {
-    const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+    const int exponent = static_cast<int>((bits >> 10) & 31), mantissa = static_cast<int>(bits & 1023);
     float value;
     if (exponent == 31) {
         value = NAN;  // not a valid scale: NaN makes it show in the row
@@ -195,7 +195,7 @@ bool parse_direction(const uint8_t *bytes, size_t size, std::vector<float> *dire
     if (!good || size != prune_direction_bytes + n) return false;
     direction->clear();
     for (size_t i = 0; i < n; ++i) {
-        direction->push_back(factor * static_cast<int8_t>(bytes[prune_direction_bytes + i]));
+        direction->push_back(factor * static_cast<float>(static_cast<int8_t>(bytes[prune_direction_bytes + i])));
     }
     return true;
 }
@@ -219,7 +219,7 @@ void expand_last_panel(const tile *tiles, int64_t m, int64_t k, tile *out) {
     const uint8_t *panel = reinterpret_cast<const uint8_t *>(tiles) + matrix_bytes(m - rows, k);
     std::memset(out, 0, static_cast<size_t>(groups) * sizeof(half_tile));
     const auto copy_codes = [rows](const uint8_t *from, int chunks, uint8_t (*to)[64]) {
-        for (int c = 0; c < chunks; ++c) std::memcpy(to[c], from + 4 * c * rows, static_cast<size_t>(4 * rows));
+        for (int c = 0; c < chunks; ++c) std::memcpy(to[c], from + 4 * c * rows, 4 * static_cast<size_t>(rows));
     };
     const size_t n = static_cast<size_t>(rows);
     for (int g = 0; g + 2 <= groups; g += 2, panel += 2 * n * ggml_block_bytes, ++out) {

@@ -37,7 +37,8 @@ class crowd {
                 std::unique_lock<std::mutex> waiting(stopping_);
                 changed_.wait(waiting, [this] { return stop_; });
             });
-        } catch (const std::system_error &) {  // no more threads: waits stay as they are
+        } catch (const std::system_error &) {
+            return;  // no more threads: waits stay as they are
         }
     }
 

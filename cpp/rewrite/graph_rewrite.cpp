@@ -365,6 +365,7 @@ activation_set *graph_rewriter::add_set(ggml_tensor *node, ggml_tensor *x, ggml_
 
 void graph_rewriter::assign_fusions(ggml_tensor **nodes, int n) {
     std::vector<bool> is_product;
+    is_product.reserve(roles_.size());
     for (role r : roles_) is_product.push_back(r == role::product);
     const auto same_format = [&](int i, int j) {
         std::string error;  // found again, and reported, when the product is added

@@ -150,7 +150,7 @@ void choose_bits_node(ggml_tensor *, int ith, int, void *userdata) {
             mixed.four_[static_cast<size_t>(t)] = 1;
         }
     } catch (const std::bad_alloc &) {
-        // All tokens keep 8 bits.
+        return;  // all tokens keep 8 bits
     }
 }
 

@@ -20,6 +20,7 @@ class random_meter : public score_meter {
     void run(int, int) override {}
     std::vector<float> result() const override {
         std::vector<float> importance;
+        importance.reserve(tokens.positions.size());
         for (int32_t position : tokens.positions) importance.push_back(random_importance(position, layer_));
         return importance;
     }

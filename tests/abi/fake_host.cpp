@@ -51,12 +51,14 @@ namespace {
 
 std::vector<field> functions(const std::vector<std::string> &names) {
     std::vector<field> fields;
+    fields.reserve(names.size());
     for (const std::string &name : names) fields.push_back({name, word, word});
     return fields;
 }
 
 struct_layout parameters(const std::vector<std::string> &names) {
     std::vector<field> fields;
+    fields.reserve(names.size());
     for (const std::string &name : names) fields.push_back({name, 4, 4});
     return struct_layout(fields);
 }
@@ -220,7 +222,7 @@ void set_parameter(void *t, const struct_layout &order, const std::string &name,
     const size_t offset = order.offset(name), begin = now.tensor.offset("op_params");
     if (offset == struct_layout::absent || begin == struct_layout::absent) return;
     if (offset + sizeof(T) > now.tensor.size_of("op_params")) return;
-    std::memcpy(static_cast<char *>(t) + begin + offset, &value, sizeof(T));
+    std::memcpy(static_cast<char *>(t) + begin + offset, static_cast<const void *>(&value), sizeof(T));
 }
 
 template <class T>
@@ -229,7 +231,7 @@ T parameter(void *t, const struct_layout &order, const std::string &name) {
     const size_t offset = order.offset(name), begin = now.tensor.offset("op_params");
     if (offset != struct_layout::absent && begin != struct_layout::absent &&
         offset + sizeof(T) <= now.tensor.size_of("op_params")) {
-        std::memcpy(&value, static_cast<char *>(t) + begin + offset, sizeof(T));
+        std::memcpy(static_cast<void *>(&value), static_cast<char *>(t) + begin + offset, sizeof(T));
     }
     return value;
 }

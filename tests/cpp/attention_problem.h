@@ -56,6 +56,13 @@ inline uint16_t half_bits(float x) {
     return static_cast<uint16_t>((x < 0 ? 0x8000 : 0) | (exponent + 14) << 10 | mantissa);
 }
 
+inline std::vector<uint16_t> half_bits(const std::vector<float> &values) {
+    std::vector<uint16_t> bits;
+    bits.reserve(values.size());
+    for (float x : values) bits.push_back(half_bits(x));
+    return bits;
+}
+
 inline problem random_problem(std::mt19937 &rng) {
     const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
     std::normal_distribution<float> normal;
@@ -74,7 +81,7 @@ inline problem random_problem(std::mt19937 &rng) {
         to.resize(n);
         for (float &x : to) x = normal(rng) * size;
     };
-    const size_t rows = static_cast<size_t>(p.tokens * p.group), keys = static_cast<size_t>(p.n_keys);
+    const size_t rows = static_cast<size_t>(p.tokens) * p.group, keys = static_cast<size_t>(p.n_keys);
     fill(p.q, rows * static_cast<size_t>(p.head_qk),
          (pick(0, 4) == 0 ? 8.0f : 1.0f) / std::sqrt(static_cast<float>(p.head_qk)));
     fill(p.k, keys * static_cast<size_t>(p.head_qk), 1);
@@ -95,7 +102,7 @@ inline problem random_problem(std::mt19937 &rng) {
 
 /// Scores of one row by the definition; -inf where the key is hidden.
 inline std::vector<double> expected_scores(const problem &p, int t, int g) {
-    const size_t keys = static_cast<size_t>(p.n_keys), row = static_cast<size_t>(t * p.group + g);
+    const size_t keys = static_cast<size_t>(p.n_keys), row = static_cast<size_t>(t) * p.group + g;
     const size_t width = static_cast<size_t>(p.head_qk);
     std::vector<double> score(keys);
     for (size_t j = 0; j < keys; ++j) {
@@ -111,9 +118,9 @@ inline std::vector<double> expected_scores(const problem &p, int t, int g) {
 
 /// Turns scores into softmax weights. If all keys are hidden and there is no sink, all weights are 0.
 inline std::vector<double> expected_softmax(const problem &p, int g, std::vector<double> scores) {
-    double top = p.has_sinks ? p.sinks[static_cast<size_t>(g)] : -INFINITY;
+    double top = p.has_sinks ? p.sinks[static_cast<size_t>(g)] : -HUGE_VAL;
     for (double s : scores) top = std::max(top, s);
-    if (top == -INFINITY) return std::vector<double>(scores.size(), 0.0);
+    if (top == -HUGE_VAL) return std::vector<double>(scores.size(), 0.0);
     double sum = p.has_sinks ? std::exp(p.sinks[static_cast<size_t>(g)] - top) : 0.0;
     for (double &s : scores) sum += s = std::exp(s - top);
     for (double &s : scores) s /= sum;
@@ -156,8 +163,7 @@ inline std::vector<float> run(const agq::attention_kernel &kern, const problem &
         kern.pack_keys(&p.k[first * width], n, p.head_qk, keys.data() + b * key_bytes);
         kern.pack_values(&p.v[first * head_v], n, p.head_v, values.data() + b * value_bytes);
     }
-    std::vector<uint16_t> half;
-    for (float x : p.mask) half.push_back(half_bits(x));
+    const std::vector<uint16_t> half = half_bits(p.mask);
     aligned_bytes scratch(kern.scratch_bytes(p.head_qk, p.head_v));
     const size_t token_stride = static_cast<size_t>(p.group) * head_v + 3;
     std::vector<float> out(token_stride * static_cast<size_t>(p.tokens) + 16, guard);
@@ -212,8 +218,7 @@ inline std::vector<float> run_few(const agq::few_kernel &kern, const problem &p,
         as_floats(maximum)[r] = p.has_sinks ? p.sinks[g] : -INFINITY;
         as_floats(sum)[r] = p.has_sinks ? 1.0f : 0.0f;
     }
-    std::vector<uint16_t> half;
-    for (float x : p.mask) half.push_back(half_bits(x));
+    const std::vector<uint16_t> half = half_bits(p.mask);
 
     agq::few_args args = {};
     args.n_tokens = p.tokens;

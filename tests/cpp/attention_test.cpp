@@ -72,9 +72,8 @@ double largest_weights_error(const agq::attention_kernel &kern, problem p) {
         for (size_t d = 0; d < width; ++d)
             packed[block * width + d * agq::attention_keys + j - block] = p.k[j * width + d];
     }
-    std::vector<uint16_t> half;
-    for (float x : p.mask) half.push_back(half_bits(x));
-    const size_t rows = static_cast<size_t>(p.tokens * p.group), stride = padded + 5;
+    const std::vector<uint16_t> half = half_bits(p.mask);
+    const size_t rows = static_cast<size_t>(p.tokens) * p.group, stride = padded + 5;
     std::vector<float> weights(rows * stride, guard);
     agq::softmax_weights_args args = {};
     args.n_tokens = p.tokens;
@@ -125,7 +124,7 @@ bool check_not_finite(const agq::attention_kernel &kern, std::mt19937 &rng) {
         part[where == 0 ? static_cast<size_t>(p.group) * width : width] = NAN;
         const std::vector<float> out = run(kern, p);
         if (out.empty()) return false;
-        const size_t token_floats = static_cast<size_t>(p.group * p.head_v);
+        const size_t token_floats = static_cast<size_t>(p.group) * p.head_v;
         for (size_t i = 0; i < out.size(); ++i) {
             const bool concerned =
                 i / token_floats == 1 && (where > 0 || i % token_floats < static_cast<size_t>(p.head_v));
@@ -168,7 +167,7 @@ bool check_conversion(const agq::attention_kernel &kern) {
     agq::kernel_scalar.attention->f16_to_f32(from.data(), wanted.data(), 65536 - 3);
     for (size_t i = 0; i < from.size() - 3; ++i) {
         const bool nan = (i & 0x7C00) == 0x7C00 && (i & 1023);
-        if (nan ? to[i] == to[i] : to[i] != wanted[i]) return false;
+        if (nan ? !std::isnan(to[i]) : to[i] != wanted[i]) return false;
     }
     return wanted[0x3C00] == 1.0f && wanted[0x8001] == -0x1p-24f && wanted[0xFC00] == -INFINITY &&
            wanted[0x7BFF] == 65504.0f;

@@ -37,7 +37,7 @@ struct place {
 place place_of(uint8_t *bytes, int rows, int k, int m, int g) {
     const int groups = k / 64, first = m / 16 * 16, r = std::min(16, rows - first), i = m - first;
     uint8_t *panel = bytes + static_cast<ptrdiff_t>(first) * groups * 34;
-    const size_t to_chunk = static_cast<size_t>(4 * r);
+    const size_t to_chunk = 4 * static_cast<size_t>(r);
     if (g % 2 == 0 && g == groups - 1) {
         uint8_t *half = panel + 34 * r * g;
         return {half + i, half + r + i / 2, i % 2 == 1, half + 2 * r + 4 * i, to_chunk};

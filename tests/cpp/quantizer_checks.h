@@ -133,7 +133,7 @@ float random_activation(int kind) {
         case 1:
             return std::normal_distribution<float>(0, 1)(rng) * (chance(50) ? 100.0f : 1.0f);
         case 2:
-            return 0.5f * random_int(-254, 254);  // with amax 127 every second one is a tie
+            return 0.5f * static_cast<float>(random_int(-254, 254));  // with amax 127 every second one is a tie
         case 3:
             return std::ldexp(random_float(-1, 1), random_int(-149, 127));
         case 4:

@@ -16,5 +16,5 @@ int main() {
         if (n > 0 && !std::cin.read(reinterpret_cast<char *>(input.data()), static_cast<std::streamsize>(n))) return 2;
         verdicts += agq_fuzz::parse_attributes_of(input.data(), n) ? '1' : '0';
     }
-    std::cout << verdicts << std::endl;
+    std::cout << verdicts << '\n';
 }

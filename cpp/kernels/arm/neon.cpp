@@ -121,7 +121,7 @@ struct neon {
 
     /// Rows 4 i .. 4 i + 3 of a panel times n tokens.
     template <int bits, int n, bool per_group>
-    static inline void add_rows(const ready &w, int i, int groups, const int8_t *q, const float *scale, float *sums) {
+    static void add_rows(const ready &w, int i, int groups, const int8_t *q, const float *scale, float *sums) {
         float32x4_t sum[n];
         AGQ_UNROLL
         for (int t = 0; t < n; t++) sum[t] = vld1q_f32(sums + 16 * t);
@@ -170,7 +170,7 @@ struct neon {
     /// Integer sums of one token and 16 rows over one group, directly in the file's order: 4 columns of two rows, side
     /// by side, are multiplied with the same 4 activations, duplicated.
     template <int bits>
-    static inline void stream_group(const uint8_t *codes, int8x16_t codebook, const int8_t *q, int32x4_t result[4]) {
+    static void stream_group(const uint8_t *codes, int8x16_t codebook, const int8_t *q, int32x4_t result[4]) {
         int16x8_t narrow[4][2];  // two rows each
         int32x4_t wide[4][2];
         AGQ_UNROLL

@@ -39,8 +39,7 @@ struct dotprod {
 
     /// Rows 8 half .. 8 half + 7 of a panel times n tokens.
     template <int n, bool per_group>
-    static inline void add_half(const ready &w, int half, int groups, const int8_t *q, const float *scale,
-                                float *sums) {
+    static void add_half(const ready &w, int half, int groups, const int8_t *q, const float *scale, float *sums) {
         float32x4_t sum[n][2];
         AGQ_UNROLL
         for (int t = 0; t < n; t++) {

@@ -102,8 +102,7 @@ struct i8mm {
 
     /// Half a panel times n tokens.
     template <int n, bool per_group>
-    static inline void add_half(const ready &w, int half, int groups, const int8_t *q, const float *scale,
-                                float *sums) {
+    static void add_half(const ready &w, int half, int groups, const int8_t *q, const float *scale, float *sums) {
         constexpr int pairs = (n + 1) / 2;
         float32x4_t sum[4][pairs];
         AGQ_UNROLL

@@ -93,8 +93,8 @@ void quantize(const activation_format &format, const float *const *rows, const a
 }
 
 float half_to_float(unsigned bits) {
-    const int exponent = bits >> 10 & 31;
-    const int mantissa = bits & 1023;
+    const int exponent = static_cast<int>(bits >> 10 & 31);
+    const int mantissa = static_cast<int>(bits & 1023);
     const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
                                           : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
     return bits & 0x8000 ? -magnitude : magnitude;

@@ -70,7 +70,7 @@ inline float weigh(float *scores, const float *mask, float slope, float soft_cap
     if (top == -INFINITY) {
         // All keys are hidden, or the scores are NaN, which the comparisons above ignore.
         for (int j = 0; j < attention_keys; ++j) {
-            if (scores[j] != scores[j]) *sum = scores[j];
+            if (scores[j] != scores[j]) *sum = scores[j];  // NOLINT(misc-redundant-expression)
         }
         for (int j = 0; j < attention_keys; j += AGQ_VECTOR) store(scores + j, vec{});
         return 1;

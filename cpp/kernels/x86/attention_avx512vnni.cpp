@@ -28,7 +28,7 @@ struct row_state {
     float *q_scale;         ///< [rows], with log2 e
     float *maximum;         ///< [rows] largest score so far, in powers of two
     unsigned char *bad;     ///< [rows] whether the row has met a value that is not finite
-    signed char *visible;   ///< [tokens] number of leading registers of 16 keys that hold all visible keys of a block
+    uint8_t *visible;       ///< [tokens] number of leading registers of 16 keys that hold all visible keys of a block
     signed char *unbiased;  ///< [tokens] whether the mask adds nothing in these registers
     size_t bytes;
 
@@ -47,7 +47,7 @@ struct row_state {
         q_scale = reinterpret_cast<float *>(take((rows + 16) * 4));  // read in whole registers
         maximum = reinterpret_cast<float *>(take((rows + 16) * 4));
         bad = reinterpret_cast<unsigned char *>(take(rows));
-        visible = reinterpret_cast<signed char *>(take(rows));
+        visible = reinterpret_cast<unsigned char *>(take(rows));
         unbiased = reinterpret_cast<signed char *>(take(rows));
         bytes = static_cast<size_t>(next - base);
     }
@@ -327,7 +327,7 @@ void read_mask(const attention_args &args, const row_state &state, int token, in
         if (_mm512_cmp_ps_mask(mask, hidden, _CMP_NEQ_UQ)) visible = j + 1;
         if (_mm512_cmp_ps_mask(mask, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xFFFF && zeros == j) zeros = j + 1;
     }
-    state.visible[token] = static_cast<signed char>(visible);
+    state.visible[token] = static_cast<unsigned char>(visible);
     state.unbiased[token] = zeros >= visible;
 }
 
