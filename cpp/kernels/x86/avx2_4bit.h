@@ -50,7 +50,7 @@ struct ready_pair {
                     rows8 = _mm256_sub_epi16(rows8, _mm256_maddubs_epi16(offset, both8));
                 }
                 store(start[g][2 * p], {rows0, rows8});
-                const scales16 s = row_scales(panel[p], groups, first + g);
+                const scales16 s = widen(row_scales(panel[p], groups, first + g));
                 _mm256_store_ps(d[g] + 16 * p, s.rows0);
                 _mm256_store_ps(d[g] + 16 * p + 8, s.rows8);
             }

@@ -20,6 +20,7 @@
 #include "kernels/portable/unroll.h"
 #include "kernels/portable/vector_kernel.h"
 #include "kernels/x86/x86_cpu.h"
+#include "kernels/x86/x86_scales.h"
 
 namespace agq {
 namespace {
@@ -75,27 +76,9 @@ inline __m512i load_codebook(const uint8_t *codebook) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codebook)));
 }
 
-/// The scales D of 16 rows. Each has 12 bits, a high byte and a nibble: a binary16 without its last four bits. The
-/// scale's nibble is in the high half of the bytes in `low`.
-inline __m512 join_scales(const uint8_t *scale_hi, __m128i low) {
-    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scale_hi));
-    low = _mm_and_si128(low, _mm_set1_epi8(static_cast<char>(0xF0)));
-    return _mm512_cvtph_ps(_mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high)));
-}
-
-inline __m512 row_scales(const tile &w, int half) {
-    __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_lo));
-    if (half == 0) low = _mm_slli_epi16(low, 4);
-    return join_scales(w.scale_hi[half], low);
-}
-
-inline __m512 row_scales(const half_tile &w) {
-    const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(w.scale_lo));
-    return join_scales(w.scale_hi, _mm_unpacklo_epi8(_mm_slli_epi16(pairs, 4), pairs));
-}
-
-inline __m512 row_scales(const tile *panel, int groups, int g) {
-    return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
+/// The scales D of 16 rows.
+inline __m512 widen(half_scales d) {
+    return _mm512_cvtph_ps(_mm256_set_m128i(d.rows8, d.rows0));
 }
 
 /// sum + D * I, times the (token, group) scale if there is one.
@@ -168,12 +151,12 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
     for (const tile *w = panel, *end = panel + groups / 2; w != end; w++) {
         prefetch_stream(w->scale_hi);
         for (int half = 0; half < 2; half++) {
-            stream_group<n, per_group>(x, w->codes + 8 * half, codebook, [=] { return row_scales(*w, half); });
+            stream_group<n, per_group>(x, w->codes + 8 * half, codebook, [=] { return widen(row_scales(*w, half)); });
         }
     }
     if (groups % 2 == 1) {
         const half_tile &w = last_half(panel, groups);
-        stream_group<n, per_group>(x, w.codes, codebook, [&w] { return row_scales(w); });
+        stream_group<n, per_group>(x, w.codes, codebook, [&w] { return widen(row_scales(w)); });
     }
     AGQ_UNROLL
     for (int t = 0; t < n; t++) {
@@ -205,7 +188,7 @@ void look_up_pair(const tile *const panel[2], int groups, int first, int count, 
                 _mm512_store_si512(out->u[2 * c][p], u.low);
                 _mm512_store_si512(out->u[2 * c + 1][p], u.high);
             }
-            _mm512_store_ps(out->d[p], row_scales(panel[p], groups, g));
+            _mm512_store_ps(out->d[p], widen(row_scales(panel[p], groups, g)));
         }
     }
 }

@@ -20,6 +20,7 @@
 #include "kernels/kernel.h"
 #include "kernels/portable/unroll.h"
 #include "kernels/portable/vector_kernel.h"
+#include "kernels/x86/x86_scales.h"
 
 namespace agq {
 namespace {
@@ -59,32 +60,13 @@ inline columns4 look_up(const uint8_t *codes, int half, __m256i codebook) {
             _mm256_shuffle_epi8(codebook, _mm256_and_si256(rows8, nibble))};
 }
 
-/// The scales D of rows 0..7 and 8..15. Each has 12 bits, a high byte and a nibble: a binary16 without its last four
-/// bits.
+/// The scales D of rows 0..7 and 8..15.
 struct scales16 {
     __m256 rows0, rows8;
 };
 
-/// From the high bytes of 16 rows, and bytes whose high nibbles are the scales' low bits.
-inline scales16 join_scales(const uint8_t *scale_hi, __m128i low) {
-    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scale_hi));
-    low = _mm_and_si128(low, _mm_set1_epi8(static_cast<char>(0xF0)));
-    return {_mm256_cvtph_ps(_mm_unpacklo_epi8(low, high)), _mm256_cvtph_ps(_mm_unpackhi_epi8(low, high))};
-}
-
-inline scales16 row_scales(const tile &w, int half) {
-    __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w.scale_lo));
-    if (half == 0) low = _mm_slli_epi16(low, 4);
-    return join_scales(w.scale_hi[half], low);
-}
-
-inline scales16 row_scales(const half_tile &w) {
-    const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(w.scale_lo));
-    return join_scales(w.scale_hi, _mm_unpacklo_epi8(_mm_slli_epi16(pairs, 4), pairs));
-}
-
-inline scales16 row_scales(const tile *panel, int groups, int g) {
-    return is_alone(groups, g) ? row_scales(last_half(panel, groups)) : row_scales(panel[g / 2], g % 2);
+inline scales16 widen(half_scales d) {
+    return {_mm256_cvtph_ps(d.rows0), _mm256_cvtph_ps(d.rows8)};
 }
 
 /// Prefetches the line four tiles after `p`. Panels follow one another in the file, so this continues into the next
@@ -111,7 +93,7 @@ struct stored_groups {
     }
     scales16 scales(int g) const {
         if (g % 2 == 0) prefetch_stream(w[g / 2].scale_hi);
-        return row_scales(w[g / 2], g % 2);
+        return widen(row_scales(w[g / 2], g % 2));
     }
 };
 
@@ -124,7 +106,7 @@ struct stored_half {
         if (i % 2 == 0) prefetch_stream(w.codes[i / 2]);
         return look_up(w.codes[i / 2], i % 2, codebook);
     }
-    scales16 scales(int) const { return row_scales(w); }
+    scales16 scales(int) const { return widen(row_scales(w)); }
 };
 
 /// Groups of a panel that were looked up before, for many blocks of tokens.
@@ -146,7 +128,7 @@ struct ready_groups {
                 store(u[g][i], look_up(codes, 0, codebook));
                 store(u[g][i + 1], look_up(codes, 1, codebook));
             }
-            const scales16 s = row_scales(panel, groups, first + g);
+            const scales16 s = widen(row_scales(panel, groups, first + g));
             _mm256_store_ps(d[g], s.rows0);
             _mm256_store_ps(d[g] + 8, s.rows8);
         }
