@@ -95,5 +95,34 @@ void stream_dot(const tile *w, int groups, int8x16_t codebook, const int8_t *q, 
     }
 }
 
+/// Whole blocks of n tokens times a panel that policy::ready has looked up: policy::add_half for rows 0..7 and 8..15,
+/// whose sums in a block are policy::half_sums apart.
+template <class policy, int n, bool per_group>
+void add_blocks(const typename policy::ready &w, int groups, const group_operands &x, float *sums) {
+    for (int b = 0; b < x.blocks; b++) {
+        const int8_t *q = x.q + b * x.q_step;
+        const float *scale = x.scale + b * x.scale_step;
+        for (int half = 0; half < 2; half++) {
+            policy::template add_half<n, per_group>(w, half, groups, q, scale, sums + policy::half_sums * half);
+        }
+        sums += policy::nr * panel_rows;
+    }
+}
+
+/// add_blocks() for blocks begin .. end - 1, which have the same number of tokens, and `groups` groups from `first`.
+template <class policy>
+void add_halves(const gemm_args &args, int begin, int end, const typename policy::ready &w, int first, int groups,
+                float *sums) {
+    static_assert(policy::nr == 6, "the table has 6 columns");
+    using function = void (*)(const typename policy::ready &, int, const group_operands &, float *);
+    static constexpr function table[2][policy::nr] = {
+        {add_blocks<policy, 1, false>, add_blocks<policy, 2, false>, add_blocks<policy, 3, false>,
+         add_blocks<policy, 4, false>, add_blocks<policy, 5, false>, add_blocks<policy, 6, false>},
+        {add_blocks<policy, 1, true>, add_blocks<policy, 2, true>, add_blocks<policy, 3, true>,
+         add_blocks<policy, 4, true>, add_blocks<policy, 5, true>, add_blocks<policy, 6, true>}};
+    const int n = block_at<policy::nr>(args, begin).n;
+    table[args.per_group][n - 1](w, groups, operands_at<policy::nr>(args, begin, end, first), sums);
+}
+
 }  // namespace
 }  // namespace agq

@@ -120,26 +120,8 @@ struct i8mm {
         }
     }
 
-    template <int n, bool per_group>
-    static void add_blocks(const ready &w, int groups, const group_operands &x, float *sums) {
-        for (int b = 0; b < x.blocks; b++) {
-            const int8_t *q = x.q + b * x.q_step;
-            const float *scale = x.scale + b * x.scale_step;
-            for (int half = 0; half < 2; half++) {
-                add_half<n, per_group>(w, half, groups, q, scale, sums + half_sums * half);
-            }
-            sums += nr * panel_rows;
-        }
-    }
-
     static void add(const gemm_args &args, int begin, int end, const ready &w, int first, int groups, float *sums) {
-        using function = void (*)(const ready &, int, const group_operands &, float *);
-        static constexpr function table[2][nr] = {{add_blocks<1, false>, add_blocks<2, false>, add_blocks<3, false>,
-                                                   add_blocks<4, false>, add_blocks<5, false>, add_blocks<6, false>},
-                                                  {add_blocks<1, true>, add_blocks<2, true>, add_blocks<3, true>,
-                                                   add_blocks<4, true>, add_blocks<5, true>, add_blocks<6, true>}};
-        const int n = block_at<nr>(args, begin).n;
-        table[args.per_group][n - 1](w, groups, operands_at<nr>(args, begin, end, first), sums);
+        add_halves<i8mm>(args, begin, end, w, first, groups, sums);
     }
 
     static bool stream(const gemm_args &args, const tile *w, const activation_block &block, float *sums) {
