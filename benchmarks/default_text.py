@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="texts to measure on")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--quality", default="balanced")
-    parser.add_argument("--tokens", type=int, default=16384, help="of calibration text")
+    parser.add_argument("--tokens", type=int, default=32768, help="of calibration text")
     parser.add_argument("--chunks", type=int, default=12, help="of each text that is measured on")
     parser.add_argument("-t", "--threads", type=int, default=0)
     args = parser.parse_args()

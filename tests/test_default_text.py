@@ -22,6 +22,7 @@ from agq_gguf.runtime.dialogues import tokens_of
 from agq_gguf.runtime.model import Model
 from agq_gguf.text import Dialogue, LoadedText, fair_shares, interleaved, mix_texts
 
+ROOT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
 BROKEN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content "
 FEW = ("-t", 1, "-q", "--quality", "fast", "--calibration-tokens", 1024)
@@ -54,14 +55,32 @@ def quantized(source: Path, folder: Path, *arguments: object) -> tuple[str, Any]
 
 def test_every_file_has_an_origin() -> None:
     page = (FOLDER / "ORIGINS.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| `([^`]+)` \| [^|]+ \| [^|]+ \| (public domain|MIT) \|$", page, re.MULTILINE)
+    named = re.findall(r"^\| `([^`]+)` \| [^|]+ \|$", page, re.MULTILINE)
     files = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.is_file()}
-    assert {name for name, _ in named} == files - {"ORIGINS.md"} and len(named) == len(files) - 1
+    assert set(named) == files - {"ORIGINS.md"} and len(named) == len(files) - 1
+
+
+def long_lines(path: Path) -> set[str]:
+    """The lines of a text file that hardly two people write by chance."""
+    return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if len(line.strip()) > 40}
+
+
+def test_no_file_is_a_copy_of_another_file_of_the_project() -> None:
+    written = {".py", ".cpp", ".h", ".c", ".md", ".txt", ".toml", ".json", ".cmake"}
+    folders = ("agq_gguf", "benchmarks", "cpp", "cmake", "docs", "examples", "tests")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in written]
+    paths += [path for path in ROOT.glob("*") if path.suffix in written]
+    others = {path: long_lines(path) for path in paths if FOLDER not in path.parents}
+    assert len(others) > 300
+    for path in FOLDER.rglob("*.*"):
+        own = long_lines(path)
+        for other, lines in others.items():
+            assert len(own & lines) < 0.1 * len(own) or len(own & lines) < 3, f"{path} repeats {other}"
 
 
 def test_all_files_are_in_the_text_once() -> None:
     text = default_calibration()
-    assert 240_000 < len(text.whole.encode()) < 330_000
+    assert 250_000 < len(text.whole.encode()) < 350_000
     whole = re.sub(r"\s+", "", text.whole)
     for path in FOLDER.rglob("*.txt"):
         for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
@@ -89,7 +108,7 @@ def test_every_part_of_the_text_is_as_varied_as_the_whole() -> None:
     found = [(kind_of(piece), len(plain.encode())) for piece, plain in zip(text.parts[0], text, strict=True)]
     total = sum(size for _, size in found)
     whole = {kind: sum(size for k, size in found if k == kind) / total for kind in {*contents, "dialogues"}}
-    assert min(whole.values()) > 0.04
+    assert min(whole.values()) > 0.03
     seen, before = dict.fromkeys(whole, 0), 0
     for kind, size in found:
         seen[kind] += size
