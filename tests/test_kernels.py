@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -56,6 +57,21 @@ def test_hosts_that_would_be_misread_are_refused(build: Path) -> None:
     assert counts["wrong"] == "0"
     assert int(counts["harmful"]) > 200 and int(counts["refused"]) >= int(counts["harmful"])
     assert int(counts["accepted"]) > 10  # what differs where it does not matter
+
+
+@pytest.mark.needs("objdump")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the prefetches are those of x86")
+def test_streams_of_weights_are_prefetched(build: Path) -> None:
+    """A compiler may take a function that only prefetches for one without effect, and generation is a third slower."""
+    code = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", str(build / "kernels_test")],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    functions = re.findall(r"^[0-9a-f]+ <([^\n]*stream_panel<[^\n]*)>:\n(.*?)^$", code, re.MULTILINE | re.DOTALL)
+    counts = {name: body.count("prefetch") for name, body in functions}
+    assert len(counts) == 24  # 1 to 12 tokens, with one scale for a token and one for each group
+    # A group of 64 columns has 8 chunks, each on a line of its own, and every line is fetched into two caches.
+    assert min(counts.values()) >= 2 * 8, counts
 
 
 @pytest.mark.needs("nm")

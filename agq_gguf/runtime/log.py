@@ -31,6 +31,7 @@ class _LogRedirect:
         self._previous: tuple[Any, Any] | None = None
         self.errors: deque[str] = deque(maxlen=8)  # the last lines of level error
         self.warnings: deque[str] = deque(maxlen=8)  # ... and warning
+        self.warnings_are_details = False
 
     def acquire(self) -> None:
         with self._lock:
@@ -61,19 +62,25 @@ class _LogRedirect:
                 self.errors.append(line)
             elif self._level == logging.WARNING:
                 self.warnings.append(line)
-            logger.log(self._level, "%s", line)
+            is_detail = self.warnings_are_details and self._level == logging.WARNING
+            logger.log(logging.DEBUG if is_detail else self._level, "%s", line)
 
 
 redirect = _LogRedirect()
 
 
 @contextlib.contextmanager
-def quiet_log() -> Iterator[None]:
-    """Sends the log of llama.cpp to the logger ``agq_gguf.llama`` for the duration of the block."""
+def quiet_log(*, warnings: bool = True) -> Iterator[None]:
+    """Sends the log of llama.cpp to the logger ``agq_gguf.llama`` for the duration of the block.
+
+    Without `warnings`, warnings are logged as details.
+    """
     redirect.acquire()
+    before, redirect.warnings_are_details = redirect.warnings_are_details, not warnings
     try:
         yield
     finally:
+        redirect.warnings_are_details = before
         redirect.release()
 
 

@@ -52,7 +52,7 @@ def quantize_stock(
         rows = [entry(name.encode(), values.ctypes.data_as(floats), values.size) for name, values in held.items()]
         array = (entry * (len(rows) + 1))(*rows)  # an entry of zeros ends the list
         parameters.imatrix = ctypes.cast(array, type(parameters.imatrix))
-    with quiet_log():
+    with quiet_log(warnings=False):  # it warns of every tensor that falls back to another type
         redirect.errors.clear()
         if api.llama_model_quantize(os.fsencode(src), os.fsencode(dst), ctypes.byref(parameters)) != 0:
             raise OutputError(f"{dst}: llama.cpp cannot write {type_name}: {last_error('no reason given')}")

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/inlined.h"
 #include "graph/mask_view.h"
 
 namespace agq {
@@ -14,7 +15,7 @@ constexpr int64_t max_block = 256;        // elements in the largest block of a 
 
 using to_float_fn = void (*)(const void *, float *, int64_t);
 
-void prefetch(const void *address) {
+AGQ_INLINE void prefetch(const void *address) {
 #ifdef __GNUC__
     __builtin_prefetch(address);
 #else

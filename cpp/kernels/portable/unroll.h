@@ -2,18 +2,12 @@
 // that take them are inlined.
 #pragma once
 
+#include "base/inlined.h"
+
 #if defined(__clang__)
 #define AGQ_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
 #define AGQ_UNROLL _Pragma("GCC unroll 16")
 #else
 #define AGQ_UNROLL
-#endif
-
-#if defined(__GNUC__)
-#define AGQ_INLINE inline __attribute__((always_inline))
-#elif defined(_MSC_VER)
-#define AGQ_INLINE __forceinline
-#else
-#define AGQ_INLINE inline
 #endif

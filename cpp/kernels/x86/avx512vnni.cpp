@@ -96,7 +96,7 @@ inline __m512 add_group(__m512 sum, __m512 d, __m512i integers, const float *sca
 ///
 /// The first-level cache can wait for a dozen lines at once, the second for several dozen. Without the second prefetch,
 /// generation is a tenth slower on an Emerald Rapids.
-inline void prefetch_stream(const void *p) {
+AGQ_INLINE void prefetch_stream(const void *p) {
     const char *line = static_cast<const char *>(p);
     _mm_prefetch(line + 4 * sizeof(tile), _MM_HINT_T0);
     _mm_prefetch(line + 16 * sizeof(tile), _MM_HINT_T1);

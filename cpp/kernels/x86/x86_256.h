@@ -71,12 +71,12 @@ inline scales16 widen(half_scales d) {
 
 /// Prefetches the line four tiles after `p`. Panels follow one another in the file, so this continues into the next
 /// panel.
-inline void prefetch_ahead(const void *p) {
+AGQ_INLINE void prefetch_ahead(const void *p) {
     _mm_prefetch(static_cast<const char *>(p) + 4 * sizeof(tile), _MM_HINT_T0);
 }
 
 /// The same, and also 16 tiles after `p` into the second-level cache, which can wait for more lines at once.
-inline void prefetch_stream(const void *p) {
+AGQ_INLINE void prefetch_stream(const void *p) {
     prefetch_ahead(p);
     _mm_prefetch(static_cast<const char *>(p) + 16 * sizeof(tile), _MM_HINT_T1);
 }
