@@ -17,18 +17,15 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_line import COMMAND, environment, heeding_interrupts, process
+from real_server import PEOPLE, ask, running_server
 
 from agq_gguf.errors import InputError
 from agq_gguf.integrations import llama_server
 from agq_gguf.integrations.llama_server import ServerOptions, command_line, find_server
 from agq_gguf.runtime.text import TextModel
-
-REAL = os.environ.get("AGQ_LLAMA_SERVER", "")
-PEOPLE = 8
 
 # Writes down what it was started with, and answers like a server whose model is loaded.
 STAND_IN = """#!{python}
@@ -141,26 +138,8 @@ def test_without_a_program_it_says_what_is_missing(llama_f16: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def served(llama_agq: Path) -> Iterator[str]:
-    if not REAL:
-        pytest.skip("AGQ_LLAMA_SERVER is not set: a llama-server of llama.cpp")
-    command = [*COMMAND, "serve", llama_agq, "--server", REAL, "--port", 0, "-t", 2, "-c", 256, "--slots", PEOPLE]
-    with subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(),
-        preexec_fn=heeding_interrupts,
-    ) as running:  # fmt: skip
-        assert running.stdout is not None
-        line = running.stdout.readline()
-        found = re.match(r"serving at (http://127\.0\.0\.1:\d+)/v1 with ", line)
-        assert found, line
-        yield found[1]
-        running.send_signal(signal.SIGINT)
-        assert running.wait(60) == 0
-
-
-def ask(url: str, path: str, body: dict[str, Any]) -> str:
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return str(response.read().decode())
+    with running_server(llama_agq, "-c", 256, "--slots", PEOPLE) as (url, _):
+        yield url
 
 
 @pytest.mark.slow

@@ -1,0 +1,204 @@
+"""The clients that people use, against a real llama-server with the plugin, and what goes wrong in real use.
+
+    AGQ_LLAMA_SERVER=build/bin/llama-server pytest --slow tests/test_server_clients.py
+
+`AGQ_SOAK_SECONDS` is how long the mixed load lasts (60 by default).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from browser import Browser, needs_chromium
+from real_server import PEOPLE, ask, running_server
+
+pytestmark = pytest.mark.slow
+
+CONTEXT = 512  # tokens of each slot
+SECONDS = float(os.environ.get("AGQ_SOAK_SECONDS", "60"))
+TEMPLATE = (
+    "{%- if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def server(llama_agq: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    template = tmp_path_factory.mktemp("template") / "tools.jinja"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    # Without --cache-ram 0 the server keeps prompts of the past in memory, up to 8 GiB.
+    own = ("--chat-template-file", template, "--cache-ram", 0)
+    with running_server(llama_agq, "-c", CONTEXT, "--slots", PEOPLE, "--", *own) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: tuple[str, int]) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server[0] + "/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def messages(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def test_openai_streams(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="any", messages=messages("the red key"), max_tokens=12, temperature=0, stream=True
+    )
+    parts = [chunk.choices[0] for chunk in stream if chunk.choices]
+    assert parts[-1].finish_reason == "length"
+    assert len("".join(part.delta.content or "" for part in parts)) > 10
+
+
+def test_openai_tools_reach_the_model(client: openai.OpenAI) -> None:
+    """A model of this size does not call them; their description is in its prompt."""
+    parameters = {"type": "object", "properties": {"color": {"type": "string"}}, "required": ["color"]}
+    tool: Any = {"type": "function", "function": {"name": "paint", "description": "Paints.", "parameters": parameters}}
+    read = {}
+    given: tuple[Any, ...] = ([], [tool])
+    for tools in given:
+        answer = client.chat.completions.create(
+            model="any",
+            messages=messages("paint it"),
+            max_tokens=4,
+            temperature=0,
+            **({"tools": tools} if tools else {}),
+        )
+        assert answer.usage is not None
+        read[len(tools)] = answer.usage.prompt_tokens
+    assert read[1] > read[0] + 50
+
+
+def test_openai_json_schema(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"door": {"type": "boolean"}}, "required": ["door"]}
+    format_: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(
+        model="any", messages=messages("is it a door"), response_format=format_, max_tokens=60, temperature=0
+    )
+    found = json.loads(answer.choices[0].message.content or "")
+    assert isinstance(found["door"], bool)
+
+
+def test_langchain(server: tuple[str, int]) -> None:
+    """Needs langchain-openai, which is not among the packages for tests."""
+    chat = pytest.importorskip("langchain_openai").ChatOpenAI(
+        base_url=server[0] + "/v1", api_key="none", model="any", max_tokens=8, temperature=0
+    )
+    assert len(str(chat.invoke("the blue door").content)) > 5
+    assert len("".join(str(part.content) for part in chat.stream("the blue door"))) > 5
+
+
+@needs_chromium
+def test_the_page_in_a_browser(server: tuple[str, int], tmp_path: Path) -> None:
+    try:
+        urllib.request.urlopen(server[0], timeout=30).close()
+    except urllib.error.HTTPError as e:
+        e.close()
+        pytest.skip(f"this llama-server was built without its page: {e}")
+    with Browser(tmp_path) as page:
+        page.open(server[0])
+        page.wait("document.querySelector('textarea') !== null")
+        page.run(
+            "(() => { const box = document.querySelector('textarea');"
+            "Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, 'value').set.call(box, 'the red key');"
+            "box.dispatchEvent(new Event('input', {bubbles: true}));"
+            "box.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true})); })()"
+        )
+        page.wait("document.body.innerText.includes('the red key')")
+        before = len(page.run("document.body.innerText"))
+        page.wait(f"document.body.innerText.length > {before + 20}")
+
+
+def test_a_prompt_beyond_the_context_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.completions.create(model="any", prompt="the red key " * CONTEXT, max_tokens=4)
+    assert client.completions.create(model="any", prompt="the", max_tokens=4).choices[0].text
+
+
+def test_a_cancelled_request_frees_its_slot(server: tuple[str, int], client: openai.OpenAI) -> None:
+    for _ in range(2 * PEOPLE):
+        stream = client.completions.create(model="any", prompt="the king", max_tokens=200, stream=True)
+        next(iter(stream))
+        stream.close()
+    assert client.completions.create(model="any", prompt="the", max_tokens=4).choices[0].text
+    for _ in range(100):
+        slots = json.loads(urllib.request.urlopen(server[0] + "/slots", timeout=30).read())
+        if not any(slot["is_processing"] for slot in slots):
+            break
+        time.sleep(0.1)
+    assert not any(slot["is_processing"] for slot in slots)
+
+
+def resident(process: int) -> int:
+    """Bytes of the server's memory: of the process that `serve` started, or of itself."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii").split()
+    status = Path(f"/proc/{(children or [str(process)])[0]}/status").read_text(encoding="ascii")
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return 1024 * int(fields["VmRSS"].split()[0])
+
+
+def test_mixed_load(server: tuple[str, int], client: openai.OpenAI) -> None:
+    """Eight people for a while, each doing everything in turn: all is answered, and memory does not grow."""
+    prompts = [f"the {color} key in the box" for color in ("red", "blue", "green", "black")]
+    url, process = server
+    alone = {
+        p: client.completions.create(model="any", prompt=p, max_tokens=8, temperature=0).choices[0].text
+        for p in prompts
+    }
+    done: Counter[str] = Counter()
+    failures: list[str] = []
+    end = time.monotonic() + SECONDS
+
+    def person(number: int) -> None:
+        luck = random.Random(number)
+        while time.monotonic() < end and not failures:
+            what = luck.choice(("complete", "stream", "cancel", "schema", "too long"))
+            prompt = luck.choice(prompts)
+            try:
+                if what == "complete":
+                    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+                    text = json.loads(ask(url, "/v1/completions", body))["choices"][0]["text"]
+                    done["same" if text == alone[prompt] else "other"] += 1
+                elif what == "schema":
+                    body = {"prompt": prompt, "max_tokens": 30, "json_schema": {"type": "boolean"}}
+                    assert json.loads(json.loads(ask(url, "/completion", body))["content"]) in (True, False)
+                elif what == "too long":
+                    with pytest.raises(openai.BadRequestError):
+                        client.completions.create(model="any", prompt="the red key " * CONTEXT, max_tokens=4)
+                else:
+                    stream = client.completions.create(model="any", prompt=prompt, max_tokens=60, stream=True)
+                    count = 0
+                    for count, _ in enumerate(stream, 1):
+                        if what == "cancel" and count > luck.randrange(20):
+                            stream.close()
+                            break
+                    assert count > 0
+                done[what] += 1
+            except Exception as e:
+                failures.append(f"{what}: {e!r}")
+
+    begun = resident(process)
+    people = [threading.Thread(target=person, args=(i,)) for i in range(PEOPLE)]
+    for one in people:
+        one.start()
+    time.sleep(SECONDS / 3)
+    third = resident(process)
+    for one in people:
+        one.join()
+    print(f"\n{dict(done)}; memory {begun >> 20}, {third >> 20}, {resident(process) >> 20} MiB")
+    assert not failures and min(done[kind] for kind in ("complete", "stream", "cancel", "schema", "too long")) > 0
+    assert done["same"] >= 0.9 * done["complete"]
+    assert resident(process) < 1.1 * third
