@@ -125,27 +125,28 @@ def comparison() -> str:
 
 
 def _divergence() -> list[str]:
-    sizes, measured = rows("quality.md", "bits per weight of the block"), rows("quality.md", "20400 positions")
-    points = [
-        *((name, name, f"{name}, both tables Q8_0", "box") for name in ("Q4_0", "Q4_K_S", "IQ4_XS")),
-        *((f"AGQ4 {q}", "AGQ4", f"AGQ4 {q}", "out") for q in ("fast", "balanced", "best")),
-    ]
+    measured = rows("quality.md", "bits per weight of the file")
     parts = [
         text(20, 24, "Divergence from the float model against size", ""),
-        '<path class="axis" d="M60 50V330H410"/>',
+        '<path class="axis" d="M60 50V330H440"/>',
         text(66, 58, "KL divergence x 1000 (lower is better)"),
-        text(190, 366, "bits per weight of the block matrices"),
+        text(190, 366, "bits per weight of the whole file"),
     ]
-    parts += [text(30, 334 - 1.6 * tick, f"{tick}") for tick in (0, 50, 100, 150)]
-    parts += [text(60 + (tick - 4.2) * 800 - 13, 348, f"{tick}") for tick in (4.25, 4.35, 4.45, 4.55)]
-    for label, size, row, kind in points:
-        x = 60 + (sum(between(sizes[size][0])) / 2 - 4.2) * 800
-        kl, _ = between(measured[row][3])
-        y = 330 - 1.6 * kl
-        parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
-        parts.append(text(round(x + 11, 1), round(y + 4, 1), f"{label}: {kl:g}"))
-    parts.append(text(20, 386, "SmolLM2-135M, rotated and zero-padded copy, WikiText-2. Token embedding and"))
-    parts.append(text(20, 402, "output matrix: Q8_0. Stock types: with an importance matrix. best: twice the text."))
+    parts += [text(30, 334 - 1.4 * tick, f"{tick}") for tick in (0, 50, 100, 150)]
+    parts += [text(60 + (tick - 5) * 310 - 10, 348, f"{tick}") for tick in (5.0, 5.25, 5.5, 5.75, 6.0)]
+    for name, (_, bits, divergence, _) in measured.items():
+        x, (kl, _) = 60 + (float(bits) - 5) * 310, between(divergence.replace("*", ""))
+        y, label = 330 - 1.4 * kl, f"{name}: {kl:g}"
+        parts.append(f'<circle class="{"out" if "AGQ4" in name else "box"}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
+        left = x > 300  # no room to the right of it
+        below = y > 270 and left
+        where = (
+            round(x - 6.6 * len(label) if left else x + 11, 1),
+            round(y + 18 if below else y - 9 if left else y + 4, 1),
+        )
+        parts.append(text(*where, label))
+    parts.append(text(20, 386, "SmolLM2-135M-Instruct, WikiText-2. Stock types: with an importance matrix of the"))
+    parts.append(text(20, 402, "same text; their files fall back to larger types where 256 does not divide 576."))
     return parts
 
 
