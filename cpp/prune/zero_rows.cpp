@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "base/inlined.h"
 #include "graph/mask_view.h"
 
 namespace agq {
@@ -15,7 +14,7 @@ constexpr int64_t max_block = 256;        // elements in the largest block of a 
 
 using to_float_fn = void (*)(const void *, float *, int64_t);
 
-AGQ_INLINE void prefetch(const void *address) {
+void prefetch(const void *address) {
 #ifdef __GNUC__
     __builtin_prefetch(address);
 #else
