@@ -16,11 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the built test programs; warnings are errors."""
+    """Folder of the built test programs; warnings are errors. With ccache only the first time takes minutes."""
     cmake = shutil.which("cmake")
     assert cmake, "cmake is not installed; pip install '.[test]' brings it"
     folder = tmp_path_factory.mktemp("build")
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DAGQ_BUILD_TESTS=ON", "-DAGQ_WERROR=ON"]
+    if shutil.which("ccache"):
+        configure.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
     for command in (configure, [cmake, "--build", str(folder), "-j", "2"]):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
