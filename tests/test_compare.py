@@ -42,7 +42,7 @@ def test_compare(small: Path, words_file: Path, text: Path, tmp_path: Path) -> N
         assert (info.file_bytes, info.bits_per_weight) == (row["file_bytes"], row["bits_per_weight"])
     assert "agq4:small" in picture.read_text("utf-8")
     shown = run(*command).stdout  # everything is finished but the speed
-    assert f"| q4_0 | {rows['q4_0']['file_bytes'] / 1e6:.0f} |" in shown and "| **agq4:small** |" in shown
+    assert f"| q4_0 | {rows['q4_0']['file_bytes'] / 1e6:.1f} |" in shown and "| **agq4:small** |" in shown
     assert f"{1000 * rows['q4_0']['mean_kl']:.2f}" in shown
 
     saved, card = tmp_path / "comparison.json", tmp_path / "README.md"

@@ -33,8 +33,10 @@ def _line(cells: Sequence[str]) -> str:
 def _cells(row: Row, has_speed: bool) -> list[str]:
     name = f"**{row.name}**" if row.ours else row.name
     divergence = "0" if row.name == "source" else f"{1000 * row.mean_kl:.2f} ± {1000 * row.mean_kl_error:.2f}"
+    megabytes = row.file_bytes / 1e6
     cells = [
-        name, f"{row.file_bytes / 1e6:.0f}", f"{row.bits_per_weight:.2f}", divergence, f"{row.perplexity:.3f}",
+        name, f"{megabytes:.{0 if megabytes >= 10 else 1}f}", f"{row.bits_per_weight:.2f}", divergence,
+        f"{row.perplexity:.3f}",
         f"{row.top1_agreement:.1%}",
     ]  # fmt: skip
     if has_speed:
