@@ -125,10 +125,7 @@ def write(shape: Shape, type_name: str, path: str, layers: int) -> None:
         else:
             floats(f"{block}attn_q_norm.weight", shape.head)
             floats(f"{block}attn_k_norm.weight", shape.head)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    random_model.finish(writer)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,11 @@ def write(shape: str, type_name: str, path: str, layers: int = 0) -> None:
                 made[rows, columns] = weights.astype(np.float16)
         raw_type = gguf.GGMLQuantizationType(blocks.TYPE_ID) if type_name == "agq4" else None
         writer.add_tensor(name, made[rows, columns], raw_dtype=raw_type)
+    finish(writer)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Writes everything that was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

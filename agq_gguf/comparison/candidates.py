@@ -32,6 +32,11 @@ class Candidate:
         """A name that every file system takes."""
         return self.name.replace(":", "-") + ".gguf"
 
+    @property
+    def key(self) -> str:
+        """Everything that decides the file, but for its source and its text."""
+        return f"{self.name} {self.options!r}"
+
     def make(
         self,
         source: Path,

@@ -21,6 +21,7 @@ from agq_gguf.errors import InputError, OutputError
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.bench import Result, bench
 from agq_gguf.measure.evaluate import Evaluation, evaluate
+from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.runtime.machine import processor
 from agq_gguf.runtime.model import FlashAttention
@@ -64,7 +65,7 @@ class Setup:
     repetitions: int = 5  # 0: no speed is measured
     threads: int = 0
     flash_attention: FlashAttention = "auto"
-    keep_files: bool = True  # else each file is removed once it is measured
+    keep_files: bool = True  # else the files are removed at the end
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,16 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
     def weights_importance() -> dict[str, NDArray[np.float32]]:
         if setup.calibration is None:
             return {}
-        tokens = next((c.options.calibration_tokens for c in setup.candidates if c.options), 32768)
+        tokens = next((c.options for c in setup.candidates if c.options), QuantizeOptions()).calibration_tokens
         return importance(source, setup.calibration, max_tokens=tokens, threads=setup.threads, progress=progress)
 
     judged: list[tuple[Candidate, Path, Evaluation]] = []
-    needs_files = setup.repetitions > 0
+    needs_files = setup.keep_files or setup.repetitions > 0
     for done, candidate in enumerate(setup.candidates):
         progress("compare", done, len(setup.candidates), candidate.name)
         path = folder / candidate.file_name
-        key = f"{candidate.name} {candidate.options!r}"
-        found = state.evaluation(key)
-        if found is None or (needs_files and not path.is_file()) or (setup.keep_files and not path.is_file()):
+        found = state.evaluation(candidate)
+        if found is None or (needs_files and not path.is_file()):
             data = weights_importance() if candidate.options is None else {}
             candidate.make(source, path, setup.calibration, data, setup.threads, progress)
         if found is None:
@@ -118,7 +118,7 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
                 path, source, setup.text, chunks=setup.chunks, threads=setup.threads,
                 flash_attention=setup.flash_attention, progress=progress,
             )  # fmt: skip
-            state.keep(key, found, path)
+            state.keep(candidate, found, path)
         judged.append((candidate, path, found))
     progress("compare", len(setup.candidates), len(setup.candidates), "")
     rows = [_source_row(source, judged), *(state.row(c, path, found) for c, path, found in judged)]
@@ -193,18 +193,18 @@ class _State:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # nothing finished, or of another comparison
 
-    def evaluation(self, key: str) -> Evaluation | None:
-        """The evaluation that was kept under this key."""
+    def evaluation(self, candidate: Candidate) -> Evaluation | None:
+        """The evaluation of a candidate, if it was kept."""
         try:
-            return Evaluation(**self._found[key]["evaluation"])
+            return Evaluation(**self._found[candidate.key]["evaluation"])
         except (KeyError, TypeError):  # nothing, or of a version with other fields
             return None
 
-    def keep(self, key: str, found: Evaluation, path: Path) -> None:
+    def keep(self, candidate: Candidate, found: Evaluation, path: Path) -> None:
         """Keeps an evaluation, with the size of its file. Raises OutputError."""
         info = inspect_file(path)
         sizes = {"file_bytes": info.file_bytes, "bits_per_weight": info.bits_per_weight}
-        self._found[key] = {"evaluation": asdict(found), **sizes}
+        self._found[candidate.key] = {"evaluation": asdict(found), **sizes}
         new = self._path.with_name(f".{self._path.name}.new")
         try:
             new.write_text(json.dumps({"identity": self._identity, "found": self._found}, indent=1), encoding="utf-8")
@@ -214,7 +214,7 @@ class _State:
 
     def row(self, candidate: Candidate, path: Path, found: Evaluation) -> Row:
         """The row of a candidate whose evaluation was kept."""
-        kept = self._found[f"{candidate.name} {candidate.options!r}"]
+        kept = self._found[candidate.key]
         return Row(
             candidate.name, str(path), kept["file_bytes"], kept["bits_per_weight"], found.mean_kl, found.mean_kl_error,
             found.perplexity, found.top1_agreement,

@@ -245,8 +245,8 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
         const bool repeated = context.snapshot.is_repeated(nodes, n);
         const bool has_agq4 = context.device.chosen.take_all || std::any_of(nodes, nodes + n, uses_agq4);
         context.may_prune = context.may_prune || has_agq4;
-        const watched_graph watched(context, nodes, n);
         if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
+        const watched_graph watched(context, nodes, n);
         int64_t computing = 0;  // nanoseconds spent in `compute`, which are not the pruner's own
         const auto compute_part = [&](ggml_tensor **part, int size, bool part_repeated, const key_choices &choices) {
             if (part == nodes && !has_agq4 && !profile_enabled()) {
