@@ -70,7 +70,10 @@ def test_no_file_is_a_copy_of_another_file_of_the_project() -> None:
     folders = ("agq_gguf", "benchmarks", "cpp", "cmake", "docs", "examples", "tests")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in written]
     paths += [path for path in ROOT.glob("*") if path.suffix in written]
-    others = {path: long_lines(path) for path in paths if FOLDER not in path.parents}
+    # The package under test may be an installed one: its own texts lie in the repository as well.
+    own_folder = ROOT / "agq_gguf" / "data" / FOLDER.name
+    assert own_folder.is_dir()
+    others = {path: long_lines(path) for path in paths if own_folder not in path.parents}
     assert len(others) > 300
     for path in FOLDER.rglob("*.*"):
         own = long_lines(path)
