@@ -73,7 +73,8 @@ def check(name: str, shown: tuple[int, str, str, str], generates: bool) -> None:
     if code:
         assert code in REFUSALS, (name, shown)
         return
-    assert out.strip() or name in ("quantize", "chat"), (name, shown)
+    # Four tokens of a random model may all be spaces, which is text; a model that says nothing gives an empty line.
+    assert out.strip("\r\n") or name in ("quantize", "chat"), (name, shown)
     if name in ("generate", "chat", "evaluate", "bench"):
         assert generates, f"{name} should have refused: {out[:200]}"
     if name == "evaluate":
