@@ -215,9 +215,8 @@ def show_plan(plans: list[TensorPlan], needed: Estimate) -> None:
     rows = []
     for plan, target in zip(plans, placed, strict=True):
         shape = " x ".join(map(str, plan.source.shape))
-        rows.append(
-            [plan.source.name, shape, plan.source.type_name, plan.type_name, show.size(target.n_bytes), plan.reason]
-        )
+        why = "keeps its own 4-bit codes" if plan.own_codes else plan.reason
+        rows.append([plan.source.name, shape, plan.source.type_name, plan.type_name, show.size(target.n_bytes), why])
     show.table(["tensor", "shape", "from", "to", ">size", "reason"], rows)
     elements = sum(plan.source.n_elements for plan in plans)
     show.say(f"{show.size(total)}, {8 * total / elements:.2f} bits per weight; nothing was written")
@@ -236,6 +235,7 @@ def write_plan(plans: list[TensorPlan], needed: Estimate) -> None:
         {
             "name": plan.source.name, "shape": plan.source.shape, "source_type": plan.source.type_name,
             "type_name": plan.type_name, "n_bytes": target.n_bytes, "reason": plan.reason,
+            "own_codes": plan.own_codes,
         }
         for plan, target in zip(plans, placed, strict=True)
     ]  # fmt: skip

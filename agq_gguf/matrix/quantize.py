@@ -176,9 +176,13 @@ def _stored_weights(weight: NDArray[np.float32], refinement: Refinement, rotate:
     if rotate:
         for rows in stored.split(_ROWS_AT_A_TIME):
             rows.copy_(rotated(rows))
-    largest = max(float(rows.abs().max()) for rows in stored.split(_ROWS_AT_A_TIME))
-    alpha = max(float(np.float32(largest / (64 * _LARGEST))), _SMALLEST_ALPHA)
+    alpha = tensor_scale_for(max(float(rows.abs().max()) for rows in stored.split(_ROWS_AT_A_TIME)))
     return stored.div_(alpha), alpha
+
+
+def tensor_scale_for(largest: float) -> float:
+    """The tensor scale alpha for a matrix whose largest weight has this size."""
+    return max(float(np.float32(largest / (64 * _LARGEST))), _SMALLEST_ALPHA)
 
 
 def _relative_error(stored: torch.Tensor, restored: torch.Tensor, prepared: PreparedInput) -> float:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from agq_gguf.calibration.memory import hessian_bytes, hessians_that_fit, work_bytes
-from agq_gguf.format import blocks
 from agq_gguf.gguf_io.tensor_names import layer_of
 from agq_gguf.gguf_io.writer import layout
 from agq_gguf.quantization.options import QuantizeOptions
@@ -37,7 +36,7 @@ def estimate(plans: Sequence[TensorPlan], options: QuantizeOptions, *, calibrate
     """What quantizing by these plans will need. `calibrated`: with a text; `threads` is how many it may use."""
     placed = layout((plan.source.name, plan.type_name, plan.source.shape) for plan in plans)
     disk = sum(target.n_bytes for target in placed)
-    ours = [plan.source for plan in plans if plan.type_name == blocks.TYPE_NAME]
+    ours = [plan.source for plan in plans if plan.searched]
     feedback = calibrated and options.matrix.error_feedback
     statistics, passes = _statistics(plans, options.memory) if feedback else (0, 1)
     largest = max((4 * tensor.n_elements // tensor.n_matrices for tensor in ours), default=0)
@@ -59,11 +58,7 @@ def estimate(plans: Sequence[TensorPlan], options: QuantizeOptions, *, calibrate
 
 def _statistics(plans: Sequence[TensorPlan], memory: int) -> tuple[int, int]:
     """Bytes of statistics at one time, and how often the text is run."""
-    inputs = {
-        (layer_of(p.source.name), p.source.shape[-1]): p.source.n_matrices
-        for p in plans
-        if p.type_name == blocks.TYPE_NAME
-    }
+    inputs = {(layer_of(p.source.name), p.source.shape[-1]): p.source.n_matrices for p in plans if p.searched}
     total = most = 0
     for (_, columns), experts in inputs.items():
         if count := hessians_that_fit(columns, experts, memory):

@@ -83,8 +83,8 @@ def _make(
     warnings = []
     if scheme is not None:
         warnings.append(
-            f"the checkpoint is quantized already ({scheme}): its errors stay in the weights and those of AGQ4 are "
-            "added to them; the float checkpoint gives a better result"
+            f"the checkpoint is quantized already ({scheme}): its errors stay in the weights; the float "
+            "checkpoint gives a better result"
         )
     if script is not None:
         converter.convert(script, source, made)

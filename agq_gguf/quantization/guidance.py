@@ -14,7 +14,6 @@ from agq_gguf.arguments import PathName, Progress
 from agq_gguf.calibration.imatrix import load_imatrix
 from agq_gguf.calibration.memory import hessian_bytes, work_bytes
 from agq_gguf.calibration.stats import WeightStats, check_shapes
-from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.gguf_io.tensor_names import EMBEDDING, is_further_prediction, layer_of
 from agq_gguf.quantization.options import QuantizeOptions
@@ -57,7 +56,7 @@ class Guide:
 def unguided(wanted: dict[str, Tensor]) -> Guide:
     """No statistics: all activations get the same weight."""
     if not wanted:
-        return Guide("none", iter(()), ["AGQ4 supports no tensor of this model"])
+        return Guide("none", iter(()), [])
     warning = (
         "quantized without calibration: all activations got the same weight; a calibration text gives better results"
     )
@@ -90,7 +89,7 @@ def from_text(
     from agq_gguf.calibration.collect import Calibrator
     from agq_gguf.quantization.best.run import BestRun, Setting, prepare
 
-    wanted = [p.source.name for p in plans if p.type_name == blocks.TYPE_NAME]
+    wanted = [p.source.name for p in plans if p.searched]
     calibrator = stack.enter_context(
         Calibrator(
             session,

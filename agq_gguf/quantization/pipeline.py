@@ -24,7 +24,7 @@ from agq_gguf.gguf_io.writer import Writer, check_writable, layout
 from agq_gguf.matrix import equalize
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
-from agq_gguf.quantization import folder, source, stock_types
+from agq_gguf.quantization import folder, own_codes, source, stock_types
 from agq_gguf.quantization.guidance import Group, Guide, falling_back, from_imatrix, from_text, unguided
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.presets import saved_by_small
@@ -86,17 +86,19 @@ def _plans(
     options: QuantizeOptions,
     progress: Progress,
 ) -> list[TensorPlan]:
-    if not options.target_bpw:
-        return plan(
+    if options.target_bpw:
+        from agq_gguf.quantization.budget.choose import choose_types
+
+        chosen = choose_types(reader, session, imatrix, options, progress)
+        plans = [no_larger(p, options.keep_types) for p in chosen]
+    else:
+        plans = plan(
             reader,
             output_type=options.output_type,
             embedding_type=options.embedding_type,
             keep_types=options.keep_types,
         )
-    from agq_gguf.quantization.budget.choose import choose_types
-
-    chosen = choose_types(reader, session, imatrix, options, progress)
-    return [no_larger(p, options.keep_types) for p in chosen]
+    return own_codes.marked(reader, plans)
 
 
 def quantize(
@@ -139,7 +141,7 @@ def _quantize_file(
         text = None if calibration is None else load_text(calibration)
         session, warnings = _opener(stack, reader, text, progress)
         plans = _plans(reader, session, imatrix, options, progress)
-        wanted = {p.source.name: p.source for p in plans if p.type_name == blocks.TYPE_NAME}
+        wanted = {p.source.name: p.source for p in plans if p.searched}
         guide: Guide | None = None
         if text is not None and session is not None and wanted:
             try:
@@ -150,7 +152,7 @@ def _quantize_file(
                 warnings.append(f"{text.name} was not used: {e}")
         if guide is None:
             guide = unguided(wanted) if imatrix is None or not wanted else from_imatrix(wanted, imatrix)
-        guide.warnings[:0] = [*source.loss_warnings(plans), *warnings]
+        guide.warnings[:0] = [*source.warnings_about(plans), *warnings]
         return _write(reader, Path(dst), plans, guide, options, progress)
 
 
@@ -224,8 +226,11 @@ def _write(
             for name, result in made.matrices.items():
                 finish(name, result)
         for p in plans:
-            if p.type_name != blocks.TYPE_NAME:
-                name = p.source.name
+            name = p.source.name
+            if p.own_codes:
+                finish(name, _Quantized.of(own_codes.read(reader, p.source, options.matrix)))
+                progress("quantize", int(done), total, name)
+            elif not p.searched:
                 if name in norms:
                     writer.write(name, [norms[name]])
                 elif p.type_name == p.source.type_name:
@@ -262,8 +267,10 @@ def _costs(plans: Sequence[TensorPlan]) -> dict[str, float]:
     """What each tensor costs, in weights of the model: so the time left can be told from what is done."""
     costs = {}
     for p in plans:
-        if p.type_name == blocks.TYPE_NAME:
+        if p.searched:
             each = 1 + p.source.shape[-1] / _WIDE
+        elif p.own_codes:
+            each = _CONVERTED
         else:
             each = _COPIED if p.type_name == p.source.type_name else _CONVERTED
         costs[p.source.name] = p.source.n_elements * each

@@ -32,12 +32,26 @@ def prepare(reader: Reader, options: QuantizeOptions) -> None:
 
 def lossy_types(plans: Iterable[TensorPlan]) -> list[str]:
     """The quantized types of the source that become another type, those of the most tensors first."""
-    counts = Counter(p.source.type_name for p in plans if p.source.quantized and p.type_name != p.source.type_name)
+    lossy = (p for p in plans if p.source.quantized and p.type_name != p.source.type_name and not p.own_codes)
+    counts = Counter(p.source.type_name for p in lossy)
     return [name for name, _ in counts.most_common()]
 
 
-def loss_warnings(plans: list[TensorPlan]) -> list[str]:
-    """What requantizing costs, in plain words; empty for a float source."""
+def warnings_about(plans: list[TensorPlan]) -> list[str]:
+    """What the source means for the result, in plain words: nothing AGQ4, its own codes kept, errors that add up."""
+    ours = [p for p in plans if p.type_name == blocks.TYPE_NAME]
+    if not ours:
+        return ["AGQ4 supports no tensor of this model", *_loss_warnings(plans)]
+    kept = sum(p.own_codes for p in plans)
+    if not kept:
+        return _loss_warnings(plans)
+    others = f"; the other {len(ours) - kept} are quantized anew" if kept < len(ours) else ""
+    said = f"{kept} matrices are 4-bit integers already and keep them as their codes, without a further loss{others}"
+    return [said, *_loss_warnings(plans)]
+
+
+def _loss_warnings(plans: list[TensorPlan]) -> list[str]:
+    """What requantizing costs; empty for a float source."""
     types = lossy_types(plans)
     if not types:
         return []

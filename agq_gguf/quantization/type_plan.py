@@ -49,6 +49,12 @@ class TensorPlan:
     source: Tensor
     type_name: str
     reason: str
+    own_codes: bool = False  # AGQ4 that holds the integers of the source (`matrix/own_codes.py`)
+
+    @property
+    def searched(self) -> bool:
+        """Whether it becomes AGQ4 whose codes have to be found."""
+        return self.type_name == blocks.TYPE_NAME and not self.own_codes
 
 
 def plan(

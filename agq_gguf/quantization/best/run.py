@@ -188,7 +188,7 @@ def prepare(
         executor = open_graph(reader, model, chunks[0], setting.memory // 4, setting.threads)
         graph = executor.graph
         used, looked_up = parts.products(graph), parts.lookups(graph)
-        wanted = {plan.source.name for plan in plans if plan.type_name == TYPE_NAME}
+        wanted = {plan.source.name for plan in plans if plan.searched}
         matrices = {name for name in wanted if used.get(name) == 1 and name not in looked_up}
         pairs: list[Pair] = []
         if setting.options.equalize:
