@@ -41,13 +41,13 @@ def warnings_about(plans: list[TensorPlan]) -> list[str]:
     """What the source means for the result, in plain words: nothing AGQ4, its own codes kept, errors that add up."""
     ours = [p for p in plans if p.type_name == blocks.TYPE_NAME]
     if not ours:
-        return ["AGQ4 supports no tensor of this model", *_loss_warnings(plans)]
+        return [*_loss_warnings(plans), "AGQ4 supports no tensor of this model"]
     kept = sum(p.own_codes for p in plans)
     if not kept:
         return _loss_warnings(plans)
     others = f"; the other {len(ours) - kept} are quantized anew" if kept < len(ours) else ""
     said = f"{kept} matrices are 4-bit integers already and keep them as their codes, without a further loss{others}"
-    return [said, *_loss_warnings(plans)]
+    return [*_loss_warnings(plans), said]
 
 
 def _loss_warnings(plans: list[TensorPlan]) -> list[str]:
