@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf.format.blocks import GROUP_COLUMNS, Matrix, Parameters, round_scale
+from agq_gguf.format.reference import dequantize
 from agq_gguf.matrix.options import MatrixOptions
-from agq_gguf.matrix.quantize import QuantizedMatrix, tensor_scale_for
+from agq_gguf.matrix.quantize import ERROR_ROWS, QuantizedMatrix, tensor_scale_for
 
 _STEP = 8  # of the codebook: code i stands for 8 (i - 8), which uses the whole range of its values
 _CODEBOOK = np.arange(0, 128, _STEP, dtype=np.uint8)
@@ -27,7 +28,7 @@ _ROWS_AT_A_TIME = 512
 def keep(weight: NDArray[np.float32], options: MatrixOptions) -> QuantizedMatrix | None:
     """The AGQ4 matrix with the integers of `weight` [M, K] f32 as its codes; None if they are no such integers.
 
-    Its error is that of white noise: squared error over squared weights. K must be a multiple of 64.
+    Its error is that on white noise, measured on some of the rows. K must be a multiple of 64.
     """
     rows, columns = weight.shape
     codes, scales = np.empty((rows, columns), np.uint8), np.empty((rows, columns // GROUP_COLUMNS), np.float32)
@@ -50,7 +51,9 @@ def keep(weight: NDArray[np.float32], options: MatrixOptions) -> QuantizedMatrix
         activation_bits=options.activation_bits,
         activation_scale="group" if options.rotated else options.activation_scale,
     )
-    return QuantizedMatrix(Matrix(codes, stored, parameters), _error(weight, codes, stored * alpha))
+    step = -(-rows // ERROR_ROWS)
+    restored = dequantize(Matrix(codes[::step], stored[::step], parameters))
+    return QuantizedMatrix(Matrix(codes, stored, parameters), _relative_error(weight[::step], restored))
 
 
 def _integers(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -76,13 +79,7 @@ def _integers(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     return None if len(missing) else (found, scales)
 
 
-def _error(weight: NDArray[np.float32], codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> float:
+def _relative_error(weight: NDArray[np.float32], restored: NDArray[np.float32]) -> float:
     """Squared error over squared weights."""
-    wrong = total = 0.0
-    for begin in range(0, len(weight), _ROWS_AT_A_TIME):
-        part = slice(begin, begin + _ROWS_AT_A_TIME)
-        values = np.float32(_STEP) * (codes[part].astype(np.float32) - 8)
-        restored = values * scales[part].repeat(GROUP_COLUMNS, axis=1)
-        wrong += float(np.square(weight[part] - restored, dtype=np.float64).sum())
-        total += float(np.square(weight[part], dtype=np.float64).sum())
-    return wrong / total if total else 0.0
+    total = float(np.square(weight, dtype=np.float64).sum())
+    return float(np.square(weight - restored, dtype=np.float64).sum()) / total if total else 0.0

@@ -30,7 +30,7 @@ _FLOOR = 1e-4  # minimum importance of a channel, so that channels that are zero
 # largest, and for error feedback, which may make weights larger.
 _LARGEST = 4096.0
 _SMALLEST_ALPHA = 2.0**-126  # smaller binary32 numbers lose precision, or count as 0 on some machines
-_ERROR_ROWS = 256  # rows on which the reported error is measured
+ERROR_ROWS = 256  # rows on which the reported error is measured
 _ROWS_AT_A_TIME = 1024  # the weights and slopes of so many rows fit into the cache
 _ROWS_OF_A_THREAD = 96  # fewer rows are not worth a thread
 
@@ -132,7 +132,7 @@ def quantize_matrix(
         activation_bits=options.activation_bits,
         activation_scale=options.activation_scale,
     )
-    step = -(-len(stored) // _ERROR_ROWS)
+    step = -(-len(stored) // ERROR_ROWS)
     restored = codebook.values[codes[::step].int()] * scales[::step].repeat_interleave(GROUP_COLUMNS, 1)
     error = _relative_error(stored[::step], restored, prepared)
     return QuantizedMatrix(Matrix(codes.numpy(), scales.numpy(), parameters), error, prepared.note)

@@ -269,8 +269,6 @@ def _costs(plans: Sequence[TensorPlan]) -> dict[str, float]:
     for p in plans:
         if p.searched:
             each = 1 + p.source.shape[-1] / _WIDE
-        elif p.own_codes:
-            each = _CONVERTED
         else:
             each = _COPIED if p.type_name == p.source.type_name else _CONVERTED
         costs[p.source.name] = p.source.n_elements * each

@@ -45,8 +45,9 @@ def warnings_about(plans: list[TensorPlan]) -> list[str]:
     kept = sum(p.own_codes for p in plans)
     if not kept:
         return _loss_warnings(plans)
-    others = f"; the other {len(ours) - kept} are quantized anew" if kept < len(ours) else ""
-    said = f"{kept} matrices are 4-bit integers already and keep them as their codes, without a further loss{others}"
+    said = f"{kept} matrices are 4-bit integers already and keep them as their codes, with almost no further loss"
+    if kept < len(ours):
+        said += f"; the other {len(ours) - kept} are quantized anew"
     return [*_loss_warnings(plans), said]
 
 
