@@ -35,6 +35,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "agq_set_option": (_TEXT, [_INT, _TEXT]),
     "agq_last_pruned": (_INT, [ctypes.POINTER(_INT), _INT]),
     "agq_last_bits": (_INT, [ctypes.POINTER(_INT), _INT]),
+    "agq_last_head_weights": (_INT, [_INT, _INT, ctypes.POINTER(ctypes.c_float), _INT]),
     "agq_last_importance": (_INT, [_INT, ctypes.POINTER(ctypes.c_float), _INT]),
     "agq_profile": (None, [_INT]),
     "agq_profile_report": (_INT, [_TEXT, _INT]),

@@ -8,13 +8,14 @@ tokens that were there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from reference_model import Array, ReferenceModel
 
 RECENT_QUERIES = 8
+OBSERVERS = 16  # of the score `heads`
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Rule:
     reach: int = 0  # a token counts as much as the best one at most so many places away
     reuse: bool = False  # later layers get keys and values of dropped tokens from the state in which they left
     direction: Array | None = None  # of the score `learned`
+    heads: tuple[tuple[int, int], ...] = ()  # of the score `heads`: (layer, head)
+    tail: int | None = None  # the same: tokens behind the question, whose words count
 
 
 @dataclass
@@ -66,9 +69,36 @@ def learned(states: Array, direction: Array) -> Array:
     return result
 
 
+def observed(weights: Array) -> Array:
+    """[heads, T]: the largest weight that the last tokens of a call give each of its T tokens."""
+    tokens, cells = weights.shape[1:]
+    result: Array = weights[:, -OBSERVERS:, cells - tokens :].max(1)
+    return result
+
+
+def overlap(tokens: list[int], tail: int) -> Array:
+    """By token: 1 / (how often it stands in front of the question) if it is also in the question, smoothed."""
+    end = max(0, len(tokens) - tail)
+    body, question = tokens[: max(0, end - 24)], tokens[max(0, end - 24) : end]
+    value = np.array([1 / body.count(t) if t in question else 0.0 for t in body] + [0.0] * (len(tokens) - len(body)))
+    result: Array = np.array([value[max(0, i - 32) : i + 33].sum() / 65 for i in range(len(tokens))])
+    return result
+
+
+def shares(measures: list[tuple[Array, int]], protected: NDArray[np.bool_], n_tokens: int) -> Array:
+    """The mean over measures (values [T], reach) of what each token has of the sum, where 1 is the average."""
+    total = np.zeros(len(protected))
+    for values, reach in measures:
+        open_ = np.where(protected, 0, values)
+        best = np.array([open_[max(0, t - reach) : t + reach + 1].max() for t in range(len(open_))])
+        best[protected] = 0
+        total += best / best.sum() / len(measures)
+    return total * n_tokens
+
+
 def always_kept(score: str) -> int:
     """How many of the last tokens of a call a score protects by itself."""
-    return {"first": 0, "learned": 0, "received": 1, "recent": RECENT_QUERIES}[score]
+    return {"first": 0, "learned": 0, "received": 1, "recent": RECENT_QUERIES, "heads": OBSERVERS}[score]
 
 
 def choose(values: Array, rule: Rule, protected: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -91,6 +121,7 @@ class PrunedReference:
         self.model, self.rules, self.score, self.shortest = model, rules, score, shortest
         self.caches = [_Cache() for _ in range(model.n_layer)]
         self.n_past = 0
+        self.seen: dict[tuple[int, int], Array] = {}  # of the last call, by layer and head: `observed`, by token
         self.left_behind: NDArray[np.int64] = np.empty(0, np.int64)  # of the last call: layer of each token, or -1
 
     def run(self, tokens: list[int], outputs: list[int] | None = None) -> Array:
@@ -102,6 +133,7 @@ class PrunedReference:
         here = np.arange(len(tokens))  # indices of the tokens that are still there
         self.left_behind = np.full(len(tokens), -1)
         protected = np.isin(here, outputs) | (positions == 0)
+        self.seen = {}
         x = m.weight("token_embd.weight")[tokens]
         gone: list[tuple[Array, NDArray[np.int64]]] = []  # states and positions of tokens that are used again
         for i in range(m.n_layer):
@@ -110,16 +142,24 @@ class PrunedReference:
                 self._store(m.norm(state, f"{block}.attn_norm.weight"), i, old)
             mixed, weights = self._attention(m.norm(x, f"{block}.attn_norm.weight"), i, positions[here])
             x = x + mixed
+            for head, largest in enumerate(observed(weights)):
+                self.seen[i, head] = np.zeros(len(tokens))
+                self.seen[i, head][here] = largest
             if i in self.rules and len(tokens) >= self.shortest:
                 cells = np.concatenate(self.caches[i].positions)
-                direction = self.rules[i].direction
-                values = (
-                    learned(x, direction)
-                    if direction is not None
-                    else importance(weights, positions[here], cells, self.score)
-                )
-                kept = len(tokens) - max(self.rules[i].keep, always_kept(self.score))
-                dropped = choose(values, self.rules[i], protected[here] | (here >= kept))
+                rule = self.rules[i]
+                kept = len(tokens) - max(rule.keep, always_kept(self.score))
+                stays = protected[here] | (here >= kept)
+                if rule.direction is not None:
+                    values = learned(x, rule.direction)
+                elif rule.heads:
+                    measures = [(self.seen[head][here], rule.reach) for head in rule.heads]
+                    if rule.tail is not None:
+                        measures.append((overlap(tokens, rule.tail)[here], 0))
+                    values, rule = shares(measures, stays, len(tokens)), replace(rule, reach=0)
+                else:
+                    values = importance(weights, positions[here], cells, self.score)
+                dropped = choose(values, rule, stays)
                 self.left_behind[here[dropped]] = i
                 if self.rules[i].reuse and dropped.any():
                     gone.append((x[dropped], positions[here[dropped]]))

@@ -48,7 +48,14 @@ def prunings(draw: st.DrawFn, scores: tuple[str, ...]) -> Pruning:
     numbers = draw(st.floats(0, 1e10, width=32)), draw(st.integers(0, 255)), draw(st.integers(0, 15))
     codes = st.lists(st.integers(-128, 127), min_size=1, max_size=200).map(tuple)
     directions = st.builds(pruning_record.Direction, st.floats(0, 1e5, width=32), codes)
-    return Pruning(score, *numbers, draw(st.booleans()), draw(directions) if score == "learned" else None)
+    number = st.integers(0, 65535)
+    heads = st.builds(
+        pruning_record.Heads,
+        st.lists(st.tuples(number, number), min_size=1, max_size=16).map(tuple),
+        st.none() | st.integers(0, 63),
+    )
+    direction = draw(directions) if score == "learned" else None
+    return Pruning(score, *numbers, draw(st.booleans()), direction, draw(heads) if score == "heads" else None)
 
 
 def assert_equal(a: Matrix, b: Matrix) -> None:
@@ -226,7 +233,7 @@ def test_setting_a_record_changes_nothing_else(matrix: Matrix, pruning: Pruning 
 
 @settings(max_examples=50, deadline=None)
 @given(prunings(pruning_record.SCORES))
-def test_records_with_a_direction(pruning: Pruning) -> None:
+def test_long_records(pruning: Pruning) -> None:
     """A matrix with a channel order and room for both."""
     rows = 320
     few = make_agq4.matrix()
@@ -234,11 +241,16 @@ def test_records_with_a_direction(pruning: Pruning) -> None:
     packed = blocks.with_pruning(blocks.pack(matrix), pruning)
     assert blocks.unpack(packed).parameters.pruning == pruning
     stream = attribute_stream(packed)
-    assert struct.unpack_from("<I", stream, 12)[0] == 28 + pruning.n_bytes
+    assert struct.unpack_from("<I", stream, 12)[0] == 28 + len(pruning.to_bytes())
     if pruning.direction:
         codes = np.array(pruning.direction.codes, np.int8)
         assert stream[52:60] == struct.pack("<fHH", pruning.direction.factor, len(codes), 0)
         assert stream[60 : 60 + len(codes)] == codes.tobytes() and not any(stream[60 + len(codes) :])
+    if pruning.heads:
+        n, tail = len(pruning.heads.heads), 255 if pruning.heads.tail is None else pruning.heads.tail
+        assert stream[52:56] == bytes([n, tail, 0, 0])
+        assert list(struct.iter_unpack("<HH", stream[56 : 56 + 4 * n])) == list(pruning.heads.heads)
+        assert not any(stream[56 + 4 * n :])
     np.testing.assert_array_equal(blocks.with_pruning(packed, None), blocks.pack(matrix))
 
 
@@ -262,16 +274,37 @@ def test_nearest_direction() -> None:
     ],
 )
 def test_damaged_directions_are_refused(at: int, byte: int, message: str) -> None:
-    record = Pruning("learned", 0.5, direction=pruning_record.Direction(1.0, (1, -2, 3)))
+    changes = {at: byte} | ({54: 0x80} if byte == 0x7F else {})
+    refuse_changed(Pruning("learned", 0.5, direction=pruning_record.Direction(1.0, (1, -2, 3))), changes, message)
+
+
+@pytest.mark.parametrize(
+    ("at", "byte", "message"),
+    [
+        (44, 3, "pruning direction must have 0 channels and then zero, got 0 and 4"),
+        (52, 0, "heads of the pruning record are not valid (0 heads, tail 5)"),
+        (52, 1, "bytes for 256 columns"),
+        (52, 3, "heads of the pruning record are not valid (3 heads, tail 5)"),
+        (53, 64, "heads of the pruning record are not valid (2 heads, tail 64)"),
+        (54, 1, "heads of the pruning record are not valid (2 heads, tail 5)"),
+        (55, 1, "heads of the pruning record are not valid (2 heads, tail 5)"),
+    ],
+)
+def test_damaged_heads_are_refused(at: int, byte: int, message: str) -> None:
+    refuse_changed(Pruning("heads", 0.5, heads=pruning_record.Heads(((0, 4), (3, 1)), 5)), {at: byte}, message)
+
+
+def refuse_changed(record: Pruning, changes: dict[int, int], message: str) -> None:
+    """A record with other bytes and a checksum that is right."""
     matrix = make_agq4.matrix()
     wide = replace(matrix, codes=np.resize(matrix.codes, (64, 256)), scales=np.resize(matrix.scales, (64, 4)))
     tiles = blocks.with_pruning(blocks.pack(wide), record).reshape(-1, 1088)
     stream = bytearray(attribute_stream(tiles))
-    stream[at] = byte
-    stream[54] = 0x80 if byte == 0x7F else stream[54]
+    for at, byte in changes.items():
+        stream[at] = byte
     stream[8:12] = struct.pack("<I", zlib.crc32(stream[16 : 16 + struct.unpack_from("<I", stream, 12)[0]]))
     tiles[:, 48:64] = np.frombuffer(stream, np.uint8).reshape(-1, 16)
-    with pytest.raises(FormatError, match=message):
+    with pytest.raises(FormatError, match=re.escape(message)):
         blocks.read_parameters(tiles.reshape(64, -1))
 
 
@@ -299,6 +332,12 @@ def test_record_says_whether_states_are_used_again(reuse: bool) -> None:
         ),
         (Pruning("learned", 1, direction=pruning_record.Direction(1, ())), "must have 1 to 65535 channels, got 0"),
         (Pruning("learned", 1, direction=pruning_record.Direction(1, (128,))), "must be -128 to 127"),
+        (Pruning("heads", 1), "'heads' needs heads"),
+        (Pruning("recent", 1, heads=pruning_record.Heads(((1, 2),))), "'recent' has no heads"),
+        (Pruning("heads", 1, heads=pruning_record.Heads(())), "look at 1 to 16 heads, got 0"),
+        (Pruning("heads", 1, heads=pruning_record.Heads(((0, 1),) * 17)), "look at 1 to 16 heads, got 17"),
+        (Pruning("heads", 1, heads=pruning_record.Heads(((0, 65536),))), "must be 0 to 65535, got 0.65536"),
+        (Pruning("heads", 1, heads=pruning_record.Heads(((0, 1),), 64)), "must be 0 to 63 tokens, got 64"),
     ],
 )
 def test_bad_records_are_not_written(pruning: Pruning, message: str) -> None:
@@ -323,7 +362,8 @@ def test_no_room_for_a_record_and_damaged_matrices() -> None:
     ("change", "message"),
     [
         ({44: b"\x03"}, "ends before its direction"),
-        ({44: b"\x04"}, "unknown pruning record (score 4"),
+        ({44: b"\x04"}, "ends before its heads"),
+        ({44: b"\x05"}, "unknown pruning record (score 5"),
         ({46: b"\x10"}, "pruning reach must be 0 to 15, got 16"),
         ({47: b"\x02"}, "flags 2"),
         ({48: struct.pack("<f", -1.0)}, "threshold must be finite and >= 0, got -1"),

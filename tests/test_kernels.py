@@ -95,6 +95,7 @@ def test_the_built_plugin_exports_its_entry_points_only(build: Path) -> None:
         "agq_search_scales",
         "agq_last_error",
         "agq_last_bits",
+        "agq_last_head_weights",
         "agq_last_importance",
         "agq_last_pruned",
         "agq_profile",

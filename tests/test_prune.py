@@ -13,7 +13,7 @@ from low_level import QUICK, LowContext, LowModel
 
 import agq_gguf
 from agq_gguf.errors import InputError
-from agq_gguf.format.pruning_record import Direction, Pruning
+from agq_gguf.format.pruning_record import Direction, Heads, Pruning, pruning_bytes
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.pruning.file import carriers, write_plan
@@ -85,7 +85,7 @@ def learned(model: GetModel, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         if arch not in loaded:
             with open_gguf(model(arch).path) as reader:
                 width = reader.tensors["token_embd.weight"].shape[1]
-                rng, held_by = np.random.default_rng(5), carriers(reader, width)
+                rng, held_by = np.random.default_rng(5), carriers(reader, pruning_bytes(channels=width))
                 records = {
                     held_by[layer]: Pruning("learned", 1.0, direction=Direction.of(rng.normal(0, 0.2, width)))
                     for layer in range(LAYERS - 1)
@@ -149,6 +149,48 @@ def test_learned_score_needs_a_direction(model: GetModel, learned: GetModel) -> 
         assert sum(reason in line for line in low_level.log) == 1
 
 
+@pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2", "falcon", "qwen2"])
+def test_score_heads(model: GetModel, tmp_path: Path, arch: str) -> None:
+    """With heads in a list, and with the same in the file; `mask` agrees."""
+    m, how = model(arch), {"flash": True, "n_ubatch": 200}
+    heads = {0: Heads(((0, 1),), 4), 2: Heads(((0, 0), (1, 1), (2, 1)), 4)}
+    listed = ";score=heads;keep=32;reach=3;overlap=4" + "".join(f";heads={i}:{h.spec()}" for i, h in heads.items())
+    spec = "0:t0.7,2:t0.9"
+    pruned, fate = run(m, spec + listed, **how)
+    masked, masked_fate = run(m, f"mask,{spec}{listed}", **how)
+    assert fate == masked_fate and np.array_equal(pruned[0], masked[0])
+    assert 15 <= sum(layer >= 0 for layer in fate) <= 150
+    with open_gguf(m.path) as reader:
+        held_by = carriers(reader, pruning_bytes(heads=3))
+        limits = {0: 0.7, 2: 0.9}
+        records = {held_by[i]: Pruning("heads", limits[i], keep=32, reach=3, heads=h) for i, h in heads.items()}
+        write_plan(reader, tmp_path / "heads.gguf", records, {}, lambda *_: None)
+    stored = LowModel(tmp_path / "heads.gguf")
+    by_file, file_fate = run(stored, "file", **how)
+    by_list, list_fate = run(stored, f"{spec};score=heads;keep=32;reach=3", **how)
+    stored.close()
+    assert fate == file_fate == list_fate and np.array_equal(by_file, pruned) and np.array_equal(by_list, pruned)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("1:0.5;score=heads", "neither the file nor AGQ_PRUNE names heads for layer 1"),
+        ("1:0.5;score=heads;heads=1:1.99", "heads, so there is no head 99"),
+        ("1:0.5;score=heads;heads=all", "a ubatch does not end its prompt"),
+    ],
+)
+def test_obstacles_of_heads(model: GetModel, spec: str, reason: str) -> None:
+    """Without the question at the end of a prompt, its beginning cannot be ranked."""
+    low_level.log.clear()
+    m, n_ubatch = model("llama"), 100 if "all" in spec else 200
+    whole, _ = run(m, "off", n_ubatch=n_ubatch)
+    kept, fate = run(m, spec, n_ubatch=n_ubatch)
+    assert set(fate[:100]) == {-1} and sum(reason in line for line in low_level.log) == 1
+    if n_ubatch == 200:
+        assert np.array_equal(whole, kept) and set(fate) == {-1}
+
+
 def test_options_are_checked_and_nest(model: GetModel) -> None:
     for text in (
         "3",
@@ -173,6 +215,17 @@ def test_options_are_checked_and_nest(model: GetModel) -> None:
         "3:0.5;direction=3:000080ff0100000001",  # infinity
         "3:0.5;direction=3:000080bf0100000001",  # below zero
         "3:0.5;direction=4:0000803f0100000001",  # not in the list
+        "file;heads=3:1.2",
+        "3:0.5;heads=3",
+        "3:0.5;heads=3:",
+        "3:0.5;heads=3:1",
+        "3:0.5;heads=3:1.x",
+        "3:0.5;heads=3:4.0",  # of a later layer
+        "3:0.5;heads=4:1.2",  # not in the list
+        "3:0.5;heads=3:1.2;heads=3:1.2",
+        "3:0.5;heads=3:" + "+".join(["1.2"] * 17),
+        "3:0.5;heads=3:1.2;overlap=64",
+        "file;overlap=5",
         "3:0.5;direction=3:0000803f0100000001;direction=3:0000803f0100000001",
     ):
         with pytest.raises(InputError, match="is not understood"), agq_gguf.options(prune=text):

@@ -21,6 +21,7 @@ from agq_gguf.pruning.file import write_plan
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.runtime.log import quiet_log
+from agq_gguf.runtime.pruned import last_head_weights
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,9 @@ RULES = {
 def spec_of(rules: dict[int, Rule], score: str) -> str:
     listed = ",".join(f"{i}:{r.share if r.threshold is None else f't{r.threshold:.9g}'}" for i, r in rules.items())
     rule = next(iter(rules.values()))
-    return f"{listed};score={score};keep={rule.keep};reach={rule.reach};reuse={int(rule.reuse)}"
+    named = [f";heads={i}:{pruning_record.Heads(r.heads).spec()}" for i, r in rules.items() if r.heads]
+    words = "" if rule.tail is None else f";overlap={rule.tail}"
+    return f"{listed};score={score};keep={rule.keep};reach={rule.reach};reuse={int(rule.reuse)}{words}{''.join(named)}"
 
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -199,6 +202,42 @@ def check(model: LowModel, path: Path, rules: dict[int, Rule], score: str, calls
 def test_plugin_agrees_with_removal(float32: Path, running: LowModel, name: str, score: str, flash: bool) -> None:
     calls = [prompt(150), [301], [302], [303]]
     assert check(running, float32, RULES[name], score, calls, flash=flash) > 60
+
+
+HEADS = {
+    "of its layer": {1: Rule(share=0.5, heads=((1, 2),))},
+    "of earlier layers": {2: Rule(share=0.6, keep=32, reach=5, heads=((0, 0), (0, 3), (1, 1), (2, 2)))},
+    "two cuts": {
+        1: Rule(share=0.3, reach=3, heads=((0, 1), (1, 0))),
+        3: Rule(share=0.5, reach=3, heads=((0, 1), (1, 3), (3, 3))),
+    },
+    "with the words of the question": {i: Rule(share=0.4, reach=2, heads=((0, 2),), tail=5) for i in (0, 2)},
+    "states used again": {1: Rule(share=0.5, reuse=True, heads=((1, 1),))},
+    "threshold": {1: Rule(threshold=0.95, keep=32, reach=4, heads=((0, 2), (1, 2)), tail=0)},
+}
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_plugin_agrees_on_heads(float32: Path, running: LowModel, name: str, flash: bool) -> None:
+    """Also in a later turn, whose queries see the cells of the first."""
+    calls = [prompt(150), [301], prompt(100, seed=6), [302]]
+    assert check(running, float32, HEADS[name], "heads", calls, flash=flash) > 60
+
+
+def test_weights_of_heads(float32: Path, running: LowModel) -> None:
+    """`heads=all` measures every head of a layer, also where nothing is dropped."""
+    tokens = prompt(100)
+    model = ReferenceModel(float32)
+    with running.context("0:t0,2:t0;score=heads;heads=all", cache="f32") as context:
+        context.decode(tokens)
+    reference = PrunedReference(model, {}, "heads")
+    reference.run(tokens)
+    for layer in (0, 2):
+        for head in range(model.n_head):
+            found = last_head_weights(layer, head)
+            np.testing.assert_allclose(found, reference.seen[layer, head], atol=1e-6)
+    assert not len(last_head_weights(1, 0)) and not len(last_head_weights(0, model.n_head))
 
 
 def test_plugin_agrees_over_several_calls(float32: Path, running: LowModel) -> None:

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from agq_gguf.errors import FormatError
 from agq_gguf.format.pruning_record import (
-    RECORD,
-    SCORES,
     Pruning,
     check_pruning,
     decode_pruning,
@@ -162,10 +160,7 @@ def _encode_parameters(parameters: Parameters, capacity: int) -> NDArray[np.uint
         body += struct.pack("<H", parameters.listed.size) + parameters.listed.astype("<u2").tobytes()
     if parameters.pruning is not None:
         flags |= _FLAG_PRUNING
-        p = parameters.pruning
-        body += RECORD.pack(SCORES.index(p.score), p.keep, p.reach, p.reuse, p.threshold)
-        if p.direction is not None:
-            body += p.direction.to_bytes()
+        body += parameters.pruning.to_bytes()
     activation = parameters.activation_bits | ACTIVATION_SCALES.index(parameters.activation_scale) << 4
     header = _HEADER.pack(
         _MAGIC, VERSION, activation, flags, np.float32(parameters.tensor_scale), zlib.crc32(body), len(body)
@@ -208,7 +203,7 @@ def _decode_parameters(stream: NDArray[np.uint8], columns: int) -> Parameters:
         listed, record = listed.astype(np.uint16), record[2 + 2 * announced :]
     pruning = decode_pruning(record) if flags & _FLAG_PRUNING else None
     present = (_FLAG_CHANNEL_ORDER if listed.size else 0) | (_FLAG_PRUNING if pruning else 0)
-    needed = parameters_bytes(columns, listed.size, pruning.n_bytes if pruning else 0) - _HEADER.size
+    needed = parameters_bytes(columns, listed.size, len(pruning.to_bytes()) if pruning else 0) - _HEADER.size
     if flags != present or length != needed:
         raise FormatError(
             f"the parameters must have {needed} bytes for {columns} columns and flags 0x{flags:02X}, got {length}"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from agq_gguf.errors import FormatError
 
 MAX_KEEP, MAX_REACH = 255, 15  # of a pruning record
+MAX_HEADS, MAX_TAIL = 16, 63  # of the score `heads`
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Score:
     reach: int = 2  # how far the importance of a token spreads to its neighbours, if the user does not say
     is_tried: bool = False  # by calibration, if the user names no score
     has_direction: bool = False  # learned by calibration and stored in the record
+    has_heads: bool = False  # chosen by calibration and stored in the record
 
 
 # The position in this table is what files store.
@@ -30,6 +32,7 @@ SCORE_TABLE = (
     Score("received"),
     Score("recent", is_tried=True),
     Score("learned", keep=32, reach=0, is_tried=True, has_direction=True),
+    Score("heads", keep=32, reach=5, has_heads=True),
 )
 SCORES = tuple(score.name for score in SCORE_TABLE)
 _BY_NAME = {score.name: score for score in SCORE_TABLE}
@@ -71,6 +74,28 @@ class Direction:
         return np.float32(self.factor) * np.array(self.codes, np.float32)
 
 
+HEADS = struct.Struct("<BBH")  # number of heads, tail, 0; followed by the heads
+HEAD = struct.Struct("<HH")  # layer, head
+_NO_OVERLAP = 255  # in place of the tail
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the score `heads` looks at: attention heads, and perhaps the words of the question."""
+
+    heads: tuple[tuple[int, int], ...]  # (layer, query head of this layer); layers up to the pruning layer
+    tail: int | None = None  # tokens behind the question at the end of a prompt; None: its words do not count
+
+    def to_bytes(self) -> bytes:
+        """The heads as the file stores them."""
+        tail = _NO_OVERLAP if self.tail is None else self.tail
+        return HEADS.pack(len(self.heads), tail, 0) + b"".join(HEAD.pack(*head) for head in self.heads)
+
+    def spec(self) -> str:
+        """The heads as AGQ_PRUNE has them, such as 10.3+9.12."""
+        return "+".join(f"{layer}.{head}" for layer, head in self.heads)
+
+
 @dataclass(frozen=True)
 class Pruning:
     """The pruning record: after this layer's attention, drop prompt tokens with importance below the threshold."""
@@ -83,16 +108,19 @@ class Pruning:
         False  # later layers still get keys and values of dropped tokens, from the state when they were dropped
     )
     direction: Direction | None = None  # only for scores with a direction
+    heads: Heads | None = None  # only for the score `heads`
 
-    @property
-    def n_bytes(self) -> int:
-        """Size of the record in the attribute stream."""
-        return RECORD.size + (DIRECTION.size + len(self.direction.codes) if self.direction else 0)
+    def to_bytes(self) -> bytes:
+        """The record as the attribute stream has it. The values must have passed `check_pruning`."""
+        score = SCORES.index(self.score)
+        fixed = RECORD.pack(score, self.keep, self.reach, self.reuse, self.threshold)
+        return fixed + b"".join(part.to_bytes() for part in (self.direction, self.heads) if part is not None)
 
 
-def pruning_bytes(channels: int = 0) -> int:
-    """Bytes of a pruning record with a direction of so many channels; 0: without a direction."""
-    return RECORD.size + (DIRECTION.size + channels if channels else 0)
+def pruning_bytes(channels: int = 0, heads: int = 0) -> int:
+    """Bytes of a pruning record with a direction of so many channels (0: none) or so many heads (0: none)."""
+    direction = DIRECTION.size + channels if channels else 0
+    return RECORD.size + direction + (HEADS.size + heads * HEAD.size if heads else 0)
 
 
 def check_pruning(pruning: Pruning) -> None:
@@ -111,6 +139,19 @@ def check_pruning(pruning: Pruning) -> None:
         raise FormatError(f"the pruning score {pruning.score!r} {wanted}")
     if pruning.direction is not None:
         _check_direction(pruning.direction)
+    if (pruning.heads is not None) != score.has_heads:
+        raise FormatError(f"the pruning score {pruning.score!r} {'needs' if score.has_heads else 'has no'} heads")
+    if pruning.heads is not None:
+        _check_heads(pruning.heads)
+
+
+def _check_heads(chosen: Heads) -> None:
+    if not 1 <= len(chosen.heads) <= MAX_HEADS:
+        raise FormatError(f"pruning must look at 1 to {MAX_HEADS} heads, got {len(chosen.heads)}")
+    if not all(0 <= number < 1 << 16 for head in chosen.heads for number in head):
+        raise FormatError(f"the layer and number of a head must be 0 to 65535, got {chosen.spec()}")
+    if not 0 <= (chosen.tail or 0) <= MAX_TAIL:
+        raise FormatError(f"the tail behind the question must be 0 to {MAX_TAIL} tokens, got {chosen.tail}")
 
 
 def _check_direction(direction: Direction) -> None:
@@ -131,8 +172,22 @@ def decode_pruning(record: bytes) -> Pruning:
     score, keep, reach, flags, threshold = RECORD.unpack_from(record)
     if score >= len(SCORES) or flags > 1:
         raise FormatError(f"unknown pruning record (score {score}, flags {flags})")
-    direction = _decode_direction(record[RECORD.size :]) if SCORE_TABLE[score].has_direction else None
-    return Pruning(SCORES[score], threshold, keep, reach, bool(flags), direction)
+    more, of_score = record[RECORD.size :], SCORE_TABLE[score]
+    direction = _decode_direction(more) if of_score.has_direction else None
+    heads = _decode_heads(more) if of_score.has_heads else None
+    return Pruning(SCORES[score], threshold, keep, reach, bool(flags), direction, heads)
+
+
+def _decode_heads(data: bytes) -> Heads:
+    if len(data) < HEADS.size:
+        raise FormatError("the pruning record ends before its heads: the file is damaged")
+    n, tail, zero = HEADS.unpack_from(data)
+    listed = data[HEADS.size : HEADS.size + n * HEAD.size]
+    if zero or not 1 <= n <= MAX_HEADS or len(listed) != n * HEAD.size or (tail > MAX_TAIL and tail != _NO_OVERLAP):
+        raise FormatError(
+            f"the heads of the pruning record are not valid ({n} heads, tail {tail}): the file is damaged"
+        )
+    return Heads(tuple(HEAD.iter_unpack(listed)), None if tail == _NO_OVERLAP else tail)
 
 
 def _decode_direction(data: bytes) -> Direction:

@@ -154,7 +154,7 @@ def _learned(
         progress=lambda done, total: progress("learn", done, total, "importance of tokens"),
     )
     with open_model(src) as reader:
-        tensors = carriers(reader, max(map(len, found.values())))
+        tensors = carriers(reader, pruning_record.pruning_bytes(channels=max(map(len, found.values()))))
     if not set(tensors) & set(found):
         raise InputError(f"{src}: no AGQ4 matrix has room for the score {way.score!r}; choose another with --score")
     return _Holders(tensors, {layer: pruning_record.Direction.of(found[layer]) for layer in tensors if layer in found})

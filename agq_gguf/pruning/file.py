@@ -73,16 +73,15 @@ def pruning_info(reader: Reader) -> PruningInfo | None:
     return PruningInfo(str(value("calibration")), *numbers, points)
 
 
-def carriers(reader: Reader, channels: int = 0) -> dict[int, str]:
-    """For each layer, the tensor that can hold its record: an AGQ4 matrix with enough room.
+def carriers(reader: Reader, record_bytes: int = pruning_record.pruning_bytes()) -> dict[int, str]:
+    """For each layer, the tensor that can hold a record of this size: an AGQ4 matrix with enough room.
 
-    With `channels` > 0 there must also be room for a direction of so many numbers. Raises FormatError for damaged
-    tensors.
+    Raises FormatError for damaged tensors.
     """
     found: dict[int, str] = {}
     for name, tensor in reader.tensors.items():
         layer = layer_of(name)
-        if layer is None or not _can_carry(reader, tensor, channels):
+        if layer is None or not _can_carry(reader, tensor, record_bytes):
             continue
         if layer not in found or name.endswith(_PREFERRED):
             found[layer] = name
@@ -97,11 +96,11 @@ def _matrix(reader: Reader, tensor: Tensor) -> NDArray[np.uint8]:
     return np.frombuffer(reader.read_bytes(tensor.name, 0, tensor.n_bytes), np.uint8).reshape(tensor.shape[0], -1)
 
 
-def _can_carry(reader: Reader, tensor: Tensor, channels: int) -> bool:
+def _can_carry(reader: Reader, tensor: Tensor, record_bytes: int) -> bool:
     if not _is_matrix(tensor):
         return False
     listed = reader.parameters(tensor.name).listed.size
-    needed = blocks.parameters_bytes(tensor.shape[1], listed, pruning_record.pruning_bytes(channels))
+    needed = blocks.parameters_bytes(tensor.shape[1], listed, record_bytes)
     return needed <= blocks.stream_bytes(*tensor.shape)
 
 

@@ -29,6 +29,19 @@ def last_importance(layer: int) -> NDArray[np.float32]:
         return values
 
 
+def last_head_weights(layer: int, head: int) -> NDArray[np.float32]:
+    """The largest attention [T] that a head gave each token of this thread's last pruned call (ubatch).
+
+    The queries are the last 16 tokens. NaN: the token was dropped at an earlier layer. Empty if the setting of the call
+    did not name the head.
+    """
+    with registered_library() as library:
+        n = library.agq_last_head_weights(layer, head, None, 0)
+        values = np.full(n, np.nan, np.float32)
+        library.agq_last_head_weights(layer, head, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), n)
+        return values
+
+
 def read_prompt(llama: Any, tokens: list[int]) -> tuple[list[tuple[str, int]], NDArray[np.int32]]:
     """Reads a prompt with a `llama_cpp.Llama`, which keeps it in its cache, and returns which tokens were dropped.
 

@@ -143,6 +143,18 @@ AGQ_EXPORT int32_t agq_last_bits(int32_t *bits, int32_t n) {
     return static_cast<int32_t>(four.size());
 }
 
+/// The largest attention that each token got, in one head of one layer, from the last 16 tokens of the ubatch that this
+/// thread pruned last. NaN: the token had been dropped before. Writes at most `n` entries to `values`, which may be
+/// null. Returns the number of tokens, or 0 if pruning did not look at this head.
+AGQ_EXPORT int32_t agq_last_head_weights(int32_t layer, int32_t head, float *values, int32_t n) {
+    const auto &known = agq::prune_history::of_thread().head_weights();
+    const auto found = known.find({layer, head});
+    if (found == known.end()) return 0;
+    const std::vector<float> &of_head = found->second;
+    if (values && n > 0) std::copy_n(of_head.begin(), std::min(of_head.size(), static_cast<size_t>(n)), values);
+    return static_cast<int32_t>(of_head.size());
+}
+
 /// Importance of each token, at one pruning layer, in the ubatch that this thread pruned last. NaN: the token had been
 /// dropped before; infinity: it was protected. Writes at most `n` entries to `values`, which may be null. Returns the
 /// number of tokens, or 0 if `layer` is not a pruning layer.

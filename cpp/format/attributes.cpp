@@ -89,7 +89,12 @@ bool parse_order(const uint8_t *bytes, size_t n, int64_t k, matrix_attributes *r
 /// Size in bytes of the pruning record that begins at `bytes`. `left` is the number of bytes up to the end of the
 /// parameters. The result is larger than `left` if the record does not fit.
 size_t pruning_bytes(const uint8_t *bytes, size_t left) {
-    if (left < pruning_record_bytes || bytes[0] != prune_score_learned) return pruning_record_bytes;
+    if (left < pruning_record_bytes) return pruning_record_bytes;
+    if (bytes[0] == prune_score_heads) {
+        const size_t fixed = pruning_record_bytes + prune_heads_bytes;
+        return left < fixed ? fixed : fixed + size_t{prune_head_bytes} * bytes[pruning_record_bytes];
+    }
+    if (bytes[0] != prune_score_learned) return pruning_record_bytes;
     const size_t fixed = pruning_record_bytes + prune_direction_bytes;
     return left < fixed ? fixed : fixed + read_u16(bytes + pruning_record_bytes + 4);
 }
@@ -102,6 +107,23 @@ bool read_record_direction(const uint8_t *bytes, matrix_attributes *result, std:
     *error = "the direction of the pruning record is not valid (" + std::to_string(n) + " channels, factor " +
              std::to_string(factor) + "): the file is damaged";
     return false;
+}
+
+/// Reads the heads behind the fixed part of a record. Their number has been checked against the length of the record.
+bool read_record_heads(const uint8_t *bytes, matrix_attributes *result, std::string *error) {
+    const int n = bytes[0], tail = bytes[1];
+    const bool overlaps = tail != prune_no_overlap;
+    if (n < 1 || n > max_prune_heads || read_u16(bytes + 2) != 0 || (overlaps && tail > max_prune_tail)) {
+        *error = "the heads of the pruning record are not valid (" + std::to_string(n) + " heads, tail " +
+                 std::to_string(tail) + "): the file is damaged";
+        return false;
+    }
+    if (overlaps) result->prune_heads.tail = tail;
+    for (int i = 0; i < n; ++i) {
+        const uint8_t *at = bytes + prune_heads_bytes + prune_head_bytes * i;
+        result->prune_heads.heads.push_back({read_u16(at), read_u16(at + 2)});
+    }
+    return true;
 }
 
 /// Checks the pruning record and stores it.
@@ -120,7 +142,9 @@ bool parse_pruning(const uint8_t *bytes, matrix_attributes *result, std::string 
     result->prune_keep = bytes[1];
     result->prune_reach = bytes[2];
     result->prune_reuse = bytes[3] == 1;
-    return bytes[0] != prune_score_learned || read_record_direction(bytes + pruning_record_bytes, result, error);
+    const uint8_t *more = bytes + pruning_record_bytes;
+    if (bytes[0] == prune_score_heads) return read_record_heads(more, result, error);
+    return bytes[0] != prune_score_learned || read_record_direction(more, result, error);
 }
 
 bool check_header(const attribute_header &h, size_t stream_bytes, std::string *error) {

@@ -11,6 +11,24 @@
 
 namespace agq {
 
+/// A query head of the model, counted from 0 in its layer.
+struct attention_head {
+    int layer, head;
+
+    bool operator==(const attention_head &o) const { return layer == o.layer && head == o.head; }
+    bool operator<(const attention_head &o) const { return layer != o.layer ? layer < o.layer : head < o.head; }
+};
+
+/// What the score `heads` looks at.
+struct head_choice {
+    std::vector<attention_head> heads;
+    bool all = false;       ///< all heads of the pruning layer, instead of a list; not in files
+    int tail = no_overlap;  ///< tokens behind the question at the end of a prompt, or no_overlap
+
+    static constexpr int no_overlap = -1;  ///< the words of the question do not count
+    bool empty() const { return heads.empty() && !all; }
+};
+
 /// Runtime parameters of one M x K matrix. `format` points into this object, so the object must not be copied or moved.
 struct matrix_attributes {
     int64_t rows;
@@ -20,11 +38,12 @@ struct matrix_attributes {
     std::vector<uint16_t> listed;         ///< channels stored first, in stored order
     std::vector<uint16_t> listed_sorted;  ///< the same, ascending
     bool prunes = false;                  ///< whether there is a pruning record
-    uint8_t prune_score = 0;              ///< 0 first, 1 received, 2 recent, 3 learned
+    uint8_t prune_score = 0;              ///< 0 first, 1 received, 2 recent, 3 learned, 4 heads
     float prune_threshold = 0;
     uint8_t prune_keep = 0;              ///< the last `prune_keep` tokens of a ubatch stay
     uint8_t prune_reach = 0;             ///< each token gets the highest importance within this many places
     bool prune_reuse = false;            ///< later layers still get keys and values of dropped tokens
+    head_choice prune_heads;             ///< of the score `heads`
     std::vector<float> prune_direction;  ///< of a learned score: the weights of a token's state
     activation_format format;
 

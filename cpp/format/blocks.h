@@ -48,7 +48,10 @@ constexpr uint8_t flag_channel_order = 1;
 constexpr uint8_t flag_pruning = 2;
 constexpr int pruning_record_bytes = 8;
 constexpr int prune_direction_bytes = 8;  ///< before the numbers of a direction
-constexpr uint8_t max_prune_score = 3, prune_score_learned = 3;
+constexpr uint8_t max_prune_score = 4, prune_score_learned = 3, prune_score_heads = 4;
+constexpr int prune_heads_bytes = 4, prune_head_bytes = 4;  ///< before the list of heads, and each of them
+constexpr int max_prune_heads = 16, max_prune_tail = 63;
+constexpr uint8_t prune_no_overlap = 255;  ///< in place of the tail
 constexpr uint8_t max_prune_reach = 15;
 constexpr int max_exponent = 15;
 /// What shares an activation scale: 0 a token, 1 a group of a token, 2 a rotated group of a token.

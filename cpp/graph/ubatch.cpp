@@ -37,6 +37,11 @@ std::string read_ubatch(const graph_facts &facts, ubatch_facts *ubatch) {
         if (is_hidden(facts.mask, cells[i], t + 1, 0)) return "the batch holds several sequences";
         if (!is_hidden(facts.mask, cells[i + 1], t, 0)) return "attention is not causal";
     }
+    ubatch->ids.clear();
+    if (facts.tokens && facts.tokens->ne[0] == tokens) {
+        const int32_t *ids = static_cast<const int32_t *>(facts.tokens->data);
+        ubatch->ids.assign(ids, ids + tokens);
+    }
     ubatch->position = first_position(facts);
     // The cache fills from its first cell, and the first cells of the sequence that are still there keep their place.
     int64_t first = 0;

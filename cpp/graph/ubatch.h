@@ -12,6 +12,7 @@ namespace agq {
 /// Facts about a ubatch. They are read before the graph runs, because the graph may reuse the memory of its inputs.
 struct ubatch_facts {
     std::vector<int32_t> cells;   ///< the mask's column of each token
+    std::vector<int32_t> ids;     ///< the token of each place in the vocabulary; empty if the host gave embeddings
     std::vector<uint8_t> wanted;  ///< whether a token's logits are wanted
     int32_t position = 0;         ///< of the first token: how many tokens of its sequence are in the cache
     int32_t first_cell = 0;       ///< column of the sequence's first token

@@ -6,6 +6,8 @@
 #include <map>
 #include <vector>
 
+#include "format/attributes.h"
+
 namespace agq {
 
 class prune_history {
@@ -21,6 +23,10 @@ class prune_history {
     void record_importance(const std::map<int, std::vector<float>> &importance) { importance_ = importance; }
     const std::map<int, std::vector<float>> &importance() const { return importance_; }
 
+    /// The same for the attention heads that pruning looked at.
+    void record_head_weights(const std::map<attention_head, std::vector<float>> &weights) { head_weights_ = weights; }
+    const std::map<attention_head, std::vector<float>> &head_weights() const { return head_weights_; }
+
     /// The calling thread's history.
     static prune_history &of_thread();
 
@@ -29,6 +35,7 @@ class prune_history {
 
     std::vector<int32_t> layers_;  ///< by position
     std::map<int, std::vector<float>> importance_;
+    std::map<attention_head, std::vector<float>> head_weights_;
 };
 
 }  // namespace agq

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "format/attributes.h"
 #include "graph/dataflow.h"
 #include "graph/graph_facts.h"
 #include "kernels/attention.h"
@@ -15,18 +16,26 @@ namespace agq {
 /// A cut after an attention.
 struct prune_cut {
     prune_stage stage;
-    int site = 0;               ///< index of the attention
-    int at = 0;                 ///< the last node before the cut
-    int state = -1;             ///< with a learned score: the node that it reads, the last before the cut
+    int site = 0;                       ///< index of the attention
+    int at = 0;                         ///< the last node before the cut
+    int state = -1;                     ///< with a learned score: the node that it reads, the last before the cut
+    std::vector<attention_head> heads;  ///< with the score `heads`: those that it looks at
     std::vector<int> crossing;  ///< numbers of token-indexed tensors that are read after the cut, except the mask
     kept_states states;         ///< if the stage reuses states
 };
 
+/// An attention whose heads are measured for this cut or a later one.
+struct head_site {
+    int site = 0;            ///< index of the attention
+    std::vector<int> heads;  ///< ascending
+};
+
 struct prune_plan {
     int64_t tokens = 0;
-    std::vector<prune_cut> cuts;  ///< in graph order
-    std::vector<token_dim> dims;  ///< by number
-    std::string obstacle;         ///< why the graph cannot be pruned, empty if it can
+    std::vector<prune_cut> cuts;    ///< in graph order
+    std::vector<head_site> probes;  ///< in graph order
+    std::vector<token_dim> dims;    ///< by number
+    std::string obstacle;           ///< why the graph cannot be pruned, empty if it can
 };
 
 /// Plans cuts for `stages` (ascending layers). `kern` may be null, which is an obstacle. Throws std::bad_alloc.

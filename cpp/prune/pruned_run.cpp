@@ -53,6 +53,7 @@ ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, co
     gone_cells_.clear();
     layer_of_token_.assign(alive_.size(), -1);
     seen_importance_.clear();
+    head_weights_.clear();
     for (size_t segment = 0; segment <= plan.cuts.size(); ++segment) {
         const ggml_status status = run_segment(c, segment);
         if (status != status_success) return status;
@@ -116,15 +117,20 @@ score_meter &pruned_run::meter_of(const prune_cut &cut) {
 void pruned_run::prepare_meter(const call &c, const prune_cut &cut) {
     score_source source;
     source.layer = cut.stage.layer;
-    source.site = c.facts.sites[static_cast<size_t>(cut.site)];
-    if (cut.stage.measure->input == score_input::attention) {
-        // The queries are this segment's copy; the keys are in the cache.
-        source.site.q = copy_.current(c.facts.number(source.site.q));
-        source.site.mask = mask_of(c, cut.site);
-    }
     if (cut.state >= 0) source.state = copy_.current(cut.state);
     source.direction = cut.stage.direction;
-    score_meter &meter = meter_of(cut);
+    prepare(c, cut.stage.measure->input == score_input::attention ? cut.site : -1, source, &meter_of(cut));
+}
+
+/// Prepares to measure the tokens that are left; at the attention `site`, if it is not -1.
+void pruned_run::prepare(const call &c, int site, score_source source, score_meter *measures) {
+    score_meter &meter = *measures;
+    if (site >= 0) {
+        // The queries are this segment's copy; the keys are in the cache.
+        source.site = c.facts.sites[static_cast<size_t>(site)];
+        source.site.q = copy_.current(c.facts.number(source.site.q));
+        source.site.mask = mask_of(c, site);
+    }
     meter.tokens.rows.resize(alive_.size());
     meter.tokens.cells.resize(alive_.size());
     meter.tokens.positions.resize(alive_.size());
@@ -152,11 +158,23 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
         prepare_meter(c, cuts[segment]);
         nodes_.push_back(arena_.custom(measure_node, &meter_of(cuts[segment]), c.buffer()));
     };
-    size_t site = 0;
+    const auto first_node = [&](const head_site &p) { return c.facts.sites[static_cast<size_t>(p.site)].first; };
+    probed_now_.clear();
+    for (const head_site &p : c.plan.probes) {
+        if (first_node(p) >= begin && first_node(p) < end) probed_now_.push_back(&p);
+    }
+    size_t site = 0, probe = 0;
     while (site < c.facts.sites.size() && c.facts.sites[site].masked < begin) ++site;
     for (int i = begin; i < end; ++i) {
         if (input == score_input::attention && c.facts.sites[static_cast<size_t>(cuts[segment].site)].first == i) {
             measure();
+        }
+        if (probe < probed_now_.size() && first_node(*probed_now_[probe]) == i) {
+            const head_site &p = *probed_now_[probe++];
+            head_probe &meter = probes_.try_emplace(p.site, kern_).first->second;
+            meter.heads = p.heads;
+            prepare(c, p.site, {}, &meter);
+            nodes_.push_back(arena_.custom(measure_node, static_cast<score_meter *>(&meter), c.buffer()));
         }
         ggml_tensor *mask = nullptr;
         int slot = 0;
@@ -181,14 +199,47 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
     nodes_[0] = copies;
     const size_t skip = copies ? 0 : 1;
     const ggml_status status = c.compute(nodes_.data() + skip, static_cast<int>(nodes_.size() - skip), choices_);
+    keep_head_weights(c);
     job_ = {};
     if (c.mask_only && !is_last) job_.clears.swap(clears.clears);
     return status;
 }
 
+/// Stores what the probes of a segment have measured, by the tokens of the ubatch.
+void pruned_run::keep_head_weights(const call &c) {
+    for (const head_site *p : probed_now_) {
+        const head_probe &meter = probes_.at(p->site);
+        for (size_t h = 0; h < p->heads.size(); ++h) {
+            std::vector<float> &weights =
+                head_weights_[{c.facts.sites[static_cast<size_t>(p->site)].layer, p->heads[h]}];
+            weights.assign(layer_of_token_.size(), NAN);
+            const std::vector<float> largest = meter.largest(h);
+            for (size_t i = 0; i < alive_.size(); ++i) weights[static_cast<size_t>(alive_[i])] = largest[i];
+        }
+    }
+}
+
+/// The importance of each token that is left.
+std::vector<float> pruned_run::measured(const call &c, const prune_cut &cut, const std::vector<uint8_t> &is_protected) {
+    if (cut.stage.measure->input != score_input::heads) {
+        if (cut.stage.measure->input == score_input::position) prepare_meter(c, cut);
+        return spread(meter_of(cut).result(), cut.stage.reach);
+    }
+    std::vector<std::vector<float>> measures;
+    std::vector<int> reach;
+    const auto add = [&](const std::vector<float> &by_token, int its_reach) {
+        std::vector<float> &values = measures.emplace_back(alive_.size());
+        for (size_t i = 0; i < alive_.size(); ++i) values[i] = by_token[static_cast<size_t>(alive_[i])];
+        reach.push_back(its_reach);
+    };
+    for (const attention_head &head : cut.heads) add(head_weights_.at(head), cut.stage.reach);
+    if (cut.stage.heads.tail != head_choice::no_overlap) add(word_overlap(c.ubatch.ids, cut.stage.heads.tail), 0);
+    std::vector<uint8_t> is_candidate(is_protected);
+    for (uint8_t &is : is_candidate) is = !is;
+    return mean_share(measures, reach, is_candidate, c.plan.tokens);
+}
+
 void pruned_run::choose(const call &c, const prune_cut &cut) {
-    if (cut.stage.measure->input == score_input::position) prepare_meter(c, cut);
-    const std::vector<float> importance = spread(meter_of(cut).result(), cut.stage.reach);
     const int64_t end = c.plan.tokens - cut.stage.keep;
     std::vector<uint8_t> is_protected(alive_.size(), 0);
     for (size_t i = 0; i < alive_.size(); ++i) {
@@ -196,6 +247,7 @@ void pruned_run::choose(const call &c, const prune_cut &cut) {
         const bool is_first = alive_[i] == 0 && c.ubatch.position == 0;
         is_protected[i] = asks || is_first || alive_[i] >= end || c.ubatch.wanted[static_cast<size_t>(alive_[i])];
     }
+    const std::vector<float> importance = measured(c, cut, is_protected);
     std::vector<float> &seen = seen_importance_[cut.stage.layer];
     seen.assign(layer_of_token_.size(), NAN);
     for (size_t i = 0; i < alive_.size(); ++i) {

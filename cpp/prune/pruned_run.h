@@ -14,6 +14,7 @@
 #include "prune/graph_copy.h"
 #include "prune/hidden_cells.h"
 #include "prune/prune_plan.h"
+#include "scores/heads.h"
 #include "scores/score.h"
 
 namespace agq {
@@ -38,6 +39,9 @@ class pruned_run {
     /// By pruning layer, the importance of each token of the ubatch: NaN if it was dropped before, infinity if
     /// protected.
     const std::map<int, std::vector<float>> &importance() const { return seen_importance_; }
+    /// By head, the largest attention that each token of the ubatch got from the last ones; NaN if it was dropped
+    /// before. Of the heads that the cuts look at.
+    const std::map<attention_head, std::vector<float>> &head_weights() const { return head_weights_; }
 
   private:
     struct call;
@@ -47,6 +51,9 @@ class pruned_run {
     ggml_status run_segment(const call &c, size_t segment);
     score_meter &meter_of(const prune_cut &cut);
     void prepare_meter(const call &c, const prune_cut &cut);
+    void prepare(const call &c, int site, score_source source, score_meter *meter);
+    std::vector<float> measured(const call &c, const prune_cut &cut, const std::vector<uint8_t> &is_protected);
+    void keep_head_weights(const call &c);
     void choose(const call &c, const prune_cut &cut);
     void apply_cut(const call &c, const prune_cut &cut);
     void add_clears(const call &c, const prune_cut &cut);
@@ -57,6 +64,9 @@ class pruned_run {
     graph_copy states_;                       ///< for dropped tokens, for the next segment
     std::vector<ggml_tensor *> first_nodes_;  ///< nodes at the start of a segment, after the copies
     std::map<const score *, std::unique_ptr<score_meter>> meters_;
+    std::map<int, head_probe> probes_;           ///< by site; their memory is kept
+    std::vector<const head_site *> probed_now_;  ///< in this segment
+    std::map<attention_head, std::vector<float>> head_weights_;
     cut_job job_;                             ///< of the next segment
     std::deque<std::vector<int32_t>> lists_;  ///< that job_ and choices_ point to
     key_choices choices_;                     ///< by the masks of this run

@@ -27,6 +27,7 @@ bool read_record(const ggml_tensor *weights, prune_stage *stage) {
     stage->rule.value = attributes->prune_threshold;
     stage->measure = find_score(attributes->prune_score);
     if (!stage->measure) return false;
+    stage->heads = attributes->prune_heads;
     stage->keep = attributes->prune_keep;
     stage->reach = attributes->prune_reach;
     stage->reuse = attributes->prune_reuse;
@@ -41,7 +42,10 @@ bool read_record(const ggml_tensor *weights, prune_stage *stage) {
 std::vector<prune_stage> pruner::stages() const {
     if (settings_.source == prune_settings::source_kind::off) return {};
     const bool is_list = settings_.source == prune_settings::source_kind::list;
-    const auto is_incomplete = [](const prune_stage &s) { return s.measure->needs_direction && !s.direction; };
+    const auto is_incomplete = [](const prune_stage &s) {
+        return (s.measure->needs_direction && !s.direction) ||
+               (s.measure->input == score_input::heads && s.heads.empty());
+    };
     const bool needs_file = std::any_of(settings_.stages.begin(), settings_.stages.end(), is_incomplete);
     if (is_list && !needs_file) return settings_.stages;
     std::vector<prune_stage> found = recorded();
@@ -49,7 +53,9 @@ std::vector<prune_stage> pruner::stages() const {
     std::vector<prune_stage> wanted = settings_.stages;
     for (prune_stage &stage : wanted) {
         for (const prune_stage &record : found) {
-            if (record.layer == stage.layer && !stage.direction) stage.direction = record.direction;
+            if (record.layer != stage.layer) continue;
+            if (!stage.direction) stage.direction = record.direction;
+            if (stage.heads.empty()) stage.heads = record.heads;
         }
     }
     return wanted;
@@ -93,6 +99,12 @@ bool pruner::may_prune() {
     if (plan_.obstacle.empty() && plan_.cuts.empty()) return false;
     std::string obstacle = plan_.obstacle;
     if (obstacle.empty()) obstacle = read_ubatch(facts_, &ubatch_);
+    const auto asks = [](const prune_cut &cut) { return cut.stage.measure->input == score_input::heads; };
+    if (obstacle.empty() && !ubatch_.wanted.back() && std::any_of(plan_.cuts.begin(), plan_.cuts.end(), asks)) {
+        obstacle =
+            "a ubatch does not end its prompt, and the score 'heads' needs the question at the end; set n_batch and "
+            "n_ubatch to the length of the prompts";
+    }
     if (!obstacle.empty()) warn_once(obstacle);
     return obstacle.empty();
 }
@@ -111,6 +123,7 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
             pruned_.run(facts_, plan_, hidden_, settings_.mask_only, ubatch_, n_threads, segment);
         prune_history::of_thread().record(ubatch_.position, pruned_.layer_of_token());
         prune_history::of_thread().record_importance(pruned_.importance());
+        prune_history::of_thread().record_head_weights(pruned_.head_weights());
         return status;
     }
     if (facts_.n_tokens() > 0) {

@@ -78,6 +78,30 @@ bool parse_direction_option(const std::string &text, std::vector<prune_stage> *s
     return true;
 }
 
+/// Parses LAYER:L.H+L.H..., the heads of the score `heads` for a stage of the list, or `all`, for all stages.
+bool parse_heads_option(const std::string &text, std::vector<prune_stage> *stages) {
+    if (text == "all") {
+        for (prune_stage &stage : *stages) stage.heads.all = true;
+        return true;
+    }
+    const size_t colon = text.find(':');
+    int layer;
+    if (colon == std::string::npos || !parse_whole(text.substr(0, colon), 0, max_layer, &layer)) return false;
+    const auto stage =
+        std::find_if(stages->begin(), stages->end(), [layer](const prune_stage &s) { return s.layer == layer; });
+    if (stage == stages->end() || !stage->heads.empty()) return false;
+    for (const std::string &part : split(text.substr(colon + 1), '+')) {
+        const size_t dot = part.find('.');
+        attention_head head;
+        if (dot == std::string::npos || !parse_whole(part.substr(0, dot), 0, layer, &head.layer) ||
+            !parse_whole(part.substr(dot + 1), 0, max_layer, &head.head)) {
+            return false;
+        }
+        stage->heads.heads.push_back(head);
+    }
+    return stage->heads.heads.size() <= max_prune_heads;
+}
+
 /// Parses the part before the first semicolon.
 bool parse_source(const std::string &text, prune_settings *settings) {
     using kind = prune_settings::source_kind;
@@ -111,7 +135,7 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
     bool good = parse_source(parts[0], settings);
     const score *measure = &score_received;
     const bool is_list = settings->source == prune_settings::source_kind::list;
-    int keep = 0, reach = 0, reuse = 0;
+    int keep = 0, reach = 0, reuse = 0, tail = head_choice::no_overlap;
     for (size_t i = 1; good && i < parts.size(); ++i) {
         if (parts[i].compare(0, 6, "score=") == 0) {
             // Only for a list: a file's thresholds were chosen for its own score, keep and reach.
@@ -126,6 +150,10 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
             good = is_list && !settings->mask_only && parse_whole(parts[i].substr(6), 0, 1, &reuse);
         } else if (parts[i].compare(0, 10, "direction=") == 0) {
             good = is_list && parse_direction_option(parts[i].substr(10), &settings->stages);
+        } else if (parts[i].compare(0, 6, "heads=") == 0) {
+            good = is_list && parse_heads_option(parts[i].substr(6), &settings->stages);
+        } else if (parts[i].compare(0, 8, "overlap=") == 0) {
+            good = is_list && parse_whole(parts[i].substr(8), 0, max_prune_tail, &tail);
         } else if (parts[i].compare(0, 4, "min=") == 0) {
             good = parse_whole(parts[i].substr(4), 2, 1 << 30, &settings->min_tokens);
         } else {
@@ -137,6 +165,7 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
         stage.keep = keep;
         stage.reach = reach;
         stage.reuse = reuse == 1;
+        stage.heads.tail = tail;
     }
     if (!good) {
         const std::string shown = text.size() > shown_length ? text.substr(0, shown_length) + "..." : text;
@@ -145,9 +174,8 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
             "', which is not understood; it must be 'file', 'off', 'mask', a list such as '3:0.5' (share) or " +
             "'3:t0.1' (threshold) with each layer once, or 'mask,' and a list. A list may be followed by ';score=" +
             score_names() +
-            "', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1' and ';direction=LAYER:BYTES'; all "
-            "may " +
-            "be followed by ';min=TOKENS'";
+            "', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1', ';direction=LAYER:BYTES', "
+            "';heads=LAYER:L.H+L.H' and ';overlap=TOKENS' (up to 63); all may be followed by ';min=TOKENS'";
     }
     return good;
 }

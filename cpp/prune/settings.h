@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "format/attributes.h"
 #include "scores/score.h"
 #include "scores/selection.h"
 
@@ -22,6 +23,7 @@ struct prune_stage {
     /// Later layers still get keys and values of dropped tokens, computed from their last state.
     bool reuse = false;
     state_direction direction;  ///< of a learned score, from a list or the file
+    head_choice heads;          ///< of the score `heads`, likewise
 };
 
 struct prune_settings {

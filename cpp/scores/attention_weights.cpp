@@ -66,7 +66,7 @@ int64_t attention_meter::fixed_point(float weight) {
     return static_cast<int64_t>(std::llrint((std::isnan(weight) ? 0.0 : weight) * fixed_one));
 }
 
-int64_t attention_meter::first_query() const {
+int64_t weight_visitor::first_query() const {
     const int64_t n = static_cast<int64_t>(tokens.rows.size());
     return last_queries_ == all_queries ? 0 : std::max<int64_t>(0, n - last_queries_);
 }
@@ -87,15 +87,19 @@ void attention_meter::add_rows(const weight_block &block, const int64_t *scales,
 }
 
 void attention_meter::prepare(const score_source &source, int threads) {
-    plan_weights(source.site, kern_, &attention_);
-    memory_.reserve(parts(attention_).bytes(), threads);
+    weight_visitor::prepare(source, threads);
     sums_.resize(static_cast<size_t>(threads));
     for (auto &part : sums_) part.assign(tokens.rows.size(), 0);
+}
+
+void weight_visitor::prepare(const score_source &source, int threads) {
+    plan_weights(source.site, kern_, &attention_);
+    memory_.reserve(parts(attention_).bytes(), threads);
     visible_.assign(tokens.rows.size(), 0);
     next_.store(0, std::memory_order_relaxed);
 }
 
-void attention_meter::run(int ith, int) {
+void weight_visitor::run(int ith, int) {
     const attention_job &a = attention_;
     const int64_t heads = a.k->ne[2], group = a.q->ne[2] / heads, width = a.q->ne[0];
     const int64_t begin = first_query(), n = static_cast<int64_t>(tokens.rows.size());
@@ -115,6 +119,7 @@ void attention_meter::run(int ith, int) {
     int64_t packed = -1;
     for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < heads * blocks;) {
         const int64_t head = unit / blocks, first = begin + unit % blocks * block_tokens;
+        if (!wants(head * group, group)) continue;
         const int64_t n_tokens = std::min(block_tokens, n - first);
         if (packed != head) {
             pack_keys(a, head, row, keys);
@@ -153,12 +158,12 @@ void attention_meter::run(int ith, int) {
         args.weights = weights;
         args.stride = size.padded;
         a.kern->weights(args);
-        add({first, n_tokens, group, visible, weights, size.padded}, &sums_[static_cast<size_t>(ith)]);
+        visit({head * group, first, n_tokens, group, visible, weights, size.padded}, ith);
     }
 }
 
 std::vector<float> attention_meter::result() const {
-    const double heads = static_cast<double>(attention_.q->ne[2]);
+    const double heads = static_cast<double>(query_heads());
     std::vector<double> values(tokens.rows.size());
     for (size_t i = 0; i < values.size(); ++i) {
         int64_t sum = 0;

@@ -1,5 +1,5 @@
-// Shared by the attention scores: recomputes the softmax weights of the pruning layer from queries and keys. The
-// soft-max tensor cannot be used: flash attention has none, and our attention node replaces it otherwise.
+// Shared by the attention scores: recomputes the softmax weights of an attention from queries and keys. The soft-max
+// tensor cannot be used: flash attention has none, and our attention node replaces it otherwise.
 #pragma once
 
 #include <atomic>
@@ -19,6 +19,7 @@ bool plan_weights(const attention_site &site, const attention_kernel *kern, atte
 
 /// Weights of some rows for one key head.
 struct weight_block {
+    int64_t head;      ///< the first query head of the group
     int64_t first;     ///< index of the first of these rows in `tokens`
     int64_t n_tokens;  ///< row r of the weights is of token first + r / group
     int64_t group;
@@ -27,13 +28,12 @@ struct weight_block {
     int64_t stride;
 };
 
-/// Measures a score that is computed from attention weights. Sums are fixed-point numbers, so the order in which
-/// threads add does not matter.
-class attention_meter : public score_meter {
+/// Visits the attention weights of all tokens, or of the last ones, in blocks that do not depend on the number of
+/// threads.
+class weight_visitor : public score_meter {
   public:
     void prepare(const score_source &source, int threads) override;
     void run(int ith, int nth) override;
-    std::vector<float> result() const override;
 
   protected:
     /// When to count the visible keys of a row: never, once per row, or for each key head.
@@ -41,8 +41,38 @@ class attention_meter : public score_meter {
     static constexpr int all_queries = 0;
 
     /// `last_queries`: how many of the last tokens are used as queries, or all_queries.
-    attention_meter(const attention_kernel *kern, int last_queries, visible_keys counted)
+    weight_visitor(const attention_kernel *kern, int last_queries, visible_keys counted)
         : kern_(kern), last_queries_(last_queries), counted_(counted) {}
+
+    /// Whether any of the `group` query heads from `head` on is visited.
+    virtual bool wants(int64_t /*head*/, int64_t /*group*/) const { return true; }
+    /// Uses a block on thread `ith`.
+    virtual void visit(const weight_block &block, int ith) = 0;
+
+    /// Index of the first of `tokens` that is used as a query.
+    int64_t first_query() const;
+    const std::vector<int64_t> &visible() const { return visible_; }
+    int64_t query_heads() const { return attention_.q->ne[2]; }
+
+  private:
+    const attention_kernel *kern_;
+    const int last_queries_;
+    const visible_keys counted_;
+    attention_job attention_;  ///< queries, keys and mask of one stream; no values
+    thread_memory memory_;
+    std::vector<int64_t> visible_;  ///< number of keys that each row sees
+    std::atomic<int64_t> next_{0};
+};
+
+/// Measures a score that is a sum of attention weights. Sums are fixed-point numbers, so the order in which threads add
+/// does not matter.
+class attention_meter : public weight_visitor {
+  public:
+    void prepare(const score_source &source, int threads) override;
+    std::vector<float> result() const override;
+
+  protected:
+    using weight_visitor::weight_visitor;
 
     /// Adds a block's contribution to the sums, one per entry of `tokens`.
     virtual void add(const weight_block &block, std::vector<int64_t> *sums) const = 0;
@@ -54,19 +84,11 @@ class attention_meter : public score_meter {
     /// Adds the weights that each of `tokens` gets from all rows. Each row is multiplied by its entry in `scales`
     /// (null: 1).
     void add_rows(const weight_block &block, const int64_t *scales, std::vector<int64_t> *sums) const;
-    /// Index of the first of `tokens` that is used as a query.
-    int64_t first_query() const;
-    const std::vector<int64_t> &visible() const { return visible_; }
 
   private:
-    const attention_kernel *kern_;
-    const int last_queries_;
-    const visible_keys counted_;
-    attention_job attention_;  ///< queries, keys and mask of one stream; no values
-    thread_memory memory_;
+    void visit(const weight_block &block, int ith) override { add(block, &sums_[static_cast<size_t>(ith)]); }
+
     std::vector<std::vector<int64_t>> sums_;  ///< by thread and row
-    std::vector<int64_t> visible_;            ///< number of keys that each row sees
-    std::atomic<int64_t> next_{0};
 };
 
 template <class meter>

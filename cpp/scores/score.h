@@ -22,7 +22,8 @@ using state_direction = std::shared_ptr<const std::vector<float>>;
 enum class score_input : uint8_t {
     position,   ///< a token's position: nothing is measured
     attention,  ///< queries and keys, before the attention of the pruning layer
-    state       ///< a token's state after that attention
+    state,      ///< a token's state after that attention
+    heads       ///< queries and keys of this layer and of earlier ones (scores/heads.h)
 };
 
 /// The data to measure. Which fields are set depends on the score's input.
@@ -67,12 +68,12 @@ struct score {
     score_input input;
     int protected_last;    ///< this many last tokens always stay
     bool needs_direction;  ///< whether it needs a direction, from the file or from a list
-    std::unique_ptr<score_meter> (*make_meter)(const attention_kernel *kern);
+    std::unique_ptr<score_meter> (*make_meter)(const attention_kernel *kern);  ///< null if the input is `heads`
     /// Returns why the score cannot use the source, empty if it can. Null: any source with its input will do.
     std::string (*find_obstacle)(const score_source &source) = nullptr;
 };
 
-#define AGQ_SCORES(row) row(first) row(received) row(recent) row(learned) row(random)
+#define AGQ_SCORES(row) row(first) row(received) row(recent) row(learned) row(heads) row(random)
 
 #define AGQ_DECLARE_SCORE(name) extern const score score_##name;
 AGQ_SCORES(AGQ_DECLARE_SCORE)
