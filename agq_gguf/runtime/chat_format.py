@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from agq_gguf.errors import InputError
 from agq_gguf.runtime.library import llama_api
 
@@ -28,6 +31,13 @@ class Prompt:
 
 
 Formatter = Callable[[Sequence[Message]], Prompt]
+
+
+def prompt_tokens(model: Model, text: str) -> NDArray[np.int32]:
+    """Token ids of a prompt that a template made: the beginning token is added only if the text does not have it."""
+    found = model.tokenize(text, add_special=False, parse_special=True)
+    begins = model.add_bos and not (len(found) and found[0] == model.bos)
+    return np.concatenate([np.array([model.bos], np.int32), found]) if begins else found
 
 
 def plain(messages: Sequence[Message]) -> Prompt:

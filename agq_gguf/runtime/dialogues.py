@@ -1,4 +1,4 @@
-"""Tokens of a text with dialogues, which are rendered with the model's chat template, as `chat` does."""
+"""Dialogues rendered with the model's chat template, as `chat` does, but without today's date."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ def tokens_of(model: Model, pieces: Iterable[Piece]) -> tuple[NDArray[np.int32],
     return np.concatenate(tokens), warnings
 
 
+def prompt_renderer(model: Model) -> Callable[[Turns], str] | None:
+    """Renders turns, the last of them the user's, as the text of a prompt up to the header of the assistant's turn.
+
+    None if the model has no chat template, or one that fails or does not show what a user says as it is. The texts are
+    the same every day, and begin with the model's beginning token if its template writes it.
+    """
+    template, said = own_template(model), "What is said here?"
+    try:
+        render = _renderer(model, template, asks=True) if template else None
+        return render if render and render((("user", said),)).count(said) == 1 else None
+    except Exception:  # a template is a program from the file; it may raise anything
+        return None
+
+
 def _rendered(model: Model, dialogues: list[Dialogue]) -> tuple[dict[Dialogue, str], list[str]]:
     """Dialogue -> its text in the model's template; nothing if that does not work."""
     template = own_template(model)
@@ -63,7 +77,7 @@ def _one(render: Callable[[Turns], str], turns: Turns) -> str:
         return render(((role, f"{system}\n\n{first}"), *rest))
 
 
-def _renderer(model: Model, template: str) -> Callable[[Turns], str]:
+def _renderer(model: Model, template: str, *, asks: bool = False) -> Callable[[Turns], str]:
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     class Formatter(Jinja2ChatFormatter):
@@ -71,8 +85,9 @@ def _renderer(model: Model, template: str) -> Callable[[Turns], str]:
         def strftime_now(f: str) -> str:
             return _DATE.strftime(f)
 
-    # Each chunk of the text begins with the token for the beginning; dialogues in the middle of one do not.
-    formatter = Formatter(template, eos_token=model.text_of(model.eos), bos_token="", add_generation_prompt=False)
+    # Each chunk of a calibration text begins with the token for the beginning; dialogues in the middle of one do not.
+    bos = model.text_of(model.bos) if asks else ""
+    formatter = Formatter(template, eos_token=model.text_of(model.eos), bos_token=bos, add_generation_prompt=asks)
 
     def render(turns: Turns) -> str:
         messages: Any = [{"role": role, "content": content} for role, content in turns]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.errors import InputError
-from agq_gguf.runtime.chat_format import Prompt
+from agq_gguf.runtime.chat_format import Prompt, prompt_tokens
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.model import Batch, Context, Model
 
@@ -44,9 +44,7 @@ class TextModel:
         """Tokens of a text, or of a formatted conversation."""
         if isinstance(prompt, str):
             return self.model.tokenize(prompt)
-        found = self.model.tokenize(prompt.text, add_special=False, parse_special=True)
-        begins = self.model.add_bos and not (len(found) and found[0] == self.model.bos)
-        return np.concatenate([np.array([self.model.bos], np.int32), found]) if begins else found
+        return prompt_tokens(self.model, prompt.text)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included; a leading space stays."""
