@@ -116,20 +116,21 @@ def test_json(unpruned: Path, words_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "needs a text; give one with --calibration"),
+        (["--score", "recent"], 2, "the option score needs a share of the work to save; give one with --share"),
+        (["--answers", "0"], 2, "0.01"),
         (
-            ["--calibration", "{words}", "--layers", "3"],
+            ["--calibration", "{words}", "--share", "0.3", "--layers", "3"],
             2,
             "layer 3 cannot be a pruning layer; possible layers: 0, 1, 2",
         ),
-        (["--calibration", "{words}", "--layers", "1,x"], 2, "expected layer numbers such as 3,7, got '1,x'"),
+        (["--calibration", "{words}", "--share", "0.3", "--layers", "1,x"], 2, "expected layer numbers such as 3,7, got '1,x'"),
         (
-            ["--calibration", "{words}", "--score", "newest"],
+            ["--calibration", "{words}", "--share", "0.3", "--score", "newest"],
             2,
-            "score must be one of first, received, recent, learned, got 'newest'",
+            "score must be one of first, received, recent, learned, heads, got 'newest'",
         ),
         (["--calibration", "{words}", "--share", "0.8", "--keep", "255"], 2, "cannot save 80% of the work"),
-        (["--calibration", "{short}"], 2, "at least 512 are needed"),
+        (["--calibration", "{short}", "--share", "0.3"], 2, "at least 512 are needed"),
         (["--calibration", "{missing}"], 2, "cannot be read"),
         (["--share", "0.95"], 2, "less than or equal to 0.9"),
     ],

@@ -17,7 +17,6 @@ from agq_gguf.format import blocks, pruning_record
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.gguf_io.tensor_names import layer_of
 from agq_gguf.inspection.inspect import inspect_file
-from agq_gguf.pruning.calibrate import PruneReport, metadata_of
 from agq_gguf.pruning.file import carriers, write_plan
 from agq_gguf.pruning.options import PruneOptions
 from agq_gguf.pruning.plan import (
@@ -31,6 +30,7 @@ from agq_gguf.pruning.plan import (
     threshold_for,
     work_of,
 )
+from agq_gguf.pruning.report import PruneReport, metadata_of
 from agq_gguf.pruning.search import Point, choose
 from agq_gguf.pruning.trial import Run, make_examples
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from agq_gguf.pruning.calibrate import PruneReport
     from agq_gguf.pruning.file import PruningInfo
+    from agq_gguf.pruning.report import Kept, PruneReport
     from agq_gguf.runtime.text import TextModel
     from agq_gguf.text import LoadedText
 
@@ -40,17 +40,29 @@ def calibrate_pruning(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; default: MODEL itself.", show_default=False)
     ] = None,
+    answers: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Part of the model's right answers that must stay right.")
+    ] = 0.95,
     share: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of a long prompt's work to save; 0: never drop tokens.")
-    ] = 0.3,
+        float | None,
+        typer.Option(
+            min=0,
+            max=0.9,
+            help="Save this share of a long prompt's work instead, whatever it costs; 0: never drop tokens.",
+            show_default=False,
+        ),
+    ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text file similar to what the model will read.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Text file similar to what the model will read; default: the text in the package.", show_default=False
+        ),
     ] = None,
     score: Annotated[
         str | None,
         typer.Option(
-            help="How to measure the importance of a token: recent, received, first or learned; default: the better "
-            "of recent and learned.",
+            help="With --share: how to measure the importance of a token: recent, received, first or learned; "
+            "default: the better of recent and learned.",
             show_default=False,
         ),
     ] = None,
@@ -85,21 +97,27 @@ def calibrate_pruning(
         str | None,
         typer.Option(help="Pruning layers, such as 3,7; default: chosen by calibration.", show_default=False),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Number of calibration prompts.")] = 16,
+    prompts: Annotated[
+        int | None,
+        typer.Option(min=2, help="Number of calibration prompts; default: 96, or 16 with --share.", show_default=False),
+    ] = None,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Choose which tokens of long prompts a model drops.
 
-    Dropping tokens after some layers saves a share of the work. Calibration finds the layers and thresholds that change
-    the model's predictions after the prompts least. The weights do not change.
+    Dropping tokens after some layers saves a share of the work. Calibration plants facts in the text, asks the model
+    for them, and saves as much as keeps its right answers. With --share it saves that share instead, at the layers and
+    thresholds that change the model's predictions least. The weights do not change.
     """
+    from agq_gguf.calibration.default_text import default_calibration
     from agq_gguf.pruning.calibrate import calibrate_pruning as run
     from agq_gguf.pruning.options import PruneOptions
 
     choice = PruneOptions(
         share=share,
+        answers=answers,
         score=score,
         keep=keep,
         reach=reach,
@@ -108,8 +126,9 @@ def calibrate_pruning(
         prompts=prompts,
         threads=threads,
     )
+    text = calibration or default_calibration()
     with show.ProgressView(quiet=quiet or as_json) as view:
-        report = run(model, output or model, calibration=calibration, choice=choice, progress=view.update)
+        report = run(model, output or model, calibration=text, choice=choice, progress=view.update)
     if as_json:
         show.write_json(asdict(report) if report else None)
     elif report is None:
@@ -120,9 +139,12 @@ def calibrate_pruning(
 
 
 def prune_new(
-    model: Path, share: float, calibration: LoadedText, threads: int, view: show.ProgressView
+    model: Path, share: float | None, calibration: LoadedText, threads: int, view: show.ProgressView
 ) -> PruneReport | None:
-    """Calibrates a model that was just made, in place; if that fails the model does not change."""
+    """Calibrates a model that was just made, in place; if that fails the model does not change.
+
+    `share` is the share of the work to save; None: as much as keeps the answers.
+    """
     from agq_gguf.pruning.calibrate import calibrate_pruning as run
     from agq_gguf.pruning.options import PruneOptions
 
@@ -142,6 +164,23 @@ def show_calibration(report: PruneReport) -> None:
     ]
     show.table(_COLUMNS, rows)
     show.say(f"measured on {report.origin}; unpruned NLL {report.nll:.4f}; * marks the setting in the file")
+    if report.kept is not None:
+        show_kept(report.kept)
+
+
+def show_kept(kept: Kept) -> None:
+    """Prints what became of the answers to questions about planted facts."""
+    rows = [
+        [kind, str(asked), str(unpruned), str(right)]
+        for kind, asked, unpruned, right in zip(kept.kinds, kept.asked, kept.unpruned, kept.right, strict=True)
+    ]
+    show.table(["question", ">asked", ">right unpruned", ">of these right"], rows)
+    low, high = kept.interval()
+    show.say(
+        f"{kept.share:.0%} of the right answers stay right (95% interval {low:.0%} to {high:.0%}; promised "
+        f"{kept.promised:.0%}); {kept.saving:.0%} of the work saved, these prompts are read {kept.speed:.2f} times as "
+        "fast"
+    )
 
 
 _COLUMNS = ["", ">work saved", ">KL", ">NLL", ">NLL change", "setting (AGQ_PRUNE)"]
@@ -157,6 +196,8 @@ def show_pruning(info: PruningInfo) -> None:
     rows = [_row(p.saving, p.kl, p.nll, info.nll, p.spec, abs(p.saving - info.saving) < 1e-6) for p in info.curve]
     show.table(_COLUMNS, rows)
     show.say(f"pruning calibrated on {info.calibration}; unpruned NLL {info.nll:.4f}; * marks the setting in the file")
+    if info.kept is not None:
+        show_kept(info.kept)
 
 
 def pruning(spec: str | None) -> AbstractContextManager[None]:

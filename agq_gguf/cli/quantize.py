@@ -132,8 +132,12 @@ def quantize(
         Path | None, typer.Option(help="Keep the float GGUF of a checkpoint folder in this file.", show_default=False)
     ] = None,
     prune: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of a long prompt's work to save by dropping tokens.")
-    ] = 0.0,
+        str,
+        typer.Option(
+            help="Drop tokens of long prompts: 'answers' saves as much as keeps 95% of the right answers, a number "
+            "such as 0.3 saves that share of the work.",
+        ),
+    ] = "0",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -168,9 +172,10 @@ def quantize(
     )
     options = with_preset(options, preset.value)
     text = _chosen_text(calibration or ([] if imatrix is None else ["none"]))
-    if prune and calibration == ["none"]:
+    share = _share_to_save(prune)
+    if share != 0 and calibration == ["none"]:
         raise InputError("--prune needs a text; leave out --calibration none")
-    if prune and split_size:
+    if share != 0 and split_size:
         raise InputError("--prune does not support several files; leave out --split-max-size")
     if dry_run:
         plans = pipeline.plan_file(source, options, calibration=text, imatrix=imatrix)
@@ -186,13 +191,27 @@ def quantize(
         report = pipeline.quantize(
             source, target, calibration=text, imatrix=imatrix, options=options, progress=view.update
         )
-        pruned = prune_new(target, prune, text or default_calibration(), threads, view) if prune else None
+        wanted = text or default_calibration()
+        pruned = None if share == 0 else prune_new(target, share, wanted, threads, view)
     if as_json:
         show.write_json({**asdict(report), "pruning": asdict(pruned) if pruned else None})
         return
     show_report(report, source)
     if pruned is not None:
         show_calibration(pruned)
+
+
+def _share_to_save(prune: str) -> float | None:
+    """The share of the work that --prune asks for; None: as much as keeps the answers."""
+    if prune == "answers":
+        return None
+    try:
+        share = float(prune)
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 0.9:
+        raise typer.BadParameter(f"expected 'answers' or a share of 0 to 0.9, got {prune!r}", param_hint="--prune")
+    return share
 
 
 def _chosen_text(names: list[str]) -> LoadedText | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from agq_gguf.gguf_io.shards import ShardedReader, paths_of
 from agq_gguf.gguf_io.tensor_names import layer_of
 from agq_gguf.gguf_io.writer import Writer, layout
 from agq_gguf.pruning.plan import Plan
+from agq_gguf.pruning.report import Kept
 
 _PREFERRED = "attn_output.weight"
 
@@ -42,6 +43,7 @@ class PruningInfo:
     saving: float
     nll: float  # of the tokens that follow, without pruning
     curve: list[CurvePoint]
+    kept: Kept | None = None  # if it was chosen by answers
 
 
 def pruning_info(reader: Reader) -> PruningInfo | None:
@@ -55,6 +57,7 @@ def pruning_info(reader: Reader) -> PruningInfo | None:
     try:
         columns = [np.array(value(f"curve.{key}"), np.float64) for key in ("saving", "kl", "nll")]
         thresholds = np.array(value("curve.thresholds"), np.float32).reshape(len(saving), len(layers))
+        heads = _heads_of(reader, layers) if str(value("score")) == "heads" else ()
         plans = [
             Plan(
                 tuple((int(layer), float(t)) for layer, t in zip(layers, row, strict=True)),
@@ -62,15 +65,30 @@ def pruning_info(reader: Reader) -> PruningInfo | None:
                 int(value("keep")),
                 int(value("reach")),
                 bool(value("reuse")),
+                heads,
             )
             for row in thresholds
         ]
         rows = zip(*(column.tolist() for column in columns), plans, strict=True)
         points = [CurvePoint(saved, kl, nll, plan.spec()) for saved, kl, nll, plan in rows]
         numbers = float(value("saving")), float(value("nll"))
-    except (TypeError, ValueError, OverflowError):
+        kept = None if value("answers.kinds") is None else Kept.of(lambda name: value(f"answers.{name}"))
+    except (TypeError, ValueError, OverflowError, FormatError):
         return None
-    return PruningInfo(str(value("calibration")), *numbers, points)
+    return PruningInfo(str(value("calibration")), *numbers, points, kept)
+
+
+def _heads_of(reader: Reader, layers: Sequence[int]) -> tuple[pruning_record.Heads, ...]:
+    """The heads that the records of these layers name. Raises FormatError if a record is missing."""
+    records = {
+        layer: found.heads
+        for name, tensor in reader.tensors.items()
+        if (layer := layer_of(name)) in layers and _is_matrix(tensor)
+        if (found := reader.parameters(name).pruning) is not None and found.heads is not None
+    }
+    if missing := set(layers) - set(records):
+        raise FormatError(f"{reader.path}: layer {min(missing)} has no pruning record with heads")
+    return tuple(records[layer] for layer in layers)
 
 
 def carriers(reader: Reader, record_bytes: int = pruning_record.pruning_bytes()) -> dict[int, str]:

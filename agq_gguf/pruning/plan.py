@@ -31,6 +31,7 @@ class Plan:
     reuse: bool = (
         False  # later layers still get keys and values of dropped tokens, from the state when they were dropped
     )
+    heads: tuple[pruning_record.Heads, ...] = ()  # of the score `heads`: for each layer, all with the same tail
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -49,14 +50,20 @@ class Plan:
         listed = ",".join(f"{layer}:{rule}" for layer, rule in sorted(rules.items()))
         known = {layer: direction for layer, direction in (directions or {}).items() if layer in rules}
         given = [f";direction={layer}:{direction.to_bytes().hex()}" for layer, direction in known.items()]
+        given += [
+            f";heads={layer}:{chosen.spec()}" for layer, chosen in zip(self.layers, self.heads, strict=bool(self.heads))
+        ]
+        if self.heads and self.heads[0].tail is not None:
+            given.append(f";overlap={self.heads[0].tail}")
         settings = f";score={self.score};keep={self.keep};reach={self.reach}" + (";reuse=1" if self.reuse else "")
         return listed + settings + "".join(given)
 
     def records(self) -> dict[int, pruning_record.Pruning]:
         """The record of each pruning layer."""
+        heads = self.heads or (None,) * len(self.thresholds)
         return {
-            layer: pruning_record.Pruning(self.score, value, self.keep, self.reach, self.reuse)
-            for layer, value in self.thresholds
+            layer: pruning_record.Pruning(self.score, value, self.keep, self.reach, self.reuse, heads=chosen)
+            for (layer, value), chosen in zip(self.thresholds, heads, strict=True)
         }
 
 

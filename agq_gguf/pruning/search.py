@@ -63,25 +63,25 @@ def choose_layers(run: Runner, work: Work, allowed: Sequence[int], base: Run, ch
 
         return single_layers(work, saving, allowed, most, choice.candidates, missed)
 
-    candidates = tried(choice.share)
+    candidates = tried(choice.saved)
     if not candidates:
         raise InputError(
-            f"cannot save {choice.share:.0%} of the work: at most {most:.0%} of the tokens of a calibration prompt can "
+            f"cannot save {choice.saved:.0%} of the work: at most {most:.0%} of the tokens of a calibration prompt can "
             f"be dropped, after layer {allowed[0]} at the earliest; choose a smaller share, or keep fewer of the last "
             "tokens"
         )
-    later = tried(choice.share / 2)
+    later = tried(choice.saved / 2)
     best: tuple[float, tuple[int, ...]] = (np.inf, ())
     for size in range(1, choice.max_layers + 1):
         extensions = [(layer,) for layer in candidates] if size == 1 else _extend(best[1], {*candidates, *later})
-        runs = [(plan_for(run, work, layers, choice.share, base, choice)[1], layers) for layers in extensions]
+        runs = [(plan_for(run, work, layers, choice.saved, base, choice)[1], layers) for layers in extensions]
         # With equal parts, several layers may save less than one of them could alone.
-        found = [(seen.cost, layers) for seen, layers in runs if work.saving(seen.left) > _ENOUGH * choice.share]
+        found = [(seen.cost, layers) for seen, layers in runs if work.saving(seen.left) > _ENOUGH * choice.saved]
         if not found or min(found)[0] > _BETTER * best[0]:
             break
         best = min(found)
     if not best[1]:
-        raise InputError(f"cannot save {choice.share:.0%} of the work at any layer; choose a smaller share")
+        raise InputError(f"cannot save {choice.saved:.0%} of the work at any layer; choose a smaller share")
     return best[1]
 
 
@@ -95,10 +95,10 @@ def choose(run: Runner, work: Work, allowed: Sequence[int], choice: PruneOptions
     layers = choice.layers or choose_layers(run, work, allowed, base, choice)
     chosen = None
     points: list[Point] = []
-    for saving in sorted({*choice.curve, choice.share}):
+    for saving in sorted({*choice.curve, choice.saved}):
         plan, found = plan_for(run, work, layers, saving, base, choice)
         point = Point(plan, work.saving(found.left), found.kl, found.nll, found.echo_kl)
-        if saving == choice.share:
+        if saving == choice.saved:
             chosen = point
         if not points or point.saving > points[-1].saving + 0.01:  # beyond the maximum saving the points repeat
             points.append(point)

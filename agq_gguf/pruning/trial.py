@@ -12,18 +12,22 @@ from numpy.typing import NDArray
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.format.pruning_record import Direction
 from agq_gguf.logits import compare
+from agq_gguf.pruning.learn import MAX_PIECES
 from agq_gguf.pruning.options import PruneOptions
 from agq_gguf.pruning.plan import (
     MIN_PROMPT,
     Plan,
 )
+from agq_gguf.runtime.dialogues import tokens_of
 from agq_gguf.runtime.log import why_not_pruned
 from agq_gguf.runtime.model import Batch, Context, Model
 from agq_gguf.runtime.plugin import last_pruned, options
 from agq_gguf.runtime.pruned import last_importance
+from agq_gguf.text import LoadedText, fair_shares
 
 CALL_TOKENS = 512  # tokens of a prompt and what follows it: llama.cpp's ubatch, within which importance is compared
 _LOGITS_BYTES = 512 << 20  # maximum size of the unpruned model's logits in memory
+_PROMPTS = 16
 _CUE = 16  # tokens of the repeated part at the end of a prompt: enough for a model to start copying
 
 
@@ -145,9 +149,19 @@ class Runtime:
 def examples_of(model: Model, tokens: NDArray[np.int32], choice: PruneOptions) -> list[Example]:
     """Examples from a text: as many as `choice` asks for, but no more than the memory for their logits allows."""
     logits_bytes = 4 * model.n_vocab * choice.following
-    count = max(2, min(choice.prompts, _LOGITS_BYTES // logits_bytes))
+    count = max(2, min(choice.prompts or _PROMPTS, _LOGITS_BYTES // logits_bytes))
     examples = make_examples(tokens, count, choice.following, model.n_ctx_train)
     if model.add_bos:
         for example in examples:
             example.prompt[0] = model.bos
     return examples
+
+
+def tokens_of_text(model: Model, text: LoadedText) -> NDArray[np.int32]:
+    """The tokens of the text; several texts follow one another, with equal shares as far as they are long."""
+    if len(text.parts) == 1 and all(isinstance(piece, str) for piece in text.parts[0]):
+        return model.tokenize(text.whole)
+    found = [tokens_of(model, part)[0] for part in text.parts]
+    lengths = [len(tokens) for tokens in found]
+    shares = fair_shares(lengths, max(len(found) * min(lengths), MAX_PIECES * CALL_TOKENS))
+    return np.concatenate([tokens[:share] for tokens, share in zip(found, shares, strict=True)])
