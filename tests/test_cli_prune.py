@@ -123,7 +123,11 @@ def test_json(unpruned: Path, words_file: Path, tmp_path: Path) -> None:
             2,
             "layer 3 cannot be a pruning layer; possible layers: 0, 1, 2",
         ),
-        (["--calibration", "{words}", "--share", "0.3", "--layers", "1,x"], 2, "expected layer numbers such as 3,7, got '1,x'"),
+        (
+            ["--calibration", "{words}", "--share", "0.3", "--layers", "1,x"],
+            2,
+            "expected layer numbers such as 3,7, got '1,x'",
+        ),
         (
             ["--calibration", "{words}", "--share", "0.3", "--score", "newest"],
             2,
