@@ -50,6 +50,11 @@ def create_app(
         raise InputError(
             f"each model needs its own file name, because clients name models by it; got {', '.join(aliases) or 'none'}"
         )
+    for path in paths:
+        if path.is_dir():
+            raise InputError(
+                f"{path}: is a folder, which only llama-server serves; name the files, or a llama-server with --server"
+            )
     described = []
     for path, alias in zip(paths, aliases, strict=True):
         facts = _checked_model(path, given)
