@@ -157,6 +157,15 @@ def test_a_folder_that_cannot_be_served(stand_in: Path, llama_f16: Path, tmp_pat
         assert "is a folder, which only llama-server serves" in refused.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names, or change them")
+def test_a_name_that_is_not_utf_8_in_the_server_that_cannot_open_it(llama_f16: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"story\xff.gguf")
+    path.symlink_to(llama_f16)
+    refused = process("serve", path, "--server", "python", "--port", 0, errors="replace")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "needs a file name in UTF-8; rename the file" in refused.stderr
+
+
 def test_what_is_only_for_one_of_the_servers(stand_in: Path, llama_f16: Path) -> None:
     for options in (["--set", "n_batch=64"], ["--logprobs"]):
         assert "use --server python" in process("serve", llama_f16, "--server", stand_in, *options).stderr

@@ -55,6 +55,11 @@ def create_app(
             raise InputError(
                 f"{path}: is a folder, which only llama-server serves; name the files, or a llama-server with --server"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            raise InputError(
+                f"{path}: llama-cpp-python's server needs a file name in UTF-8; rename the file, or name a "
+                "llama-server with --server"
+            )
     described = []
     for path, alias in zip(paths, aliases, strict=True):
         facts = _checked_model(path, given)
