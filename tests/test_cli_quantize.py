@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny_architectures
+import tiny_models
 import typer
 from command_line import CONTROL, environment, run
 
@@ -98,6 +99,18 @@ def test_dry_run_says_whether_best_is_possible(small: Path, tmp_path: Path) -> N
     assert warned(source, "balanced") == ""
     told = 'warning: falling back to quality "balanced": "best" does not support this model (it has an encoder and a'
     assert warned(source, "best").startswith(told)
+    for model, quality in ((small, "best"), (source, "balanced")):
+        shown = run("quantize", model, tmp_path / "out.gguf", "--dry-run", "--json", "--quality", "best")
+        plan = json.loads(shown.stdout)
+        assert plan["quality"] == quality and len(plan["warnings"]) == (quality == "balanced")
+
+
+def test_no_command_is_suggested_that_will_refuse(small: Path, tmp_path: Path) -> None:
+    fast = ("--quality", "fast", "--calibration", "none", "-t", 1)
+    for write, generates in ((None, True), (tiny_models.write_bert, False), (tiny_architectures.write_t5, False)):
+        source = write(tmp_path / "m.gguf") if write else small
+        shown = run("quantize", source, tmp_path / "out.gguf", *fast).stdout
+        assert ("agq-gguf generate" in shown) == generates and "bits per weight" in shown
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,22 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny_architectures
 from command_line import COMMAND, environment, heeding_interrupts, process
-from real_server import PEOPLE, ask, running_server
+from real_server import PEOPLE, ask, running_server, started_by
 
 from agq_gguf.errors import InputError
 from agq_gguf.integrations import llama_server
 from agq_gguf.integrations.llama_server import ServerOptions, command_line, find_server
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.runtime.text import TextModel
 
 # Writes down what it was started with, and answers like a server whose model is loaded.
@@ -120,6 +125,47 @@ def test_serve_starts_it(
     assert "no such option" in capfd.readouterr().err
 
 
+def test_a_folder_is_for_llama_server_to_read(
+    stand_in: Path, llama_f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its models are loaded when requests name them, so none is opened before: the second one is no GGUF file."""
+    monkeypatch.setattr(llama_server, "environment_for", lambda program: dict(os.environ))
+    folder = tmp_path / "models"
+    (folder / "story").mkdir(parents=True)
+    (folder / "story" / "any.gguf").write_bytes(b"no model")
+
+    def ready(url: str) -> None:
+        raise KeyboardInterrupt
+
+    assert llama_server.serve_with(stand_in, folder, ServerOptions(slots=2, context=512), ready) == 0
+    arguments = json.loads((tmp_path / "log.json").read_text())[0]
+    assert arguments[arguments.index("--models-dir") + 1] == str(folder)
+    assert arguments[arguments.index("--ctx-size") + 1] == "1024"
+    assert not {"--model", "--alias"} & set(arguments)
+
+
+def test_a_folder_that_cannot_be_served(stand_in: Path, llama_f16: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "b" / "too-deep.gguf").symlink_to(llama_f16)
+    refused = process("serve", folder, "--server", stand_in)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and "has no GGUF file" in refused.stderr
+    (folder / "story.gguf").symlink_to(llama_f16)
+    for more in ([], [llama_f16]):
+        refused = process("serve", folder, *more, "--server", "python")
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "is a folder, which only llama-server serves" in refused.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names, or change them")
+def test_a_name_that_is_not_utf_8_in_the_server_that_cannot_open_it(llama_f16: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"story\xff.gguf")
+    path.symlink_to(llama_f16)
+    refused = process("serve", path, "--server", "python", "--port", 0, errors="replace")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "needs a file name in UTF-8; rename the file" in refused.stderr
+
+
 def test_what_is_only_for_one_of_the_servers(stand_in: Path, llama_f16: Path) -> None:
     for options in (["--set", "n_batch=64"], ["--logprobs"]):
         assert "use --server python" in process("serve", llama_f16, "--server", stand_in, *options).stderr
@@ -165,6 +211,43 @@ def test_several_people_at_once(served: str, llama_agq: Path) -> None:
         one.join()
     same = sum(answer.strip() == wanted.strip() for answer, wanted in zip(answers, alone, strict=True))
     assert all(len(answer) > 10 for answer in answers) and same >= PEOPLE - 1
+
+
+def completion(url: str, model: str) -> str:
+    """The text that a model continues a prompt with; the whole prompt is computed each time."""
+    body = {"model": model, "prompt": "the red key", "max_tokens": 12, "temperature": 0, "cache_prompt": False}
+    return str(json.loads(ask(url, "/v1/completions", body))["choices"][0]["text"])
+
+
+@pytest.mark.slow
+def test_a_folder_of_models(llama_agq: Path, gpt2_f16: Path, bert_f16: Path, words_file: Path, tmp_path: Path) -> None:
+    """Each answers as it does alone; what cannot be answered is an error, and the server lives on."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    options = QuantizeOptions(threads=1, calibration_tokens=1024, matrix=MatrixOptions(learn_codebook=False))
+    quantize(gpt2_f16, folder / "gpt2-agq4.gguf", calibration=words_file, options=options)
+    (folder / "llama-agq4.gguf").symlink_to(llama_agq)
+    (folder / "bert.gguf").symlink_to(bert_f16)
+    tiny_architectures.write_t5(folder / "t5.gguf")
+    (folder / "broken.gguf").write_bytes(b"no model")
+    names = ("gpt2-agq4", "llama-agq4")
+    alone = {}
+    for name in names:
+        with running_server(folder / f"{name}.gguf", "--slots", 2) as (url, _):
+            alone[name] = completion(url, name)
+            assert completion(url, "no-such-model") == alone[name]  # a server of one model answers to any name
+    assert len(set(alone.values())) == 2 and all(len(text) > 10 for text in alone.values())
+    with running_server(folder, "--slots", 2) as (url, process):
+        listed = json.loads(urllib.request.urlopen(f"{url}/v1/models", timeout=60).read())["data"]
+        assert sorted(model["id"] for model in listed) == ["bert", "broken", "gpt2-agq4", "llama-agq4", "t5"]
+        for wrong, code in (("no-such-model", 400), ("t5", 500), ("bert", 500), ("broken", 500)):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                completion(url, wrong)
+            with refused.value as answer:
+                assert answer.code == code and json.load(answer)["error"]["message"], wrong
+            for name in names:
+                assert completion(url, name) == alone[name]
+        assert len(started_by(process)) >= 3  # the router and a process for each of the two; all end with it
 
 
 @pytest.mark.slow

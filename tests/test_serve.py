@@ -67,13 +67,12 @@ def example(name: str, *arguments: object) -> str:
 
 
 def test_both_models_answer_with_their_own_text(server: str, llama_agq: Path, llama_q8: Path) -> None:
-
-    for path in (llama_agq, llama_q8):
-        body = {"model": path.stem, "prompt": "the red key", "max_tokens": 8, "temperature": 0, "repeat_penalty": 1.0}
+    for name, path in ((llama_agq.stem, llama_agq), (llama_q8.stem, llama_q8), ("no-such-model", llama_agq)):
+        body = {"model": name, "prompt": "the red key", "max_tokens": 8, "temperature": 0, "repeat_penalty": 1.0}
         text = post(f"{server}/completions", body)["choices"][0]["text"]
         with TextModel(path, context=256, threads=1) as model:
             wanted = "".join(model.continued("the red key", tokens=8, temperature=0, seed=1))
-        assert text == wanted, path
+        assert text == wanted, name
 
 
 def test_the_key_is_asked_for(server: str) -> None:

@@ -22,16 +22,24 @@ from typing import Any
 import openai
 import pytest
 from browser import Browser, needs_chromium
-from real_server import PEOPLE, ask, running_server
+from real_server import PEOPLE, ask, running_server, started_by
 
 pytestmark = pytest.mark.slow
 
 CONTEXT = 512  # tokens of each slot
+END = "2"  # the token that ends a text of the tiny models
 SECONDS = float(os.environ.get("AGQ_SOAK_SECONDS", "60"))
 TEMPLATE = (
     "{%- if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
     "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# With nothing before a call, `tool_choice="required"` makes llama-server's grammar begin with the call. Templates whose
+# calls stand in a <tool_call> section let any text come first, and a model of random weights never ends it.
+CALLING_TEMPLATE = TEMPLATE.replace(
+    "{{ message.content }}",
+    "{{ message.content or '' }}{% for call in message.tool_calls or [] %}"
+    "<function={{ call.function.name }}>{{ call.function.arguments | tojson }}</function>{% endfor %}",
 )
 
 
@@ -80,6 +88,34 @@ def test_openai_tools_reach_the_model(client: openai.OpenAI) -> None:
         assert answer.usage is not None
         read[len(tools)] = answer.usage.prompt_tokens
     assert read[1] > read[0] + 50
+
+
+def test_openai_gets_a_tool_call(llama_agq: Path, tmp_path: Path) -> None:
+    """One that is required, whole and streamed: the tool's name, and arguments as its schema has them.
+
+    Without a push towards the end of text, which the grammar allows after a call, this model calls again and again.
+    """
+    template = tmp_path / "calls.jinja"
+    template.write_text(CALLING_TEMPLATE, encoding="utf-8")
+    properties = {"color": {"type": "string", "enum": ["red", "blue"]}, "twice": {"type": "boolean"}}
+    parameters = {"type": "object", "properties": properties, "required": [*properties]}
+    tool = {"type": "function", "function": {"name": "paint", "description": "Paints.", "parameters": parameters}}
+    with running_server(llama_agq, "-c", CONTEXT, "--slots", 1, "--", "--chat-template-file", template) as (url, _):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120)
+        wanted: dict[str, Any] = {
+            "model": "any", "messages": messages("paint the door"), "tools": [tool], "tool_choice": "required",
+            "max_tokens": 120, "temperature": 0, "logit_bias": {END: 100},
+        }  # fmt: skip
+        answer = client.chat.completions.create(**wanted).choices[0]
+        parts = [part.choices[0] for part in client.chat.completions.create(stream=True, **wanted) if part.choices]
+    assert answer.finish_reason == parts[-1].finish_reason == "tool_calls"
+    [call] = answer.message.tool_calls
+    streamed = [call.function for part in parts for call in part.delta.tool_calls or []]
+    assert call.function.name == "".join(function.name or "" for function in streamed) == "paint"
+    for text in (call.function.arguments, "".join(function.arguments or "" for function in streamed)):
+        given = json.loads(text)
+        assert given.keys() == properties.keys()
+        assert given["color"] in ("red", "blue") and isinstance(given["twice"], bool)
 
 
 def test_openai_json_schema(client: openai.OpenAI) -> None:
@@ -144,8 +180,8 @@ def test_a_cancelled_request_frees_its_slot(server: tuple[str, int], client: ope
 
 def resident(process: int) -> int:
     """Bytes of the server's memory: of the process that `serve` started, or of itself."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii").split()
-    status = Path(f"/proc/{(children or [str(process)])[0]}/status").read_text(encoding="ascii")
+    server = (started_by(process) or [process])[0]
+    status = Path(f"/proc/{server}/status").read_text(encoding="ascii")
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return 1024 * int(fields["VmRSS"].split()[0])
 

@@ -13,10 +13,12 @@ from agq_gguf.calibration.default_text import default_calibration
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Json, Preset, Quality, Quiet, Threads, parse_size
 from agq_gguf.cli.prune import prune_new, show_calibration
-from agq_gguf.errors import InputError, missing_package
+from agq_gguf.errors import AgqError, InputError, missing_package
 from agq_gguf.gguf_io.tensor_names import kind_of
 from agq_gguf.quantization.options import QuantizeOptions, activation_options
+from agq_gguf.runtime.abilities import declared_problem
 from agq_gguf.runtime.cpus import default_threads
+from agq_gguf.runtime.model import Model
 from agq_gguf.text import LoadedText, mix_texts
 
 if TYPE_CHECKING:
@@ -183,7 +185,10 @@ def quantize(
         if warnings:
             options = replace(options, quality="balanced")
         needed = estimate(plans, options, calibrated=text is not None, threads=threads or default_threads())
-        (write_plan if as_json else show_plan)(plans, needed)
+        if as_json:
+            write_plan(plans, needed, options.quality, warnings)
+            return
+        show_plan(plans, needed)
         for warning in warnings:
             show.complain(f"warning: {warning}")
         return
@@ -245,8 +250,8 @@ def show_plan(plans: list[TensorPlan], needed: Estimate) -> None:
     )
 
 
-def write_plan(plans: list[TensorPlan], needed: Estimate) -> None:
-    """Writes the same as JSON."""
+def write_plan(plans: list[TensorPlan], needed: Estimate, quality: str, warnings: list[str]) -> None:
+    """Writes the same as JSON; `quality` is what the run would use, and `warnings` say why if it was not asked for."""
     from agq_gguf.gguf_io.writer import layout
 
     placed = layout((plan.source.name, plan.type_name, plan.source.shape) for plan in plans)
@@ -260,7 +265,9 @@ def write_plan(plans: list[TensorPlan], needed: Estimate) -> None:
     ]  # fmt: skip
     elements = sum(plan.source.n_elements for plan in plans)
     bits = 8 * needed.disk_bytes / elements
-    show.write_json({"tensors": tensors, "bits_per_weight": bits, **asdict(needed)})
+    show.write_json(
+        {"tensors": tensors, "bits_per_weight": bits, **asdict(needed), "quality": quality, "warnings": warnings}
+    )
 
 
 def show_report(report: Report, source: Path) -> None:
@@ -293,7 +300,17 @@ def show_report(report: Report, source: Path) -> None:
         f"{report.bits_per_weight:.2f} bits per weight"
         + (f"; with --preset small: {show.size(report.small_bytes)}" if report.small_bytes else "")
     )
-    show.say(f'Try it: agq-gguf generate {shlex.quote(str(report.paths[0]))} -p "Once upon a time"')
+    if _may_generate(report.paths[0]):
+        show.say(f'Try it: agq-gguf generate {shlex.quote(str(report.paths[0]))} -p "Once upon a time"')
+
+
+def _may_generate(path: Path) -> bool:
+    """Whether a model can predict a next token here, as far as that is known without its weights."""
+    try:
+        with Model(path, vocab_only=True) as model:
+            return not declared_problem(model)
+    except AgqError:  # no llama-cpp-python, or one that does not know this architecture
+        return False
 
 
 def _by_kind(worst: list[TensorReport]) -> dict[str, tuple[list[float], str]]:

@@ -16,7 +16,11 @@ from agq_gguf.errors import InputError
 def serve(
     models: Annotated[
         list[Path],
-        typer.Argument(metavar="MODEL", help="GGUF file; llama_cpp.server takes several.", show_default=False),
+        typer.Argument(
+            metavar="MODEL",
+            help="GGUF file, or a folder of them; llama_cpp.server takes several files.",
+            show_default=False,
+        ),
     ],
     server: Annotated[
         str,
@@ -47,7 +51,8 @@ def serve(
     """Serve a model with an OpenAI-compatible API.
 
     Starts llama.cpp's llama-server with the plugin if there is one: it answers several people at once and has a web
-    page. What follows -- goes to it. Otherwise runs llama-cpp-python's server, which answers one request at a time.
+    page. Given a folder, it loads the models that requests name. What follows -- goes to it. Otherwise runs
+    llama-cpp-python's server, which answers one request at a time.
     End with Ctrl-C. Clients find the model at http://HOST:PORT/v1 under its file name without .gguf.
     """
     from agq_gguf.integrations.llama_server import ServerOptions, find_server, serve_with
@@ -59,7 +64,9 @@ def serve(
     program = None if server == "python" or (of_python and not server) else find_server(server or None)
     if program is not None:
         if of_python:
-            raise InputError("llama-server serves one model, and has no --set or --logprobs; use --server python")
+            raise InputError(
+                "llama-server takes one file or folder, and has no --set or --logprobs; use --server python"
+            )
         options = ServerOptions(host, port, context, slots, threads, flash_attention, api_key, rest)
         code = serve_with(program, models[0], options, lambda url: show.say(f"serving at {url}/v1 with {program}"))
         if code:

@@ -74,11 +74,16 @@ def environment_for(program: Path) -> dict[str, str]:
 
 
 def command_line(program: Path, model: Path, options: ServerOptions, n_ctx_train: int) -> list[str]:
-    """The command that serves a model."""
+    """The command that serves a model, or the models of a folder: each of those in a process that llama-server starts.
+
+    `n_ctx_train` is 0 where it is unknown; llama-server cuts a slot to what its model was trained with.
+    """
     each = options.context or min(n_ctx_train or _CONTEXT, _CONTEXT)
     threads = str(options.threads or default_threads())
+    alias = model.name.removesuffix(".gguf")
+    served = ["--models-dir", str(model)] if model.is_dir() else ["--model", str(model), "--alias", alias]
     return [
-        str(program), "--model", str(model), "--alias", model.name.removesuffix(".gguf"),
+        str(program), *served,
         "--host", options.host, "--port", str(options.port), "--ctx-size", str(each * options.slots),
         "--parallel", str(options.slots), "--threads", threads, "--threads-batch", threads,
         "--flash-attn", "on" if options.flash_attention else "off",
@@ -91,16 +96,17 @@ def serve_with(
 ) -> int:
     """Runs the server until it ends or a signal ends it, and returns its exit code.
 
-    `ready` is called with its address when it answers. Raises InputError for a model that it cannot serve, HostError if
-    it does not start.
+    `model` is a GGUF file, or a folder of them: then the `model` of a request decides, and a model is loaded by its
+    first request. `ready` is called with the server's address when it answers. Raises InputError for a file that it
+    cannot serve and a folder without models, HostError if it does not start.
     """
     path = Path(model)
-    with Model(path, vocab_only=False) as opened:
-        if not _embeds(options.rest):
-            opened.require_logits()
-        limit, trained = opened.facts.positions, opened.n_ctx_train
-    if limit and options.context > limit:
-        raise InputError(f"{path}: the context must be at most {limit} tokens for this model, got {options.context}")
+    trained = 0
+    if path.is_dir():
+        if not any(path.glob("*.gguf")) and not any(path.glob("*/*.gguf")):
+            raise InputError(f"{path}: has no GGUF file; expected a GGUF file, or a folder of them")
+    else:
+        trained = _checked(path, options)
     port = options.port or _free_port(options.host)
     options = ServerOptions(**{**options.__dict__, "port": port})
     command = command_line(program, path, options, trained)
@@ -118,6 +124,19 @@ def serve_with(
         except BaseException:
             server.kill()
             raise
+
+
+def _checked(path: Path, options: ServerOptions) -> int:
+    """The context that the model was trained with, in tokens. Raises InputError if it cannot be served like this."""
+    with Model(path, vocab_only=False) as opened:
+        if not _embeds(options.rest):
+            opened.require_logits()
+        limit = opened.facts.positions
+        if limit and options.context > limit:
+            raise InputError(
+                f"{path}: the context must be at most {limit} tokens for this model, got {options.context}"
+            )
+        return opened.n_ctx_train
 
 
 def _embeds(rest: Sequence[str]) -> bool:

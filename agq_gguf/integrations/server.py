@@ -50,6 +50,16 @@ def create_app(
         raise InputError(
             f"each model needs its own file name, because clients name models by it; got {', '.join(aliases) or 'none'}"
         )
+    for path in paths:
+        if path.is_dir():
+            raise InputError(
+                f"{path}: is a folder, which only llama-server serves; name the files, or a llama-server with --server"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            raise InputError(
+                f"{path}: llama-cpp-python's server needs a file name in UTF-8; rename the file, or name a "
+                "llama-server with --server"
+            )
     described = []
     for path, alias in zip(paths, aliases, strict=True):
         facts = _checked_model(path, given)

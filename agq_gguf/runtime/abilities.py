@@ -25,10 +25,11 @@ class Abilities:
 
 def abilities_of(model: Model) -> Abilities:
     """Runs a loaded model on three tokens, unless llama.cpp or the file says before that it predicts nothing."""
-    return Abilities(_declared_problem(model) or _probed_problem(model))
+    return Abilities(declared_problem(model) or _probed_problem(model))
 
 
-def _declared_problem(model: Model) -> str:
+def declared_problem(model: Model) -> str:
+    """Why the model predicts no next token, as far as llama.cpp and the file say so; its weights are not needed."""
     if model.has_encoder:
         return "it has an encoder, whose text a prompt would have to be"
     if not model.facts.causal:

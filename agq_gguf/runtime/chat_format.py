@@ -68,19 +68,22 @@ def by_template(model: Model, template: str, origin: str) -> Formatter:
     try:
         render: Any = Jinja2ChatFormatter(template, model.text_of(model.eos), model.text_of(model.bos))
     except TemplateError as e:
-        raise InputError(
-            f"{origin}: the chat template cannot be compiled: {e}; choose another with --chat-format or --template"
-        ) from e
+        raise InputError(_unusable(origin, "cannot be compiled", e)) from e
 
     def formatted(messages: Sequence[Message]) -> Prompt:
         try:
             found = render(messages=list(messages))
         except (TemplateError, ValueError, TypeError, AttributeError, LookupError) as e:
-            raise InputError(f"{origin}: the chat template cannot show this conversation: {e}") from e
+            raise InputError(_unusable(origin, "cannot show this conversation", e)) from e
         stops = [found.stop] if isinstance(found.stop, str) else list(found.stop or [])
         return Prompt(found.prompt, True, tuple(stop for stop in stops if stop))
 
     return formatted
+
+
+def _unusable(origin: str, problem: str, cause: Exception) -> str:
+    reason = str(cause).rstrip(".")
+    return f"{origin}: the chat template {problem}: {reason}; choose another with --chat-format or --template"
 
 
 def format_names() -> list[str]:
