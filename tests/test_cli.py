@@ -98,7 +98,7 @@ def unusable(tmp_path_factory: pytest.TempPathFactory, small: Path) -> dict[str,
     ("what", "message"),
     [
         ("none.gguf", "No such file"),
-        ("folder", "Is a directory"),
+        ("folder", "is a folder; give the name of a GGUF file"),
         ("text.gguf", "not a GGUF file"),
         ("truncated.gguf", "truncated"),
         ("empty.gguf", "too short"),

@@ -157,7 +157,7 @@ class ProgressView:
                 BarColumn(bar_width=20),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TextColumn("{task.fields[rate]}"),
-                _TimeLeft(),
+                _TimeLeft(table_column=Column(no_wrap=True)),
                 TextColumn("{task.fields[memory]}"),
                 TextColumn("{task.fields[what]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )

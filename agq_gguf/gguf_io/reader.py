@@ -301,6 +301,8 @@ def open_gguf(path: str | os.PathLike[str]) -> Reader:
         raise InputError(
             f"{path}: is a Hugging Face checkpoint; `agq-gguf quantize` takes its folder, everything else a GGUF file"
         )
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a GGUF file")
     try:
         file = path.open("rb", buffering=0)
     except OSError as e:
