@@ -74,31 +74,37 @@ class Tasks:
         )  # fmt: skip
 
     def count(self, dice: random.Random, target: int) -> Task:
-        """A list whose items are to be counted; the answer depends on all of them."""
+        """A numbered list whose items are to be counted."""
         items = dice.sample(ITEMS, dice.randint(3, 6))
         listed = "\n".join(f"{i}. {item}" for i, item in enumerate(items, 1))
-        text = f"\n\nShopping list:\n{listed}\n\n"
-        question, reply = "How many items are on the shopping list?", "The number of items on the shopping list is "
-        fact = Fact("", str(len(items)), "", question, reply)
-        user = self._prose(dice, target, [text], fact.question)
-        return self._task(user, fact, [(text, item) for item in items])
+        text, question = f"\n\nShopping list:\n{listed}\n\n", "How many items are on the shopping list?"
+        user, reply = self._prose(dice, target, [text], question), "The number of items on the shopping list is "
+        return self._task(user, reply, str(len(items)), [(text, f"{i}. {item}") for i, item in enumerate(items, 1)])
+
+    def list(self, dice: random.Random, target: int) -> Task:
+        """A list that is to be told again."""
+        items, reply = dice.sample(ITEMS, dice.randint(3, 6)), "The shopping list has "
+        text = f"{reply}{', '.join(items)}."
+        user = self._prose(dice, target, [text], "What is on the shopping list?")
+        return self._task(user, reply, ", ".join(items), [(text, item) for item in items])
 
     def variables(self, dice: random.Random, target: int) -> Task:
         """Variables that are set to one another; the answer depends on each step of the chain."""
         number, other = (str(n) for n in dice.sample(range(11, 100), 2))
         steps = [f"x1 = {number}", "x2 = x1", "x3 = x2"]
-        fact = Fact("", number, "", "What is the value of x3?", "x3 = x2 = x1 = ")
         facts = [f"Line {i}: {step}." for i, step in enumerate([steps[0], f"y1 = {other}", *steps[1:], "y2 = y1"], 1)]
-        user = self._prose(dice, target, facts, fact.question, in_order=True)
-        return self._task(user, fact, [(facts[i], step) for i, step in zip((0, 2, 3), steps, strict=True)])
+        user = self._prose(dice, target, facts, "What is the value of x3?", in_order=True)
+        return self._task(
+            user, "x3 = x2 = x1 = ", number, [(facts[i], step) for i, step in zip((0, 2, 3), steps, strict=True)]
+        )
 
-    def _task(self, user: str, fact: Fact, needed: Sequence[tuple[str, str]]) -> Task:
+    def _task(self, user: str, reply: str, answer: str, needed: Sequence[tuple[str, str]]) -> Task:
         """A task whose answer depends on several parts of the prompt: each is a text, and the words in it."""
         prompt = self._chat.tokens(self._chat.prompt(user))
         letters = Letters(self._chat.model, prompt)
         value = {i for text, words in needed for i in letters.part(text, text.index(words), len(words))}
-        reply, answer = self._chat.split(prompt, self._chat.said(user, fact.reply), fact.value)
-        return Task(prompt, (reply,), answer, tuple(sorted(value)))
+        given, predicted = self._chat.split(prompt, self._chat.said(user, reply), answer)
+        return Task(prompt, (given,), predicted, tuple(sorted(value)))
 
     def question_first(self, dice: random.Random, target: int) -> Task:
         """As "needle", but the question comes before the text."""
@@ -152,6 +158,7 @@ class Tasks:
 
 KINDS = {
     "count": Tasks.count,
+    "list": Tasks.list,
     "variables": Tasks.variables,
     "question-first": Tasks.question_first,
     "paraphrase": Tasks.paraphrase,

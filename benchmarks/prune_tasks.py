@@ -7,7 +7,8 @@ Each prompt is read in one call with each setting of AGQ_PRUNE, and without prun
 reply and the answer are read. An answer is right if each of its tokens is the likeliest one. Kinds:
 
     needle, facts, functions  as calibration plants them (agq_gguf/pruning/planted.py)
-    count           how many items a list has
+    count           how many items a numbered list has
+    list            a list that is to be told again
     variables       x1 = 83, x2 = x1, x3 = x2: the value of x3
     question-first  a needle whose question comes before the text
     paraphrase      a question that shares no content word with the fact
@@ -117,7 +118,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     z, share = 1.96, right / n
     middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+    return max(middle - width, 0.0) / (1 + z * z / n), min((middle + width) / (1 + z * z / n), 1.0)
 
 
 def table(results: Results, settings: Sequence[str], kinds: Sequence[str], seeds: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from agq_gguf.pruning.facts import FACT_WORDS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "prune_tasks.py"
 SETTING = "0:0.5;score=recent;keep=64"
-KINDS = ["needle", "facts", "functions", "count", "variables", "question-first", "paraphrase", "second", "text"]
+KINDS = ["needle", "facts", "functions", "count", "list", "variables", "question-first", "paraphrase", "second", "text"]
 
 
 def prose(path: Path) -> Path:
@@ -48,7 +48,7 @@ def test_all_kinds_and_a_run_that_goes_on(llama_agq: Path, tmp_path: Path) -> No
             assert [unpruned, right, interval, value] == [""] * 4 and nll.endswith("%)")
         else:
             n = int(unpruned.split("/")[0])
-            assert unpruned.endswith("/16" if kind == "all with answers" else "/2") and right.endswith(f"/{n}")
+            assert unpruned.endswith("/18" if kind == "all with answers" else "/2") and right.endswith(f"/{n}")
             assert " to " in interval and value.endswith("%")
             assert setting != "`off`" or (right == f"{n}/{n}" and value == "100.0%")
     results = json.loads(kept.read_text(encoding="utf-8"))["results"]
