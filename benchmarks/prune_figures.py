@@ -1,12 +1,12 @@
 """Measures the quality cost of token pruning in the running library: text after long prompts, and recalled facts.
 
-    python benchmarks/prune_figures.py MODEL --text held-out.txt --needles haystack.txt [--spec SPEC ...]
+    python benchmarks/prune_figures.py MODEL --text held-out.txt [--spec SPEC ...]
     python benchmarks/prune_figures.py MODEL --recall 77
 
 MODEL is an AGQ4 model with pruning (``agq-gguf calibrate-pruning``). Its own setting is compared with others that save
 the same work: random pruning and the paper's score after the same layers, with and without reuse of states, and
-leaving out the oldest tokens of the prompt. It is also compared with no pruning. --needles is for chat models
-(needles.py), --recall for the story model. This program made the tables of docs/research/pruning.md.
+leaving out the oldest tokens of the prompt. It is also compared with no pruning. --recall is for the story model;
+prune_tasks.py asks chat models. This program made most tables of docs/research/pruning.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from needles import KINDS, make_needles
 from numpy.typing import NDArray
 
 import agq_gguf
@@ -38,7 +37,6 @@ class Task:
 
     tokens: NDArray[np.int32]
     following: NDArray[np.int32] | None = None  # tokens whose NLL is measured
-    answer: NDArray[np.int32] | None = None  # tokens that should be the most likely ones
     recall: object = None  # decides whether a reply is right
 
 
@@ -119,9 +117,6 @@ def measure(
             if task.following is not None:
                 found = behind(context, logits, len(tokens), task.following)
                 result.nll.append(float(-found[np.arange(len(task.following)), task.following].mean()))
-            elif task.answer is not None:
-                found = behind(context, logits, len(tokens), task.answer)
-                result.right.append(bool((found.argmax(1) == task.answer).all()))
             else:
                 reply = go_on(model, context, logits, len(tokens), model.eos)
                 result.right.append(task.recall.right(reply))  # type: ignore[attr-defined]
@@ -143,11 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, help="text for prompts and continuations")
-    parser.add_argument("--needles", type=Path, metavar="TEXT", help="text for the haystack, for chat models")
-    parser.add_argument("--kind", choices=sorted(KINDS), default="code", help="kind of facts of --needles")
-    parser.add_argument("--facts", type=int, default=1, help="facts in each haystack; the question is about one")
     parser.add_argument("--recall", type=int, metavar="SEED", help="seed for the tasks of recall_task.py")
-    parser.add_argument("--seed", type=int, default=1, help="seed for --needles")
     parser.add_argument("--count", type=int, default=200, help="number of prompts of each kind")
     parser.add_argument("--length", type=int, default=700, help="tokens of a prompt from --text")
     parser.add_argument("--tokens", type=int, nargs=2, default=(300, 500), help="length of prompts that ask for facts")
@@ -164,10 +155,6 @@ def main() -> None:
         kinds: dict[str, list[Task]] = {}
         if args.text:
             kinds["text"] = text_tasks(model, args.text, args.length, args.count)
-        if args.needles:
-            lengths = tuple(args.tokens)
-            found = make_needles(model, args.needles, args.seed, args.count, lengths, args.facts, args.kind)
-            kinds["needles"] = [Task(n.prompt, answer=n.answer) for n in found]
         if args.recall is not None:
             from recall_task import recall_tasks
 

@@ -84,15 +84,20 @@ def in_prose(
     dice: random.Random,
     tokens: tuple[int, int],
     target: int,
+    *,
     ask: Callable[[str, str], str] | None = None,
+    in_order: bool = False,
 ) -> str:
     """What the user says: facts at random places between successive sentences from a random place, and a question.
 
-    `ask` puts a text and a question together; None: the question comes last.
+    `ask` puts a text and a question together; None: the question comes last. With `in_order` the facts keep their
+    order.
     """
     ask = ask or chat.asked
     start = dice.randrange(max(len(sentences), 1))
     places = [dice.random() for _ in facts]
+    if in_order:
+        places.sort()
 
     def build(found: Sequence[str]) -> str:
         after: list[list[str]] = [[] for _ in range(len(found) + 1)]
@@ -200,8 +205,7 @@ class Chat:
 
     def said(self, user: str, reply: str) -> str:
         """The prompt and what the assistant says, without the end of its turn."""
-        prompt = self.prompt(user)
-        return prompt + self._space(prompt, user) + reply
+        return self.prompt(user) + self.space(user) + reply
 
     def further(self, user: str, reply: str, question: str) -> str:
         """The prompt of a further question, which begins as `said` does if the template leaves earlier turns alone."""
@@ -209,10 +213,11 @@ class Chat:
             return self._render((("user", user), ("assistant", reply), ("user", question)))
         return f"{self.said(user, reply)}\n\nQuestion: {question}\nAnswer:"
 
-    def _space(self, prompt: str, user: str) -> str:
+    def space(self, user: str) -> str:
         """The white space between the header of the assistant's turn and its first word."""
         if not self._render:
             return " "
+        prompt = self.prompt(user)
         try:
             answered = self._render((("user", user), ("assistant", "Yes")))
         except Exception:  # a template is a program from the file; it may raise anything
