@@ -37,6 +37,7 @@ _SHORTEST, _LONGEST = 400, 800  # tokens of a prompt with planted facts
 _ROOM = 64  # tokens for its answer
 _FEWEST = 20  # right answers without pruning that a promise can rest on
 HEADS_PER_LAYER = 4  # per pruning layer
+_MAIN = 0.3  # of a prompt may stay at the main layer, if any layer needs so little
 _WORTH_IT = 0.02  # a further cut must save this share of the work
 _SAVING = 0.1  # a setting that saves less is not written
 _MARGIN = 0.9  # thresholds are this much lower than the least important value that must stay
@@ -68,9 +69,11 @@ def by_answers(
         total, done = 2 * n, 0
 
         def count() -> None:
-            nonlocal done
+            nonlocal done, total
             done += 1
-            progress("prune", min(done, total), total, "asking for facts in the text")
+            if done > total:  # another setting is tried
+                total += n
+            progress("prune", done, total, "asking for facts in the text")
 
         sentences = sentences_of(text.whole)
         longest = min(_LONGEST, model.n_ctx_train - _ROOM)
@@ -149,7 +152,8 @@ def _kept(check: Questions, work: Work, unpruned: Answers, pruned: Answers, prom
 def _cuts(learned: Sequence[Seen], checked: Sequence[Seen], work: Work, allowed: Sequence[int]) -> Plan:
     """The layers to prune after and their heads; thresholds are 0.
 
-    The main layer saves most alone. An earlier, generous cut and a later, harder one are added if they save enough.
+    The main layer is the first that can leave out most of a prompt. An earlier, generous cut and a later, harder one
+    are added if they save enough. Earlier than a sixth of the depth, heads know little but which words are the same.
     """
     bare = Plan((), _SCORE.name, _SCORE.keep, _SCORE.reach)
     of_layer: dict[int, Heads] = {}
@@ -160,7 +164,9 @@ def _cuts(learned: Sequence[Seen], checked: Sequence[Seen], work: Work, allowed:
         found = {chosen: _stay(checked, chosen, bare) for chosen in (plain, words)}
         of_layer[layer] = min(found, key=found.__getitem__)
         stay[layer] = found[of_layer[layer]]
-    main = max(allowed, key=lambda layer: (1 - stay[layer]) * work.worth(layer))
+    deep = [layer for layer in allowed if layer >= work.n_layer / 6] or list(allowed)
+    few = (layer for layer in deep if stay[layer] <= _MAIN)
+    main = next(few, max(deep, key=lambda layer: (1 - stay[layer]) * work.worth(layer)))
     # One setting of a call says whether the words of the question count.
     tail = of_layer[main].tail
 
@@ -168,8 +174,8 @@ def _cuts(learned: Sequence[Seen], checked: Sequence[Seen], work: Work, allowed:
         best = max(layers, key=saved.__getitem__, default=None)
         return [best] if best is not None and saved[best] >= _WORTH_IT else []
 
-    before = [layer for layer in allowed if work.n_layer / 6 <= layer < main - 1]
-    after = [layer for layer in allowed if layer > main + 1]
+    before = [layer for layer in deep if layer < main - 1]
+    after = [layer for layer in deep if layer > main + 1]
     early = {layer: (1 - stay[layer]) * (work.worth(layer) - work.worth(main)) for layer in before}
     late = {layer: (stay[main] - stay[layer]) * work.worth(layer) for layer in after}
     chosen = sorted([*more(before, early), main, *more(after, late)])

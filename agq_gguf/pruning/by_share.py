@@ -3,7 +3,7 @@
 Prompts are cut from the text. Every second prompt ends by repeating the beginning of an earlier part, as a question at
 the end of a prompt does. The plugin runs them with pruning, as it will later. The predictions for the 64 tokens that
 follow (or for the rest of the repeated part) are compared with those of the model without pruning. See
-docs/pruning-design.md, "How calibration chooses".
+docs/pruning-design.md, "How calibration saves a share".
 """
 
 from __future__ import annotations
