@@ -1,7 +1,7 @@
 """The calibration text in the package, for models that are quantized without a text of the user.
 
 It is a mixture of what models read: prose in many languages, encyclopedic articles, programs, manuals, mathematics and
-dialogues. Its pieces alternate, so that any part of it is about as varied as the whole.
+dialogues. Runs of one kind alternate, so that any larger part of it is about as varied as the whole.
 `agq_gguf/data/default-calibration/ORIGINS.md` says where each file comes from.
 """
 
@@ -15,7 +15,10 @@ from agq_gguf.text import DATA, Dialogue, LoadedText, Piece, interleaved, read_t
 
 FOLDER = DATA / "default-calibration"
 NAME = "the default text"
-_PIECE = 1500  # minimum characters of a piece; most fill a chunk of 512 tokens, as a text that models read would
+_PIECE = 1500  # minimum characters of a piece
+# Minimum bytes of one kind in a row, about three chunks of 512 tokens, so that most chunks hold only one kind, as a
+# text that models read would. Chunks of mixed kinds give worse statistics (docs/research/quality.md).
+_RUN = 6000
 
 
 def default_calibration() -> LoadedText:
@@ -28,8 +31,9 @@ def default_calibration() -> LoadedText:
     kinds = sorted(path for path in FOLDER.glob("*") if path.is_dir())
     if not kinds:
         raise InputError(f"{FOLDER}: the default calibration text is missing; install agq-gguf again")
-    pieces = [_alternating([read_pieces(file) for file in sorted(kind.iterdir())]) for kind in kinds]
-    return LoadedText(NAME, (tuple(_alternating(pieces)),), optional=True)
+    runs = [_runs(_alternating([read_pieces(file) for file in sorted(kind.iterdir())])) for kind in kinds]
+    ordered = interleaved(runs, [[sum(map(_size, run)) for run in own] for own in runs])
+    return LoadedText(NAME, (tuple(piece for run in ordered for piece in run),), optional=True)
 
 
 def held_out(every: int = 6) -> tuple[LoadedText, LoadedText]:
@@ -44,6 +48,17 @@ def held_out(every: int = 6) -> tuple[LoadedText, LoadedText]:
 
 def _alternating(lists: list[list[Piece]]) -> list[Piece]:
     return interleaved(lists, [[_size(piece) for piece in pieces] for pieces in lists])
+
+
+def _runs(pieces: list[Piece]) -> list[list[Piece]]:
+    """The pieces in runs of at least `_RUN` bytes; the last one may be shorter."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        if runs and sum(map(_size, runs[-1])) < _RUN:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
 
 
 def _size(piece: Piece) -> int:
