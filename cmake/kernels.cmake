@@ -56,6 +56,8 @@ function(agq_add_kernels)
     # Without fused multiply-adds, which not all have, the converter rounds alike on all processors.
     agq_file_flags(portable/rounding.cpp -fno-math-errno -fno-trapping-math -ffp-contract=off)
     agq_file_flags(portable/attention_paper.cpp -fno-math-errno)
+    # It writes its fused operations itself: which others are fused would differ from tile to tile.
+    agq_file_flags(x86/attention_avx512vnni.cpp -ffp-contract=off)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
         # GCC's scheduler before register allocation moves so many loads ahead that accumulators are spilled: up to a
         # quarter more instructions.

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -16,17 +17,31 @@
 
 namespace agq {
 
-/// The keys that an attention looks at, if not all. Its mask also hides the other keys, for the host's code, which does
-/// not know of this choice. Only for one stream.
-struct key_choice {
-    const int32_t *cells;  ///< ascending cell numbers
-    int64_t n;
-    const char *mask;  ///< the chosen columns of the mask, side by side, in its type
-    size_t mask_stride;
+/// Successive tokens of a stream, and the cells that any of them sees: usually those of one sequence. A group is
+/// computed by itself, so its results do not depend on what else is in the batch or in the cache.
+struct key_group {
+    int64_t stream = 0, first_token = 0, n_tokens = 0;
+    const int32_t *cells = nullptr;  ///< ascending cell numbers; null: n successive ones
+    int64_t first_cell = 0;          ///< the first of these
+    int64_t n = 0;
+    const char *mask = nullptr;  ///< of the first token: the columns of these cells, side by side, in the mask's type
+    size_t mask_stride = 0;
+
+    int64_t cell(int64_t key) const { return cells ? cells[key] : first_cell + key; }
 };
 
-/// Key choices of a graph's attentions, by mask. The pruning pass makes new ones for each call.
-using key_choices = std::unordered_map<const ggml_tensor *, key_choice>;
+/// All tokens of a graph, in groups; by the mask of its attentions. New ones are made for each call. A mask that is
+/// missing here has one group for each stream, which sees all cells.
+using key_choices = std::unordered_map<const ggml_tensor *, std::vector<key_group>>;
+
+/// The work of one group in one call.
+struct attention_part {
+    key_group keys;
+    int64_t first_unit = 0, units = 0;
+    bool few = false;                      ///< whether decode_attention.h runs it
+    size_t partial = 0;                    ///< if so: where its results begin in attention_job::partial
+    int64_t ranges = 1, range_tokens = 0;  ///< else: ranges of so many tokens, each with all heads
+};
 
 /// One attention of the graph: all tokens, heads and streams of a layer.
 struct attention_job : attention_operands {
@@ -39,27 +54,19 @@ struct attention_job : attention_operands {
     int64_t out_token_stride = 0, out_head_stride = 0, out_stream_stride = 0;
     /// Copy of the queries, made because the chain's later nodes may reuse their memory. Null: read from q.
     const float *saved_q = nullptr;
-    const key_choice *choice = nullptr;      ///< set before each run; null: all keys
-    const thread_memory *memory = nullptr;   ///< attention_bytes(job) for each thread
-    bool few = false;                        ///< whether decode_attention.h runs it; the next two are for that
-    float *partial = nullptr;                ///< few_partial_floats(job)
-    std::vector<std::atomic<int>> finished;  ///< number of finished chunks, per stream
+    const thread_memory *memory = nullptr;  ///< attention_bytes(job) for each thread
+    // Of a call, by begin_attention.
+    std::vector<attention_part> parts;
+    std::vector<float> *partial = nullptr;         ///< results of chunks; jobs run one after another and share it
+    std::unique_ptr<std::atomic<int>[]> finished;  ///< number of finished chunks, by part
+    size_t finished_size = 0;
     std::atomic<int64_t> next{0};
 
     int64_t tokens() const { return q->ne[1]; }
+    int64_t group() const { return q->ne[2] / k->ne[2]; }  ///< query heads that share a key/value head
     /// Length of a value vector.
     int64_t value_width() const { return v_transposed ? v->ne[1] : v->ne[0]; }
-    int64_t n_keys() const { return choice ? choice->n : k->ne[1]; }
-    int64_t cell(int64_t key) const { return choice ? choice->cells[key] : key; }
-};
-
-/// The mask of a job, starting at one token of a stream; null: nothing is hidden.
-struct job_mask {
-    const char *row = nullptr;
-    size_t stride = 0;
-    bool is_f16 = false;
-
-    job_mask(const attention_job &job, int64_t token, int64_t stream);
+    bool mask_is_f16() const;
 };
 
 /// Reads AGQ_ATTENTION (docs/paper-attention.md). Null stands for the active kernel's attention. On an error returns
@@ -68,6 +75,10 @@ bool parse_attention_option(const std::string &text, const attention_kernel **ke
 
 /// Scratch memory in bytes that a job needs in each thread.
 size_t attention_bytes(const attention_job &job);
+
+/// Prepares a call. `groups` covers all tokens; null: one group for each stream, which sees all cells. Throws
+/// std::bad_alloc.
+void begin_attention(attention_job *job, const std::vector<key_group> *groups, int threads);
 
 /// Size of `saved_q` in floats.
 int64_t saved_query_floats(const ggml_tensor *q);
@@ -83,7 +94,8 @@ bool plan_attention_chain(const attention_pattern &found, const ggml_tensor *out
 void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *from, float *to, int64_t n);
 
 /// Reads one channel of `n` values, starting at key `first`. `row` is the channel's row in a transposed cache.
-void read_column(const attention_job &job, const char *row, int64_t first, int64_t n, float *column);
+void read_column(const attention_job &job, const key_group &keys, const char *row, int64_t first, int64_t n,
+                 float *column);
 
 /// The query of (token, head) of a stream.
 const float *query(const attention_job &job, int64_t token, int64_t head, int64_t stream);

@@ -12,7 +12,7 @@ namespace agq {
 
 namespace {
 
-/// Maximum number of chunks of a job: enough to balance some threads, few enough to read the cache in long runs.
+/// Maximum number of chunks of a group: enough to balance some threads, few enough to read the cache in long runs.
 constexpr int64_t most_chunks = 16;
 
 constexpr uint64_t all_keys = ~uint64_t{0};
@@ -21,20 +21,20 @@ int64_t round_up(int64_t n, int64_t step) {
     return (n + step - 1) / step * step;
 }
 
-/// Dimensions of a job.
+/// Dimensions of a group.
 struct few_shape {
     int64_t heads, group, tokens, rows, width, head_v, chunk_keys, chunks;
 
-    explicit few_shape(const attention_job &job)
+    few_shape(const attention_job &job, int64_t n_tokens, int64_t n_keys)
         : heads(job.k->ne[2]),
-          group(job.q->ne[2] / heads),
-          tokens(job.q->ne[1]),
+          group(job.group()),
+          tokens(n_tokens),
           rows(tokens * group),
           width(round_up(job.q->ne[0], few_width_step)),
           head_v(job.value_width()),
-          // The pruning pass may choose fewer keys each time, so chunks are sized for all keys.
-          chunk_keys(round_up((job.k->ne[1] + most_chunks - 1) / most_chunks, attention_keys)),
-          chunks((job.k->ne[1] + chunk_keys - 1) / chunk_keys) {}
+          chunk_keys(round_up((std::max<int64_t>(n_keys, 1) + most_chunks - 1) / most_chunks, attention_keys)),
+          chunks((std::max<int64_t>(n_keys, 1) + chunk_keys - 1) / chunk_keys) {}
+    few_shape(const attention_job &job, const key_group &keys) : few_shape(job, keys.n_tokens, keys.n) {}
 
     /// Floats per head in a chunk's result: sums of values, largest scores, sums of weights.
     int64_t partial_floats() const { return rows * (head_v + 2); }
@@ -79,12 +79,12 @@ uint64_t find_seen(const few_args &args, const few_block &block) {
 
 /// Reads keys or values of a head as floats, `stride` floats apart. Keys that no token sees become zeros, since an
 /// unused cell may hold anything. Prefetches the same rows of the next block.
-void read_rows(const attention_job &job, const ggml_tensor *t, int64_t head, int64_t stream, const key_range &range,
-               int n, float *to, int64_t stride) {
+void read_rows(const attention_job &job, const key_group &keys, const ggml_tensor *t, int64_t head,
+               const key_range &range, int n, float *to, int64_t stride) {
     const int64_t width = t->ne[0], first = range.first;
-    const bool at_once = t->type == ggml_type_f16 && job.cell(first + n - 1) - job.cell(first) == n - 1;
+    const bool at_once = t->type == ggml_type_f16 && keys.cell(first + n - 1) - keys.cell(first) == n - 1;
     if (at_once) {
-        const char *from = row_address(t, job.cell(first), head, stream);
+        const char *from = row_address(t, keys.cell(first), head, keys.stream);
         job.kern->few->read_f16(from, t->nb[1], n, static_cast<int>(width), to, stride,
                                 (range.next - first) * static_cast<int64_t>(t->nb[1]));
         if (range.seen == all_keys && width == stride) return;
@@ -94,47 +94,47 @@ void read_rows(const attention_job &job, const ggml_tensor *t, int64_t head, int
         if (!(range.seen >> i & 1)) {
             std::fill_n(row, width, 0.0f);
         } else if (!at_once) {
-            read_row(*job.kern, t, row_address(t, job.cell(first + i), head, stream), row, width);
+            read_row(*job.kern, t, row_address(t, keys.cell(first + i), head, keys.stream), row, width);
         }
         std::fill(row + width, row + stride, 0.0f);
     }
 }
 
 /// The same for a transposed value cache: [head_v][64].
-void read_columns(const attention_job &job, int64_t head, int64_t stream, const key_range &range, int n, float *to) {
+void read_columns(const attention_job &job, const key_group &keys, int64_t head, const key_range &range, int n,
+                  float *to) {
     for (int64_t d = 0; d < job.value_width(); ++d, to += attention_keys) {
-        read_column(job, row_address(job.v, d, head, stream), range.first, n, to);
+        read_column(job, keys, row_address(job.v, d, head, keys.stream), range.first, n, to);
         for (int i = 0; range.seen != all_keys && i < attention_keys; ++i) {
             if (!(range.seen >> i & 1)) to[i] = 0;
         }
     }
 }
 
-/// Reads the queries of a stream, scaled.
-void read_queries(const attention_job &job, const few_shape &s, int64_t stream, float *to) {
+/// Reads the queries of a group, scaled.
+void read_queries(const attention_job &job, const few_shape &s, const key_group &keys, float *to) {
     const int64_t width = job.q->ne[0];
     for (int64_t head = 0; head < s.heads; ++head) {
         for (int64_t r = 0; r < s.rows; ++r, to += s.width) {
-            const float *from = query(job, r / s.group, head * s.group + r % s.group, stream);
+            const float *from = query(job, keys.first_token + r / s.group, head * s.group + r % s.group, keys.stream);
             for (int64_t d = 0; d < s.width; ++d) to[d] = d < width ? from[d] * job.scale : 0.0f;
         }
     }
 }
 
-/// Processes one chunk of a stream, from key `first` to `last`. `partial` is the result of the first head. `after` is
+/// Processes one chunk of a group, from key `first` to `last`. `partial` is the result of the first head. `after` is
 /// the thread's probable next chunk, for prefetching.
-void attend_chunk(const attention_job &job, const few_shape &s, const few_memory &memory, int64_t stream, int64_t first,
-                  int64_t last, int64_t after, float *partial) {
+void attend_chunk(const attention_job &job, const few_shape &s, const few_memory &memory, const key_group &keys,
+                  int64_t first, int64_t last, int64_t after, float *partial) {
     few_args args = {};
     args.n_tokens = static_cast<int>(s.tokens);
     args.group = static_cast<int>(s.group);
     args.width = static_cast<int>(s.width);
     args.head_v = static_cast<int>(s.head_v);
-    args.n_keys = job.n_keys();
-    const job_mask mask(job, 0, stream);
-    args.mask = mask.row;
-    args.mask_stride = mask.stride;
-    args.mask_is_f16 = mask.is_f16;
+    args.n_keys = keys.n;
+    args.mask = keys.mask;
+    args.mask_stride = keys.mask_stride;
+    args.mask_is_f16 = job.mask_is_f16();
     args.soft_cap = job.soft_cap;
     args.masks = memory.masks;
     args.scores = memory.scores;
@@ -162,11 +162,11 @@ void attend_chunk(const attention_job &job, const few_shape &s, const few_memory
             args.maximum = args.out + s.rows * s.head_v;
             args.sum = args.maximum + s.rows;
             read_slopes(job, head * s.group, s.group, slopes);
-            read_rows(job, job.k, head, stream, range, block.n, memory.keys, s.width);
+            read_rows(job, keys, job.k, head, range, block.n, memory.keys, s.width);
             if (job.v_transposed) {
-                read_columns(job, head, stream, range, block.n, memory.values);
+                read_columns(job, keys, head, range, block.n, memory.values);
             } else {
-                read_rows(job, job.v, head, stream, range, block.n, memory.values, s.head_v);
+                read_rows(job, keys, job.v, head, range, block.n, memory.values, s.head_v);
             }
             job.kern->few->attend(args, block);
         }
@@ -175,7 +175,7 @@ void attend_chunk(const attention_job &job, const few_shape &s, const few_memory
 
 /// Combines the chunks of a head; `partial` is the first one's result.
 void combine(const attention_job &job, const few_shape &s, const float *partial, int64_t step, int64_t head,
-             int64_t stream, float *dst) {
+             const key_group &keys, float *dst) {
     const float *sinks = job.sinks ? static_cast<const float *>(job.sinks->data) + head * s.group : nullptr;
     for (int64_t r = 0; r < s.rows; ++r) {
         const int64_t token = r / s.group, g = r % s.group;
@@ -188,8 +188,8 @@ void combine(const attention_job &job, const few_shape &s, const float *partial,
             weights[c] = weight(maximum(c));
             total += weights[c] * partial[c * step + s.rows * (s.head_v + 1) + r];
         }
-        float *out = dst + token * job.out_token_stride + (head * s.group + g) * job.out_head_stride +
-                     stream * job.out_stream_stride;
+        float *out = dst + (keys.first_token + token) * job.out_token_stride +
+                     (head * s.group + g) * job.out_head_stride + keys.stream * job.out_stream_stride;
         std::fill_n(out, s.head_v, 0.0f);
         if (total == 0) continue;
         for (int64_t c = 0; c < s.chunks; ++c) {
@@ -201,42 +201,40 @@ void combine(const attention_job &job, const few_shape &s, const float *partial,
 
 }  // namespace
 
-bool suits_few(const attention_job &job) {
-    const few_shape s(job);
-    return job.kern->few && s.rows <= weights_row_limit && (s.rows < 32 || s.tokens < 4);
+bool suits_few(const attention_job &job, int64_t tokens) {
+    const int64_t rows = tokens * job.group();
+    return job.kern->few && rows <= weights_row_limit && (rows < 32 || tokens < 4);
 }
 
 size_t few_bytes(const attention_job &job) {
+    int64_t most = 0;
+    while (most < job.tokens() && suits_few(job, most + 1)) ++most;
     alignas(64) float none[16];
-    return few_memory(none, few_shape(job)).bytes;  // only computes addresses; no memory is accessed
+    return few_memory(none, few_shape(job, most, 1)).bytes;  // only computes addresses; no memory is accessed
 }
 
-int64_t few_partial_floats(const attention_job &job) {
-    const few_shape s(job);
-    return s.partial_floats() * s.heads * s.chunks * job.q->ne[3];
+int64_t few_chunks(const attention_job &job, const key_group &keys) {
+    return few_shape(job, keys).chunks;
 }
 
-void few_attention_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
-    attention_job &job = *static_cast<attention_job *>(userdata);
-    const few_shape s(job);
-    const few_memory memory(job.memory->of(ith), s);
-    const int64_t streams = job.q->ne[3], n_keys = job.n_keys();
-    const int64_t stream_floats = s.heads * s.partial_floats(), step = streams * stream_floats;
+int64_t few_partial_floats(const attention_job &job, const key_group &keys) {
+    const few_shape s(job, keys);
+    return s.partial_floats() * s.heads * s.chunks;
+}
 
-    int64_t read = -1;
-    for (int64_t unit; (unit = job.next.fetch_add(1, std::memory_order_relaxed)) < streams * s.chunks;) {
-        const int64_t stream = unit / s.chunks, chunk = unit % s.chunks, first = chunk * s.chunk_keys;
-        if (stream != read) read_queries(job, s, stream, memory.q);
-        read = stream;
-        attend_chunk(job, s, memory, stream, first, std::min(n_keys, first + s.chunk_keys), first + nth * s.chunk_keys,
-                     job.partial + chunk * step + stream * stream_floats);
-        // The last thread to arrive sees what the others have written.
-        if (job.finished[static_cast<size_t>(stream)].fetch_add(1, std::memory_order_acq_rel) + 1 == s.chunks) {
-            const float *partial = job.partial + stream * stream_floats;
-            for (int64_t head = 0; head < s.heads; ++head, partial += s.partial_floats()) {
-                combine(job, s, partial, step, head, stream, static_cast<float *>(dst->data));
-            }
-        }
+void few_worker::run(const attention_part &part, int64_t chunk, int nth, std::atomic<int> *finished, float *dst) {
+    const few_shape s(job_, part.keys);
+    const few_memory memory(memory_, s);
+    const int64_t step = s.heads * s.partial_floats(), first = chunk * s.chunk_keys;
+    float *partials = job_.partial->data() + part.partial;
+    if (part_ != &part) read_queries(job_, s, part.keys, memory.q);
+    part_ = &part;
+    attend_chunk(job_, s, memory, part.keys, first, std::min(part.keys.n, first + s.chunk_keys),
+                 first + nth * s.chunk_keys, partials + chunk * step);
+    // The last thread to arrive sees what the others have written.
+    if (finished->fetch_add(1, std::memory_order_acq_rel) + 1 < s.chunks) return;
+    for (int64_t head = 0; head < s.heads; ++head) {
+        combine(job_, s, partials + head * s.partial_floats(), step, head, part.keys, dst);
     }
 }
 

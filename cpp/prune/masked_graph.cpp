@@ -52,47 +52,24 @@ void masked_graph::fill_level(const ggml_tensor *mask, const std::vector<dropped
     } else {
         hide_all<float>(mask, level->full.data(), hidden, -INFINITY);
     }
-    level->choice = {};
-    // A single token uses the host's attention, which knows only masks.
-    if (mask->ne[3] == 1 && mask->ne[1] > 1) choose_keys(mask, hidden, level);
 }
 
-void masked_graph::choose_keys(const ggml_tensor *mask, const std::vector<dropped_cell> &hidden, level_mask *level) {
-    std::vector<uint8_t> seen(static_cast<size_t>(mask->ne[0]), 0);
-    for (int64_t token = 0; token < mask->ne[1]; ++token)
-        mask_row(mask, token, 0).mark_visible(mask->ne[0], seen.data());
-    for (const dropped_cell &d : hidden) seen[static_cast<size_t>(d.cell)] = 0;
-    level->cells.clear();
-    for (size_t c = 0; c < seen.size(); ++c) {
-        if (seen[c]) level->cells.push_back(static_cast<int32_t>(c));
-    }
-    const size_t element = mask->nb[0], stride = level->cells.size() * element;
-    level->chosen.resize(stride * static_cast<size_t>(mask->ne[1]));
-    unsigned char *to = level->chosen.data();
-    for (int64_t token = 0; token < mask->ne[1]; ++token) {
-        const unsigned char *row = level->full.data() + static_cast<size_t>(token) * mask->nb[1];
-        for (int32_t c : level->cells) {
-            std::memcpy(to, row + static_cast<size_t>(c) * element, element);
-            to += element;
-        }
-    }
-    level->choice.cells = level->cells.data();
-    level->choice.n = static_cast<int64_t>(level->cells.size());
-    level->choice.mask = reinterpret_cast<const char *>(level->chosen.data());
-    level->choice.mask_stride = stride;
-}
-
-void masked_graph::fill(const graph_facts &facts, const hidden_cells &hidden) {
+void masked_graph::fill(const graph_facts &facts, const hidden_cells &hidden, const std::vector<key_group> *whole,
+                        const int32_t *own_cells) {
     while (levels_.size() < static_cast<size_t>(hidden.levels())) levels_.emplace_back();
-    for (int level = 1; level < hidden.levels(); ++level) {
-        fill_level(facts.mask, hidden.cells(level), &levels_[static_cast<size_t>(level)]);
+    std::vector<const std::vector<key_group> *> groups = {whole};
+    for (int i = 1; i < hidden.levels(); ++i) {
+        level_mask &level = levels_[static_cast<size_t>(i)];
+        fill_level(facts.mask, hidden.cells(i), &level);
+        const int64_t tokens = facts.n_tokens() / facts.mask->ne[3];
+        const char *rows = reinterpret_cast<const char *>(level.full.data());
+        groups.push_back(&level.groups.find(facts.mask, rows, tokens, own_cells));
     }
     choices_.clear();
     for (size_t s = 0; s < masks_.size(); ++s) {
-        const int level = hidden.level(static_cast<int>(s));
-        level_mask &chosen = levels_[static_cast<size_t>(level)];
-        masks_[s]->data = level == 0 ? facts.mask->data : chosen.full.data();
-        if (level > 0 && chosen.choice.mask) choices_.emplace(masks_[s], chosen.choice);
+        const size_t level = static_cast<size_t>(hidden.level(static_cast<int>(s)));
+        masks_[s]->data = level == 0 ? facts.mask->data : levels_[level].full.data();
+        if (groups[level]) choices_.emplace(masks_[s], *groups[level]);
     }
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "nodes/attention.h"
+#include "nodes/sequence_groups.h"
 #include "prune/graph_copy.h"
 #include "prune/hidden_cells.h"
 
@@ -18,8 +19,10 @@ class masked_graph {
     void build(const graph_facts &facts);
     bool is_built() const { return !nodes_.empty(); }
     void clear() { nodes_.clear(); }
-    /// Fills the masks for this ubatch. Throws std::bad_alloc.
-    void fill(const graph_facts &facts, const hidden_cells &hidden);
+    /// Fills the masks for this ubatch. `whole`: the groups of the host's mask, or null; `own_cells` as in
+    /// sequence_groups. Throws std::bad_alloc.
+    void fill(const graph_facts &facts, const hidden_cells &hidden, const std::vector<key_group> *whole,
+              const int32_t *own_cells);
     std::vector<ggml_tensor *> &nodes() { return nodes_; }
     /// The key choices for the latest ubatch.
     const key_choices &choices() const { return choices_; }
@@ -27,14 +30,11 @@ class masked_graph {
   private:
     /// The masks of one level.
     struct level_mask {
-        std::vector<unsigned char> full;    ///< the host's mask, with dropped tokens hidden
-        std::vector<unsigned char> chosen;  ///< the columns of `cells`
-        std::vector<int32_t> cells;
-        key_choice choice;
+        std::vector<unsigned char> full;  ///< the host's mask, with dropped tokens hidden
+        sequence_groups groups;
     };
 
     static void fill_level(const ggml_tensor *mask, const std::vector<dropped_cell> &hidden, level_mask *level);
-    static void choose_keys(const ggml_tensor *mask, const std::vector<dropped_cell> &hidden, level_mask *level);
 
     tensor_arena arena_;
     graph_copy copy_;

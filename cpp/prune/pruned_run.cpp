@@ -39,11 +39,12 @@ struct pruned_run::call {
 };
 
 ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, const hidden_cells &hidden,
-                            bool mask_only, const ubatch_facts &ubatch, int n_threads, const segment_fn &compute) {
+                            bool mask_only, const ubatch_facts &ubatch, const key_choices &whole, int n_threads,
+                            const segment_fn &compute) {
     const call c{facts, plan, hidden, mask_only, ubatch, n_threads, compute};
     arena_.clear();
     lists_.clear();
-    choices_.clear();
+    choices_ = whole;
     job_ = {};
     first_nodes_.clear();
     rows_ = plan.tokens;
@@ -94,7 +95,8 @@ ggml_tensor *pruned_run::make_mask(const call &c, int level) {
 
     // The same for our own attention, which skips the keys that no token sees.
     std::vector<int32_t> &cells = lists_.emplace_back(visible_cells(original, hide));
-    key_choice &choice = choices_[made];
+    key_group &choice = choices_[made].emplace_back();
+    choice.n_tokens = rows_;
     choice.cells = cells.data();
     choice.n = static_cast<int64_t>(cells.size());
     choice.mask_stride = cells.size() * original->nb[0];

@@ -30,9 +30,10 @@ class pruned_run {
     pruned_run &operator=(const pruned_run &) = delete;
 
     /// Runs the cuts of `plan`, which must have no obstacle, for the ubatch that read_ubatch has read. `mask_only`: all
-    /// tokens stay in the graph, but dropped ones are hidden. Throws std::bad_alloc.
+    /// tokens stay in the graph, but dropped ones are hidden. `whole`: the groups of the host's masks. Throws
+    /// std::bad_alloc.
     ggml_status run(const graph_facts &facts, const prune_plan &plan, const hidden_cells &hidden, bool mask_only,
-                    const ubatch_facts &ubatch, int n_threads, const segment_fn &compute);
+                    const ubatch_facts &ubatch, const key_choices &whole, int n_threads, const segment_fn &compute);
 
     /// For each token of the ubatch, the layer after which it was dropped, or -1.
     const std::vector<int32_t> &layer_of_token() const { return layer_of_token_; }

@@ -78,6 +78,7 @@ std::vector<prune_stage> pruner::recorded() const {
 
 void pruner::read_graph(ggml_tensor **nodes, int n) {
     facts_.read(nodes, n);
+    groups_.clear();
     masked_.clear();
     is_planned_ = false;
     last_ = form::none;
@@ -85,6 +86,36 @@ void pruner::read_graph(ggml_tensor **nodes, int n) {
 
 void pruner::warn_once(const std::string &obstacle) {
     if (warned_.insert(obstacle).second) log_line(log_warn, "token pruning is off: " + obstacle);
+}
+
+/// Divides the tokens of this call by the host's masks.
+void pruner::divide(bool has_cache) {
+    whole_.clear();
+    own_cells_.clear();
+    if (has_cache && facts_.k_cells && facts_.mask->ne[3] == 1) {
+        const int64_t *indices = static_cast<const int64_t *>(facts_.k_cells->data),
+                      offset = cell_offset(facts_.sites[0]);
+        for (int64_t t = 0; t < facts_.k_cells->ne[0]; ++t) {
+            const int64_t cell = indices[t] - offset;
+            if (cell < 0 || cell >= facts_.mask->ne[0]) {
+                own_cells_.clear();
+                break;
+            }
+            own_cells_.push_back(static_cast<int32_t>(cell));
+        }
+    }
+    for (const attention_site &site : facts_.sites) {
+        const ggml_tensor *mask = site.mask;
+        // Inputs of the host: they are filled before the graph runs.
+        if (!mask || mask->op != host.op_none || !mask->data || whole_.count(mask) != 0) continue;
+        const bool readable = (mask->type == ggml_type_f16 || mask->type == ggml_type_f32) && mask->ne[2] == 1 &&
+                              mask->ne[0] == site.k->ne[1] && mask->ne[1] >= site.q->ne[1] &&
+                              mask->ne[3] == site.q->ne[3];
+        if (!readable) continue;
+        const bool known = mask == facts_.mask && own_cells_.size() == static_cast<size_t>(site.q->ne[1]);
+        const char *rows = static_cast<const char *>(mask->data);
+        whole_[mask] = groups_[mask].find(mask, rows, site.q->ne[1], known ? own_cells_.data() : nullptr);
+    }
 }
 
 /// Whether this ubatch should and can be pruned.
@@ -114,13 +145,14 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
     // Models with several masks are never pruned, so nothing needs hiding.
     const bool has_cache = facts_.mask && !facts_.ambiguous && !facts_.unknown_store && !facts_.sites.empty();
     const bool any_hidden = has_cache && hidden_.find(facts_);
+    divide(has_cache);
     if (may_prune()) {
         last_ = form::pruned;
         const auto segment = [&](ggml_tensor **part, int size, const key_choices &choices) {
             return compute(part, size, false, choices);
         };
         const ggml_status status =
-            pruned_.run(facts_, plan_, hidden_, settings_.mask_only, ubatch_, n_threads, segment);
+            pruned_.run(facts_, plan_, hidden_, settings_.mask_only, ubatch_, whole_, n_threads, segment);
         prune_history::of_thread().record(ubatch_.position, pruned_.layer_of_token());
         prune_history::of_thread().record_importance(pruned_.importance());
         prune_history::of_thread().record_head_weights(pruned_.head_weights());
@@ -136,9 +168,11 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
     const form now = any_hidden || masked_.is_built() ? form::masked : form::host;
     const bool same = repeated && last_ == now;
     last_ = now;
-    if (now == form::host) return compute(nodes, n, same, {});
+    if (now == form::host) return compute(nodes, n, same, whole_);
     if (!masked_.is_built()) masked_.build(facts_);
-    masked_.fill(facts_, hidden_);
+    const auto whole = whole_.find(facts_.mask);
+    masked_.fill(facts_, hidden_, whole == whole_.end() ? nullptr : &whole->second,
+                 own_cells_.empty() ? nullptr : own_cells_.data());
     return compute(masked_.nodes().data(), n, same, masked_.choices());
 }
 

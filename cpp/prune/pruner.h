@@ -3,11 +3,13 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "graph/ubatch.h"
+#include "nodes/sequence_groups.h"
 #include "prune/hidden_cells.h"
 #include "prune/masked_graph.h"
 #include "prune/prune_plan.h"
@@ -35,6 +37,7 @@ class pruner {
 
   private:
     void read_graph(ggml_tensor **nodes, int n);
+    void divide(bool has_cache);
     std::vector<prune_stage> stages() const;
     std::vector<prune_stage> recorded() const;
     bool may_prune();
@@ -52,6 +55,9 @@ class pruner {
     enum class form : uint8_t { none, host, masked, pruned } last_ = form::none;  ///< how the latest graph was computed
 
     hidden_cells hidden_;
+    std::map<const ggml_tensor *, sequence_groups> groups_;  ///< by mask of the latest graph
+    key_choices whole_;                                      ///< these groups
+    std::vector<int32_t> own_cells_;                         ///< column of each token in the only mask; empty: unknown
     pruned_run pruned_;
     ubatch_facts ubatch_;
 };

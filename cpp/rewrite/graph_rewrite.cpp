@@ -109,11 +109,8 @@ ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, 
     for (activation_set &s : sets_) s.next.store(0, std::memory_order_relaxed);
     for (product &p : products_) p.next.store(0, std::memory_order_relaxed);
     for (attention_job &a : attentions_) {
-        a.next.store(0, std::memory_order_relaxed);
-        a.partial = partial_.data();
         const auto choice = choices.find(a.mask);
-        a.choice = choice == choices.end() ? nullptr : &choice->second;
-        for (std::atomic<int> &n : a.finished) n.store(0, std::memory_order_relaxed);
+        begin_attention(&a, choice == choices.end() ? nullptr : &choice->second, n_threads);
     }
     return graph_;
 }
@@ -258,15 +255,11 @@ attention_job &graph_rewriter::new_attention() {
 
 void graph_rewriter::add_attention(ggml_tensor *node, attention_job *job) {
     job->memory = &scratch_;
+    job->partial = &partial_;
     thread_bytes_ = std::max(thread_bytes_, attention_bytes(*job));
-    if (job->few) {
-        const size_t floats = static_cast<size_t>(few_partial_floats(*job));
-        if (partial_.size() < floats) partial_.resize(floats);
-        job->finished = std::vector<std::atomic<int>>(static_cast<size_t>(job->q->ne[3]));
-    }
     ggml_tensor *args[4] = {const_cast<ggml_tensor *>(job->q), const_cast<ggml_tensor *>(job->k),
                             const_cast<ggml_tensor *>(job->v), const_cast<ggml_tensor *>(job->mask)};
-    add_custom(node, args, job->mask ? 4 : 3, job->few ? node::attend_few : node::attend, job);
+    add_custom(node, args, job->mask ? 4 : 3, node::attend, job);
 }
 
 void graph_rewriter::add_clock(const std::string &label) {

@@ -225,8 +225,10 @@ void weigh(const attention_args &args, const row_state &state, int row, const ke
         for (int i = 0; i < batch * C; ++i) {
             const int at = r + i / C;
             const __m512 top = _mm512_permutexvar_ps(_mm512_set1_epi32(at), tops);
-            const __m512 unit = _mm512_set1_ps(biased ? 1.0f : state.q_scale[row + at]);
-            x[i] = _mm512_fmsub_ps(_mm512_load_ps(scores[at] + 16 * (i % C)), unit, top);
+            // Rounded before the difference, as with a bias: a row gets the same bits in every tile.
+            __m512 score = _mm512_load_ps(scores[at] + 16 * (i % C));
+            if (!biased) score = _mm512_mul_ps(score, _mm512_set1_ps(state.q_scale[row + at]));
+            x[i] = _mm512_sub_ps(score, top);
         }
         powers_of_two(x);
         AGQ_UNROLL
