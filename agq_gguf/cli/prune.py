@@ -43,6 +43,14 @@ def calibrate_pruning(
     answers: Annotated[
         float, typer.Option(min=0.01, max=1, help="Part of the model's right answers that must stay right.")
     ] = 0.95,
+    overlap: Annotated[
+        bool,
+        typer.Option(
+            "--overlap",
+            help="Let the words of the question count, too: saves more, but fails more often if a question uses other "
+            "words than the text.",
+        ),
+    ] = False,
     share: Annotated[
         float | None,
         typer.Option(
@@ -118,6 +126,7 @@ def calibrate_pruning(
     choice = PruneOptions(
         share=share,
         answers=answers,
+        overlap=overlap,
         score=score,
         keep=keep,
         reach=reach,

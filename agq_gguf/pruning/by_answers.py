@@ -83,7 +83,7 @@ def by_answers(
             for first in (0, n)
         ]
         learn, check = (Questions(model, prompts, choice.threads, count) for prompts in halves)
-        plan, kept = keep_answers(learn, check, work, layers, choice.answers)
+        plan, kept = keep_answers(learn, check, work, layers, choice.answers, overlap=choice.overlap)
         examples = examples_of(model, tokens_of_text(model, text), choice)
         run = Runtime(model, examples, choice.threads, lambda: None)
         base, found = run(Plan(()), ()), run(plan, ())
@@ -93,12 +93,13 @@ def by_answers(
 
 
 def keep_answers(
-    learn: Questions, check: Questions, work: Work, allowed: Sequence[int], promised: float
+    learn: Questions, check: Questions, work: Work, allowed: Sequence[int], promised: float, *, overlap: bool = False
 ) -> tuple[Plan, Kept]:
     """The plan that saves most of what keeps the share `promised` of the answers, and what it kept.
 
     `learn` chooses heads and layers, `check` thresholds; the result is measured on `check`. `allowed` are the layers
-    that can prune. Raises InputError if the model answers too few questions, or if no setting keeps its promise.
+    that can prune. With `overlap`, the words of the question may count. Raises InputError if the model answers too few
+    questions, or if no setting keeps its promise.
     """
     layers = range(max(allowed) + 1)
     learned, right_learned = learn.see(layers)
@@ -110,7 +111,7 @@ def keep_answers(
             "pruning costs; choose a share of the work with --share"
         )
     answered = [seen for seen, right in zip(checked, right_checked, strict=True) if right]
-    cuts = _cuts(learned, answered, work, allowed)
+    cuts = _cuts(learned, answered, work, allowed, overlap)
     for step in _STEPS:
         plan = with_thresholds(cuts, answered, step)
         alive = [survivors(seen, plan) for seen in answered]
@@ -149,7 +150,7 @@ def _kept(check: Questions, work: Work, unpruned: Answers, pruned: Answers, prom
     )
 
 
-def _cuts(learned: Sequence[Seen], checked: Sequence[Seen], work: Work, allowed: Sequence[int]) -> Plan:
+def _cuts(learned: Sequence[Seen], checked: Sequence[Seen], work: Work, allowed: Sequence[int], overlap: bool) -> Plan:
     """The layers to prune after and their heads; thresholds are 0.
 
     The main layer is the first that can leave out most of a prompt. An earlier, generous cut and a later, harder one
@@ -160,8 +161,8 @@ def _cuts(learned: Sequence[Seen], checked: Sequence[Seen], work: Work, allowed:
     stay: dict[int, float] = {}  # the share of a prompt that must stay
     for layer in allowed:
         plain = Heads(choose_heads(learned, layer, bare, HEADS_PER_LAYER))
-        words = replace(plain, tail=learned[0].tail)
-        found = {chosen: _stay(checked, chosen, bare) for chosen in (plain, words)}
+        words = [replace(plain, tail=learned[0].tail)] if overlap else []
+        found = {chosen: _stay(checked, chosen, bare) for chosen in (plain, *words)}
         of_layer[layer] = min(found, key=found.__getitem__)
         stay[layer] = found[of_layer[layer]]
     deep = [layer for layer in allowed if layer >= work.n_layer / 6] or list(allowed)

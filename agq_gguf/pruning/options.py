@@ -19,6 +19,7 @@ class PruneOptions:
 
     share: float | None = None  # of a prompt's work to save; 0: remove the records; None: as much as `answers` allows
     answers: float = 0.95  # without a share: the part of the model's right answers that must stay right
+    overlap: bool = False  # without a share: words of the question count, too; this saves more, and misses paraphrases
     score: str | None = None  # with a share; None: the better of `recent` and `learned`
     keep: int | None = None  # the last tokens that are never dropped; None: the score's default
     reach: int | None = None  # places within which a token gets the highest importance; None: the score's default
