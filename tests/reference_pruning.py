@@ -4,6 +4,10 @@ What docs/pruning.md promises, written down once more with nothing of the plugin
 layers; behind the attention of a pruning layer the least important of its tokens leave, and take part in nothing
 afterwards, neither in this call nor, as keys and values, in later ones. The K/V cache of each layer holds only the
 tokens that were there.
+
+With the score `heads`, tokens are kept as they are behind the attention of the first pruning layer. A call without
+outputs ends there. A later call chooses among its own tokens and those that waited, and with a threshold also among
+those that an earlier call has dropped.
 """
 
 from __future__ import annotations
@@ -69,10 +73,9 @@ def learned(states: Array, direction: Array) -> Array:
     return result
 
 
-def observed(weights: Array) -> Array:
-    """[heads, T]: the largest weight that the last tokens of a call give each of its T tokens."""
-    tokens, cells = weights.shape[1:]
-    result: Array = weights[:, -OBSERVERS:, cells - tokens :].max(1)
+def observed(weights: Array, n_own: int) -> Array:
+    """[heads, cells]: the largest weight that the last of the `n_own` tokens of a call give each cell."""
+    result: Array = weights[:, -min(OBSERVERS, n_own) :].max(1)
     return result
 
 
@@ -123,16 +126,32 @@ class PrunedReference:
         self.n_past = 0
         self.seen: dict[tuple[int, int], Array] = {}  # of the last call, by layer and head: `observed`, by token
         self.left_behind: NDArray[np.int64] = np.empty(0, np.int64)  # of the last call: layer of each token, or -1
+        self.layers: dict[int, int] = {}  # the same by position, of all calls
+        heads = bool(rules) and all(r.heads and not r.reuse for r in rules.values())
+        self.first = min(rules) if heads and min(rules) > 0 else None  # behind it tokens are kept
+        self.kept: dict[int, tuple[Array, int]] = {}  # by position: state and id
+        self.waiting: set[int] = set()  # positions that no question has seen
 
     def run(self, tokens: list[int], outputs: list[int] | None = None) -> Array:
         """Logits [outputs, vocabulary] of the tokens with these indices of the call; None: of the last one."""
         m = self.model
         outputs = [len(tokens) - 1] if outputs is None else outputs
-        positions = np.arange(self.n_past, self.n_past + len(tokens))
-        self.n_past += len(tokens)
-        here = np.arange(len(tokens))  # indices of the tokens that are still there
-        self.left_behind = np.full(len(tokens), -1)
-        protected = np.isin(here, outputs) | (positions == 0)
+        n_own = len(tokens)
+        own_positions = np.arange(self.n_past, self.n_past + n_own)
+        early = self._candidates(n_own) if outputs else []
+        positions = np.concatenate([np.array(early, np.int64), own_positions])
+        everything = [self.kept[p][1] for p in early] + list(tokens)
+        self.n_past += n_own
+        n_early, n_all = len(early), len(everything)
+        here = np.arange(n_early, n_all)  # indices of the tokens that are still there
+        left_behind = np.full(n_all, -1)
+        protected = np.isin(np.arange(n_all), n_early + np.array(outputs, int)) | (positions == 0)
+        waited = any(p in self.waiting for p in early)
+        prunes = n_own + len(self.waiting.intersection(early)) >= self.shortest or (bool(early) and not waited)
+        prunes = prunes and n_own > 1
+        of_prompt = np.isin(positions, [*self.waiting, *own_positions.tolist()])  # the others were dropped before
+        if n_own < self.shortest and not waited:
+            protected[n_early:] = True
         self.seen = {}
         x = m.weight("token_embd.weight")[tokens]
         gone: list[tuple[Array, NDArray[np.int64]]] = []  # states and positions of tokens that are used again
@@ -142,35 +161,59 @@ class PrunedReference:
                 self._store(m.norm(state, f"{block}.attn_norm.weight"), i, old)
             mixed, weights = self._attention(m.norm(x, f"{block}.attn_norm.weight"), i, positions[here])
             x = x + mixed
-            for head, largest in enumerate(observed(weights)):
-                self.seen[i, head] = np.zeros(len(tokens))
-                self.seen[i, head][here] = largest
-            if i in self.rules and len(tokens) >= self.shortest:
-                cells = np.concatenate(self.caches[i].positions)
+            cells = np.concatenate(self.caches[i].positions)
+            column = {p: c for c, p in enumerate(cells.tolist())}
+            alive = here if self.first is None or i > self.first else np.arange(n_all)
+            columns = [column[p] for p in positions[alive].tolist()]
+            for head, largest in enumerate(observed(weights, int((here >= n_early).sum()))):
+                self.seen[i, head] = np.zeros(n_all)
+                self.seen[i, head][alive] = largest[columns]
+            if i == self.first:
+                self.kept.update({p: (s, t) for p, s, t in zip(own_positions.tolist(), x, tokens, strict=True)})
+                if not outputs:
+                    self.waiting.update(own_positions.tolist())
+                    return np.empty((0, 0))
+                x = np.concatenate([*(self.kept[p][0][None] for p in early), x])
+                here = np.arange(n_all)
+            if i in self.rules and prunes:
                 rule = self.rules[i]
-                kept = len(tokens) - max(rule.keep, always_kept(self.score))
-                stays = protected[here] | (here >= kept)
+                kept = n_all - max(rule.keep, always_kept(self.score))
+                stays = protected[here] | ((here >= kept) & of_prompt[here])
                 if rule.direction is not None:
                     values = learned(x, rule.direction)
                 elif rule.heads:
                     measures = [(self.seen[head][here], rule.reach) for head in rule.heads]
                     if rule.tail is not None:
-                        measures.append((overlap(tokens, rule.tail)[here], 0))
-                    values, rule = shares(measures, stays, len(tokens)), replace(rule, reach=0)
+                        measures.append((overlap(everything, rule.tail)[here], 0))
+                    values, rule = shares(measures, stays, n_all), replace(rule, reach=0)
                 else:
                     values = importance(weights, positions[here], cells, self.score)
                 dropped = choose(values, rule, stays)
-                self.left_behind[here[dropped]] = i
+                left_behind[here[dropped]] = i
                 if self.rules[i].reuse and dropped.any():
                     gone.append((x[dropped], positions[here[dropped]]))
                 x, here = x[~dropped], here[~dropped]
             x = x + m.swiglu(m.norm(x, f"{block}.ffn_norm.weight"), block)
-        x = m.norm(x[np.isin(here, outputs)], "output_norm.weight")
+        self.left_behind = left_behind[n_early:]
+        self.layers.update(zip(positions.tolist(), left_behind.tolist(), strict=True))
+        self.waiting.difference_update(early)
+        x = m.norm(x[np.isin(here, n_early + np.array(outputs))], "output_norm.weight")
         return m.linear(x, "output.weight" if "output.weight" in m.tensors else "token_embd.weight")
+
+    def _candidates(self, n_own: int) -> list[int]:
+        """Positions of earlier tokens that a call may compute behind the first pruning layer."""
+        if self.first is None:
+            return []
+        there = set(np.concatenate([*self.caches[-1].positions, np.empty(0, np.int64)]).tolist())
+        revives = n_own > 1 and self.rules[self.first].threshold is not None
+        return sorted(p for p in self.kept if p not in there and (revives or p in self.waiting))
 
     def _store(self, x: Array, layer: int, positions: NDArray[np.int64]) -> None:
         """Keys and values of these tokens; extends the cache."""
         m, block, cache = self.model, f"blk.{layer}", self.caches[layer]
+        for i, old in enumerate(cache.positions):  # a token may be computed once more
+            stays = ~np.isin(old, positions)
+            cache.keys[i], cache.values[i], cache.positions[i] = cache.keys[i][stays], cache.values[i][stays], old[stays]
         cache.keys.append(m.rope(m.linear(x, f"{block}.attn_k.weight").reshape(len(x), m.n_kv, -1), positions))
         cache.values.append(m.linear(x, f"{block}.attn_v.weight").reshape(len(x), m.n_kv, -1))
         cache.positions.append(positions)

@@ -177,7 +177,7 @@ def test_score_heads(model: GetModel, tmp_path: Path, arch: str) -> None:
     [
         ("1:0.5;score=heads", "neither the file nor AGQ_PRUNE names heads for layer 1"),
         ("1:0.5;score=heads;heads=1:1.99", "heads, so there is no head 99"),
-        ("1:0.5;score=heads;heads=all", "a ubatch does not end its prompt"),
+        ("0:0.5;score=heads;heads=all", "a ubatch does not end its prompt"),
     ],
 )
 def test_obstacles_of_heads(model: GetModel, spec: str, reason: str) -> None:

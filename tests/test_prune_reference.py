@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,22 +178,41 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def check(model: LowModel, path: Path, rules: dict[int, Rule], score: str, calls: list[list[int]], **how: Any) -> int:
-    """Runs the calls both ways, the K/V cache in F32; returns how many tokens were dropped."""
+def check(
+    model: LowModel,
+    path: Path,
+    rules: dict[int, Rule],
+    score: str,
+    calls: list[list[int]],
+    waits: Container[int] = (),
+    **how: Any,
+) -> tuple[int, int]:
+    """Runs the calls both ways, the K/V cache in F32; returns how many tokens were dropped, and brought back.
+
+    Nobody wants logits of the calls with the indices `waits`.
+    """
     reference = PrunedReference(ReferenceModel(path), rules, score)
-    dropped, n_past = 0, 0
+    dropped, brought_back, n_past = 0, 0, 0
     # With flash attention libllama makes keys and values of a cache in F32 to F16.
     exact = not how.get("flash")
+    before = np.empty(0, int)
     with model.context(spec_of(rules, score), cache="f32" if exact else "f16", **how) as context:
-        for tokens in calls:
+        for i, tokens in enumerate(calls):
+            if i in waits:
+                reference.run(tokens, [])
+                context.run(tokens, n_past)
+                n_past += len(tokens)
+                continue
             wanted, found = reference.run(tokens)[0], context.decode(tokens, n_past)[0]
             n_past += len(tokens)
-            if len(tokens) >= reference.shortest:
-                left = np.array(agq_gguf.last_pruned())[-len(tokens) :]
-                np.testing.assert_array_equal(left, reference.left_behind)
-                dropped += int((left >= 0).sum())
+            now = np.array(agq_gguf.last_pruned())
+            np.testing.assert_array_equal(now, [reference.layers[p] for p in range(n_past)])
+            before = np.concatenate([before, np.full(n_past - len(before), -1)])
+            dropped += int((now > before).sum())
+            brought_back += int((now < before).sum())
+            before = now
             assert relative(found, wanted) < (CLOSE if exact else F16_NOISE)
-    return dropped
+    return dropped, brought_back
 
 
 @pytest.mark.parametrize("flash", [False, True])
@@ -201,7 +220,7 @@ def check(model: LowModel, path: Path, rules: dict[int, Rule], score: str, calls
 @pytest.mark.parametrize("name", RULES)
 def test_plugin_agrees_with_removal(float32: Path, running: LowModel, name: str, score: str, flash: bool) -> None:
     calls = [prompt(150), [301], [302], [303]]
-    assert check(running, float32, RULES[name], score, calls, flash=flash) > 60
+    assert check(running, float32, RULES[name], score, calls, flash=flash)[0] > 60
 
 
 HEADS = {
@@ -222,7 +241,34 @@ HEADS = {
 def test_plugin_agrees_on_heads(float32: Path, running: LowModel, name: str, flash: bool) -> None:
     """Also in a later turn, whose queries see the cells of the first."""
     calls = [prompt(150), [301], prompt(100, seed=6), [302]]
-    assert check(running, float32, HEADS[name], "heads", calls, flash=flash) > 60
+    dropped, brought_back = check(running, float32, HEADS[name], "heads", calls, flash=flash)
+    assert dropped > 60 and (brought_back > 5) == (name == "threshold")
+
+
+PIECES = {
+    "one cut": {1: Rule(share=0.5, heads=((1, 2), (0, 1)), reach=2)},
+    "two cuts": {
+        1: Rule(share=0.3, reach=3, keep=40, heads=((0, 1), (1, 0))),
+        3: Rule(share=0.5, reach=3, keep=40, heads=((0, 1), (1, 3), (2, 0), (3, 3))),
+    },
+    "with the words of the question": {i: Rule(share=0.4, reach=2, heads=((0, 2),), tail=5) for i in (1, 2)},
+    "threshold": {2: Rule(threshold=0.95, keep=32, reach=4, heads=((0, 2), (1, 2)))},
+    "two thresholds": {
+        1: Rule(threshold=0.7, reach=4, heads=((0, 2), (1, 2))),
+        2: Rule(threshold=0.9, reach=4, heads=((0, 2), (2, 1))),
+    },
+}
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("name", PIECES)
+def test_plugin_agrees_on_prompts_in_pieces(float32: Path, running: LowModel, name: str, flash: bool) -> None:
+    """Pieces wait for their question. A later, short question brings tokens back if there are thresholds."""
+    calls = [prompt(90), prompt(64, seed=1), prompt(100, seed=2), [301], prompt(30, seed=4), [302]]
+    # A single token cannot choose, so it sees all that waited.
+    calls += [prompt(70, seed=7), [303], prompt(40, seed=8), prompt(50, seed=9), [304]]
+    dropped, brought_back = check(running, float32, PIECES[name], "heads", calls, {0, 1, 6, 8}, flash=flash)
+    assert dropped > 60 and (brought_back > 5) == ("threshold" in name)
 
 
 def test_weights_of_heads(float32: Path, running: LowModel) -> None:
@@ -243,8 +289,8 @@ def test_weights_of_heads(float32: Path, running: LowModel) -> None:
 def test_plugin_agrees_over_several_calls(float32: Path, running: LowModel) -> None:
     """Prompts in pieces, a turn of chat too short to prune, another that is long enough."""
     calls = [prompt(120), prompt(90, seed=1), [305], prompt(40, seed=2), [306], prompt(100, seed=3), [307]]
-    assert check(running, float32, RULES["two layers"], "received", calls) > 150
-    assert check(running, float32, {1: Rule(threshold=0.9)}, "recent", calls, flash=True) > 50
+    assert check(running, float32, RULES["two layers"], "received", calls)[0] > 150
+    assert check(running, float32, {1: Rule(threshold=0.9)}, "recent", calls, flash=True)[0] > 50
 
 
 @pytest.mark.parametrize("reuse", [False, True])

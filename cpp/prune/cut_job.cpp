@@ -1,9 +1,11 @@
 #include "prune/cut_job.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "graph/mask_view.h"
+#include "host/tensor_rows.h"
 
 namespace agq {
 
@@ -20,6 +22,26 @@ void copy_mask_row(const cut_job::mask &m, const char *from_row, char *to_row, E
     }
     if (m.hidden) {
         for (int32_t c : *m.hidden) to[c] = hidden;
+    }
+}
+
+template <typename Element>
+void fill_ordered_row(const cut_job::ordered_mask &m, char *to_row, int32_t seen, Element hidden) {
+    Element *to = reinterpret_cast<Element *>(to_row);
+    std::fill_n(to, m.n_columns, hidden);
+    if (m.columns_only) {
+        std::fill_n(to, seen, Element{});
+    } else {
+        for (int32_t i = 0; i < seen; ++i) to[(*m.cells)[static_cast<size_t>(i)]] = Element{};
+    }
+}
+
+void copy_record(const cut_job::pack &p, int64_t i) {
+    char *record = (*p.records)[static_cast<size_t>(i)] + p.offset;
+    for (int64_t b = 0; b < p.blocks; ++b) {
+        char *in_tensor = p.tensor + static_cast<size_t>(b * p.rows + i) * p.bytes;
+        char *in_record = record + static_cast<size_t>(b) * p.bytes;
+        std::memcpy(p.to_tensor ? in_tensor : in_record, p.to_tensor ? in_record : in_tensor, p.bytes);
     }
 }
 
@@ -47,9 +69,43 @@ void cut_node(ggml_tensor *, int ith, int nth, void *userdata) {
             }
         }
     }
+    for (const cut_job::pack &p : job.packs) {
+        const int64_t rows = static_cast<int64_t>(p.records->size());
+        for (int64_t i = rows * ith / nth; i < rows * (ith + 1) / nth; ++i) copy_record(p, i);
+    }
+    for (const cut_job::ordered_mask &m : job.ordered_masks) {
+        const int64_t rows = static_cast<int64_t>(m.seen->size());
+        for (int64_t i = rows * ith / nth; i < rows * (ith + 1) / nth; ++i) {
+            char *to = m.to + static_cast<size_t>(i) * m.stride;
+            const int32_t seen = (*m.seen)[static_cast<size_t>(i)];
+            if (m.is_f16) {
+                fill_ordered_row<uint16_t>(m, to, seen, hidden_f16);
+            } else {
+                fill_ordered_row<float>(m, to, seen, -INFINITY);
+            }
+        }
+    }
+    for (const cut_job::cell_numbers &c : job.numbers) {
+        const int64_t rows = static_cast<int64_t>(c.cells->size());
+        for (int64_t i = rows * ith / nth; i < rows * (ith + 1) / nth; ++i) {
+            for (int64_t j = 0; j < c.each; ++j) {
+                c.to[i * c.each + j] = (*c.cells)[static_cast<size_t>(i)] + j * c.step;
+            }
+        }
+    }
+    for (const cut_job::queries &q : job.observers) {
+        for (int64_t i = q.n * ith / nth; i < q.n * (ith + 1) / nth; ++i) {
+            for (int64_t h = 0; h < q.from->ne[2]; ++h) {
+                std::memcpy(q.to + i * q.token_stride + h * q.head_stride, row_address(q.from, q.first + i, h, 0),
+                            sizeof(float) * static_cast<size_t>(q.from->ne[0]));
+            }
+        }
+    }
     const size_t n = job.clears.size(), part = static_cast<size_t>(ith), parts = static_cast<size_t>(nth);
     for (size_t i = n * part / parts; i < n * (part + 1) / parts; ++i) {
-        std::memset(job.clears[i].at, 0, job.clears[i].bytes);
+        const cut_job::zeros &z = job.clears[i];
+        std::memset(z.at, 0, z.bytes);
+        if (z.begin) std::memcpy(z.at, z.begin->data(), z.begin->size());
     }
 }
 

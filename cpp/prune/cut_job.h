@@ -31,16 +31,55 @@ struct cut_job {
         const std::vector<int32_t> *hidden;
         const std::vector<int32_t> *columns;
     };
+    /// Copies between a tensor with `rows` tokens and records of single tokens: block b of token i of the tensor stands
+    /// at `tensor + (b * rows + i) * bytes`, and in record i at `offset + b * bytes`.
+    struct pack {
+        char *tensor;
+        size_t bytes, offset;
+        int64_t blocks, rows;
+        const std::vector<char *> *records;
+        bool to_tensor;
+    };
+    /// A mask in which row i sees the first `seen[i]` of `cells`. With `columns_only`, it has only these columns.
+    struct ordered_mask {
+        char *to;
+        size_t stride;
+        int64_t n_columns;
+        bool is_f16, columns_only;
+        const std::vector<int32_t> *cells;
+        const std::vector<int32_t> *seen;
+    };
+    /// Cell numbers for a store: `each` numbers a token, the j-th is its cell plus j times `step`.
+    struct cell_numbers {
+        int64_t *to;
+        int64_t each, step;
+        const std::vector<int32_t> *cells;
+    };
+    /// Copies the queries of tokens `first` to `first + n - 1`: token t goes to `to + t * token_stride`, and its head h
+    /// to h * head_stride behind that. Strides count floats.
+    struct queries {
+        const ggml_tensor *from;
+        float *to;
+        int64_t first, n, token_stride, head_stride;
+    };
     struct zeros {
         char *at;
         size_t bytes;
+        const std::vector<char> *begin = nullptr;  ///< the first bytes, if they are not zero
     };
 
     std::vector<gather> gathers;
     std::vector<mask> masks;
+    std::vector<pack> packs;
+    std::vector<ordered_mask> ordered_masks;
+    std::vector<cell_numbers> numbers;
+    std::vector<queries> observers;
     std::vector<zeros> clears;
 
-    bool empty() const { return gathers.empty() && masks.empty() && clears.empty(); }
+    bool empty() const {
+        return gathers.empty() && masks.empty() && packs.empty() && ordered_masks.empty() && numbers.empty() &&
+               observers.empty() && clears.empty();
+    }
 };
 
 /// Function of the custom node; `userdata` is the cut_job.

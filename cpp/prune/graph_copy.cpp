@@ -95,7 +95,8 @@ ggml_tensor *graph_copy::node(int i, int64_t tokens_now, ggml_tensor *mask, int 
     ggml_tensor *copy = arena_->copy(original);
     std::copy_n(sources, ggml_max_src, copy->src);
     if (mask) copy->src[mask_slot] = mask;
-    if (dims_ && tokens_now != tokens_ && (*dims_)[static_cast<size_t>(i)]) {
+    const bool moves = tokens_now != tokens_ || is_view_op(original);  // a view shows the replacement
+    if (dims_ && moves && (*dims_)[static_cast<size_t>(i)]) {
         shrink(copy, original, (*dims_)[static_cast<size_t>(i)], tokens_now);
     }
     replace(i, copy);

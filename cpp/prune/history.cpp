@@ -26,6 +26,10 @@ void prune_history::record_kept(int32_t position, size_t n) {
     if (begin_at(position, n)) layers_.resize(layers_.size() + n, -1);
 }
 
+void prune_history::record_at(int32_t position, int32_t layer) {
+    if (position >= 0 && static_cast<size_t>(position) < layers_.size()) layers_[static_cast<size_t>(position)] = layer;
+}
+
 prune_history &prune_history::of_thread() {
     return thread_value<prune_history, prune_history>();
 }

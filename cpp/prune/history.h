@@ -17,6 +17,8 @@ class prune_history {
     void record(int32_t position, const std::vector<int32_t> &layer_of_token);
     /// The same for a ubatch of `n` tokens, none of them dropped.
     void record_kept(int32_t position, size_t n);
+    /// Sets the layer of single positions, if they are known.
+    void record_at(int32_t position, int32_t layer);
     const std::vector<int32_t> &layers() const { return layers_; }
 
     /// Records, by pruning layer, the importance of each token of the ubatch that was pruned last.

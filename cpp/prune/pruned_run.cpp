@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "graph/mask_view.h"
+#include "host/tensor_rows.h"
 #include "scores/selection.h"
 
 namespace agq {
@@ -24,6 +25,16 @@ std::vector<int32_t> visible_cells(const ggml_tensor *mask, const std::vector<in
     return cells;
 }
 
+/// The size of a token's queries in all measured attentions before that with index `end`.
+size_t query_floats(const graph_facts &facts, const prune_plan &plan, int end) {
+    int64_t floats = 0;
+    for (const head_site &p : plan.probes) {
+        const ggml_tensor *q = facts.sites[static_cast<size_t>(p.site)].q;
+        if (p.site < end) floats += q->ne[0] * q->ne[2];
+    }
+    return static_cast<size_t>(floats);
+}
+
 }  // namespace
 
 struct pruned_run::call {
@@ -32,30 +43,27 @@ struct pruned_run::call {
     const hidden_cells &hidden;
     bool mask_only;
     const ubatch_facts &ubatch;
+    const early_work &early;
+    bool defers;
     int n_threads;
     const segment_fn &compute;
 
+    size_t n_early() const { return early.tokens.missing.size(); }
     ggml_backend_buffer *buffer() const { return facts.tensors[0]->buffer; }
 };
 
 ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, const hidden_cells &hidden,
-                            bool mask_only, const ubatch_facts &ubatch, const key_choices &whole, int n_threads,
-                            const segment_fn &compute) {
-    const call c{facts, plan, hidden, mask_only, ubatch, n_threads, compute};
-    arena_.clear();
-    lists_.clear();
+                            bool mask_only, const ubatch_facts &ubatch, const key_choices &whole,
+                            const early_work &early, int n_threads, const segment_fn &compute) {
+    const call c{facts, plan, hidden, mask_only, ubatch, early, false, n_threads, compute};
+    begin(c);
     choices_ = whole;
-    job_ = {};
-    first_nodes_.clear();
-    rows_ = plan.tokens;
-    copy_.begin(&facts, &plan.dims, plan.tokens, &arena_);
-    alive_.resize(static_cast<size_t>(plan.tokens));
-    for (size_t t = 0; t < alive_.size(); ++t) alive_[t] = static_cast<int32_t>(t);
-    gone_cells_.clear();
-    layer_of_token_.assign(alive_.size(), -1);
-    seen_importance_.clear();
-    head_weights_.clear();
+    if (early.graph) early.graph->begin(early.tokens);
     for (size_t segment = 0; segment <= plan.cuts.size(); ++segment) {
+        if (early.graph && segment > 0) {
+            const ggml_status status = early.graph->run(segment, early_alive_, hidden, c.buffer(), compute);
+            if (status != status_success) return status;
+        }
         const ggml_status status = run_segment(c, segment);
         if (status != status_success) return status;
         if (segment == plan.cuts.size()) break;
@@ -63,6 +71,55 @@ ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, co
         apply_cut(c, plan.cuts[segment]);
     }
     return status_success;
+}
+
+ggml_status pruned_run::defer(const graph_facts &facts, const prune_plan &plan, const hidden_cells &hidden,
+                              const ubatch_facts &ubatch, const key_choices &whole, const early_work &early,
+                              const segment_fn &compute) {
+    const call c{facts, plan, hidden, false, ubatch, early, true, 1, compute};
+    begin(c);
+    choices_ = whole;
+    return run_segment(c, 0);
+}
+
+void pruned_run::begin(const call &c) {
+    arena_.clear();
+    lists_.clear();
+    job_ = {};
+    first_nodes_.clear();
+    rows_ = c.plan.tokens;
+    copy_.begin(&c.facts, &c.plan.dims, c.plan.tokens, &arena_);
+    alive_.resize(static_cast<size_t>(c.plan.tokens));
+    for (size_t t = 0; t < alive_.size(); ++t) alive_[t] = static_cast<int32_t>(t);
+    early_alive_.resize(c.n_early());
+    for (size_t i = 0; i < early_alive_.size(); ++i) early_alive_[i] = static_cast<int32_t>(i);
+    layer_of_early_.assign(early_alive_.size(), -1);
+    gone_cells_.clear();
+    layer_of_token_.assign(alive_.size(), -1);
+    seen_importance_.clear();
+    head_weights_.clear();
+}
+
+/// Adds what the store gets at the end of the first segment.
+void pruned_run::add_record(const call &c, cut_job *job) const {
+    if (c.early.record) pack_tokens(*c.early.record, copy_, rows_, c.early.records, false, job);
+    if (!c.defers) return;
+    const size_t first = static_cast<size_t>(c.plan.cuts[0].site) + 1;
+    for (size_t s = first; s < c.facts.sites.size(); ++s) {
+        const key_rows rows = key_rows::of(c.facts.sites[s].cache);
+        const std::vector<char> *mark = s == first ? &c.early.mark : nullptr;
+        for (int32_t cell : c.ubatch.cells) {
+            job->clears.push_back({const_cast<char *>(rows.row(cell, 0)), rows.row_bytes, mark});
+        }
+    }
+}
+
+/// The tokens that are left: candidates of earlier ubatches, then, after all candidates, those of this one.
+std::vector<int32_t> pruned_run::places() const {
+    std::vector<int32_t> found(early_alive_);
+    const int32_t n_early = static_cast<int32_t>(layer_of_early_.size());
+    for (int32_t token : alive_) found.push_back(n_early + token);
+    return found;
 }
 
 /// The mask of an attention in this segment: for the tokens in the graph, with dropped tokens hidden.
@@ -79,7 +136,14 @@ ggml_tensor *pruned_run::mask_of(const call &c, int site) {
 ggml_tensor *pruned_run::make_mask(const call &c, int level) {
     const ggml_tensor *original = c.facts.mask;
     std::vector<int32_t> &hide = lists_.emplace_back(gone_cells_);
-    for (const dropped_cell &d : c.hidden.cells(level)) hide.push_back(d.cell);
+    std::vector<int32_t> computed;
+    for (int32_t i : early_alive_) computed.push_back(c.early.tokens.missing[static_cast<size_t>(i)].cell);
+    std::sort(computed.begin(), computed.end());
+    if (level > 0) {
+        for (const dropped_cell &d : c.hidden.cells(level)) {
+            if (!std::binary_search(computed.begin(), computed.end(), d.cell)) hide.push_back(d.cell);
+        }
+    }
     ggml_tensor *made = copy_.with_tokens(c.facts.number(original), rows_);
     cut_job::mask m = {};
     m.from = static_cast<const char *>(original->data);
@@ -134,15 +198,87 @@ void pruned_run::prepare(const call &c, int site, score_source source, score_met
         source.site.mask = mask_of(c, site);
     }
     meter.tokens.rows.resize(alive_.size());
-    meter.tokens.cells.resize(alive_.size());
+    meter.tokens.cells.clear();
+    for (int32_t i : early_alive_) {
+        meter.tokens.cells.push_back(c.early.tokens.missing[static_cast<size_t>(i)].cell);
+    }
     meter.tokens.positions.resize(alive_.size());
     for (size_t i = 0; i < alive_.size(); ++i) {
         meter.tokens.rows[i] = c.mask_only ? alive_[i] : static_cast<int32_t>(i);
-        meter.tokens.cells[i] = c.ubatch.cells[static_cast<size_t>(alive_[i])];
+        meter.tokens.cells.push_back(c.ubatch.cells[static_cast<size_t>(alive_[i])]);
         meter.tokens.positions[i] = c.ubatch.position + alive_[i];
     }
     meter.tokens.first_cell = c.ubatch.first_cell;
+    if (site >= 0 && c.early.graph) add_observers(c, site, &source, measures);
     meter.prepare(source, c.n_threads);
+}
+
+/// If the ubatch has too few tokens to observe the others, the last ones in front of it do so, too.
+void pruned_run::add_observers(const call &c, int site, score_source *source, score_meter *meter) {
+    const ggml_tensor *q = source->site.q, *mask = source->site.mask;
+    const size_t n_own = alive_.size();
+    // The attentions up to the first cut have run for these tokens already.
+    const size_t offset = query_floats(c.facts, c.plan, site);
+    const auto queries_of = [&](size_t back) -> const float * {
+        const early_token &token =
+            c.early.tokens.missing[static_cast<size_t>(early_alive_[early_alive_.size() - 1 - back])];
+        if (site > c.plan.cuts[0].site) return c.early.graph->queries(site, back);
+        return token.queries ? token.queries + offset : nullptr;
+    };
+    size_t n_more = 0;
+    while (n_own + n_more < observing_tokens && n_more < early_alive_.size() && queries_of(n_more)) ++n_more;
+    if (n_more == 0) return;
+    const int64_t rows = static_cast<int64_t>(n_more + n_own), width = q->ne[0], heads = q->ne[2];
+    ggml_tensor *all = arena_.copy(q), *seen = arena_.copy(mask);
+    all->ne[1] = seen->ne[1] = rows;
+    make_contiguous(all);
+    make_contiguous(seen);
+    all->data = arena_.memory(host.ggml_nbytes(all));
+    seen->data = arena_.memory(host.ggml_nbytes(seen));
+    cut_job &job = observers_.emplace_back();
+    // What earlier tokens see follows from positions; cells of this ubatch come later.
+    std::vector<int32_t> &cells = lists_.emplace_back(), &counts = lists_.emplace_back(), &own = lists_.emplace_back();
+    std::vector<int32_t> order = c.early.graph->order_of(c.hidden, c.hidden.level(site), early_alive_);
+    for (int32_t i : order) cells.push_back(c.early.tokens.cells[static_cast<size_t>(i)]);
+    for (size_t row = 0; row < n_more; ++row) {
+        const size_t back = n_more - 1 - row;
+        const int32_t token = early_alive_[early_alive_.size() - 1 - back];
+        const int32_t place = c.early.tokens.missing[static_cast<size_t>(token)].place;
+        counts.push_back(static_cast<int32_t>(std::upper_bound(order.begin(), order.end(), place) - order.begin()));
+        for (int64_t h = 0; h < heads; ++h) {
+            std::memcpy(row_address(all, static_cast<int64_t>(row), h, 0), queries_of(back) + h * width,
+                        sizeof(float) * static_cast<size_t>(width));
+        }
+    }
+    const bool is_f16 = mask->type == ggml_type_f16;
+    job.ordered_masks.push_back(
+        {static_cast<char *>(seen->data), seen->nb[1], mask->ne[0], is_f16, false, &cells, &counts});
+    char *own_rows = static_cast<char *>(seen->data) + n_more * seen->nb[1];
+    for (size_t i = 0; i < n_own; ++i) own.push_back(meter->tokens.rows[i]);
+    job.masks.push_back({static_cast<const char *>(mask->data), own_rows, mask->nb[1], seen->nb[1],
+                         static_cast<int64_t>(n_own), mask->ne[0], is_f16, &own, nullptr, nullptr});
+    job.observers.push_back({q, static_cast<float *>(all->data) + static_cast<int64_t>(n_more) * width, 0,
+                             static_cast<int64_t>(n_own), width, width * rows});
+    nodes_.push_back(arena_.custom(cut_node, &job, c.buffer()));
+    source->site.q = all;
+    source->site.mask = seen;
+    meter->tokens.rows.resize(static_cast<size_t>(rows));
+    for (size_t i = 0; i < meter->tokens.rows.size(); ++i) meter->tokens.rows[i] = static_cast<int32_t>(i);
+}
+
+/// Stores the queries of the ubatch's last tokens, before the attention uses their memory again.
+void pruned_run::keep_queries(const call &c, int site) {
+    const ggml_tensor *q = copy_.current(c.facts.number(c.facts.sites[static_cast<size_t>(site)].q));
+    const size_t n = std::min<size_t>(static_cast<size_t>(c.plan.tokens), observing_tokens);
+    token_block &block = *c.early.block;
+    const size_t offset = query_floats(c.facts, c.plan, site);
+    const size_t all = query_floats(c.facts, c.plan, c.plan.cuts[0].site + 1);
+    block.query_floats = all;
+    block.queries.resize(n * all);
+    observers_.emplace_back().observers.push_back({q, block.queries.data() + offset,
+                                                   c.plan.tokens - static_cast<int64_t>(n), static_cast<int64_t>(n),
+                                                   static_cast<int64_t>(all), q->ne[0]});
+    nodes_.push_back(arena_.custom(cut_node, &observers_.back(), c.buffer()));
 }
 
 ggml_status pruned_run::run_segment(const call &c, size_t segment) {
@@ -162,6 +298,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
     };
     const auto first_node = [&](const head_site &p) { return c.facts.sites[static_cast<size_t>(p.site)].first; };
     probed_now_.clear();
+    observers_.clear();
     for (const head_site &p : c.plan.probes) {
         if (first_node(p) >= begin && first_node(p) < end) probed_now_.push_back(&p);
     }
@@ -173,10 +310,14 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
         }
         if (probe < probed_now_.size() && first_node(*probed_now_[probe]) == i) {
             const head_site &p = *probed_now_[probe++];
-            head_probe &meter = probes_.try_emplace(p.site, kern_).first->second;
-            meter.heads = p.heads;
-            prepare(c, p.site, {}, &meter);
-            nodes_.push_back(arena_.custom(measure_node, static_cast<score_meter *>(&meter), c.buffer()));
+            if (c.defers) {
+                keep_queries(c, p.site);
+            } else {
+                head_probe &meter = probes_.try_emplace(p.site, kern_).first->second;
+                meter.heads = p.heads;
+                prepare(c, p.site, {}, &meter);
+                nodes_.push_back(arena_.custom(measure_node, static_cast<score_meter *>(&meter), c.buffer()));
+            }
         }
         ggml_tensor *mask = nullptr;
         int slot = 0;
@@ -189,6 +330,9 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
         nodes_.push_back(copy_.node(i, rows_, mask, slot));
     }
     if (input == score_input::state) measure();
+    cut_job record;
+    if (segment == 0) add_record(c, &record);
+    if (!record.empty()) nodes_.push_back(arena_.custom(cut_node, &record, c.buffer()));
     // With mask_only, keys of dropped tokens are computed, and cleared once the graph no longer needs them.
     ggml_tensor *copies = job_.empty() ? nullptr : arena_.custom(cut_node, &job_, c.buffer());
     cut_job clears;
@@ -201,7 +345,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
     nodes_[0] = copies;
     const size_t skip = copies ? 0 : 1;
     const ggml_status status = c.compute(nodes_.data() + skip, static_cast<int>(nodes_.size() - skip), choices_);
-    keep_head_weights(c);
+    if (!c.defers) keep_head_weights(c);
     job_ = {};
     if (c.mask_only && !is_last) job_.clears.swap(clears.clears);
     return status;
@@ -214,9 +358,10 @@ void pruned_run::keep_head_weights(const call &c) {
         for (size_t h = 0; h < p->heads.size(); ++h) {
             std::vector<float> &weights =
                 head_weights_[{c.facts.sites[static_cast<size_t>(p->site)].layer, p->heads[h]}];
-            weights.assign(layer_of_token_.size(), NAN);
+            weights.assign(layer_of_early_.size() + layer_of_token_.size(), NAN);
             const std::vector<float> largest = meter.largest(h);
-            for (size_t i = 0; i < alive_.size(); ++i) weights[static_cast<size_t>(alive_[i])] = largest[i];
+            const std::vector<int32_t> left = places();
+            for (size_t i = 0; i < left.size(); ++i) weights[static_cast<size_t>(left[i])] = largest[i];
         }
     }
 }
@@ -229,41 +374,64 @@ std::vector<float> pruned_run::measured(const call &c, const prune_cut &cut, con
     }
     std::vector<std::vector<float>> measures;
     std::vector<int> reach;
+    const std::vector<int32_t> left = places();
     const auto add = [&](const std::vector<float> &by_token, int its_reach) {
-        std::vector<float> &values = measures.emplace_back(alive_.size());
-        for (size_t i = 0; i < alive_.size(); ++i) values[i] = by_token[static_cast<size_t>(alive_[i])];
+        std::vector<float> &values = measures.emplace_back(left.size());
+        for (size_t i = 0; i < left.size(); ++i) values[i] = by_token[static_cast<size_t>(left[i])];
         reach.push_back(its_reach);
     };
     for (const attention_head &head : cut.heads) add(head_weights_.at(head), cut.stage.reach);
-    if (cut.stage.heads.tail != head_choice::no_overlap) add(word_overlap(c.ubatch.ids, cut.stage.heads.tail), 0);
+    if (cut.stage.heads.tail != head_choice::no_overlap) {
+        std::vector<int32_t> ids;
+        for (const early_token &token : c.early.tokens.missing) ids.push_back(token.id);
+        ids.insert(ids.end(), c.ubatch.ids.begin(), c.ubatch.ids.end());
+        add(word_overlap(ids, cut.stage.heads.tail), 0);
+    }
     std::vector<uint8_t> is_candidate(is_protected);
     for (uint8_t &is : is_candidate) is = !is;
-    return mean_share(measures, reach, is_candidate, c.plan.tokens);
+    return mean_share(measures, reach, is_candidate, static_cast<int64_t>(c.n_early()) + c.plan.tokens);
 }
 
 void pruned_run::choose(const call &c, const prune_cut &cut) {
-    const int64_t end = c.plan.tokens - cut.stage.keep;
-    std::vector<uint8_t> is_protected(alive_.size(), 0);
-    for (size_t i = 0; i < alive_.size(); ++i) {
-        const bool asks = i + static_cast<size_t>(cut.stage.measure->protected_last) >= alive_.size();
-        const bool is_first = alive_[i] == 0 && c.ubatch.position == 0;
-        is_protected[i] = asks || is_first || alive_[i] >= end || c.ubatch.wanted[static_cast<size_t>(alive_[i])];
+    const std::vector<int32_t> left = places();
+    const int64_t n_early = static_cast<int64_t>(c.n_early()), end = n_early + c.plan.tokens - cut.stage.keep;
+    std::vector<uint8_t> is_protected(left.size(), 0);
+    for (size_t i = 0; i < left.size(); ++i) {
+        const bool is_own = left[i] >= n_early;
+        const size_t token = static_cast<size_t>(is_own ? left[i] - n_early : left[i]);
+        const early_token *early = is_own ? nullptr : &c.early.tokens.missing[token];
+        const bool is_last = i + static_cast<size_t>(cut.stage.measure->protected_last) >= left.size();
+        const bool is_first = is_own ? token == 0 && c.ubatch.position == 0 : early->place == 0;
+        const bool is_wanted = is_own && (c.ubatch.wanted[token] || c.early.keeps_own);
+        // Dropped tokens in front of a short question are not a part of it.
+        const bool is_of_prompt = is_own || early->is_deferred;
+        is_protected[i] = is_first || is_wanted || (is_of_prompt && (is_last || left[i] >= end));
     }
     const std::vector<float> importance = measured(c, cut, is_protected);
     std::vector<float> &seen = seen_importance_[cut.stage.layer];
-    seen.assign(layer_of_token_.size(), NAN);
-    for (size_t i = 0; i < alive_.size(); ++i) {
+    seen.assign(layer_of_early_.size() + layer_of_token_.size(), NAN);
+    for (size_t i = 0; i < left.size(); ++i) {
         const bool stays = is_protected[i] || std::isnan(importance[i]);
-        seen[static_cast<size_t>(alive_[i])] = stays ? INFINITY : importance[i];
+        seen[static_cast<size_t>(left[i])] = stays ? INFINITY : importance[i];
     }
     const std::vector<int32_t> dropped = choose_dropped(cut.stage.rule, importance, is_protected);
-    std::vector<int32_t> still;
+    std::vector<int32_t> still, early_still;
     kept_.clear();
     left_.clear();
     gone_now_.clear();
     size_t next = 0;
-    for (size_t i = 0; i < alive_.size(); ++i) {
+    for (size_t i = 0; i < early_alive_.size(); ++i) {
         if (next < dropped.size() && static_cast<size_t>(dropped[next]) == i) {
+            ++next;
+            layer_of_early_[static_cast<size_t>(early_alive_[i])] = cut.stage.layer;
+        } else {
+            early_still.push_back(early_alive_[i]);
+        }
+    }
+    const size_t first_own = early_alive_.size();
+    early_alive_.swap(early_still);
+    for (size_t i = 0; i < alive_.size(); ++i) {
+        if (next < dropped.size() && static_cast<size_t>(dropped[next]) == first_own + i) {
             ++next;
             layer_of_token_[static_cast<size_t>(alive_[i])] = cut.stage.layer;
             left_.push_back(static_cast<int32_t>(i));
@@ -286,6 +454,15 @@ void pruned_run::add_clears(const call &c, const prune_cut &cut) {
 
 /// Prepares the copies for the segment after the cut.
 void pruned_run::apply_cut(const call &c, const prune_cut &cut) {
+    if (&cut == &c.plan.cuts[0]) {
+        // Candidates that a question did not choose are no longer deferred, but dropped.
+        const key_rows rows = key_rows::of(c.facts.sites[static_cast<size_t>(cut.site) + 1].cache);
+        for (size_t i = 0; i < c.n_early(); ++i) {
+            const early_token &token = c.early.tokens.missing[i];
+            if (!token.is_deferred || layer_of_early_[i] < 0) continue;
+            job_.clears.push_back({const_cast<char *>(rows.row(token.cell, 0)), rows.row_bytes});
+        }
+    }
     if (gone_now_.empty()) return;
     if (cut.stage.reuse) {
         states_.begin(&c.facts, &c.plan.dims, c.plan.tokens, &arena_);

@@ -1,5 +1,5 @@
-// Token pruning (docs/pruning.md). For each graph of the host it decides how to run it: with ever fewer tokens, with
-// masks that hide dropped ones, or unchanged.
+// Token pruning (docs/pruning.md). For each graph of the host it decides how to run it: with ever fewer tokens, up to
+// the first pruning layer only, with masks that hide dropped tokens, or unchanged.
 #pragma once
 
 #include <functional>
@@ -10,11 +10,14 @@
 
 #include "graph/ubatch.h"
 #include "nodes/sequence_groups.h"
+#include "prune/early_graph.h"
+#include "prune/early_tokens.h"
 #include "prune/hidden_cells.h"
 #include "prune/masked_graph.h"
 #include "prune/prune_plan.h"
 #include "prune/pruned_run.h"
 #include "prune/settings.h"
+#include "prune/token_store.h"
 
 namespace agq {
 
@@ -40,8 +43,29 @@ class pruner {
     void divide(bool has_cache);
     std::vector<prune_stage> stages() const;
     std::vector<prune_stage> recorded() const;
-    bool may_prune();
+    enum class work : uint8_t { keep, prune, defer };
+    void plan_once();
+    work decide(bool stores);
+    work choose_work(bool stores);
     void warn_once(const std::string &obstacle);
+    ggml_status run_pruned(bool stores, int n_threads, const segment_fn &segment);
+    ggml_status run_deferred(const segment_fn &segment);
+    ggml_status run_whole(ggml_tensor **nodes, int n, bool repeated, bool any_hidden, bool counts,
+                          const compute_fn &compute);
+
+    // The store (prune/token_store.h).
+    bool asks();
+    bool read_own();
+    bool is_needed(const token_block &block) const;
+    std::string find_deferral_obstacle();
+    bool prepare_graph(const early_tokens &tokens);
+    std::vector<int32_t> deferred_cells() const;
+    size_t n_deferred() const;
+    void warn_of_lost(size_t seen, size_t computed);
+    ggml_status compute_deferred(std::vector<int32_t> open, const segment_fn &segment);
+    void defer_again(const early_tokens &tokens);
+    ggml_status run_shift(ggml_tensor **nodes, int n, bool repeated, const compute_fn &compute);
+    void store_own();
 
     const attention_kernel *kern_;
     const prune_settings settings_;
@@ -60,6 +84,21 @@ class pruner {
     std::vector<int32_t> own_cells_;                         ///< column of each token in the only mask; empty: unknown
     pruned_run pruned_;
     ubatch_facts ubatch_;
+
+    enum class answer : uint8_t { unknown, no, yes } asks_ = answer::unknown;  ///< whether the cuts look at heads
+    int first_layer_ = 0;                                                      ///< the first pruning layer
+    token_store store_;
+    key_rows keys_, next_keys_;  ///< of all cells, in the first pruning layer and the next one
+    int64_t n_cells_ = 0;
+    bool has_warned_of_lost_ = false;
+    early_graph graph_;
+
+    // The tokens of this ubatch.
+    size_t site_ = 0;  ///< index of the attention of the first pruning layer
+    std::vector<int32_t> cells_, positions_, ids_;
+    std::shared_ptr<token_block> block_;
+    token_record record_;
+    early_work early_;
 };
 
 }  // namespace agq

@@ -17,7 +17,7 @@ constexpr int64_t question_tokens = 24, overlap_reach = 32;
 void head_probe::prepare(const score_source &source, int threads) {
     weight_visitor::prepare(source, threads);
     largest_.resize(static_cast<size_t>(threads));
-    for (auto &part : largest_) part.assign(heads.size() * tokens.rows.size(), 0);
+    for (auto &part : largest_) part.assign(heads.size() * tokens.cells.size(), 0);
 }
 
 bool head_probe::wants(int64_t head, int64_t group) const {
@@ -43,7 +43,7 @@ void head_probe::visit(const weight_block &block, int ith) {
 }
 
 std::vector<float> head_probe::largest(size_t i) const {
-    const size_t n = tokens.rows.size();
+    const size_t n = tokens.cells.size();
     std::vector<float> found(n, 0);
     for (const auto &part : largest_) {
         for (size_t t = 0; t < n; ++t) found[t] = std::max(found[t], part[i * n + t]);
@@ -52,7 +52,7 @@ std::vector<float> head_probe::largest(size_t i) const {
 }
 
 std::vector<float> head_probe::result() const {
-    std::vector<float> mean(tokens.rows.size(), 0);
+    std::vector<float> mean(tokens.cells.size(), 0);
     for (size_t h = 0; h < heads.size(); ++h) {
         const std::vector<float> of_head = largest(h);
         for (size_t t = 0; t < mean.size(); ++t) mean[t] += of_head[t] / static_cast<float>(heads.size());

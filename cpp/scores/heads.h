@@ -12,6 +12,7 @@ namespace agq {
 constexpr int observing_tokens = 16;  ///< so many last tokens of a ubatch observe the others, and stay
 
 /// Measures, for some query heads of one attention, the largest weight that any observing token gives to each token.
+/// There may be more cells than rows: the observers are the last rows.
 class head_probe : public weight_visitor {
   public:
     explicit head_probe(const attention_kernel *kern) : weight_visitor(kern, observing_tokens, visible_keys::unused) {}
@@ -19,7 +20,7 @@ class head_probe : public weight_visitor {
     std::vector<int> heads;  ///< which to measure, ascending; set before `prepare`
 
     void prepare(const score_source &source, int threads) override;
-    /// The largest weights of `heads[i]`, one for each of `tokens`.
+    /// The largest weights of `heads[i]`, one for each of `tokens.cells`.
     std::vector<float> largest(size_t i) const;
     /// The mean of all measured heads.
     std::vector<float> result() const override;

@@ -1,0 +1,88 @@
+#include "prune/token_store.h"
+
+#include <cstring>
+
+namespace agq {
+
+uint64_t token_fingerprint(const key_rows &keys, int64_t cell) {
+    // Four lanes, so that a row is read as fast as memory gives it.
+    constexpr uint64_t factors[4] = {0x9E3779B97F4A7C15u, 0xC2B2AE3D27D4EB4Fu, 0x165667B19E3779F9u,
+                                     0xD6E8FEB86659FD93u};
+    uint64_t lanes[4] = {1, 2, 3, 4};
+    const char *row = keys.row(cell, 0);
+    size_t i = 0;
+    for (; i + 32 <= keys.row_bytes; i += 32) {
+        for (size_t lane = 0; lane < 4; ++lane) {
+            uint64_t word;
+            std::memcpy(&word, row + i + 8 * lane, sizeof(word));
+            lanes[lane] = (lanes[lane] ^ word) * factors[lane];
+            lanes[lane] ^= lanes[lane] >> 29;
+        }
+    }
+    for (; i < keys.row_bytes; ++i) {
+        lanes[0] = (lanes[0] ^ static_cast<unsigned char>(row[i])) * factors[0];
+        lanes[0] ^= lanes[0] >> 29;
+    }
+    uint64_t all = keys.row_bytes;
+    for (uint64_t lane : lanes) {
+        all = (all ^ lane) * factors[1];
+        all ^= all >> 32;
+    }
+    return all;
+}
+
+std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes,
+                                                     const std::function<bool(const token_block &)> &is_needed) {
+    const size_t bytes = n * row_bytes;
+    if (bytes > most_bytes) return nullptr;
+    size_t free = most_bytes - bytes_, oldest = 0;
+    for (; free < bytes && oldest < blocks_.size(); ++oldest) {
+        const token_block &block = *blocks_[oldest];
+        if (!block.rows) continue;
+        if (is_needed(block)) return nullptr;
+        free += block.fingerprints.size() * block.row_bytes;
+    }
+    for (size_t i = 0; i < oldest; ++i) {
+        token_block &block = *blocks_[i];
+        if (block.rows) bytes_ -= block.fingerprints.size() * block.row_bytes;
+        block.rows.reset();
+    }
+    auto fresh = std::make_shared<token_block>();
+    fresh->row_bytes = row_bytes;
+    if (bytes > 0) fresh->rows.reset(new char[bytes]);
+    return fresh;
+}
+
+void token_store::forget_oldest() {
+    const token_block &block = *blocks_.front();
+    for (uint64_t fingerprint : block.fingerprints) {
+        const auto found = tokens_.find(fingerprint);
+        if (found != tokens_.end() && found->second.block.get() == &block) tokens_.erase(found);
+    }
+    if (block.rows) bytes_ -= block.fingerprints.size() * block.row_bytes;
+    blocks_.pop_front();
+}
+
+void token_store::put(const std::shared_ptr<token_block> &block, const std::vector<int32_t> &positions,
+                      const std::vector<int32_t> &ids) {
+    blocks_.push_back(block);
+    if (block->rows) bytes_ += block->fingerprints.size() * block->row_bytes;
+    for (size_t i = 0; i < block->fingerprints.size(); ++i) {
+        stored_token &token = tokens_[block->fingerprints[i]];
+        // Another cell may hold the same token and need the rows.
+        if (token.block && token.rows() && !block->rows) continue;
+        token = {positions[i], ids.empty() ? -1 : ids[i], block, i};
+    }
+    while (tokens_.size() > most_tokens && blocks_.size() > 1) forget_oldest();
+}
+
+void token_store::rename(uint64_t old, uint64_t fingerprint, int32_t shift) {
+    const auto found = tokens_.find(old);
+    if (found == tokens_.end()) return;
+    stored_token renamed = found->second;
+    renamed.position += shift;
+    renamed.block->fingerprints[renamed.index] = fingerprint;
+    tokens_[fingerprint] = std::move(renamed);
+}
+
+}  // namespace agq
