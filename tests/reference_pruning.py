@@ -213,7 +213,8 @@ class PrunedReference:
         m, block, cache = self.model, f"blk.{layer}", self.caches[layer]
         for i, old in enumerate(cache.positions):  # a token may be computed once more
             stays = ~np.isin(old, positions)
-            cache.keys[i], cache.values[i], cache.positions[i] = cache.keys[i][stays], cache.values[i][stays], old[stays]
+            cache.positions[i] = old[stays]
+            cache.keys[i], cache.values[i] = cache.keys[i][stays], cache.values[i][stays]
         cache.keys.append(m.rope(m.linear(x, f"{block}.attn_k.weight").reshape(len(x), m.n_kv, -1), positions))
         cache.values.append(m.linear(x, f"{block}.attn_v.weight").reshape(len(x), m.n_kv, -1))
         cache.positions.append(positions)

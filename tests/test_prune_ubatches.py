@@ -319,7 +319,7 @@ def test_abort(model: LowModel, question: int, after: int) -> None:
     with model.context(CUTS["two cuts"]) as context:
         context.run(prompt)
         api.llama_set_abort_callback(context.context, stops, None)
-        with pytest.raises(AssertionError, match="^2"):
+        with pytest.raises(AssertionError, match=r"^2"):
             context.decode(asked, 150)
         after = -1
         assert_close(context.decode(asked, 150), wanted)
