@@ -217,14 +217,8 @@ bool pruner::read_own() {
     for (const attention_site &s : facts_.sites) {
         if (root_of(s.cache)->ne[2] != 1 || s.max_bias != 0) return false;  // streams of sequences; ALiBi
     }
-    const int64_t offset = cell_offset(facts_.sites[0]);
-    const int64_t *indices = static_cast<const int64_t *>(facts_.k_cells->data);
-    cells_.resize(static_cast<size_t>(n));
-    for (size_t i = 0; i < cells_.size(); ++i) {
-        const int64_t cell = indices[i] - offset;
-        if (cell < 0 || cell >= facts_.mask->ne[0]) return false;
-        cells_[i] = static_cast<int32_t>(cell);
-    }
+    if (own_cells_.size() != static_cast<size_t>(n)) return false;
+    cells_ = own_cells_;
     const int32_t *positions = static_cast<const int32_t *>(facts_.positions->data);
     positions_.assign(positions, positions + n);
     ids_.clear();
