@@ -148,13 +148,16 @@ def test_calibration_by_answers(model: Path, tmp_path: Path, words_file: Path, m
     told = json.loads(run("inspect", out, "--json").stdout)
     assert told["pruning"]["kept"]["right"] == list(info.kept.right)
     assert "right answers stay right" in run("inspect", out).stdout
-    fates = []
+    fates: list[list[int]] = []
     with Model(out) as opened:
-        prompt = Batch(own_answer(opened, None, "needle", 7, (300, 400)).prompt)
+        prompts = [Batch(own_answer(opened, None, "needle", seed, (300, 400)).prompt) for seed in range(7, 15)]
         for setting in ("file", info.curve[0].spec):
+            fates.append([])
             with agq_gguf.options(prune=setting), opened.context(512, n_ubatch=512, threads=1) as context:
-                context.decode(prompt)
-                fates.append(agq_gguf.last_pruned())
+                for prompt in prompts:
+                    context.clear()
+                    context.decode(prompt)
+                    fates[-1] += agq_gguf.last_pruned()
     assert fates[0] == fates[1] and max(fates[0]) >= 0
     assert run("verify", out).exit_code == 0
 

@@ -103,7 +103,7 @@ def test_calibration_with_a_learned_score(
         opened.append(path)
         return Model(path)
 
-    monkeypatch.setattr("agq_gguf.pruning.calibrate.Model", opening)
+    monkeypatch.setattr("agq_gguf.pruning.by_share.Model", opening)
     choice = PruneOptions(share=0.2, score="learned", prompts=2, threads=1, curve=(0.1,), max_layers=1)
     model, out = small.with_name("agq4.gguf"), tmp_path / "out.gguf"
     report = calibrate_pruning(model, out, calibration=words_file, choice=choice)
