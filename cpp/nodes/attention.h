@@ -78,7 +78,7 @@ size_t attention_bytes(const attention_job &job);
 
 /// Prepares a call. `groups` covers all tokens; null: one group for each stream, which sees all cells. Throws
 /// std::bad_alloc.
-void begin_attention(attention_job *job, const std::vector<key_group> *groups, int threads);
+void begin_attention(attention_job *planned, const std::vector<key_group> *groups, int threads);
 
 /// Size of `saved_q` in floats.
 int64_t saved_query_floats(const ggml_tensor *q);

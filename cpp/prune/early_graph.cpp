@@ -129,8 +129,7 @@ std::string early_graph::find_needed(const graph_facts &facts) {
     // Nodes that are not needed move as well, because offsets of views are found from both addresses.
     for (ggml_tensor *t : nodes_) {
         if (!in_compute_memory(t) || !t->data) continue;
-        const uintptr_t moved = reinterpret_cast<uintptr_t>(t->data) - reinterpret_cast<uintptr_t>(low);
-        t->data = reinterpret_cast<void *>(reinterpret_cast<uintptr_t>(base) + moved);
+        t->data = base + (reinterpret_cast<uintptr_t>(t->data) - reinterpret_cast<uintptr_t>(low));
     }
     return "";
 }

@@ -137,6 +137,7 @@ ggml_tensor *pruned_run::make_mask(const call &c, int level) {
     const ggml_tensor *original = c.facts.mask;
     std::vector<int32_t> &hide = lists_.emplace_back(gone_cells_);
     std::vector<int32_t> computed;
+    computed.reserve(early_alive_.size());
     for (int32_t i : early_alive_) computed.push_back(c.early.tokens.missing[static_cast<size_t>(i)].cell);
     std::sort(computed.begin(), computed.end());
     if (level > 0) {
@@ -383,6 +384,7 @@ std::vector<float> pruned_run::measured(const call &c, const prune_cut &cut, con
     for (const attention_head &head : cut.heads) add(head_weights_.at(head), cut.stage.reach);
     if (cut.stage.heads.tail != head_choice::no_overlap) {
         std::vector<int32_t> ids;
+        ids.reserve(c.early.tokens.missing.size() + c.ubatch.ids.size());
         for (const early_token &token : c.early.tokens.missing) ids.push_back(token.id);
         ids.insert(ids.end(), c.ubatch.ids.begin(), c.ubatch.ids.end());
         add(word_overlap(ids, cut.stage.heads.tail), 0);

@@ -75,7 +75,7 @@ class pruned_run {
     ggml_status run_segment(const call &c, size_t segment);
     score_meter &meter_of(const prune_cut &cut);
     void prepare_meter(const call &c, const prune_cut &cut);
-    void prepare(const call &c, int site, score_source source, score_meter *meter);
+    void prepare(const call &c, int site, score_source source, score_meter *measures);
     std::vector<float> measured(const call &c, const prune_cut &cut, const std::vector<uint8_t> &is_protected);
     void keep_head_weights(const call &c);
     void choose(const call &c, const prune_cut &cut);

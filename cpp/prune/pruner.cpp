@@ -135,7 +135,7 @@ pruner::work pruner::decide(bool stores) {
     if (settings_.source == prune_settings::source_kind::off) return work::keep;
     const int64_t n = facts_.n_tokens();
     const bool is_long = n >= settings_.min_tokens;
-    if (!is_long && !(stores && n > 1)) return work::keep;
+    if (!is_long && (!stores || n == 1)) return work::keep;
     plan_once();
     if (plan_.obstacle.empty() && plan_.cuts.empty()) return work::keep;
     std::string obstacle = plan_.obstacle;
@@ -245,7 +245,7 @@ std::string pruner::find_deferral_obstacle() {
     if (std::any_of(ubatch_.wanted.begin(), ubatch_.wanted.end(), [](uint8_t is) { return is != 0; })) {
         return "logits of a token within it are requested";
     }
-    const std::string obstacle = find_value_obstacle(facts_, cells_);
+    std::string obstacle = find_value_obstacle(facts_, cells_);
     if (!obstacle.empty()) return obstacle;
     record_ = record_of(facts_, plan_.dims, plan_.cuts[0].crossing, true);
     early_.tokens = find_early_tokens(facts_, 0, cells_, site_, hidden_, store_, record_.bytes);
