@@ -246,6 +246,9 @@ void weigh(const attention_args &args, const row_state &state, int row, const ke
     const __m512 before = _mm512_loadu_ps(state.maximum + row), after = _mm512_max_ps(before, tops);
     __m512 relative[2] = {_mm512_sub_ps(before, after), _mm512_sub_ps(tops, after)};
     powers_of_two(relative);
+    // Exactly 1 if the maximum stays: a block that is hidden from a row must not change its bits, and whether such a
+    // block is left out depends on the other rows of the tile.
+    relative[0] = _mm512_mask_mov_ps(relative[0], _mm512_cmp_ps_mask(before, after, _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
     const __m512 totals = reduce_rows<total>(sums);
     const __m512 bounded = _mm512_div_ps(_mm512_set1_ps(weight_sum_limit), totals);
     const __m512 units = _mm512_min_ps(bounded, _mm512_set1_ps(weight_limit));
