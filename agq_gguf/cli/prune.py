@@ -178,7 +178,7 @@ def show_calibration(report: PruneReport) -> None:
 
 
 def show_kept(kept: Kept) -> None:
-    """Prints what became of the answers to questions about planted facts."""
+    """Prints how many right answers to questions about planted facts stayed right."""
     rows = [
         [kind, str(asked), str(unpruned), str(right)]
         for kind, asked, unpruned, right in zip(kept.kinds, kept.asked, kept.unpruned, kept.right, strict=True)

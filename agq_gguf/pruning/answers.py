@@ -23,7 +23,7 @@ OFF = "off"
 
 @dataclass(frozen=True)
 class Answers:
-    """What became of prompts under one setting; arrays have one entry for each prompt."""
+    """The answers to prompts with one setting; arrays have one entry for each prompt."""
 
     right: NDArray[np.bool_]  # whether every token of the answer was the likeliest
     seconds: NDArray[np.float64]  # of the prompt

@@ -136,11 +136,11 @@ ggml_tensor *pruned_run::mask_of(const call &c, int site) {
 ggml_tensor *pruned_run::make_mask(const call &c, int level) {
     const ggml_tensor *original = c.facts.mask;
     std::vector<int32_t> &hide = lists_.emplace_back(gone_cells_);
-    std::vector<int32_t> computed;
-    computed.reserve(early_alive_.size());
-    for (int32_t i : early_alive_) computed.push_back(c.early.tokens.missing[static_cast<size_t>(i)].cell);
-    std::sort(computed.begin(), computed.end());
     if (level > 0) {
+        std::vector<int32_t> computed;
+        computed.reserve(early_alive_.size());
+        for (int32_t i : early_alive_) computed.push_back(c.early.tokens.missing[static_cast<size_t>(i)].cell);
+        std::sort(computed.begin(), computed.end());
         for (const dropped_cell &d : c.hidden.cells(level)) {
             if (!std::binary_search(computed.begin(), computed.end(), d.cell)) hide.push_back(d.cell);
         }
@@ -354,6 +354,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
 
 /// Stores what the probes of a segment have measured, by the tokens of the ubatch.
 void pruned_run::keep_head_weights(const call &c) {
+    const std::vector<int32_t> left = places();
     for (const head_site *p : probed_now_) {
         const head_probe &meter = probes_.at(p->site);
         for (size_t h = 0; h < p->heads.size(); ++h) {
@@ -361,7 +362,6 @@ void pruned_run::keep_head_weights(const call &c) {
                 head_weights_[{c.facts.sites[static_cast<size_t>(p->site)].layer, p->heads[h]}];
             weights.assign(layer_of_early_.size() + layer_of_token_.size(), NAN);
             const std::vector<float> largest = meter.largest(h);
-            const std::vector<int32_t> left = places();
             for (size_t i = 0; i < left.size(); ++i) weights[static_cast<size_t>(left[i])] = largest[i];
         }
     }
