@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import field_architectures
@@ -14,10 +16,12 @@ from agq_gguf.errors import InputError
 from agq_gguf.runtime.model import Model
 from agq_gguf.runtime.text import TextModel
 
-NOT_GENERATING = {
+NOT_GENERATING: dict[str, Callable[[Path], Path]] = {
     "t5": tiny_architectures.write_t5,
     "bert": tiny_models.write_bert,
     "gemma-embedding": field_architectures.write_gemma_embedding,
+    "dream": partial(tiny_architectures.write_diffusion, arch="dream"),
+    "llada": partial(tiny_architectures.write_diffusion, arch="llada"),
 }
 
 

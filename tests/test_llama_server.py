@@ -40,6 +40,8 @@ with open({log!r}, "w") as file:
     json.dump([arguments, os.environ.get("GGML_BACKEND_PATH"), os.environ.get("LD_PRELOAD")], file)
 if "--fail" in arguments:
     sys.exit("no such option: --fail")
+if "--signal" in arguments:
+    os.kill(os.getpid(), int(arguments[-1]))
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
@@ -123,6 +125,9 @@ def test_serve_starts_it(
     with pytest.raises(Exception, match="ended with exit code 1"):
         llama_server.serve_with(stand_in, llama_f16, ServerOptions(rest=("--fail",)), ready)
     assert "no such option" in capfd.readouterr().err
+    for number, message in ((signal.SIGILL, "built for newer CPUs"), (signal.SIGKILL, "was ended by SIGKILL")):
+        with pytest.raises(Exception, match=message):
+            llama_server.serve_with(stand_in, llama_f16, ServerOptions(rest=("--signal", str(int(number)))), ready)
 
 
 def test_a_folder_is_for_llama_server_to_read(

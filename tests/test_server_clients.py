@@ -24,6 +24,9 @@ import pytest
 from browser import Browser, needs_chromium
 from real_server import PEOPLE, ask, running_server, started_by
 
+from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
+
 pytestmark = pytest.mark.slow
 
 CONTEXT = 512  # tokens of each slot
@@ -137,25 +140,40 @@ def test_langchain(server: tuple[str, int]) -> None:
     assert len("".join(str(part.content) for part in chat.stream("the blue door"))) > 5
 
 
+@pytest.fixture(scope="module")
+def story(packaged_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The story model with all matrices AGQ4: it runs where a server's own kernels are too new for the CPU."""
+    path = tmp_path_factory.mktemp("story") / "story.gguf"
+    options = QuantizeOptions(threads=1, output_type="agq4", embedding_type="agq4")
+    quantize(packaged_model, path, calibration=packaged_model.with_name("calibration.txt"), options=options)
+    return path
+
+
 @needs_chromium
-def test_the_page_in_a_browser(server: tuple[str, int], tmp_path: Path) -> None:
-    try:
-        urllib.request.urlopen(server[0], timeout=30).close()
-    except urllib.error.HTTPError as e:
-        e.close()
-        pytest.skip(f"this llama-server was built without its page: {e}")
-    with Browser(tmp_path) as page:
-        page.open(server[0])
-        page.wait("document.querySelector('textarea') !== null")
-        page.run(
-            "(() => { const box = document.querySelector('textarea');"
-            "Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, 'value').set.call(box, 'the red key');"
-            "box.dispatchEvent(new Event('input', {bubbles: true}));"
-            "box.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true})); })()"
-        )
-        page.wait("document.body.innerText.includes('the red key')")
-        before = len(page.run("document.body.innerText"))
-        page.wait(f"document.body.innerText.length > {before + 20}")
+def test_the_page_in_a_browser(story: Path, tmp_path: Path) -> None:
+    with running_server(story) as (url, _):
+        try:
+            # The page may exist in compressed form only.
+            urllib.request.urlopen(urllib.request.Request(url, headers={"accept-encoding": "gzip"}), timeout=30).close()
+        except urllib.error.HTTPError as e:
+            e.close()
+            pytest.skip(f"this llama-server was built without its page: {e}")
+        with Browser(tmp_path) as page:
+            page.open(url)
+            page.wait("document.querySelector('textarea') !== null")
+            seen = 0
+            while seen < len(page.requests()):  # a question asked while the page still loads gets lost in it
+                seen = len(page.requests())
+                time.sleep(3)
+                page.run("0")  # reads the events
+            page.run("document.querySelector('textarea').focus(); 0")
+            page.call("Input.insertText", text="who found the key?")
+            page.wait("document.querySelector('textarea').value.endsWith('?')")
+            for kind in ("rawKeyDown", "keyUp"):
+                page.call("Input.dispatchKeyEvent", type=kind, key="Enter", windowsVirtualKeyCode=13)
+            # The model's stories have sentences such as "Ivy found the key."
+            page.wait(r"/the key\?[^]* the key[^?]*\./.test(document.body.innerText)")
+            assert not page.problems()
 
 
 def test_a_prompt_beyond_the_context_is_refused(client: openai.OpenAI) -> None:

@@ -204,6 +204,18 @@ def write_mamba(path: Path | str) -> Path:
     return _ends(model, quiet)
 
 
+def write_diffusion(path: Path | str, arch: str) -> Path:
+    """Dream or LLaDA, whose attention sees all tokens; only llama.cpp's code says so, no key of the file."""
+    model = _start(path, arch)
+    _heads(model)
+    model.writer.add_layer_norm_rms_eps(1e-6)
+    quiet = add_bpe_tokenizer(model.writer, VOCAB, pre="qwen2")
+    for i in range(2):
+        _attention(model, f"blk.{i}.")
+        _gated(model, f"blk.{i}.")
+    return _ends(model, quiet)
+
+
 def write_t5(path: Path | str) -> Path:
     """T5: an encoder, and a decoder that looks at it; positions by a table of relative distances."""
     model = _Model(path, "t5", "f32", 0)

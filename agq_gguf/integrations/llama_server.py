@@ -152,12 +152,21 @@ def _free_port(host: str) -> int:
         raise InputError(f"cannot listen on {host}: {e}; choose another with --host") from e
 
 
+def _ending(code: int) -> str:
+    """How a process ended, for messages; negative numbers are signals."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    if code == -getattr(signal, "SIGILL", 0):
+        return "used an instruction that this CPU does not have, so it was built for newer CPUs, and ended"
+    return f"was ended by {signal.Signals(-code).name}"
+
+
 def _wait(server: subprocess.Popen[bytes], url: str) -> None:
     """Waits until the server says that its model is loaded. Raises HostError if it ends before."""
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
         if server.poll() is not None:
-            raise HostError(f"{NAME} ended with exit code {server.returncode} before it answered; its log is above")
+            raise HostError(f"{NAME} {_ending(server.returncode)} before it answered; its log is above")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=2):
                 return
