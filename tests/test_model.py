@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from agq_gguf.errors import InputError
+from agq_gguf.runtime import log
 from agq_gguf.runtime.model import Batch, Model
 
 TEXT = "the red key in the box and the blue door"
@@ -45,3 +46,13 @@ def test_closing_twice_and_forgetting(llama_f16: Path) -> None:
 def test_a_model_without_logits(bert_f16: Path) -> None:
     with Model(bert_f16) as model, pytest.raises(InputError, match="predicts no next token"):
         model.require_logits()
+
+
+def test_the_cause_of_a_failure_is_what_the_plugin_said() -> None:
+    log.redirect.errors.clear()
+    assert log.last_error("status -3") == "status -3"
+    log.redirect.errors.append("agq: tensor 'a' is used in a product that the plugin does not support")
+    log.redirect.errors.append("graph_compute: ggml_backend_sched_graph_compute_async failed with error -1")
+    log.redirect.errors.append("llama_decode: failed to decode, ret = -3")
+    assert log.last_error("").startswith("tensor 'a' is used in a product")
+    log.redirect.errors.clear()

@@ -86,8 +86,12 @@ def quiet_log(*, warnings: bool = True) -> Iterator[None]:
 
 def last_error(default: str) -> str:
     """The most informative of the last error lines of llama.cpp's log, without the function's name."""
-    lines = [line for line in redirect.errors if "error loading model" in line] or list(redirect.errors)
-    return lines[-1].split(": ", 1)[-1].removeprefix("error loading model: ") if lines else default
+    # What the plugin and the loader say names the cause; llama.cpp then adds which of its functions failed.
+    for beginning in ("agq: ", "error loading model", ""):
+        lines = [line for line in redirect.errors if beginning in line]
+        if lines:
+            return lines[-1].split(": ", 1)[-1].removeprefix("error loading model: ")
+    return default
 
 
 def why_not_pruned() -> str:
