@@ -11,6 +11,7 @@ from command_line import run
 
 from agq_gguf.comparison import run as comparison
 from agq_gguf.comparison.candidates import DEFAULT, Candidate, candidates
+from agq_gguf.comparison.card import card
 from agq_gguf.errors import InputError
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.quantization.options import QuantizeOptions
@@ -45,19 +46,25 @@ def test_compare(small: Path, words_file: Path, text: Path, tmp_path: Path) -> N
     assert f"| q4_0 | {rows['q4_0']['file_bytes'] / 1e6:.1f} |" in shown and "| **agq4:small** |" in shown
     assert f"{1000 * rows['q4_0']['mean_kl']:.2f}" in shown
 
-    saved, card = tmp_path / "comparison.json", tmp_path / "README.md"
+    saved, written = tmp_path / "comparison.json", tmp_path / "README.md"
     saved.write_text(json.dumps(found), encoding="utf-8")
     model = folder / "agq4-small.gguf"
-    run("card", model, "-o", card, "--base-model", "someone/tiny", "--license", "mit", "--compare", saved)
-    _, front, body = card.read_text("utf-8").split("---\n", 2)
+    run("card", model, "-o", written, "--base-model", "someone/tiny", "--license", "mit", "--compare", saved)
+    _, front, body = written.read_text("utf-8").split("---\n", 2)
     assert yaml.safe_load(front) == {
         "base_model": "someone/tiny", "base_model_relation": "quantized", "license": "mit", "library_name": "gguf",
         "pipeline_tag": "text-generation", "quantized_by": "agq-gguf", "tags": ["gguf", "agq4", "llama.cpp"],
     }  # fmt: skip
     assert "agq4-small.gguf" in body and "| q4_0 |" in body
-    assert "cannot be written: File exists" in run("card", model, "-o", card, code=5).stderr
+    assert "cannot be written: File exists" in run("card", model, "-o", written, code=5).stderr
     wrong = run("card", model, "-o", tmp_path / "x.md", "--compare", words_file, code=2).stderr
     assert "expected the output of `agq-gguf compare --json`" in wrong
+
+
+def test_the_card_of_an_encoder(bert_f16: Path) -> None:
+    _, front, body = card(bert_f16).split("---\n", 2)
+    assert yaml.safe_load(front)["pipeline_tag"] == "feature-extraction"
+    assert "embedding=True" in body and "llama-embedding -m bert" in body
 
 
 def test_a_stopped_comparison_goes_on(

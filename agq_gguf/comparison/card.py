@@ -20,16 +20,19 @@ With llama-cpp-python, and agq-gguf installed:
 import agq_gguf, llama_cpp
 
 agq_gguf.register()
-llm = llama_cpp.Llama({name!r}, verbose=False)
-print(llm("Once upon a time", max_tokens=64)["choices"][0]["text"])
+{code}
 ```
 
 With any llama.cpp program that loads backends at run time:
 
 ```sh
-GGML_BACKEND_PATH=$(agq-gguf backend-path) llama-cli -m {name}
+GGML_BACKEND_PATH=$(agq-gguf backend-path) {command}
 ```
 """
+_GENERATE = """llm = llama_cpp.Llama({name!r}, verbose=False)
+print(llm("Once upon a time", max_tokens=64)["choices"][0]["text"])"""
+_EMBED = """llm = llama_cpp.Llama({name!r}, embedding=True, verbose=False)
+print(llm.embed("Once upon a time"))"""
 
 
 def card(model: Path, *, base_model: str = "", licence: str = "", compared: Comparison | None = None) -> str:
@@ -43,19 +46,20 @@ def card(model: Path, *, base_model: str = "", licence: str = "", compared: Comp
         base = base_model or str(reader.get("general.base_model.0.repo_url", "")).removeprefix(_HUB)
         licence = licence or str(reader.get("general.license", ""))
         languages = reader.get("general.languages", [])
+        generates = reader.flag(f"{reader.architecture}.attention.causal", True)
     front = {
         "base_model": base,
         "base_model_relation": "quantized" if base else "",
         "license": licence,
         "language": [str(language) for language in languages],
         "library_name": "gguf",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-generation" if generates else "feature-extraction",
         "quantized_by": "agq-gguf",
         "tags": ["gguf", "agq4", "llama.cpp"],
     }
     # JSON's strings and lists are YAML's, too.
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
-    parts = ["\n".join(["---", *lines, "---\n"]), _what(model, info), _RUN.format(name=model.name), _types(info)]
+    parts = ["\n".join(["---", *lines, "---\n"]), _what(model, info), _run(model.name, generates), _types(info)]
     if compared is not None:
         parts.append(f"## Measured\n\n{page.table(compared)}")
     return "\n".join(parts)
@@ -72,6 +76,12 @@ def _what(model: Path, info: ModelInfo) -> str:
         f"{info.file_bytes / 1e6:.0f} MB, {info.bits_per_weight:.2f} bits per weight. agq-gguf quantized it to its "
         f"type AGQ4, which a plugin adds to unmodified llama.cpp programs.{how}\n"
     )
+
+
+def _run(name: str, generates: bool) -> str:
+    program = "llama-cli" if generates else "llama-embedding"
+    code = (_GENERATE if generates else _EMBED).format(name=name)
+    return _RUN.format(code=code, command=f"{program} -m {name}")
 
 
 def _types(info: ModelInfo) -> str:

@@ -237,7 +237,7 @@ class Sequential:
                 square, hessian = sums.hessian.diagonal().numpy().copy(), sums.hessian.numpy()
                 stats, correction = InputStats(sums.rows, square, *seen, hessian), sums.correction()
                 capacity = min(listable(*weights[name].shape[-2:]) for name in group.weights)
-                prepared = prepare_input(stats, stats.columns, capacity, self._options)
+                prepared = prepare_input(stats, stats.columns, capacity, self._options, consume=True)
             for name in group.weights:
                 found = kept[name, expert]
                 if found is None:
