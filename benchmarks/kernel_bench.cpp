@@ -141,7 +141,7 @@ struct operands {
     const tile *tiles() const { return reinterpret_cast<const tile *>(weights.data()); }
 
     /// The product with matrix number i. Threads take panels in turn.
-    double multiply(const options &o, const kernel &row, int i, bool per_group, int bits) {
+    double multiply(const options &o, const kernel &row, int i, bool per_group, int bits, fetch_ahead ahead = {}) {
         const int units = 8 * o.threads;
         const int step = std::max(1, (panels / row.panel_step + units - 1) / units) * row.panel_step;
         std::atomic<int> next{0};
@@ -151,7 +151,7 @@ struct operands {
                 std::vector<float *> dst(rows);
                 for (float *&d : dst) d += p * 16;
                 row.gemm({panel_at(first, p, k / 64), k, std::min(step, panels - p), codebook, 1.0f, per_group,
-                          q.data(), bias.data(), scale.data(), tokens, dst.data(), bits});
+                          q.data(), bias.data(), scale.data(), tokens, dst.data(), bits, ahead});
             }
         });
     }
@@ -189,15 +189,22 @@ void bench_gemv(const options &o, const kernel &row, int k, int tokens) {
     const int panels = 250000 / (k / 64);
     operands data(k, panels, tokens, 1);
     const double gigabytes = static_cast<double>(data.weights.size()) * sizeof(half_tile) * 1e-9;
-    double best = 0, best_read = 0;
+    double best = 0, best_read = 0, by_choice[n_fetch_choices] = {};
     for (int i = 0; i < o.repeat; i++) {
         for (peak::fetch ahead : {peak::fetch{0, 0}, {1024, 0}, {4096, 0}, {0, 16384}, {4096, 16384}}) {
             best_read = std::max(best_read, measure_read(o, data.weights, ahead));
         }
-        best = std::max(best, gigabytes / data.multiply(o, row, 0, true, 8));
-        best = std::max(best, gigabytes / data.multiply(o, row, 0, true, 8));
+        for (int c = 0; c < n_fetch_choices; c++) {
+            by_choice[c] = std::max(by_choice[c], gigabytes / data.multiply(o, row, 0, true, 8, fetch_choices[c]));
+        }
     }
+    for (double found : by_choice) best = std::max(best, found);
     print("gemv", detail, best, "GB/s", best_read, "GB/s read");
+    for (int c = 0; tokens == 1 && c < n_fetch_choices; c++) {
+        std::snprintf(detail, sizeof detail, "  asking %d and %d bytes ahead", fetch_choices[c].level1,
+                      fetch_choices[c].level2);
+        print("", detail, by_choice[c], "GB/s", best_read, "GB/s read");
+    }
 }
 
 void bench_quantizer(const options &o, const kernel &row, int k, const char *scale, int n_listed) {

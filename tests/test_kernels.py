@@ -45,9 +45,10 @@ def test_cpp_program(name: str, build: Path) -> None:
     assert "scalar" in result.stdout
 
 
-def test_choice_of_threads(build: Path) -> None:
-    """With how many threads graphs run while other processes use the cores, too."""
-    result = run(build / "thread_choice_test")
+@pytest.mark.parametrize("what", ["thread_choice", "fetch_tuner"])
+def test_choices_at_run_time(what: str, build: Path) -> None:
+    """With how many threads graphs run while other processes use the cores, too; how far ahead weights are fetched."""
+    result = run(build / f"{what}_test")
     assert result.returncode == 0, result.stdout + result.stderr
 
 

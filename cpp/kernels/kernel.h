@@ -8,6 +8,7 @@
 
 #include "format/activation_format.h"
 #include "format/blocks.h"
+#include "kernels/fetch_ahead.h"
 #include "kernels/isa.h"
 
 namespace agq {
@@ -51,6 +52,7 @@ struct gemm_args {
     int n_tokens;       ///< >= 1
     float *const *dst;  ///< [n_tokens] where each token's result for the first panel row goes
     int bits = 8;  ///< 8 or 4, as in activation_format: |q| is at most 127 or 7. 8 is always correct, 4 may be faster
+    fetch_ahead ahead = {};
 };
 
 using gemm_fn = void (*)(const gemm_args &args);

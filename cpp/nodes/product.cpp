@@ -3,6 +3,7 @@
 #include "nodes/product.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -10,6 +11,7 @@
 
 #include "format/panel.h"
 #include "host/tensor_rows.h"
+#include "nodes/fetch_tuner.h"
 
 namespace agq {
 
@@ -67,6 +69,21 @@ struct product_memory {
         last_panel = reinterpret_cast<tile *>(take(is_narrow ? matrix_bytes(panel_rows, p.weights->ne[0]) : 0));
     }
 };
+
+/// Runs the kernel for panels of `matrix`. With few tokens, reading the weights is the limit: how far ahead to ask for
+/// them is measured first.
+void multiply_panels(const kernel &kern, gemm_args args, const tile *matrix) {
+    constexpr int few_tokens = 4;
+    fetch_tuner &fetches = fetch_tuner::of_process();
+    const int choice = fetches.choice();
+    args.ahead = fetch_choices[choice];
+    if (args.n_tokens > few_tokens || !fetches.is_measuring()) return kern.gemm(args);
+    const auto begin = std::chrono::steady_clock::now();
+    kern.gemm(args);
+    const auto taken = std::chrono::steady_clock::now() - begin;
+    fetches.record(choice, matrix, static_cast<int64_t>(matrix_bytes(args.panels * panel_rows, args.k)),
+                   std::chrono::duration_cast<std::chrono::nanoseconds>(taken).count());
+}
 
 /// Multiplies the last panel of a matrix of `m` rows if it has fewer than 16 rows. The kernel takes it padded to 16;
 /// only its real rows are copied to the result, at `args.dst`.
@@ -247,7 +264,7 @@ void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
             for (int64_t t = 0; t < segment.count; ++t) rows[t] += by;
         };
         move(first * panel_rows);
-        if (args.panels > 0) set.kern->gemm(args);
+        if (args.panels > 0) multiply_panels(*set.kern, args, matrix);
         if (full_end < end) {
             move((full_end - first) * panel_rows);
             multiply_last_panel(*set.kern, args, matrix, m, memory);

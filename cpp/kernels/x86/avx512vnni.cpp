@@ -91,15 +91,10 @@ inline __m512 add_group(__m512 sum, __m512 d, __m512i integers, const float *sca
 
 // a single block of tokens: one panel at a time, limited by memory speed
 
-/// Prefetches the line 4 tiles after `p` into the first-level cache, and the line 16 tiles after it into the second.
-/// Panels follow one another in the file, so prefetching continues into the next panel.
-///
-/// The first-level cache can wait for a dozen lines at once, the second for several dozen. Without the second prefetch,
-/// generation is a tenth slower on an Emerald Rapids.
-AGQ_INLINE void prefetch_stream(const void *p) {
+AGQ_INLINE void prefetch_stream(const void *p, fetch_ahead ahead) {
     const char *line = static_cast<const char *>(p);
-    _mm_prefetch(line + 4 * sizeof(tile), _MM_HINT_T0);
-    _mm_prefetch(line + 16 * sizeof(tile), _MM_HINT_T1);
+    _mm_prefetch(line + ahead.level1, _MM_HINT_T0);
+    _mm_prefetch(line + ahead.level2, _MM_HINT_T1);
 }
 
 /// State of a block of n tokens while a panel is processed.
@@ -108,6 +103,7 @@ struct stream_operands {
     const int8_t *q;
     const int32_t *bias;
     const float *scale;
+    fetch_ahead ahead;
     __m512 sum[n];
 };
 
@@ -124,7 +120,7 @@ AGQ_INLINE void stream_group(stream_operands<n> &x, const uint8_t (*codes)[64], 
     }
     AGQ_UNROLL
     for (int c = 0; c < 8; c++) {
-        prefetch_stream(codes[c]);
+        prefetch_stream(codes[c], x.ahead);
         const chunk u = look_up(codes[c], codebook);
         AGQ_UNROLL
         for (int t = 0; t < n; t++) {
@@ -147,9 +143,9 @@ template <int n, bool per_group>
 void stream_panel(const gemm_args &args, const tile *panel, const activation_block &block, float *const *dst, int row) {
     const __m512i codebook = load_codebook(args.codebook);
     const int groups = args.k / group_columns;
-    stream_operands<n> x = {block.q, block.bias, block.scale, {}};
+    stream_operands<n> x = {block.q, block.bias, block.scale, args.ahead, {}};
     for (const tile *w = panel, *end = panel + groups / 2; w != end; w++) {
-        prefetch_stream(w->scale_hi);
+        prefetch_stream(w->scale_hi, x.ahead);
         for (int half = 0; half < 2; half++) {
             stream_group<n, per_group>(x, w->codes + 8 * half, codebook, [=] { return widen(row_scales(*w, half)); });
         }

@@ -69,16 +69,15 @@ inline scales16 widen(half_scales d) {
     return {_mm256_cvtph_ps(d.rows0), _mm256_cvtph_ps(d.rows8)};
 }
 
-/// Prefetches the line four tiles after `p`. Panels follow one another in the file, so this continues into the next
-/// panel.
-AGQ_INLINE void prefetch_ahead(const void *p) {
-    _mm_prefetch(static_cast<const char *>(p) + 4 * sizeof(tile), _MM_HINT_T0);
+AGQ_INLINE void prefetch_stream(const void *p, fetch_ahead ahead) {
+    const char *line = static_cast<const char *>(p);
+    _mm_prefetch(line + ahead.level1, _MM_HINT_T0);
+    _mm_prefetch(line + ahead.level2, _MM_HINT_T1);
 }
 
-/// The same, and also 16 tiles after `p` into the second-level cache, which can wait for more lines at once.
-AGQ_INLINE void prefetch_stream(const void *p) {
-    prefetch_ahead(p);
-    _mm_prefetch(static_cast<const char *>(p) + 16 * sizeof(tile), _MM_HINT_T1);
+/// Prefetches weights that are looked up for many tokens.
+AGQ_INLINE void prefetch_ahead(const void *p) {
+    _mm_prefetch(static_cast<const char *>(p) + fetch_ahead{}.level1, _MM_HINT_T0);
 }
 
 /// Groups of a panel's full tiles, read directly from the file: codes are looked up on the way and memory is
@@ -86,13 +85,14 @@ AGQ_INLINE void prefetch_stream(const void *p) {
 struct stored_groups {
     const tile *w;
     __m256i codebook;
+    fetch_ahead ahead;
 
     columns4 columns(int g, int i) const {
-        if (i % 2 == 0) prefetch_stream(w[g / 2].codes[8 * (g % 2) + i / 2]);
+        if (i % 2 == 0) prefetch_stream(w[g / 2].codes[8 * (g % 2) + i / 2], ahead);
         return look_up(w[g / 2].codes[8 * (g % 2) + i / 2], i % 2, codebook);
     }
     scales16 scales(int g) const {
-        if (g % 2 == 0) prefetch_stream(w[g / 2].scale_hi);
+        if (g % 2 == 0) prefetch_stream(w[g / 2].scale_hi, ahead);
         return widen(row_scales(w[g / 2], g % 2));
     }
 };
@@ -101,9 +101,10 @@ struct stored_groups {
 struct stored_half {
     const half_tile &w;
     __m256i codebook;
+    fetch_ahead ahead;
 
     columns4 columns(int, int i) const {
-        if (i % 2 == 0) prefetch_stream(w.codes[i / 2]);
+        if (i % 2 == 0) prefetch_stream(w.codes[i / 2], ahead);
         return look_up(w.codes[i / 2], i % 2, codebook);
     }
     scales16 scales(int) const { return widen(row_scales(w)); }
@@ -221,10 +222,10 @@ void multiply_panel(const gemm_args &args, int panel, int begin, int end) {
 
     if (end - begin == 1) {
         const activation_block block = block_at<nr>(args, begin);
-        const stored_groups tiles = {w, codebook};
+        const stored_groups tiles = {w, codebook, args.ahead};
         add_groups_of<policy>(block, args.per_group, tiles, 0, groups / 2 * 2, sums[0]);
         if (groups % 2 == 1) {
-            const stored_half last = {last_half(w, groups), codebook};
+            const stored_half last = {last_half(w, groups), codebook, args.ahead};
             add_groups_of<policy>(block, args.per_group, last, groups - 1, 1, sums[0]);
         }
     } else {
