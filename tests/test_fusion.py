@@ -107,3 +107,13 @@ def test_a_router_still_finds_the_norm(model_of: Callable[[str], Path]) -> None:
     nodes = nodes_of(model_of("experts"), TOKENS)
     assert nodes["MUL_MAT ffn_gate_inp"] == 2
     assert nodes["MUL"] >= 2
+
+
+def test_products_of_one_input_share_a_node(model_of: Callable[[str], Path]) -> None:
+    """Queries or values with keys, gate with up, also those of experts. The results are compared above."""
+    nodes = nodes_of(model_of("llama"), TOKENS)
+    layers = nodes["MUL_MAT ffn_down"]
+    assert nodes["MUL_MAT ffn_gate+ffn_up"] == layers
+    assert sum(count for kind, count in nodes.items() if "attn_k" in kind) == layers
+    experts = nodes_of(model_of("experts"), TOKENS)
+    assert sum(count for kind, count in experts.items() if kind.startswith("MUL_MAT_ID") and "+" in kind) == 2

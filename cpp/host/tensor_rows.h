@@ -1,4 +1,4 @@
-// Row addresses and strides of a tensor.
+// Row addresses, strides and memory of tensors.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,12 @@ inline char *row_address(const ggml_tensor *t, int64_t i1, int64_t i2, int64_t i
 inline char *flat_row(const ggml_tensor *t, int64_t flat) {
     const int64_t i1 = flat % t->ne[1], rest = flat / t->ne[1];
     return row_address(t, i1, rest % t->ne[2], rest / t->ne[2]);
+}
+
+/// Whether the tensors have bytes in common. Both must have data.
+inline bool shares_memory(const ggml_tensor *a, const ggml_tensor *b) {
+    const char *from_a = static_cast<const char *>(a->data), *from_b = static_cast<const char *>(b->data);
+    return from_a < from_b + host.ggml_nbytes(b) && from_b < from_a + host.ggml_nbytes(a);
 }
 
 /// Whether the elements are stored in order without gaps.

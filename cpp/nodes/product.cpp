@@ -55,7 +55,9 @@ struct product_memory {
 
     product_memory(const product &p, void *begin) {
         const size_t n = static_cast<size_t>(p.set->rows());
-        const bool is_narrow = p.weights->ne[1] % panel_rows != 0;
+        const bool is_narrow = std::any_of(p.parts.begin(), p.parts.end(), [](const product::part &part) {
+            return part.weights->ne[1] % panel_rows != 0;
+        });
         auto *next = static_cast<unsigned char *>(begin);
         const auto take = [&](size_t size) {
             unsigned char *part = begin ? next + bytes : nullptr;
@@ -66,7 +68,7 @@ struct product_memory {
         rows = reinterpret_cast<float **>(take(n * sizeof(float *)));
         results_at = reinterpret_cast<float **>(take(is_narrow ? n * sizeof(float *) : 0));
         results = reinterpret_cast<float *>(take(is_narrow ? n * panel_rows * sizeof(float) : 0));
-        last_panel = reinterpret_cast<tile *>(take(is_narrow ? matrix_bytes(panel_rows, p.weights->ne[0]) : 0));
+        last_panel = reinterpret_cast<tile *>(take(is_narrow ? matrix_bytes(panel_rows, p.set->x->ne[0]) : 0));
     }
 };
 
@@ -221,31 +223,44 @@ void quantize_node(ggml_tensor *, int ith, int, void *userdata) {
     }
 }
 
-void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
+void product_node(ggml_tensor *, int ith, int nth, void *userdata) {
     product &p = *static_cast<product *>(userdata);
     const activation_set &set = *p.set;
-    const int64_t k = p.weights->ne[0], m = p.weights->ne[1], full_panels = m / panel_rows;
-    const int64_t panels = (m + panel_rows - 1) / panel_rows;
-    const int64_t step = panels_per_unit(panels, set.kern->panel_step, nth, set.rows());
-    const int64_t units_per_segment = (panels + step - 1) / step;
-    const int64_t n_units = units_per_segment * static_cast<int64_t>(set.segments.size());
+    const int64_t k = set.x->ne[0], n_segments = static_cast<int64_t>(set.segments.size());
+    const auto panels_of = [](const product::part &part) {
+        return (part.weights->ne[1] + panel_rows - 1) / panel_rows;
+    };
+    int64_t all_panels = 0;
+    for (const product::part &part : p.parts) all_panels += panels_of(part);
+    const int64_t step = panels_per_unit(all_panels, set.kern->panel_step, nth, set.rows());
 
     const product_memory memory(p, p.memory->of(ith));
     float **rows = memory.rows;
-    int64_t current = -1;
-    for (int64_t i; (i = p.next.fetch_add(1, std::memory_order_relaxed)) < n_units;) {
-        const int64_t s = i / units_per_segment, first = i % units_per_segment * step;
+    const product::part *part = p.parts.data();
+    int64_t begin = 0;  // the number of the part's first unit
+    int64_t units = (panels_of(*part) + step - 1) / step;
+    int64_t current = -1;  // the segment that `rows` point to
+    for (;;) {
+        const int64_t i = p.next.fetch_add(1, std::memory_order_relaxed);
+        while (part != p.parts.data() + p.parts.size() && i >= begin + units * n_segments) {
+            begin += units * n_segments;
+            current = -1;
+            if (++part != p.parts.data() + p.parts.size()) units = (panels_of(*part) + step - 1) / step;
+        }
+        if (part == p.parts.data() + p.parts.size()) break;
+        const int64_t m = part->weights->ne[1], full_panels = m / panel_rows, panels = panels_of(*part);
+        const int64_t s = (i - begin) / units, first = (i - begin) % units * step;
         const activation_set::segment &segment = set.segments[static_cast<size_t>(s)];
         if (s != current) {
             for (int64_t t = 0; t < segment.count; ++t) {
-                const char *row = flat_row(dst, set.order[static_cast<size_t>(segment.first + t)]);
+                const char *row = flat_row(part->result, set.order[static_cast<size_t>(segment.first + t)]);
                 rows[t] = const_cast<float *>(reinterpret_cast<const float *>(row));
             }
             current = s;
         }
         const activation_buffer::parts packed = set.packed(segment.first);
-        const matrix_attributes &a = *(*p.attributes)[static_cast<size_t>(segment.matrix)];
-        const tile *matrix = matrix_at(p.weights->data, segment.matrix, m, k);
+        const matrix_attributes &a = *(*part->attributes)[static_cast<size_t>(segment.matrix)];
+        const tile *matrix = matrix_at(part->weights->data, segment.matrix, m, k);
         const int64_t end = std::min(first + step, panels), full_end = std::min(end, full_panels);
         gemm_args args;
         args.weights = panel_at(matrix, static_cast<int>(first), static_cast<int>(k / group_columns));
@@ -272,10 +287,11 @@ void product_node(ggml_tensor *dst, int ith, int nth, void *userdata) {
         }
         move(-first * panel_rows);
     }
-    if (ith == 0) {
+    if (ith != 0) return;
+    for (const product::part &each : p.parts) {
         for (int64_t flat : set.invalid) {
-            float *row = const_cast<float *>(reinterpret_cast<const float *>(flat_row(dst, flat)));
-            std::fill_n(row, m, std::numeric_limits<float>::quiet_NaN());
+            float *row = const_cast<float *>(reinterpret_cast<const float *>(flat_row(each.result, flat)));
+            std::fill_n(row, each.weights->ne[1], std::numeric_limits<float>::quiet_NaN());
         }
     }
 }

@@ -83,11 +83,17 @@ struct activation_set {
     activation_buffer::parts packed(int64_t first) const;
 };
 
-/// One weight tensor times an activation set.
+/// One or several weight tensors times an activation set. Together, they have one barrier, and threads wait once for
+/// the last unit of work.
 struct product {
+    struct part {
+        const ggml_tensor *weights;
+        const tensor_attributes *attributes;
+        const ggml_tensor *result;  ///< only its data and strides are used
+    };
+
     activation_set *set = nullptr;
-    const ggml_tensor *weights = nullptr;
-    const tensor_attributes *attributes = nullptr;
+    std::vector<part> parts;
     const thread_memory *memory = nullptr;  ///< thread_bytes() in each thread
     std::atomic<int64_t> next{0};
 
@@ -101,8 +107,8 @@ struct row_lookup {
 };
 
 // Functions of the custom nodes. `userdata` is, in this order, an activation_set, an activation_set, a product, a
-// row_lookup. A product node writes to dst->data. A row_lookup node reads row numbers from dst->src[0] and its tensor
-// from dst->src[1].
+// row_lookup. A product node writes to the results of its parts. A row_lookup node reads row numbers from dst->src[0]
+// and its tensor from dst->src[1].
 void route_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void quantize_node(ggml_tensor *dst, int ith, int nth, void *userdata);
 void product_node(ggml_tensor *dst, int ith, int nth, void *userdata);

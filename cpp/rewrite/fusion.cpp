@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "graph/graph_facts.h"
+#include "host/tensor_rows.h"
 
 namespace agq {
 
@@ -25,15 +26,10 @@ bool is_single_row(const ggml_tensor *t, const ggml_tensor *like) {
     return is_rows(t) && t->ne[0] == like->ne[0] && t->ne[1] == 1 && t->ne[2] == 1 && t->ne[3] == 1;
 }
 
-bool overlap(const ggml_tensor *a, const ggml_tensor *b) {
-    const char *from_a = static_cast<const char *>(a->data), *from_b = static_cast<const char *>(b->data);
-    return from_a < from_b + host.ggml_nbytes(b) && from_b < from_a + host.ggml_nbytes(a);
-}
-
 /// Whether rows of `out` may be written while other rows of `in` are still to be read.
 bool independent_rows(const ggml_tensor *out, const ggml_tensor *in) {
     const bool same = out->data == in->data && same_shape(out, in) && std::equal(out->nb, out->nb + 4, in->nb);
-    return same || !overlap(out, in);
+    return same || !shares_memory(out, in);
 }
 
 /// The nodes of a graph, and which nodes read which tensor.
@@ -70,7 +66,8 @@ class graph_view {
     /// another part of the host's graph.
     bool is_over(const ggml_tensor *t, int i) const {
         for (; i < n_; ++i) {
-            if (!is_empty_op(nodes_[i]->op) && root_of(nodes_[i]) != t && nodes_[i]->data && overlap(nodes_[i], t))
+            if (!is_empty_op(nodes_[i]->op) && root_of(nodes_[i]) != t && nodes_[i]->data &&
+                shares_memory(nodes_[i], t))
                 return true;
         }
         return false;

@@ -8,6 +8,7 @@
 
 #include "graph/graph_facts.h"
 #include "host/profile.h"
+#include "host/tensor_rows.h"
 #include "nodes/decode_attention.h"
 
 namespace agq {
@@ -65,6 +66,15 @@ bool is_intact(const ggml_tensor *weights, const tensor_attributes &kept) {
     return intact;
 }
 
+/// Whether node j may be computed at the place of node i: nothing from there on uses the memory of its result.
+bool is_free_before(ggml_tensor **nodes, int i, int j) {
+    const ggml_tensor *result = nodes[j];
+    const auto in_the_way = [result](const ggml_tensor *t) { return t && t->data && shares_memory(t, result); };
+    return std::none_of(nodes + i, nodes + j, [&](const ggml_tensor *node) {
+        return in_the_way(node) || std::any_of(std::begin(node->src), std::end(node->src), in_the_way);
+    });
+}
+
 }  // namespace
 
 bool uses_agq4(const ggml_tensor *node) {
@@ -91,7 +101,11 @@ void graph_rewriter::clear() {
 
 bool graph_rewriter::weights_intact() const {
     const auto intact = [](const ggml_tensor *weights, const tensor_attributes &a) { return is_intact(weights, a); };
-    return std::all_of(products_.begin(), products_.end(), [&](auto &p) { return intact(p.weights, *p.attributes); }) &&
+    const auto all_intact = [&](const product &p) {
+        return std::all_of(p.parts.begin(), p.parts.end(),
+                           [&](const product::part &part) { return intact(part.weights, *part.attributes); });
+    };
+    return std::all_of(products_.begin(), products_.end(), all_intact) &&
            std::all_of(lookups_.begin(), lookups_.end(), [&](auto &l) { return intact(l.weights, *l.attributes); });
 }
 
@@ -214,12 +228,13 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
                 host.ggml_graph_add_node(graph_, nodes[i]);
                 break;
             case role::product:
-                good = add_product(nodes[i], i, error);
+                good = add_product(nodes, n, i, error);
                 break;
             case role::row_lookup:
                 good = add_row_lookup(nodes[i], error);
                 break;
             case role::fused:
+            case role::joined:
                 break;
             case role::fused_source:
                 good = add_fused_source(nodes[i], fusions_.at(i), nodes, error);
@@ -239,8 +254,9 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
         }
         if (!good) return false;
         const bool followed = i + 1 < n && nodes[i]->op == host.op_rms_norm && nodes[i + 1]->op == host.op_mul;
+        const role was = roles_[static_cast<size_t>(i)];
         const bool ours =
-            roles_[static_cast<size_t>(i)] == role::fused || roles_[static_cast<size_t>(i)] == role::fused_source;
+            was == role::fused || was == role::fused_source || was == role::joined || was == role::product;
         if (profiled_ && !is_empty_op(nodes[i]->op) && !followed && !ours) add_clock(profile_label(nodes[i]));
     }
     return true;
@@ -310,21 +326,21 @@ const tensor_attributes *graph_rewriter::find_attributes(const ggml_tensor *weig
     return &kept;
 }
 
-activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, int i, const tensor_attributes *attributes) {
-    ggml_tensor *x = node->src[1], *ids = node->op == host.op_mul_mat_id ? node->src[2] : nullptr;
+bool graph_rewriter::can_share(const activation_set &set, const ggml_tensor *node, int i,
+                               const tensor_attributes &attributes) const {
+    const ggml_tensor *ids = node->op == host.op_mul_mat_id ? node->src[2] : nullptr;
     const std::vector<uint8_t> *four = mixed_.covers(node, i) ? &mixed_.four() : nullptr;
+    const auto same = [](const auto &a, const auto &b) { return a == b || a->same_activations(*b); };
+    // Rows from a row source exist only in the set, so every product uses them as they are.
+    return set.x == node->src[1] && set.ids == ids && (set.source || set.four == four) &&
+           std::equal(attributes.begin(), attributes.end(), set.attributes->begin(), set.attributes->end(), same);
+}
+
+activation_set *graph_rewriter::find_or_add_set(ggml_tensor *node, int i, const tensor_attributes *attributes) {
     // Only the latest set is still in the buffer.
-    if (!sets_.empty()) {
-        activation_set &last = sets_.back();
-        const auto same = [](const auto &a, const auto &b) { return a == b || a->same_activations(*b); };
-        // Rows from a row source exist only in the set, so every product uses them as they are.
-        if (last.x == x && last.ids == ids && (last.source || last.four == four) &&
-            std::equal(attributes->begin(), attributes->end(), last.attributes->begin(), last.attributes->end(),
-                       same)) {
-            return &last;
-        }
-    }
-    return add_set(node, x, ids, attributes, nullptr, four);
+    if (!sets_.empty() && can_share(sets_.back(), node, i, *attributes)) return &sets_.back();
+    ggml_tensor *ids = node->op == host.op_mul_mat_id ? node->src[2] : nullptr;
+    return add_set(node, node->src[1], ids, attributes, nullptr, mixed_.covers(node, i) ? &mixed_.four() : nullptr);
 }
 
 activation_set *graph_rewriter::add_set(ggml_tensor *node, ggml_tensor *x, ggml_tensor *ids,
@@ -389,20 +405,44 @@ bool graph_rewriter::add_fused_source(ggml_tensor *node, const fusion &fused, gg
     return true;
 }
 
-bool graph_rewriter::add_product(ggml_tensor *node, int i, std::string *error) {
-    const ggml_tensor *weights = node->src[0];
-    const tensor_attributes *attributes = find_attributes(weights, error);
+bool graph_rewriter::add_product(ggml_tensor **nodes, int n, int i, std::string *error) {
+    ggml_tensor *node = nodes[i];
+    const tensor_attributes *attributes = find_attributes(node->src[0], error);
     if (!attributes) return false;
     if (!check_product(node, error)) return false;
     product &p = products_.emplace_back();
-    p.weights = weights;
-    p.attributes = attributes;
+    p.parts.push_back({node->src[0], attributes, node});
     p.memory = &scratch_;
     p.set = find_or_add_set(node, i, attributes);
+    if (fuse_) join_products(nodes, n, i, &p);
     thread_bytes_ = std::max(thread_bytes_, p.thread_bytes());
     ggml_tensor *args[2] = {node->src[1], node->src[0]};
     add_custom(node, args, 2, node::multiply, &p);
+    if (profiled_) {
+        std::string label = profile_label(node);
+        for (size_t part = 1; part < p.parts.size(); ++part) {
+            const std::string other = profile_label(p.parts[part].result);
+            label += '+' + other.substr(other.find(' ') + 1);
+        }
+        add_clock(label);
+    }
     return true;
+}
+
+/// Adds the following products of the same input to `p`, whose node is nodes[i], if their results may be written then.
+void graph_rewriter::join_products(ggml_tensor **nodes, int n, int i, product *p) {
+    constexpr int farthest = 48;  // nodes between queries and values, with biases, norms and rotations
+    for (int j = i + 1; j < n && j <= i + farthest; ++j) {
+        role &r = roles_[static_cast<size_t>(j)];
+        if (r == role::keep) continue;
+        if (r != role::product) return;
+        std::string ignored;  // found again, and reported, when the product is added by itself
+        const tensor_attributes *attributes = find_attributes(nodes[j]->src[0], &ignored);
+        if (!attributes || !check_product(nodes[j], &ignored) || !can_share(*p->set, nodes[j], j, *attributes)) return;
+        if (!is_free_before(nodes, i, j)) continue;
+        p->parts.push_back({nodes[j]->src[0], attributes, nodes[j]});
+        r = role::joined;
+    }
 }
 
 bool graph_rewriter::add_row_lookup(ggml_tensor *node, std::string *error) {

@@ -52,6 +52,7 @@ class graph_rewriter {
     enum class role : uint8_t {
         keep,
         product,
+        joined,  ///< computed together with an earlier product
         row_lookup,
         fused,         ///< computed by the fused_source that follows
         fused_source,  ///< computed while the input of a product is quantized
@@ -68,14 +69,17 @@ class graph_rewriter {
                     const std::unordered_map<const ggml_tensor *, int> &uses);
     void add_custom(const ggml_tensor *replaced, ggml_tensor **args, int n_args, const custom_node &node,
                     void *userdata);
-    bool add_product(ggml_tensor *node, int i, std::string *error);
+    bool add_product(ggml_tensor **nodes, int n, int i, std::string *error);
+    void join_products(ggml_tensor **nodes, int n, int i, product *p);
     bool add_row_lookup(ggml_tensor *node, std::string *error);
     void assign_fusions(ggml_tensor **nodes, int n);
     bool add_fused_source(ggml_tensor *node, const fusion &fused, ggml_tensor **nodes, std::string *error);
     attention_job &new_attention();
     void add_attention(ggml_tensor *node, attention_job *job);
     void add_clock(const std::string &label);
-    /// `i` is the index of the product that reads the set.
+    /// Whether a product, node i, can read the set.
+    bool can_share(const activation_set &set, const ggml_tensor *node, int i,
+                   const tensor_attributes &attributes) const;
     activation_set *find_or_add_set(ggml_tensor *node, int i, const tensor_attributes *attributes);
     activation_set *add_set(ggml_tensor *node, ggml_tensor *x, ggml_tensor *ids, const tensor_attributes *attributes,
                             const row_source *source, const std::vector<uint8_t> *four);
