@@ -96,6 +96,7 @@ class LowContext:
         n_seq: int = 1,
         unified: bool = True,
         embeddings: bool = False,
+        swa_full: bool = True,
         callback: Any = None,
     ):
         p = api.llama_context_default_params()
@@ -107,6 +108,7 @@ class LowContext:
         p.type_v = CACHE_TYPES[cache] if flash or cache in ("f32", "f16", "bf16") else CACHE_TYPES["f16"]
         p.kv_unified = unified
         p.embeddings = embeddings
+        p.swa_full = swa_full
         p.no_perf = True
         if callback is not None:
             self._callback = api.ggml_backend_sched_eval_callback(callback)

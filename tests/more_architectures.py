@@ -211,9 +211,9 @@ def write_olmo2(path: Path) -> Path:
     return m.ends()
 
 
-def write_cohere2(path: Path) -> Path:
+def write_cohere2(path: Path, *, window: int = 16) -> Path:
     """Command R7B: parallel blocks, sliding windows, scaled logits."""
-    keys: dict[str, Any] = {**LAYER_NORM, **ROPE, "attention.sliding_window": 16, "logit_scale": 0.25}
+    keys: dict[str, Any] = {**LAYER_NORM, **ROPE, "attention.sliding_window": window, "logit_scale": 0.25}
     m = _Tiny(path, "cohere2", layers=4, **keys)
     for block in m.blocks:
         m.norms(block, "attn_norm")
@@ -247,13 +247,31 @@ def write_qwen2moe(path: Path) -> Path:
     return m.ends()
 
 
-def write_gpt_oss(path: Path) -> Path:
+def write_llama4(path: Path) -> Path:
+    """Llama 4: each fourth layer sees everything, the others chunks of 8192 tokens; a shared expert."""
+    keys: dict[str, Any] = {
+        **RMS, **ROPE, **SIZES, "expert_count": EXPERTS, "expert_used_count": 1, "expert_feed_forward_length": 64,
+        "interleave_moe_layer_step": 2, "expert_gating_func": 2,
+    }  # fmt: skip
+    m = _Tiny(path, "llama4", 4, **keys)
+    for i, block in enumerate(m.blocks):
+        m.norms(block, "attn_norm", "ffn_norm")
+        m.qkv(block)
+        if i % 2:
+            m.experts(block)
+            m.gated(block, "_shexp", 64)
+        else:
+            m.gated(block)
+    return m.ends()
+
+
+def write_gpt_oss(path: Path, *, layers: int = 2, window: int = 16) -> Path:
     """gpt-oss: sinks, experts with biases and a clamped gate, sliding windows, YaRN."""
     keys: dict[str, Any] = {
-        **RMS, **ROPE, **SIZES, **YARN, "attention.sliding_window": 16, "expert_count": EXPERTS,
+        **RMS, **ROPE, **SIZES, **YARN, "attention.sliding_window": window, "expert_count": EXPERTS,
         "expert_used_count": 2, "expert_feed_forward_length": 64,
     }  # fmt: skip
-    m = _Tiny(path, "gpt-oss", **keys)
+    m = _Tiny(path, "gpt-oss", layers, **keys)
     for block in m.blocks:
         m.norms(block, "attn_norm", "post_attention_norm")
         m.qkv(block, bias=True, out_bias=True)

@@ -16,9 +16,9 @@ from tiny_models import _Model, _sizes, add_bpe_tokenizer, add_spm_tokenizer
 E, FF, HEADS, KV, HEAD, VOCAB, CONTEXT = 128, 256, 4, 2, 32, 512, 256
 
 
-def _start(path: Path | str, arch: str) -> _Model:
+def _start(path: Path | str, arch: str, layers: int = 2) -> _Model:
     model = _Model(path, arch, "f32", 0)
-    _sizes(model, 2, E, FF, HEADS, KV, CONTEXT)
+    _sizes(model, layers, E, FF, HEADS, KV, CONTEXT)
     model.writer.add_vocab_size(VOCAB)
     return model
 
@@ -90,17 +90,17 @@ def write_qwen3moe(path: Path | str) -> Path:
     return _ends(model, quiet)
 
 
-def _write_gemma(path: Path | str, arch: str, *, tied: bool = True) -> Path:
-    model = _start(path, arch)
+def _write_gemma(path: Path | str, arch: str, *, tied: bool = True, layers: int = 2, window: int = 16) -> Path:
+    model = _start(path, arch, layers)
     _heads(model)
     model.writer.add_layer_norm_rms_eps(1e-6)
-    model.writer.add_sliding_window(16)  # shorter than the tests' texts
+    model.writer.add_sliding_window(window)  # shorter than the tests' texts
     model.writer.add_sliding_window_pattern(2)
     if arch == "gemma2":
         model.writer.add_attn_logit_softcapping(50.0)
         model.writer.add_final_logit_softcapping(30.0)
     quiet = add_spm_tokenizer(model.writer, VOCAB)
-    for i in range(2):
+    for i in range(layers):
         block = f"blk.{i}."
         _attention(model, block, qk_norm=arch == "gemma3")
         _gated(model, block)
@@ -109,14 +109,14 @@ def _write_gemma(path: Path | str, arch: str, *, tied: bool = True) -> Path:
     return _ends(model, quiet, tied=tied)
 
 
-def write_gemma2(path: Path | str) -> Path:
+def write_gemma2(path: Path | str, *, layers: int = 2, window: int = 16) -> Path:
     """Gemma 2: soft caps, norms before and behind, each second layer with a sliding window, tied output."""
-    return _write_gemma(path, "gemma2")
+    return _write_gemma(path, "gemma2", layers=layers, window=window)
 
 
-def write_gemma3(path: Path | str, *, tied: bool = True) -> Path:
+def write_gemma3(path: Path | str, *, tied: bool = True, layers: int = 2, window: int = 16) -> Path:
     """Gemma 3: norms on queries and keys, every second layer with a sliding window, tied output."""
-    return _write_gemma(path, "gemma3", tied=tied)
+    return _write_gemma(path, "gemma3", tied=tied, layers=layers, window=window)
 
 
 def write_phi3(path: Path | str) -> Path:

@@ -15,11 +15,29 @@ float float_param(const ggml_tensor *node, int i) {
 void match_flash(const ggml_tensor *node, attention_pattern *found) {
     found->scores = node;
     found->mask_slot = 3;
-    found->plain = true;
+    found->plain = found->is_known = true;
+    found->scale = float_param(node, 0);
     found->q = node->src[0];
     found->k = node->src[1];
     found->sinks = node->src[4];
     found->soft_cap = float_param(node, 2);
+}
+
+/// Whether the node multiplies by a number and adds nothing.
+bool is_factor(const ggml_tensor *node) {
+    return std::strcmp(host.ggml_op_desc(node), "SCALE") == 0 && float_param(node, 1) == 0;
+}
+
+/// Matches a soft cap of the product: node `capped` is s2 * tanh(s1 * scores). The soft-max multiplies by `scale`.
+bool match_soft_cap(const ggml_tensor *capped, const ggml_tensor *scores, float scale, attention_pattern *found) {
+    const ggml_tensor *bent = capped->src[0], *scaled = bent ? bent->src[0] : nullptr;
+    if (!scaled || scaled->src[0] != scores || !is_factor(capped) || !is_factor(scaled) ||
+        std::strcmp(host.ggml_op_desc(bent), "TANH") != 0) {
+        return false;
+    }
+    found->soft_cap = scale * float_param(capped, 0);
+    found->scale = float_param(scaled, 0) * found->soft_cap;
+    return found->soft_cap > 0;
 }
 
 bool match_chain(const ggml_tensor *soft_max, attention_pattern *found) {
@@ -30,6 +48,8 @@ bool match_chain(const ggml_tensor *soft_max, attention_pattern *found) {
     found->scores = scores;
     found->mask_slot = 1;
     found->plain = scores == soft_max->src[0];
+    found->scale = float_param(soft_max, 0);
+    found->is_known = found->plain || match_soft_cap(soft_max->src[0], scores, found->scale, found);
     found->q = scores->src[1];
     found->k = scores->src[0];
     found->sinks = soft_max->src[2];
@@ -46,7 +66,6 @@ bool match_attention(const ggml_tensor *node, attention_pattern *found) {
         return false;
     }
     found->mask = node->src[found->mask_slot];
-    found->scale = float_param(node, 0);
     found->max_bias = float_param(node, 1);
     return true;
 }

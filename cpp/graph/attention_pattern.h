@@ -17,7 +17,8 @@ struct attention_operands {
 struct attention_pattern : attention_operands {
     const ggml_tensor *scores = nullptr;  ///< the node that reads queries and keys: the flash node, or their product
     int mask_slot = 0;                    ///< which source of the matched node is the mask
-    bool plain = false;  ///< whether the soft-max follows the product directly, so that q and k determine the weights
+    bool plain = false;                   ///< whether the soft-max follows the product directly
+    bool is_known = false;  ///< whether these operands determine the weights: only a soft cap may be in between
 };
 
 /// Matches the node that takes the mask: a flash node, or the soft-max of a chain. Returns false for any other node.

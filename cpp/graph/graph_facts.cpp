@@ -1,5 +1,6 @@
 #include "graph/graph_facts.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -92,12 +93,11 @@ void graph_facts::read(ggml_tensor **nodes, int n) {
             }
             last_use[static_cast<size_t>(entry->second)] = i;
         }
-        // The cells written by this graph must be known. Otherwise they would be mistaken for those of dropped tokens.
-        const bool stores = nodes[i]->op == host.op_set_rows && begins(root_of(nodes[i]), cache_prefix);
-        unknown_store = unknown_store || (stores && nodes[i]->src[1] != k_cells);
+        find_store(nodes[i]);
         if (nodes[i]->flags & ggml_flag_output) is_part = false;
         find_site(i);
     }
+    find_kinds();
 }
 
 std::string graph_facts::input_name(const ggml_tensor *leaf) const {
@@ -110,19 +110,55 @@ void graph_facts::find_input(const ggml_tensor *node, int slot) {
     const ggml_tensor *leaf = node->src[slot];
     if (const char *role = role_of(node, slot)) roles_.emplace(leaf, role);
     const std::string name = input_name(leaf);
+    if (name == mask_name) masks_.push_back(leaf);
     const struct {
         const char *name;
         const ggml_tensor **slot;
-    } known[] = {{mask_name, &mask},
-                 {"inp_tokens", &tokens},
-                 {positions_name, &positions},
-                 {k_cells_name, &k_cells},
-                 {out_ids_name, &out_ids}};
+    } known[] = {{"inp_tokens", &tokens}, {positions_name, &positions}, {out_ids_name, &out_ids}};
     for (const auto &input : known) {
         if (name != input.name) continue;
         if (*input.slot) ambiguous = true;
         *input.slot = leaf;
     }
+}
+
+void graph_facts::find_store(const ggml_tensor *node) {
+    const ggml_tensor *cache = root_of(node);
+    if (node->op != host.op_set_rows || !begins(cache, cache_prefix)) return;
+    // The cells written by this graph must be known. Otherwise they would be mistaken for those of dropped tokens.
+    if (input_name(node->src[1]) == k_cells_name) {
+        stores_.emplace_back(cache, node->src[1]);
+    } else {
+        unknown_store = true;
+    }
+}
+
+/// Sorts the sites by their masks.
+void graph_facts::find_kinds() {
+    for (size_t s = 0; s < sites.size(); ++s) {
+        attention_site &site = sites[s];
+        const auto same = [&site](const attention_kind &k) { return k.mask == site.mask; };
+        const auto found = std::find_if(kinds.begin(), kinds.end(), same);
+        site.kind = static_cast<int>(found - kinds.begin());
+        if (found == kinds.end()) kinds.push_back({site.mask, nullptr, static_cast<int>(s)});
+        const ggml_tensor *&cells = kinds[static_cast<size_t>(site.kind)].k_cells;
+        for (const auto &[cache, its_cells] : stores_) {
+            if (cache != root_of(site.cache)) continue;
+            ambiguous = ambiguous || (cells && cells != its_cells);
+            cells = its_cells;
+            site.is_stored = true;
+        }
+    }
+    const auto has = [this](const ggml_tensor *m, const ggml_tensor *c) {
+        return std::count_if(kinds.begin(), kinds.end(),
+                             [m, c](const attention_kind &k) { return (!m || k.mask == m) && (!c || k.k_cells == c); });
+    };
+    // In a part of a graph, the attention that belongs to a store may be in the next part.
+    const auto is_one = [this](auto n) { return n == 1 || (n == 0 && !complete); };
+    for (const ggml_tensor *m : masks_) ambiguous = ambiguous || !is_one(has(m, nullptr));
+    for (const auto &store : stores_) ambiguous = ambiguous || !is_one(has(nullptr, store.second));
+    if (!kinds.empty()) mask = kinds[0].mask;
+    k_cells = !kinds.empty() && kinds[0].k_cells ? kinds[0].k_cells : stores_.empty() ? nullptr : stores_[0].second;
 }
 
 void graph_facts::find_site(int i) {
@@ -138,7 +174,7 @@ void graph_facts::find_site(int i) {
         site.masked = i;
         if (found.scores == node) site.last = i;
         site.mask_slot = found.mask_slot;
-        site.plain = found.plain;
+        site.is_known = found.is_known;
         sites.push_back(site);
     } else if (const ggml_tensor *soft_max = soft_max_before(node)) {
         for (attention_site &site : sites) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "graph/attention_pattern.h"
@@ -14,12 +15,21 @@ namespace agq {
 /// One attention over the K/V cache.
 struct attention_site : attention_operands {
     int layer = -1;
-    int first = -1;      ///< the node that reads queries and keys: the flash node, or the product of both
-    int masked = -1;     ///< the node that takes the mask: the flash node, or the soft-max
-    int last = -1;       ///< the node of the output: the flash node, or the product with the values
-    int mask_slot = 0;   ///< which source of `masked` is the mask
-    bool plain = false;  ///< whether the soft-max follows the product directly, so that q and k determine the weights
+    int first = -1;          ///< the node that reads queries and keys: the flash node, or the product of both
+    int masked = -1;         ///< the node that takes the mask: the flash node, or the soft-max
+    int last = -1;           ///< the node of the output: the flash node, or the product with the values
+    int mask_slot = 0;       ///< which source of `masked` is the mask
+    int kind = 0;            ///< index into graph_facts::kinds
+    bool is_known = false;   ///< whether the operands determine the weights
+    bool is_stored = false;  ///< whether this graph stores keys to its cache
     const ggml_tensor *cache = nullptr;  ///< the keys as a view of the cache; k may be a converted copy of it
+};
+
+/// Attentions with the same mask. Their caches have the same cells. Models with sliding windows have two kinds.
+struct attention_kind {
+    const ggml_tensor *mask = nullptr;
+    const ggml_tensor *k_cells = nullptr;  ///< the input that names the cells of stored keys; null: none are stored
+    int site = 0;                          ///< the first attention of this kind
 };
 
 class graph_facts {
@@ -39,8 +49,12 @@ class graph_facts {
     bool complete = false;               ///< whether all sources are leaves or nodes of this graph
     bool is_part = false;                ///< whether the result is in another graph of the host, not in this one
 
-    // Inputs, or null. `ambiguous` is set if there are several of a kind.
-    const ggml_tensor *mask = nullptr, *tokens = nullptr, *positions = nullptr, *k_cells = nullptr, *out_ids = nullptr;
+    std::vector<attention_kind> kinds;  ///< in the order of their first sites
+
+    // Inputs, or null. `ambiguous` is set if there are several that must be one, or if a mask or a store of keys
+    // belongs to no kind or to several.
+    const ggml_tensor *tokens = nullptr, *positions = nullptr, *out_ids = nullptr;
+    const ggml_tensor *mask = nullptr, *k_cells = nullptr;  ///< of the first kind
     bool ambiguous = false;
     bool unknown_store = false;  ///< whether keys are stored to cells that no input names
 
@@ -56,10 +70,15 @@ class graph_facts {
 
   private:
     void find_input(const ggml_tensor *node, int slot);
+    void find_store(const ggml_tensor *node);
     void find_site(int i);
+    void find_kinds();
 
     std::unordered_map<const ggml_tensor *, int> numbers_;
     std::unordered_map<const ggml_tensor *, const char *> roles_;  ///< names of inputs that are recognized by their use
+    std::vector<const ggml_tensor *> masks_;                       ///< all inputs that are masks
+    /// By key cache that is written: the input that names the cells.
+    std::vector<std::pair<const ggml_tensor *, const ggml_tensor *>> stores_;
 };
 
 /// Whether the tensor has exactly this name.

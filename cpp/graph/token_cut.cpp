@@ -15,9 +15,12 @@ std::string find_gap(const graph_facts &facts) {
     if (facts.is_part && facts.sites.empty()) {
         return "attention and its K/V cache are on another device, or the host computes the graph in parts";
     }
-    if (facts.ambiguous) return "the model has several attention masks or caches (sliding windows)";
-    if (!facts.mask || !facts.k_cells || facts.sites.empty()) return "the model has no causal K/V cache";
-    if (facts.mask->ne[3] != 1) return "the batch holds several sequences";
+    if (facts.sites.empty() || !facts.k_cells) return "the model has no causal K/V cache";
+    if (facts.ambiguous) return "the model has attention masks or inputs that pruning cannot tell apart";
+    for (const attention_kind &kind : facts.kinds) {
+        if (!kind.k_cells) return "layers share their K/V cache";
+        if (kind.mask->ne[3] != 1) return "the batch holds several sequences";
+    }
     for (size_t i = 0; i < facts.sites.size(); ++i) {
         if (facts.sites[i].last < 0) return "the output of an attention was not found";
         if (i > 0 && facts.sites[i].layer <= facts.sites[i - 1].layer) return "layers share their K/V cache";
@@ -25,10 +28,24 @@ std::string find_gap(const graph_facts &facts) {
     return "";
 }
 
+int find_last_states(const graph_facts &facts, const std::vector<token_dim> &dims) {
+    for (int i = 0; i < facts.n_nodes; ++i) {
+        const ggml_tensor *lookup = facts.tensors[static_cast<size_t>(i)];
+        if (lookup->op != host.op_get_rows || lookup->src[1] != facts.out_ids) continue;
+        const ggml_tensor *states = lookup->src[0];
+        const int number = facts.number(states);
+        const bool is_kept = number < facts.n_nodes && states->flags & ggml_flag_output;
+        if (is_kept && !states->view_src && dims[static_cast<size_t>(number)] == token_dim{1, 1}) return number;
+    }
+    return -1;
+}
+
 bool is_wanted_whole(const graph_facts &facts, const std::vector<token_dim> &dims, int first_cut) {
     const size_t n = static_cast<size_t>(facts.n_nodes);
     if (dims[n - 1]) return true;
+    const int last_states = find_last_states(facts, dims);
     for (size_t i = static_cast<size_t>(first_cut); i < n; ++i) {
+        if (static_cast<int>(i) == last_states) continue;
         if (dims[i] && (facts.tensors[i]->flags & ggml_flag_output)) return true;
     }
     return false;
@@ -51,7 +68,9 @@ std::string find_crossing(const graph_facts &facts, const std::vector<token_dim>
     for (size_t i = 0; i < facts.tensors.size(); ++i) {
         const ggml_tensor *t = facts.tensors[i];
         const bool before = static_cast<int>(i) <= at || static_cast<int>(i) >= facts.n_nodes;
-        if (!before || !dims[i] || facts.last_use[i] <= at || t == facts.mask) continue;
+        const auto is_mask = [t](const attention_kind &kind) { return kind.mask == t; };
+        if (!before || !dims[i] || facts.last_use[i] <= at) continue;
+        if (std::any_of(facts.kinds.begin(), facts.kinds.end(), is_mask)) continue;
         if (!is_contiguous(t)) return "the tensor '" + name_of(t) + "' is not contiguous";
         crossing->push_back(static_cast<int>(i));
     }

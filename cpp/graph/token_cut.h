@@ -16,12 +16,16 @@ std::string find_gap(const graph_facts &facts);
 /// there is none, empty if there is one.
 std::string find_site(const graph_facts &facts, int layer, int *site);
 
-/// Finds the numbers of the token-indexed tensors that are read after node `at`, except the mask. Returns empty, or the
+/// Finds the numbers of the token-indexed tensors that are read after node `at`, except masks. Returns empty, or the
 /// reason why a cut there cannot select their rows. Throws std::bad_alloc.
 std::string find_crossing(const graph_facts &facts, const std::vector<token_dim> &dims, int at,
                           std::vector<int> *crossing);
 
-/// Whether a host could read a tensor of all tokens after node `first_cut`.
+/// The node with the last layer's states of all tokens, or -1 if the host does not keep them beside those whose logits
+/// are wanted. It does so for models with multi-token prediction, whether or not a draft model will read them.
+int find_last_states(const graph_facts &facts, const std::vector<token_dim> &dims);
+
+/// Whether a host could read another tensor of all tokens after node `first_cut`.
 bool is_wanted_whole(const graph_facts &facts, const std::vector<token_dim> &dims, int first_cut);
 
 }  // namespace agq

@@ -170,6 +170,7 @@ struct ggml_backend_reg {
     X(const ggml_type_traits *, ggml_get_type_traits, (int))                                                         \
     X(const char *, ggml_glu_op_name, (int))                                                                         \
     X(const char *, ggml_op_name, (int))                                                                             \
+    X(const char *, ggml_op_desc, (const ggml_tensor *))                                                             \
     X(size_t, ggml_tensor_overhead, ())                                                                              \
     X(size_t, ggml_nbytes, (const ggml_tensor *))                                                                    \
     X(ggml_context *, ggml_init, (ggml_init_params))                                                                 \

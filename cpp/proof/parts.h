@@ -18,7 +18,6 @@ namespace agq {
     X(void *, ggml_get_mem_buffer, (const ggml_context *))                                                            \
     X(bool, ggml_get_no_alloc, (ggml_context *))                                                                      \
     X(ggml_tensor *, ggml_new_tensor_4d, (ggml_context *, int, int64_t, int64_t, int64_t, int64_t))                   \
-    X(const char *, ggml_op_desc, (const ggml_tensor *))                                                              \
     X(ggml_tensor *, ggml_set_name, (ggml_tensor *, const char *))                                                    \
     X(void, ggml_set_input, (ggml_tensor *))                                                                          \
     X(void, ggml_set_output, (ggml_tensor *))                                                                         \

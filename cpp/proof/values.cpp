@@ -174,10 +174,10 @@ void prove_tensor(findings *f) {
     if (!memory.holds(f, product) || !memory.holds(f, custom)) return;
     ggml_tensor *leaf = host.ggml_new_tensor_3d(context, ggml_type_f32, 4, 1, 1);
     if (!memory.holds(f, leaf)) return;
-    const char *none = functions.ggml_op_desc(leaf);
+    const char *none = host.ggml_op_desc(leaf);
     host.op_none = leaf->op;
     leaf->op = product->op;
-    const char *carried = functions.ggml_op_desc(leaf);
+    const char *carried = host.ggml_op_desc(leaf);
     is(none && carried && std::strcmp(none, "NONE") == 0 && std::strcmp(carried, "MUL_MAT") == 0, "operation");
     is(std::equal(std::begin(sources), std::end(sources), custom->src) && !custom->src[ggml_max_src - 1] &&
            product->src[0] == named && product->src[1] == plain && !product->src[2],

@@ -12,7 +12,7 @@ namespace agq {
 namespace {
 
 template <typename Element>
-void copy_mask_row(const cut_job::mask &m, const char *from_row, char *to_row, Element hidden) {
+void copy_mask_row(const cut_job::mask &m, const char *from_row, char *to_row, bool spared, Element hidden) {
     const Element *from = reinterpret_cast<const Element *>(from_row);
     Element *to = reinterpret_cast<Element *>(to_row);
     if (m.columns) {
@@ -20,7 +20,7 @@ void copy_mask_row(const cut_job::mask &m, const char *from_row, char *to_row, E
     } else {
         std::memcpy(to, from, sizeof(Element) * static_cast<size_t>(m.n_columns));
     }
-    if (m.hidden) {
+    if (m.hidden && !spared) {
         for (int32_t c : *m.hidden) to[c] = hidden;
     }
 }
@@ -62,10 +62,11 @@ void cut_node(ggml_tensor *, int ith, int nth, void *userdata) {
             const int64_t source = m.rows ? (*m.rows)[static_cast<size_t>(i)] : i;
             const char *from = m.from + static_cast<size_t>(source) * m.from_stride;
             char *to = m.to + static_cast<size_t>(i) * m.to_stride;
+            const bool spared = m.spared && (*m.spared)[static_cast<size_t>(source)];
             if (m.is_f16) {
-                copy_mask_row<uint16_t>(m, from, to, hidden_f16);
+                copy_mask_row<uint16_t>(m, from, to, spared, hidden_f16);
             } else {
-                copy_mask_row<float>(m, from, to, -INFINITY);
+                copy_mask_row<float>(m, from, to, spared, -INFINITY);
             }
         }
     }

@@ -19,8 +19,8 @@ struct cut_job {
         int64_t blocks, source_rows;
         const std::vector<int32_t> *rows;
     };
-    /// Copies rows of a mask (as above; rows null: all `n_rows`) and sets the columns in `hidden` to -inf. With
-    /// `columns`, only those columns are copied, side by side.
+    /// Copies rows of a mask (as above; rows null: all `n_rows`) and sets the columns in `hidden` to -inf, except in
+    /// the source rows for which `spared` is set. With `columns`, only those columns are copied, side by side.
     struct mask {
         const char *from;
         char *to;
@@ -30,6 +30,7 @@ struct cut_job {
         const std::vector<int32_t> *rows;
         const std::vector<int32_t> *hidden;
         const std::vector<int32_t> *columns;
+        const std::vector<uint8_t> *spared = nullptr;
     };
     /// Copies between a tensor with `rows` tokens and records of single tokens: block b of token i of the tensor stands
     /// at `tensor + (b * rows + i) * bytes`, and in record i at `offset + b * bytes`.

@@ -6,50 +6,70 @@
 
 namespace agq {
 
-bool hidden_cells::find(const graph_facts &facts) {
-    level_of_site_.assign(facts.sites.size(), 0);
-    n_levels_ = 1;
-    if (cells_.empty()) cells_.resize(1);
-    mark_in_flight(facts);
-    const auto ascends = [](const attention_site &a, const attention_site &b) { return a.layer >= b.layer; };
-    const bool ordered = std::adjacent_find(facts.sites.begin(), facts.sites.end(), ascends) == facts.sites.end();
-    if (facts.complete && ordered) {
-        find_in_whole(facts);
-    } else {
-        find_in_part(facts);
+namespace {
+
+void mark_in_flight(const graph_facts &facts, const attention_kind &kind, std::vector<uint8_t> *in_flight) {
+    const ggml_tensor *mask = kind.mask;
+    in_flight->assign(static_cast<size_t>(mask->ne[0] * mask->ne[3]), 0);
+    if (!kind.k_cells) return;
+    const attention_site &site = facts.sites[static_cast<size_t>(kind.site)];
+    const int64_t offset = cell_offset(site);
+    const int64_t stream_cells =
+        mask->ne[3] > 1 ? static_cast<int64_t>(site.cache->nb[3] / site.cache->nb[1]) : INT64_MAX;
+    const int64_t *indices = static_cast<const int64_t *>(kind.k_cells->data);
+    for (int64_t t = 0; t < kind.k_cells->ne[0]; ++t) {
+        const int64_t index = indices[t] - offset;
+        if (index < 0) continue;
+        const int64_t stream = index / stream_cells, cell = index % stream_cells;
+        if (stream < mask->ne[3] && cell < mask->ne[0])
+            (*in_flight)[static_cast<size_t>(stream * mask->ne[0] + cell)] = 1;
     }
-    return n_levels_ > 1;
 }
 
-std::vector<dropped_cell> &hidden_cells::new_level() {
+}  // namespace
+
+bool hidden_cells::find(const graph_facts &facts) {
+    level_of_site_.clear();
+    for (const attention_site &site : facts.sites) level_of_site_.push_back(site.kind);
+    n_levels_ = 0;
+    kind_of_level_.clear();
+    if (in_flight_.size() < facts.kinds.size()) in_flight_.resize(facts.kinds.size());
+    while (scanners_.size() < facts.kinds.size()) scanners_.emplace_back();
+    for (size_t k = 0; k < facts.kinds.size(); ++k) {
+        new_level(static_cast<int>(k));
+        mark_in_flight(facts, facts.kinds[k], &in_flight_[k]);
+    }
+    const int n_kinds = n_levels_;
+    const auto ascends = [](const attention_site &a, const attention_site &b) { return a.layer >= b.layer; };
+    const bool ordered = std::adjacent_find(facts.sites.begin(), facts.sites.end(), ascends) == facts.sites.end();
+    const auto is_stored = [](const attention_site &site) { return site.is_stored; };
+    const bool all_stored = std::all_of(facts.sites.begin(), facts.sites.end(), is_stored);
+    if (facts.complete && ordered) {
+        for (int k = 0; k < n_kinds; ++k) find_in_whole(facts, k);
+    } else if (!facts.complete || !all_stored) {  // else layers share their caches, and such models are not pruned
+        find_in_part(facts);
+    }
+    return n_levels_ > n_kinds;
+}
+
+std::vector<dropped_cell> &hidden_cells::new_level(int kind) {
+    kind_of_level_.push_back(kind);
     if (cells_.size() == static_cast<size_t>(n_levels_)) cells_.emplace_back();
     std::vector<dropped_cell> &fresh = cells_[static_cast<size_t>(n_levels_++)];
     fresh.clear();
     return fresh;
 }
 
-void hidden_cells::mark_in_flight(const graph_facts &facts) {
-    const ggml_tensor *mask = facts.mask;
-    in_flight_.assign(static_cast<size_t>(mask->ne[0] * mask->ne[3]), 0);
-    if (!facts.k_cells || facts.sites.empty()) return;
-    const attention_site &site = facts.sites[0];
-    const int64_t offset = cell_offset(site);
-    const int64_t stream_cells =
-        mask->ne[3] > 1 ? static_cast<int64_t>(site.cache->nb[3] / site.cache->nb[1]) : INT64_MAX;
-    const int64_t *indices = static_cast<const int64_t *>(facts.k_cells->data);
-    for (int64_t t = 0; t < facts.k_cells->ne[0]; ++t) {
-        const int64_t index = indices[t] - offset;
-        if (index < 0) continue;
-        const int64_t stream = index / stream_cells, cell = index % stream_cells;
-        if (stream < mask->ne[3] && cell < mask->ne[0])
-            in_flight_[static_cast<size_t>(stream * mask->ne[0] + cell)] = 1;
-    }
-}
-
-void hidden_cells::find_in_whole(const graph_facts &facts) {
+void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
+    const size_t k = static_cast<size_t>(kind);
     layers_.clear();
-    for (const attention_site &site : facts.sites) layers_.push_back(key_rows::of(site.cache));
-    const std::vector<dropped_cell> &found = scanner_.scan(layers_, facts.mask, in_flight_);
+    std::vector<int32_t> sites;  // of this kind
+    for (size_t s = 0; s < facts.sites.size(); ++s) {
+        if (facts.sites[s].kind != kind) continue;
+        sites.push_back(static_cast<int32_t>(s));
+        layers_.push_back(key_rows::of(facts.sites[s].cache));
+    }
+    const std::vector<dropped_cell> &found = scanners_[k].scan(layers_, facts.kinds[k].mask, in_flight_[k]);
     if (found.empty()) return;
     std::vector<int32_t> borders;
     for (const dropped_cell &d : found) {
@@ -58,19 +78,22 @@ void hidden_cells::find_in_whole(const graph_facts &facts) {
         if (std::find(borders.begin(), borders.end(), d.first_layer) == borders.end()) borders.push_back(d.first_layer);
     }
     std::sort(borders.begin(), borders.end());
-    for (size_t s = 0; s < level_of_site_.size(); ++s) {
-        const auto end = std::upper_bound(borders.begin(), borders.end(), static_cast<int32_t>(s));
-        level_of_site_[s] = static_cast<int>(end - borders.begin());
+    for (size_t i = 0; i < sites.size(); ++i) {
+        const auto end = std::upper_bound(borders.begin(), borders.end(), static_cast<int32_t>(i));
+        if (end == borders.begin()) continue;
+        level_of_site_[static_cast<size_t>(sites[i])] = n_levels_ + static_cast<int>(end - borders.begin()) - 1;
     }
     for (int32_t border : borders) {
-        std::vector<dropped_cell> &cells = new_level();
+        std::vector<dropped_cell> &cells = new_level(kind);
         if (border == borders.back()) {
             cells.assign(found.begin(), found.end());
-            continue;
+        } else {
+            for (const dropped_cell &d : found) {
+                if (d.first_layer <= border) cells.push_back(d);
+            }
         }
-        for (const dropped_cell &d : found) {
-            if (d.first_layer <= border) cells.push_back(d);
-        }
+        if (facts.kinds.size() == 1) continue;  // an index among the layers of the kind is that of the attention
+        for (dropped_cell &d : cells) d.first_layer = sites[static_cast<size_t>(d.first_layer)];
     }
 }
 
@@ -79,6 +102,7 @@ void hidden_cells::find_in_whole(const graph_facts &facts) {
 void hidden_cells::find_in_part(const graph_facts &facts) {
     for (size_t s = 0; s < facts.sites.size(); ++s) {
         const attention_site &site = facts.sites[s];
+        const size_t k = static_cast<size_t>(site.kind);
         bool written_here = false;
         for (int i = 0; i < site.first; ++i) {
             const ggml_tensor *node = facts.tensors[static_cast<size_t>(i)];
@@ -87,10 +111,10 @@ void hidden_cells::find_in_part(const graph_facts &facts) {
         layers_ = {key_rows::of(site.cache)};
         static const std::vector<uint8_t> nothing;
         const std::vector<dropped_cell> &found =
-            scanner_.scan(layers_, facts.mask, written_here ? in_flight_ : nothing);
+            scanners_[k].scan(layers_, facts.kinds[k].mask, written_here ? in_flight_[k] : nothing);
         if (found.empty()) continue;
         level_of_site_[s] = n_levels_;
-        new_level() = found;
+        new_level(site.kind) = found;
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "graph/graph_facts.h"
@@ -11,26 +12,28 @@ namespace agq {
 
 class hidden_cells {
   public:
-    /// Scans the cache as it is before the graph is computed. All sites must share facts.mask. Returns whether any cell
-    /// is hidden. Throws std::bad_alloc.
+    /// Scans the caches as they are before the graph is computed. Returns whether any cell is hidden. Throws
+    /// std::bad_alloc.
     bool find(const graph_facts &facts);
 
-    /// The level of an attention. Attentions of one level hide the same cells; level 0 hides none.
+    /// The level of an attention. Attentions of one level are of one kind and hide the same cells. Level k, for each
+    /// kind k, hides none.
     int level(int site) const { return level_of_site_[static_cast<size_t>(site)]; }
     int levels() const { return n_levels_; }
-    /// The hidden cells of a level, by stream and cell.
+    /// The kind of attention of a level.
+    int kind(int level) const { return kind_of_level_[static_cast<size_t>(level)]; }
+    /// The hidden cells of a level, by stream and cell. `first_layer` is the index of an attention.
     const std::vector<dropped_cell> &cells(int level) const { return cells_[static_cast<size_t>(level)]; }
 
   private:
-    void mark_in_flight(const graph_facts &facts);
-    void find_in_whole(const graph_facts &facts);
+    void find_in_whole(const graph_facts &facts, int kind);
     void find_in_part(const graph_facts &facts);
-    std::vector<dropped_cell> &new_level();
+    std::vector<dropped_cell> &new_level(int kind);
 
-    zero_row_scanner scanner_;
+    std::deque<zero_row_scanner> scanners_;  ///< by kind
     std::vector<key_rows> layers_;
-    std::vector<uint8_t> in_flight_;  ///< cells that this ubatch writes, by stream and cell
-    std::vector<int> level_of_site_;
+    std::vector<std::vector<uint8_t>> in_flight_;  ///< by kind: cells that this ubatch writes, by stream and cell
+    std::vector<int> level_of_site_, kind_of_level_;
     std::vector<std::vector<dropped_cell>> cells_;  ///< by level; may be longer than n_levels_, to reuse memory
     int n_levels_ = 1;
 };

@@ -35,7 +35,7 @@ void masked_graph::build(const graph_facts &facts) {
         int slot = 0;
         if (site < facts.sites.size() && facts.sites[site].masked == i) {
             slot = facts.sites[site].mask_slot;
-            mask = arena_.copy(facts.mask);
+            mask = arena_.copy(facts.sites[site].mask);
             masks_.push_back(mask);
             ++site;
         }
@@ -54,21 +54,30 @@ void masked_graph::fill_level(const ggml_tensor *mask, const std::vector<dropped
     }
 }
 
-void masked_graph::fill(const graph_facts &facts, const hidden_cells &hidden, const std::vector<key_group> *whole,
-                        const int32_t *own_cells) {
+void masked_graph::fill(const graph_facts &facts, const hidden_cells &hidden, const key_choices &whole,
+                        const std::vector<std::vector<int32_t>> &own_cells) {
     while (levels_.size() < static_cast<size_t>(hidden.levels())) levels_.emplace_back();
-    std::vector<const std::vector<key_group> *> groups = {whole};
-    for (int i = 1; i < hidden.levels(); ++i) {
+    std::vector<const std::vector<key_group> *> groups;
+    for (int i = 0; i < hidden.levels(); ++i) {
+        const size_t kind = static_cast<size_t>(hidden.kind(i));
+        const ggml_tensor *mask = facts.kinds[kind].mask;
+        if (hidden.cells(i).empty()) {
+            const auto found = whole.find(mask);
+            groups.push_back(found == whole.end() ? nullptr : &found->second);
+            continue;
+        }
         level_mask &level = levels_[static_cast<size_t>(i)];
-        fill_level(facts.mask, hidden.cells(i), &level);
-        const int64_t tokens = facts.n_tokens() / facts.mask->ne[3];
+        fill_level(mask, hidden.cells(i), &level);
+        const int64_t tokens = facts.n_tokens() / mask->ne[3];
         const char *rows = reinterpret_cast<const char *>(level.full.data());
-        groups.push_back(&level.groups.find(facts.mask, rows, tokens, own_cells));
+        const int32_t *own = own_cells[kind].empty() ? nullptr : own_cells[kind].data();
+        groups.push_back(&level.groups.find(mask, rows, tokens, own));
     }
     choices_.clear();
     for (size_t s = 0; s < masks_.size(); ++s) {
         const size_t level = static_cast<size_t>(hidden.level(static_cast<int>(s)));
-        masks_[s]->data = level == 0 ? facts.mask->data : levels_[level].full.data();
+        const bool hides = !hidden.cells(static_cast<int>(level)).empty();
+        masks_[s]->data = hides ? levels_[level].full.data() : facts.sites[s].mask->data;
         if (groups[level]) choices_.emplace(masks_[s], *groups[level]);
     }
 }

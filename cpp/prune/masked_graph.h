@@ -19,10 +19,10 @@ class masked_graph {
     void build(const graph_facts &facts);
     bool is_built() const { return !nodes_.empty(); }
     void clear() { nodes_.clear(); }
-    /// Fills the masks for this ubatch. `whole`: the groups of the host's mask, or null; `own_cells` as in
-    /// sequence_groups. Throws std::bad_alloc.
-    void fill(const graph_facts &facts, const hidden_cells &hidden, const std::vector<key_group> *whole,
-              const int32_t *own_cells);
+    /// Fills the masks for this ubatch. `whole`: the groups of the host's masks; `own_cells`: by kind of attention, the
+    /// column of each token, empty if it is not known. Throws std::bad_alloc.
+    void fill(const graph_facts &facts, const hidden_cells &hidden, const key_choices &whole,
+              const std::vector<std::vector<int32_t>> &own_cells);
     std::vector<ggml_tensor *> &nodes() { return nodes_; }
     /// The key choices for the latest ubatch.
     const key_choices &choices() const { return choices_; }
@@ -41,7 +41,7 @@ class masked_graph {
     std::vector<ggml_tensor *> nodes_;
     std::vector<ggml_tensor *> masks_;  ///< by site
     key_choices choices_;
-    std::deque<level_mask> levels_;  ///< from level 1 on; addresses stay valid
+    std::deque<level_mask> levels_;  ///< unused for those that hide nothing; addresses stay valid
 };
 
 }  // namespace agq

@@ -95,11 +95,12 @@ prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage>
         plan.obstacle = "this build has no attention kernels";
         return plan;
     }
-    plan.tokens = facts.k_cells->ne[0];
+    plan.tokens = facts.n_tokens();
     if (!trace_tokens(facts, plan.tokens, &plan.dims, &plan.obstacle)) return plan;
     for (const prune_stage &stage : stages) {
         if (!plan_cut(facts, kern, stage, &plan)) return plan;
     }
+    plan.last_states = find_last_states(facts, plan.dims);
     if (!plan.cuts.empty() && is_wanted_whole(facts, plan.dims, plan.cuts[0].at)) {
         plan.obstacle = "the host requests a tensor of all tokens";
     }

@@ -20,8 +20,8 @@ struct prune_cut {
     int at = 0;                         ///< the last node before the cut
     int state = -1;                     ///< with a learned score: the node that it reads, the last before the cut
     std::vector<attention_head> heads;  ///< with the score `heads`: those that it looks at
-    std::vector<int> crossing;  ///< numbers of token-indexed tensors that are read after the cut, except the mask
-    kept_states states;         ///< if the stage reuses states
+    std::vector<int> crossing;          ///< numbers of token-indexed tensors that are read after the cut, except masks
+    kept_states states;                 ///< if the stage reuses states
 };
 
 /// An attention whose heads are measured for this cut or a later one.
@@ -35,6 +35,7 @@ struct prune_plan {
     std::vector<prune_cut> cuts;    ///< in graph order
     std::vector<head_site> probes;  ///< in graph order
     std::vector<token_dim> dims;    ///< by number
+    int last_states = -1;           ///< as find_last_states says
     std::string obstacle;           ///< why the graph cannot be pruned, empty if it can
 };
 

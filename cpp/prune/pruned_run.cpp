@@ -12,19 +12,6 @@ namespace agq {
 
 namespace {
 
-/// The cells that the last token of the ubatch sees, except those in `hidden`. No token sees more.
-std::vector<int32_t> visible_cells(const ggml_tensor *mask, const std::vector<int32_t> &hidden) {
-    std::vector<uint8_t> is_hidden_cell(static_cast<size_t>(mask->ne[0]), 0);
-    for (int32_t c : hidden) is_hidden_cell[static_cast<size_t>(c)] = 1;
-    std::vector<int32_t> cells;
-    for (int64_t c = 0; c < mask->ne[0]; ++c) {
-        if (!is_hidden_cell[static_cast<size_t>(c)] && !is_hidden(mask, c, mask->ne[1] - 1, 0)) {
-            cells.push_back(static_cast<int32_t>(c));
-        }
-    }
-    return cells;
-}
-
 /// The size of a token's queries in all measured attentions before that with index `end`.
 size_t query_floats(const graph_facts &facts, const prune_plan &plan, int end) {
     int64_t floats = 0;
@@ -70,7 +57,25 @@ ggml_status pruned_run::run(const graph_facts &facts, const prune_plan &plan, co
         choose(c, plan.cuts[segment]);
         apply_cut(c, plan.cuts[segment]);
     }
+    if (plan.last_states >= 0) spread_last_states(c);
     return status_success;
+}
+
+/// Moves the last layer's states to the places of their tokens, where the host may read them. Those of dropped tokens
+/// become zeros.
+void pruned_run::spread_last_states(const call &c) const {
+    const ggml_tensor *states = c.facts.tensors[static_cast<size_t>(c.plan.last_states)];
+    char *data = static_cast<char *>(states->data);
+    const size_t bytes = states->nb[1];
+    for (size_t next = alive_.size(), token = layer_of_token_.size(); rows_ < c.plan.tokens && token-- > 0;) {
+        const bool stays = next > 0 && static_cast<size_t>(alive_[next - 1]) == token;
+        if (stays) {
+            --next;
+            if (next != token) std::memcpy(data + token * bytes, data + next * bytes, bytes);
+        } else {
+            std::memset(data + token * bytes, 0, bytes);
+        }
+    }
 }
 
 ggml_status pruned_run::defer(const graph_facts &facts, const prune_plan &plan, const hidden_cells &hidden,
@@ -85,6 +90,7 @@ ggml_status pruned_run::defer(const graph_facts &facts, const prune_plan &plan, 
 void pruned_run::begin(const call &c) {
     arena_.clear();
     lists_.clear();
+    spared_.clear();
     job_ = {};
     first_nodes_.clear();
     rows_ = c.plan.tokens;
@@ -94,7 +100,7 @@ void pruned_run::begin(const call &c) {
     early_alive_.resize(c.n_early());
     for (size_t i = 0; i < early_alive_.size(); ++i) early_alive_[i] = static_cast<int32_t>(i);
     layer_of_early_.assign(early_alive_.size(), -1);
-    gone_cells_.clear();
+    gone_.clear();
     layer_of_token_.assign(alive_.size(), -1);
     seen_importance_.clear();
     head_weights_.clear();
@@ -108,7 +114,7 @@ void pruned_run::add_record(const call &c, cut_job *job) const {
     for (size_t s = first; s < c.facts.sites.size(); ++s) {
         const key_rows rows = key_rows::of(c.facts.sites[s].cache);
         const std::vector<char> *mark = s == first ? &c.early.mark : nullptr;
-        for (int32_t cell : c.ubatch.cells) {
+        for (int32_t cell : c.ubatch.kinds[0].cells) {
             job->clears.push_back({const_cast<char *>(rows.row(cell, 0)), rows.row_bytes, mark});
         }
     }
@@ -127,16 +133,38 @@ ggml_tensor *pruned_run::mask_of(const call &c, int site) {
     const int level = c.hidden.level(site);
     ggml_tensor *&made = masks_[static_cast<size_t>(level)];
     if (!made) {
-        const bool as_it_is = level == 0 && gone_cells_.empty() && rows_ == c.plan.tokens;
-        made = as_it_is ? const_cast<ggml_tensor *>(c.facts.mask) : make_mask(c, level);
+        const bool as_it_is = c.hidden.cells(level).empty() && gone_.empty() && rows_ == c.plan.tokens;
+        const ggml_tensor *original = c.facts.sites[static_cast<size_t>(site)].mask;
+        made = as_it_is ? const_cast<ggml_tensor *>(original) : make_mask(c, level);
     }
     return made;
 }
 
+/// The cells that the tokens which are left see in a kind of attention, except those in `hidden`.
+std::vector<int32_t> pruned_run::visible_cells(const call &c, int kind, const std::vector<int32_t> &hidden) const {
+    const ggml_tensor *mask = c.facts.kinds[static_cast<size_t>(kind)].mask;
+    const size_t n = static_cast<size_t>(mask->ne[0]);
+    std::vector<uint8_t> seen(n, 0);
+    if (c.ubatch.kinds[static_cast<size_t>(kind)].has_window) {
+        for (int32_t token : alive_) mask_row(mask, token, 0).mark_visible(mask->ne[0], seen.data());
+    } else {
+        mask_row(mask, c.plan.tokens - 1, 0).mark_visible(mask->ne[0], seen.data());  // no token sees more
+    }
+    for (int32_t cell : hidden) seen[static_cast<size_t>(cell)] = 0;
+    std::vector<int32_t> cells;
+    for (size_t cell = 0; cell < n; ++cell) {
+        if (seen[cell]) cells.push_back(static_cast<int32_t>(cell));
+    }
+    return cells;
+}
+
 ggml_tensor *pruned_run::make_mask(const call &c, int level) {
-    const ggml_tensor *original = c.facts.mask;
-    std::vector<int32_t> &hide = lists_.emplace_back(gone_cells_);
-    if (level > 0) {
+    const int kind = c.hidden.kind(level);
+    const ggml_tensor *original = c.facts.kinds[static_cast<size_t>(kind)].mask;
+    const ubatch_cells &own = c.ubatch.kinds[static_cast<size_t>(kind)];
+    std::vector<int32_t> &hide = lists_.emplace_back();
+    for (int32_t token : gone_) hide.push_back(own.cells[static_cast<size_t>(token)]);
+    if (!c.hidden.cells(level).empty()) {
         std::vector<int32_t> computed;
         computed.reserve(early_alive_.size());
         for (int32_t i : early_alive_) computed.push_back(c.early.tokens.missing[static_cast<size_t>(i)].cell);
@@ -156,10 +184,16 @@ ggml_tensor *pruned_run::make_mask(const call &c, int level) {
     m.is_f16 = original->type == ggml_type_f16;
     m.rows = c.mask_only ? nullptr : &lists_.emplace_back(alive_);
     m.hidden = &hide;
+    if (c.mask_only && own.has_window) {
+        // A dropped token goes on with what it sees by the host's mask. Otherwise it might see nothing in its window,
+        // and the soft-max of nothing is not a number.
+        m.spared = &spared_.emplace_back(static_cast<size_t>(rows_), uint8_t{0});
+        for (int32_t token : gone_) spared_.back()[static_cast<size_t>(token)] = 1;
+    }
     job_.masks.push_back(m);
 
     // The same for our own attention, which skips the keys that no token sees.
-    std::vector<int32_t> &cells = lists_.emplace_back(visible_cells(original, hide));
+    std::vector<int32_t> &cells = lists_.emplace_back(visible_cells(c, kind, hide));
     key_group &choice = choices_[made].emplace_back();
     choice.n_tokens = rows_;
     choice.cells = cells.data();
@@ -198,6 +232,8 @@ void pruned_run::prepare(const call &c, int site, score_source source, score_met
         source.site.q = copy_.current(c.facts.number(source.site.q));
         source.site.mask = mask_of(c, site);
     }
+    const int kind = site < 0 ? 0 : c.facts.sites[static_cast<size_t>(site)].kind;
+    const ubatch_cells &own = c.ubatch.kinds[static_cast<size_t>(kind)];
     meter.tokens.rows.resize(alive_.size());
     meter.tokens.cells.clear();
     for (int32_t i : early_alive_) {
@@ -206,10 +242,10 @@ void pruned_run::prepare(const call &c, int site, score_source source, score_met
     meter.tokens.positions.resize(alive_.size());
     for (size_t i = 0; i < alive_.size(); ++i) {
         meter.tokens.rows[i] = c.mask_only ? alive_[i] : static_cast<int32_t>(i);
-        meter.tokens.cells.push_back(c.ubatch.cells[static_cast<size_t>(alive_[i])]);
+        meter.tokens.cells.push_back(own.cells[static_cast<size_t>(alive_[i])]);
         meter.tokens.positions[i] = c.ubatch.position + alive_[i];
     }
-    meter.tokens.first_cell = c.ubatch.first_cell;
+    meter.tokens.first_cell = own.first_cell;
     if (site >= 0 && c.early.graph) add_observers(c, site, &source, measures);
     meter.prepare(source, c.n_threads);
 }
@@ -325,7 +361,7 @@ ggml_status pruned_run::run_segment(const call &c, size_t segment) {
         if (site < c.facts.sites.size() && c.facts.sites[site].masked == i) {
             slot = c.facts.sites[site].mask_slot;
             mask = mask_of(c, static_cast<int>(site));
-            if (mask == c.facts.mask) mask = nullptr;
+            if (mask == c.facts.sites[site].mask) mask = nullptr;
             ++site;
         }
         nodes_.push_back(copy_.node(i, rows_, mask, slot));
@@ -437,20 +473,24 @@ void pruned_run::choose(const call &c, const prune_cut &cut) {
             ++next;
             layer_of_token_[static_cast<size_t>(alive_[i])] = cut.stage.layer;
             left_.push_back(static_cast<int32_t>(i));
-            gone_now_.push_back(c.ubatch.cells[static_cast<size_t>(alive_[i])]);
+            gone_now_.push_back(alive_[i]);
         } else {
             kept_.push_back(static_cast<int32_t>(i));
             still.push_back(alive_[i]);
         }
     }
-    if (!cut.stage.reuse) gone_cells_.insert(gone_cells_.end(), gone_now_.begin(), gone_now_.end());
+    if (!cut.stage.reuse) gone_.insert(gone_.end(), gone_now_.begin(), gone_now_.end());
     alive_.swap(still);
 }
 
 void pruned_run::add_clears(const call &c, const prune_cut &cut) {
     for (size_t s = static_cast<size_t>(cut.site) + 1; s < c.facts.sites.size(); ++s) {
         const key_rows rows = key_rows::of(c.facts.sites[s].cache);
-        for (int32_t cell : gone_now_) job_.clears.push_back({const_cast<char *>(rows.row(cell, 0)), rows.row_bytes});
+        const std::vector<int32_t> &cells = c.ubatch.kinds[static_cast<size_t>(c.facts.sites[s].kind)].cells;
+        for (int32_t token : gone_now_) {
+            const char *row = rows.row(cells[static_cast<size_t>(token)], 0);
+            job_.clears.push_back({const_cast<char *>(row), rows.row_bytes});
+        }
     }
 }
 

@@ -72,6 +72,7 @@ class pruned_run {
     void keep_queries(const call &c, int site);
     ggml_tensor *mask_of(const call &c, int site);
     ggml_tensor *make_mask(const call &c, int level);
+    std::vector<int32_t> visible_cells(const call &c, int kind, const std::vector<int32_t> &hidden) const;
     ggml_status run_segment(const call &c, size_t segment);
     score_meter &meter_of(const prune_cut &cut);
     void prepare_meter(const call &c, const prune_cut &cut);
@@ -81,6 +82,7 @@ class pruned_run {
     void choose(const call &c, const prune_cut &cut);
     void apply_cut(const call &c, const prune_cut &cut);
     void add_clears(const call &c, const prune_cut &cut);
+    void spread_last_states(const call &c) const;
 
     const attention_kernel *kern_;
     tensor_arena arena_;
@@ -91,19 +93,20 @@ class pruned_run {
     std::map<int, head_probe> probes_;           ///< by site; their memory is kept
     std::vector<const head_site *> probed_now_;  ///< in this segment
     std::map<attention_head, std::vector<float>> head_weights_;
-    cut_job job_;                             ///< of the next segment
-    std::deque<std::vector<int32_t>> lists_;  ///< that job_ and choices_ point to
-    std::deque<cut_job> observers_;           ///< of this segment: queries of earlier tokens
-    key_choices choices_;                     ///< by the masks of this run
+    cut_job job_;                              ///< of the next segment
+    std::deque<std::vector<int32_t>> lists_;   ///< that job_ and choices_ point to
+    std::deque<std::vector<uint8_t>> spared_;  ///< likewise
+    std::deque<cut_job> observers_;            ///< of this segment: queries of earlier tokens
+    key_choices choices_;                      ///< by the masks of this run
     std::vector<ggml_tensor *> nodes_;
     std::vector<ggml_tensor *> masks_;  ///< of this segment, by level; null: not made yet
     int64_t rows_ = 0;                  ///< tokens in the graph; with mask_only all
     std::vector<int32_t> alive_;        ///< tokens that are not dropped, ascending
     std::vector<int32_t> early_alive_;  ///< candidates that are not dropped, ascending
-    std::vector<int32_t> gone_cells_;   ///< cells of dropped tokens, in the order in which they were dropped
+    std::vector<int32_t> gone_;         ///< tokens that leave no keys, in the order in which they were dropped
     std::vector<int32_t> kept_;         ///< of the latest choice: indices into the previous alive_
     std::vector<int32_t> left_;         ///< dropped by the latest choice, likewise
-    std::vector<int32_t> gone_now_;     ///< their cells
+    std::vector<int32_t> gone_now_;     ///< these as tokens of the ubatch
     std::vector<int32_t> layer_of_token_, layer_of_early_;
     std::map<int, std::vector<float>> seen_importance_;
 };

@@ -14,6 +14,8 @@ namespace agq {
 
 namespace {
 
+const char *const several_masks = "in models with several attention masks (sliding windows) no ubatch can wait for it";
+
 /// Reads the pruning record of a layer's weight. Returns false if there is none. Damaged attributes are reported by the
 /// products that use them.
 bool read_record(const ggml_tensor *weights, prune_stage *stage) {
@@ -94,18 +96,9 @@ void pruner::warn_once(const std::string &obstacle) {
 /// Divides the tokens of this call by the host's masks.
 void pruner::divide(bool has_cache) {
     whole_.clear();
-    own_cells_.clear();
-    if (has_cache && facts_.k_cells && facts_.mask->ne[3] == 1) {
-        const int64_t *indices = static_cast<const int64_t *>(facts_.k_cells->data),
-                      offset = cell_offset(facts_.sites[0]);
-        for (int64_t t = 0; t < facts_.k_cells->ne[0]; ++t) {
-            const int64_t cell = indices[t] - offset;
-            if (cell < 0 || cell >= facts_.mask->ne[0]) {
-                own_cells_.clear();
-                break;
-            }
-            own_cells_.push_back(static_cast<int32_t>(cell));
-        }
+    own_cells_.assign(facts_.kinds.size(), {});
+    for (size_t k = 0; has_cache && k < facts_.kinds.size(); ++k) {
+        if (facts_.kinds[k].mask->ne[3] == 1) own_cells_[k] = find_own_cells(facts_, facts_.kinds[k]);
     }
     for (const attention_site &site : facts_.sites) {
         const ggml_tensor *mask = site.mask;
@@ -115,9 +108,10 @@ void pruner::divide(bool has_cache) {
                               mask->ne[0] == site.k->ne[1] && mask->ne[1] >= site.q->ne[1] &&
                               mask->ne[3] == site.q->ne[3];
         if (!readable) continue;
-        const bool known = mask == facts_.mask && own_cells_.size() == static_cast<size_t>(site.q->ne[1]);
+        const std::vector<int32_t> &own = own_cells_[static_cast<size_t>(site.kind)];
+        const bool known = own.size() == static_cast<size_t>(site.q->ne[1]);
         const char *rows = static_cast<const char *>(mask->data);
-        whole_[mask] = groups_[mask].find(mask, rows, site.q->ne[1], known ? own_cells_.data() : nullptr);
+        whole_[mask] = groups_[mask].find(mask, rows, site.q->ne[1], known ? own.data() : nullptr);
     }
 }
 
@@ -140,11 +134,17 @@ pruner::work pruner::decide(bool stores) {
     if (plan_.obstacle.empty() && plan_.cuts.empty()) return work::keep;
     std::string obstacle = plan_.obstacle;
     if (obstacle.empty()) obstacle = read_ubatch(facts_, &ubatch_);
+    for (size_t c = 0; obstacle.empty() && c < plan_.cuts.size(); ++c) {
+        const attention_site &site = facts_.sites[static_cast<size_t>(plan_.cuts[c].site)];
+        obstacle = find_unseen(*plan_.cuts[c].stage.measure, ubatch_, site);
+    }
     if (obstacle.empty()) {
         const auto of_heads = [](const prune_cut &cut) { return cut.stage.measure->input == score_input::heads; };
         const bool ends = ubatch_.wanted.back() || std::none_of(plan_.cuts.begin(), plan_.cuts.end(), of_heads);
         if (ends) return choose_work(stores);
-        obstacle = stores ? find_deferral_obstacle() : "this kind of ubatch cannot wait for it";
+        obstacle = stores                    ? find_deferral_obstacle()
+                   : facts_.kinds.size() > 1 ? several_masks
+                                             : "this kind of ubatch cannot wait for it";
         if (obstacle.empty()) return work::defer;
         obstacle = "a ubatch does not end its prompt, the score 'heads' needs the question at the end, and " +
                    obstacle + "; set n_batch and n_ubatch to the length of the prompts";
@@ -203,8 +203,9 @@ bool pruner::asks() {
 /// whether the store can be used.
 bool pruner::read_own() {
     const int64_t n = facts_.n_tokens();
-    if (n == 0 || !asks() || !facts_.complete || facts_.mask->ne[3] != 1 || !facts_.positions || !facts_.k_cells ||
-        facts_.positions->ne[0] != n || facts_.k_cells->ne[0] != n || facts_.mask->ne[1] != n) {
+    if (n == 0 || !asks() || !facts_.complete || facts_.kinds.size() != 1 || facts_.mask->ne[3] != 1 ||
+        !facts_.positions || !facts_.k_cells || facts_.positions->ne[0] != n || facts_.k_cells->ne[0] != n ||
+        facts_.mask->ne[1] != n) {
         return false;
     }
     int site = 0;
@@ -217,8 +218,8 @@ bool pruner::read_own() {
     for (const attention_site &s : facts_.sites) {
         if (root_of(s.cache)->ne[2] != 1 || s.max_bias != 0) return false;  // streams of sequences; ALiBi
     }
-    if (own_cells_.size() != static_cast<size_t>(n)) return false;
-    cells_ = own_cells_;
+    if (own_cells_[0].size() != static_cast<size_t>(n)) return false;
+    cells_ = own_cells_[0];
     const int32_t *positions = static_cast<const int32_t *>(facts_.positions->data);
     positions_.assign(positions, positions + n);
     ids_.clear();
@@ -245,6 +246,7 @@ std::string pruner::find_deferral_obstacle() {
     if (std::any_of(ubatch_.wanted.begin(), ubatch_.wanted.end(), [](uint8_t is) { return is != 0; })) {
         return "logits of a token within it are requested";
     }
+    if (ubatch_.kinds[0].has_window) return "the attention has a sliding window";
     std::string obstacle = find_value_obstacle(facts_, cells_);
     if (!obstacle.empty()) return obstacle;
     record_ = record_of(facts_, plan_.dims, plan_.cuts[0].crossing, true);
@@ -278,6 +280,7 @@ bool pruner::prepare_graph(const early_tokens &tokens) {
 /// The cells of deferred tokens that this ubatch sees.
 std::vector<int32_t> pruner::deferred_cells() const {
     std::vector<int32_t> found;
+    if (facts_.kinds.size() != 1) return found;  // no token waits there
     std::vector<char> mark;
     key_rows keys;
     int32_t layer = -1;
@@ -447,17 +450,14 @@ ggml_status pruner::run_whole(ggml_tensor **nodes, int n, bool repeated, bool an
     last_ = now;
     if (now == form::host) return compute(nodes, n, same, whole_);
     if (!masked_.is_built()) masked_.build(facts_);
-    const auto whole = whole_.find(facts_.mask);
-    masked_.fill(facts_, hidden_, whole == whole_.end() ? nullptr : &whole->second,
-                 own_cells_.empty() ? nullptr : own_cells_.data());
+    masked_.fill(facts_, hidden_, whole_, own_cells_);
     return compute(masked_.nodes().data(), n, same, masked_.choices());
 }
 
 ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute) {
     if (!repeated) read_graph(nodes, n);
     if (facts_.sites.empty() && !store_.empty()) return run_shift(nodes, n, repeated, compute);
-    // Models with several masks are never pruned, so nothing needs hiding.
-    const bool has_cache = facts_.mask && !facts_.ambiguous && !facts_.unknown_store && !facts_.sites.empty();
+    const bool has_cache = !facts_.ambiguous && !facts_.unknown_store && !facts_.sites.empty();
     bool any_hidden = has_cache && hidden_.find(facts_);
     divide(has_cache);
     const bool stores = has_cache && read_own();
@@ -482,7 +482,8 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
                 any_hidden = hidden_.find(facts_);
                 warn_of_lost(n_open, any_hidden ? n_open - deferred_cells().size() : n_open);
             }
-            const bool counts = has_cache && facts_.k_cells && facts_.mask->ne[3] == 1;
+            const auto is_one = [](const attention_kind &kind) { return kind.k_cells && kind.mask->ne[3] == 1; };
+            const bool counts = has_cache && std::all_of(facts_.kinds.begin(), facts_.kinds.end(), is_one);
             status = run_whole(nodes, n, repeated, any_hidden, counts, compute);
             block_ = nullptr;
             break;

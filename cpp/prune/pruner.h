@@ -81,7 +81,7 @@ class pruner {
     hidden_cells hidden_;
     std::map<const ggml_tensor *, sequence_groups> groups_;  ///< by mask of the latest graph
     key_choices whole_;                                      ///< these groups
-    std::vector<int32_t> own_cells_;                         ///< column of each token in the only mask; empty: unknown
+    std::vector<std::vector<int32_t>> own_cells_;            ///< by kind: column of each token; empty: unknown
     pruned_run pruned_;
     ubatch_facts ubatch_;
 

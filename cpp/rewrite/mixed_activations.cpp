@@ -102,7 +102,8 @@ void mixed_bits::plan(ggml_tensor **nodes, int n) {
 void mixed_bits::begin_call(int n_threads) {
     if (node_ < 0) return;
     std::fill(four_.begin(), four_.end(), uint8_t{0});
-    active_ = read_ubatch(facts_, &ubatch_).empty();
+    const attention_site &at = facts_.sites[static_cast<size_t>(site_)];
+    active_ = read_ubatch(facts_, &ubatch_).empty() && find_unseen(*settings_.measure, ubatch_, at).empty();
     if (!active_) return;
     protected_ = ubatch_.wanted;
     if (ubatch_.position == 0) protected_[0] = 1;
@@ -111,11 +112,12 @@ void mixed_bits::begin_call(int n_threads) {
     score_tokens &tokens = meter_->tokens;
     tokens.rows.resize(static_cast<size_t>(tokens_));
     for (size_t i = 0; i < tokens.rows.size(); ++i) tokens.rows[i] = static_cast<int32_t>(i);
-    tokens.cells = ubatch_.cells;
-    tokens.first_cell = ubatch_.first_cell;
+    const ubatch_cells &own = ubatch_.kinds[static_cast<size_t>(at.kind)];
+    tokens.cells = own.cells;
+    tokens.first_cell = own.first_cell;
     score_source source;
     source.layer = settings_.layer;
-    source.site = facts_.sites[static_cast<size_t>(site_)];
+    source.site = at;
     meter_->prepare(source, n_threads);
 }
 

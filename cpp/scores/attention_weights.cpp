@@ -47,7 +47,7 @@ void pack_keys(const attention_job &job, int64_t head, float *row, float *packed
 }  // namespace
 
 bool plan_weights(const attention_site &site, const attention_kernel *kern, attention_job *job) {
-    if (!kern || !site.plain) return false;
+    if (!kern || !site.is_known) return false;
     job->kern = kern;
     static_cast<attention_operands &>(*job) = site;
     job->saved_q = nullptr;
@@ -96,6 +96,7 @@ void weight_visitor::prepare(const score_source &source, int threads) {
     plan_weights(source.site, kern_, &attention_);
     memory_.reserve(parts(attention_).bytes(), threads);
     visible_.assign(tokens.rows.size(), 0);
+    first_seen_.assign(tokens.rows.size(), 0);
     next_.store(0, std::memory_order_relaxed);
 }
 
@@ -134,6 +135,13 @@ void weight_visitor::run(int ith, int) {
                 visible[t] = mask_row(mask + static_cast<size_t>(t) * mask_bytes, is_f16).count_visible(a.k->ne[1]);
             }
             if (head == 0) visible_[static_cast<size_t>(first + t)] = visible[t];
+            if (head == 0 && counted_ == visible_keys::once) {
+                const mask_row seen(mask + static_cast<size_t>(t) * mask_bytes, is_f16);
+                const auto own = tokens.cells.begin() + first + t;
+                const auto from =
+                    std::partition_point(tokens.cells.begin(), own, [&seen](int32_t cell) { return seen.hides(cell); });
+                first_seen_[static_cast<size_t>(first + t)] = static_cast<size_t>(from - tokens.cells.begin());
+            }
             for (int64_t g = 0; g < group; ++g) {
                 const float *from = reinterpret_cast<const float *>(static_cast<const char *>(a.q->data) +
                                                                     static_cast<size_t>(token) * a.q->nb[1] +

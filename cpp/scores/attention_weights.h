@@ -52,6 +52,8 @@ class weight_visitor : public score_meter {
     /// Index of the first of `tokens` that is used as a query.
     int64_t first_query() const;
     const std::vector<int64_t> &visible() const { return visible_; }
+    /// By row, if keys are counted once per row: the first of `tokens` that it sees. It sees all from there to itself.
+    const std::vector<size_t> &first_seen() const { return first_seen_; }
     int64_t query_heads() const { return attention_.q->ne[2]; }
 
   private:
@@ -61,6 +63,7 @@ class weight_visitor : public score_meter {
     attention_job attention_;  ///< queries, keys and mask of one stream; no values
     thread_memory memory_;
     std::vector<int64_t> visible_;  ///< number of keys that each row sees
+    std::vector<size_t> first_seen_;
     std::atomic<int64_t> next_{0};
 };
 

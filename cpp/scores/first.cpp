@@ -20,6 +20,6 @@ class first_meter : public attention_meter {
 
 }  // namespace
 
-const score score_first = {"first", 0, score_input::attention, 0, false, make_meter<first_meter>};
+const score score_first = {"first", 0, score_input::attention, 0, false, make_meter<first_meter>, nullptr, true};
 
 }  // namespace agq

@@ -19,12 +19,18 @@ class received_meter : public attention_meter {
     }
 
     void finish(std::vector<double> *values) const override {
-        double evenly = 0;  // what later tokens would give this one with uniform attention
+        double evenly = 0;               // what later tokens would give this one with uniform attention
+        size_t behind = values->size();  // the first of those whose window this token has left
         for (size_t i = values->size(); i-- > 0;) {
-            (*values)[i] /= evenly;  // NaN for the last token
-            if (visible()[i] > 0) evenly += 1.0 / static_cast<double>(visible()[i]);
+            for (; behind > i + 1 && first_seen()[behind - 1] > i; --behind) evenly -= evenly_of(behind - 1);
+            if (behind == i + 1) evenly = 0;  // nobody sees it; the differences above leave a rest
+            (*values)[i] /= evenly;           // NaN for the last token
+            evenly += evenly_of(i);
         }
     }
+
+    /// What a token gives each of the keys that it sees, with uniform attention.
+    double evenly_of(size_t i) const { return visible()[i] > 0 ? 1.0 / static_cast<double>(visible()[i]) : 0.0; }
 };
 
 }  // namespace

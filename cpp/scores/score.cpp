@@ -21,6 +21,13 @@ void measure_node(ggml_tensor *, int ith, int nth, void *userdata) {
     static_cast<score_meter *>(userdata)->run(ith, nth);
 }
 
+std::string find_unseen(const score &measure, const ubatch_facts &ubatch, const attention_site &site) {
+    const ubatch_cells &cells = ubatch.kinds[static_cast<size_t>(site.kind)];
+    if (!measure.looks_at_first || cells.first_cell != ubatch_cells::no_cell) return "";
+    return "the sliding window of layer " + std::to_string(site.layer) +
+           " hides the first token, at which the score '" + measure.name + "' looks";
+}
+
 const score *find_score(const std::string &name) {
     for (const score *row : table) {
         if (name == row->name) return row;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "graph/graph_facts.h"
+#include "graph/ubatch.h"
 #include "kernels/attention.h"
 
 namespace agq {
@@ -71,6 +72,7 @@ struct score {
     std::unique_ptr<score_meter> (*make_meter)(const attention_kernel *kern);  ///< null if the input is `heads`
     /// Returns why the score cannot use the source, empty if it can. Null: any source with its input will do.
     std::string (*find_obstacle)(const score_source &source) = nullptr;
+    bool looks_at_first = false;  ///< whether every token must see the first one of the sequence
 };
 
 #define AGQ_SCORES(row) row(first) row(received) row(recent) row(learned) row(heads) row(random)
@@ -78,6 +80,9 @@ struct score {
 #define AGQ_DECLARE_SCORE(name) extern const score score_##name;
 AGQ_SCORES(AGQ_DECLARE_SCORE)
 #undef AGQ_DECLARE_SCORE
+
+/// The reason why a score cannot be measured in this ubatch at an attention, empty if it can.
+std::string find_unseen(const score &measure, const ubatch_facts &ubatch, const attention_site &site);
 
 /// The score of this name, or null.
 const score *find_score(const std::string &name);

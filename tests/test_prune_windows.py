@@ -1,0 +1,244 @@
+"""Token pruning with sliding windows: two kinds of attention, each with its own mask and its own cache.
+
+A cache of windows is either as large as the context (`swa_full`), or its cells are used again as soon as a token has
+left the window. Both must go on as a context that only hides the dropped tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import llama_cpp.llama_cpp as api
+import low_level
+import more_architectures
+import numpy as np
+import pytest
+import tiny_architectures
+from low_level import QUICK, LowContext, LowModel
+from test_prune_situations import ATOL, Pair, forget, shift, tokens, unpruned_with_one_warning, warnings
+
+import agq_gguf
+from agq_gguf.quantization.pipeline import quantize
+
+WINDOW = 48
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "gemma2": partial(tiny_architectures.write_gemma2, layers=4, window=WINDOW),
+    "gemma3": partial(tiny_architectures.write_gemma3, layers=4, window=WINDOW),
+    "gpt-oss": partial(more_architectures.write_gpt_oss, layers=4, window=WINDOW),
+    "cohere2": partial(more_architectures.write_cohere2, window=WINDOW),
+    "llama4": more_architectures.write_llama4,
+}
+GetModel = Callable[..., LowModel]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
+    """Loads a tiny model, as float or as AGQ4, once."""
+    folder = tmp_path_factory.mktemp("windows")
+    loaded: dict[tuple[str, str], LowModel] = {}
+
+    def get(arch: str, kind: str = "f32") -> LowModel:
+        if (arch, kind) not in loaded:
+            source = folder / f"{arch}-f32.gguf"
+            if not source.exists():
+                WRITERS[arch](source)
+            path = source
+            if kind == "agq4":
+                path = folder / f"{arch}-agq4.gguf"
+                quantize(source, path, options=QUICK)
+            loaded[arch, kind] = LowModel(path)
+        return loaded[arch, kind]
+
+    yield get
+    for m in loaded.values():
+        m.close()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log() -> None:
+    low_level.log.clear()
+
+
+def run(model: LowModel, prune: str, n: int = 200, decode: int = 3, **options: object) -> tuple[np.ndarray, list[int]]:
+    """Logits of the last prompt token and of tokens behind it, and the fate of the prompt's tokens."""
+    with model.context(prune, **options) as context:
+        logits = [context.decode(tokens(n))]
+        fate = agq_gguf.last_pruned()
+        logits += [context.decode([11 + i], n + i) for i in range(decode)]
+    return np.concatenate(logits), fate
+
+
+# At least 32 tokens are left in every segment: fewer would go through another attention kernel than in the masked run.
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("spec", ["1:0.5", "0:0.3,2:0.5", "1:t0.9", "2:0.4;score=recent", "1:0.5;score=random"])
+@pytest.mark.parametrize("arch", sorted(WRITERS))
+def test_pruned_equals_masked(model: GetModel, arch: str, spec: str, flash: bool) -> None:
+    m = model(arch, "agq4")
+    whole, _ = run(m, "off", flash=flash, n_ubatch=100)
+    found = []
+    for full in (True, False):
+        options = {"flash": flash, "n_ubatch": 100, "swa_full": full}
+        pruned, fate = run(m, spec, **options)
+        masked, masked_fate = run(m, "mask," + spec, **options)
+        assert fate == masked_fate and len(fate) == 200
+        assert 5 <= sum(layer >= 0 for layer in fate) <= 150
+        np.testing.assert_array_equal(pruned[0], masked[0])
+        np.testing.assert_allclose(pruned, masked, atol=1e-4)  # of a few rows, attention adds chunks of the cells
+        assert not np.allclose(pruned, whole, atol=1e-3)
+        found.append(pruned)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)  # the size of the cache changes nothing
+    assert warnings() == []
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("arch", sorted(set(WRITERS) - {"llama4"}))
+def test_generation_beyond_the_window(model: GetModel, arch: str, full: bool, flash: bool) -> None:
+    """Prompts of several ubatches wrap the small cache; then the window leaves the prompt behind."""
+    options = {"n_ctx": 768, "n_ubatch": 96, "flash": flash, "swa_full": full}
+    with Pair(model(arch), "0:0.3,1:0.4,2:0.3;min=16", **options) as pair:
+        pair.decode(tokens(400))
+        assert 200 < pair.dropped() < 320
+        for i in range(WINDOW + 20):
+            pair.decode([5 + i], 400 + i)
+        position = 400 + WINDOW + 20
+        pair.decode(tokens(150, 3), position)  # a later turn, which overwrites cells of dropped tokens
+        assert 60 < pair.dropped(position) < 120
+        pair.decode([9], position + 150)
+        assert pair.largest_effect > 20 * ATOL
+    assert warnings() == []
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "gemma2"])
+def test_little_is_left_of_a_window(model: GetModel, arch: str) -> None:
+    """Whole windows of dropped tokens see nothing any more; a softmax of nothing is not a number."""
+    for flash in (False, True):
+        with Pair(model(arch), "0:0.97;min=16", flash=flash, swa_full=False) as pair:
+            pair.decode(tokens(300))
+            assert pair.dropped() == 291
+            for i in range(3):
+                pair.decode([5 + i], 300 + i)
+            pair.decode(tokens(60, 4), 303)
+            assert pair.largest_effect > 20 * ATOL
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_save_and_restore(model: GetModel, whole: bool, full: bool) -> None:
+    sequence = None if whole else 0
+    options = {"cache": "f32", "swa_full": full, "n_ubatch": 96}
+    m = model("gemma3")
+    with m.context("1:0.5;min=16", **options) as pruned, m.context("off", **options) as other:
+        pruned.decode(tokens(300))
+        state = pruned.save(sequence)
+        wanted = [pruned.decode([7 + i], 300 + i) for i in range(4)]
+        other.decode(tokens(330, 9))  # leaves other keys and other tokens
+        api.llama_memory_clear(other.memory, True)
+        other.restore(state, sequence)
+        found = [other.decode([7 + i], 300 + i) for i in range(4)]  # hidden although pruning is off here
+        np.testing.assert_allclose(found, wanted, atol=ATOL, rtol=0)
+        with m.context("off", **options) as plain:
+            plain.decode(tokens(300))
+            assert np.abs(plain.decode([7], 300) - wanted[0]).max() > 20 * ATOL
+
+
+@pytest.mark.parametrize("cache", ["f32", "f16"])
+def test_context_shift(model: GetModel, cache: str) -> None:
+    """Positions move in both caches: zero rows become rows of minus zero."""
+    with Pair(model("gemma3"), "1:0.5;min=16", cache=cache) as pair:
+        pair.decode(tokens(200))
+        for _ in range(2):
+            pair.each(forget(8, 40))
+            pair.each(lambda c: api.llama_memory_seq_add(c.memory, 0, 40, -1, -32))
+            pair.decode([5], 168)
+            pair.each(forget(168, -1))
+            pair.decode(tokens(32, 4), 168)
+        pair.each(forget(2, 2 + 30))
+        pair.each(shift(30))
+        pair.decode([5], 170)
+        assert pair.largest_effect > 20 * ATOL
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sequences_are_copied_removed_and_go_on_together(model: GetModel, full: bool) -> None:
+    with Pair(model("gemma3"), n_ctx=1024, n_seq=3, swa_full=full) as pair:
+        pair.decode(tokens(150))
+        pair.each(lambda c: api.llama_memory_seq_cp(c.memory, 0, 1, -1, -1))
+        pair.decode([7], 150, sequence=1)
+        pair.decode([8], 150, sequence=0)
+        pair.each(forget(-1, -1, 0))
+        pair.decode(tokens(100, 6), 151, sequence=1)
+        pair.decode(tokens(120, 7), sequence=2)
+        assert len(pair.fate) == 120 and pair.dropped() == 60
+        for i in range(3):
+            pair.decode([5, 6], sequence=[[1], [2]], positions=[251 + i, 120 + i], outputs=[0, 1])
+        pair.each(forget(-1, -1, 1))
+        pair.decode([9], 123, sequence=2)
+        assert pair.largest_effect > 20 * ATOL
+    assert warnings() == []
+
+
+def test_streams_of_sequences_go_on_together(model: GetModel) -> None:
+    with Pair(model("gemma3"), n_ctx=1024, n_seq=2, unified=False, swa_full=False) as pair:
+        pair.decode(tokens(150), sequence=0)
+        pair.decode(tokens(120, 1), sequence=1)
+        for i in range(3):
+            pair.decode([5, 6], sequence=[[0], [1]], positions=[150 + i, 120 + i], outputs=[0, 1])
+        assert pair.largest_effect > 20 * ATOL
+
+
+def test_states_are_used_again(model: GetModel) -> None:
+    """With `reuse=1`, dropped tokens leave keys and values in the later layers of both caches."""
+    m = model("gemma3", "agq4")
+    hidden, fate = run(m, "1:0.5", flash=True)
+    again, same = run(m, "1:0.5;reuse=1", flash=True)
+    whole, _ = run(m, "off", flash=True)
+    assert fate == same
+    assert np.abs(again - whole).max() < np.abs(hidden - whole).max() and not np.allclose(again, whole, atol=1e-3)
+
+
+# scores
+
+
+def test_the_first_token_must_be_in_the_window(model: GetModel) -> None:
+    """gemma3's layers 0 and 2 have a window, 1 and 3 have none."""
+    m = model("gemma3")
+    assert sum(layer >= 0 for layer in run(m, "1:0.5;score=first")[1]) == 100
+    assert warnings() == []
+
+    def prompt(context: LowContext) -> np.ndarray:
+        api.llama_memory_clear(context.memory, True)
+        return context.decode(tokens(120))
+
+    unpruned_with_one_warning(m, "the sliding window of layer 2 hides the first token", prompt, "2:0.5;score=first")
+    low_level.log.clear()
+    with Pair(m, "2:0.5;score=first;min=16") as pair:  # as long as all is in the window
+        pair.decode(tokens(40))
+        assert pair.dropped() == 20
+    assert warnings() == []
+
+
+@pytest.mark.parametrize("heads", ["1.0+1.2", "0.1+1.0", "0.0+0.3"])
+def test_heads_of_both_kinds(model: GetModel, heads: str) -> None:
+    m = model("gemma3", "agq4")
+    for full in (False, True):
+        options = {"flash": True, "swa_full": full, "n_ubatch": 512}
+        spec = f"1:0.5;score=heads;heads=1:{heads};reach=2"
+        pruned, fate = run(m, spec, **options)
+        masked, masked_fate = run(m, "mask," + spec, **options)
+        assert fate == masked_fate and sum(layer >= 0 for layer in fate) == 100
+        np.testing.assert_array_equal(pruned[0], masked[0])
+    if heads == "0.0+0.3":  # these see nothing of what is further away than the window
+        assert fate[1:100] == [1] * 99
+
+
+def test_a_ubatch_cannot_wait_for_its_question(model: GetModel) -> None:
+    m = model("gemma3")
+    spec = "1:0.5;score=heads;heads=1:1.0"
+    with m.context(spec, n_ubatch=100) as context:
+        context.decode(tokens(200))
+    fate = agq_gguf.last_pruned()
+    assert fate[:100] == [-1] * 100 and sum(layer >= 0 for layer in fate) == 50
+    assert len(warnings()) == 1 and "with several attention masks" in warnings()[0]
