@@ -20,13 +20,15 @@ Array = NDArray[np.float64]
 class ReferenceModel:
     """Weights and hyperparameters of a GGUF of architecture ``llama``, dense or a mixture of experts."""
 
+    arch = "llama"
+
     def __init__(self, path: Path):
         reader = gguf.GGUFReader(path)
         self.tensors = {t.name: t for t in reader.tensors}
         self.matrices = {t.name: t for t in reader.tensors if t.tensor_type == blocks.TYPE_ID}
 
         def value(key: str, default: float | None = None) -> float:
-            field = reader.get_field(f"llama.{key}")
+            field = reader.get_field(f"{self.arch}.{key}")
             if field is None:
                 assert default is not None, key
                 return default
@@ -38,6 +40,8 @@ class ReferenceModel:
         self.eps = value("attention.layer_norm_rms_epsilon")
         self.base = value("rope.freq_base", 10000.0)
         self.n_expert_used = int(value("expert_used_count", 0.0))
+        self.sliding_window = int(value("attention.sliding_window", 0.0))
+        self.window_pattern = int(value("attention.sliding_window_pattern", 1.0))
 
     def weight(self, name: str) -> Array:
         """Dequantized weights [M, K] of any type."""
@@ -67,6 +71,26 @@ class ReferenceModel:
         out[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
         out[..., 1::2] = x[..., 0::2] * sin + x[..., 1::2] * cos
         return out
+
+    def window(self, layer: int) -> int:
+        """How many positions a token sees in this layer, with its own; 0: all in front."""
+        return 0
+
+    def embed(self, tokens: list[int]) -> Array:
+        embedding: Array = self.weight("token_embd.weight")[tokens]
+        return embedding
+
+    def project(self, x: Array, block: str, name: str, heads: int) -> Array:
+        """Queries, keys or values [T, heads, head size] before they are turned."""
+        return self.linear(x, f"{block}.attn_{name}.weight").reshape(len(x), heads, -1)
+
+    def from_attention(self, mixed: Array, block: str) -> Array:
+        """What the values that a layer's heads have mixed [T, heads * head size] add to the residual stream."""
+        return self.linear(mixed, f"{block}.attn_output.weight")
+
+    def feed_forward(self, x: Array, block: str) -> Array:
+        """What a layer's feed-forward part adds to the residual stream."""
+        return self.swiglu(self.norm(x, f"{block}.ffn_norm.weight"), block)
 
     def attention(self, x: Array, block: str) -> Array:
         tokens = len(x)

@@ -1,4 +1,4 @@
-"""Token pruning by the definition: a LLaMA forward from which tokens are physically removed, call by call.
+"""Token pruning by the definition: a forward from which tokens are physically removed, call by call.
 
 What docs/pruning.md promises, written down once more with nothing of the plugin: a call (a ubatch) runs through the
 layers; behind the attention of a pruning layer the least important of its tokens leave, and take part in nothing
@@ -45,22 +45,33 @@ class _Cache:
     positions: list[NDArray[np.int64]] = field(default_factory=list)
 
 
-def importance(weights: Array, query_positions: NDArray[np.int64], positions: NDArray[np.int64], score: str) -> Array:
+def sees(query_positions: NDArray[np.int64], positions: NDArray[np.int64], window: int) -> NDArray[np.bool_]:
+    """Which cells [cells] each query [T] sees; `window` as in `ReferenceModel.window`."""
+    distance = query_positions[:, None] - positions[None, :]
+    seen: NDArray[np.bool_] = (distance >= 0) & ((distance < window) if window else True)
+    return seen
+
+
+def importance(
+    weights: Array, query_positions: NDArray[np.int64], positions: NDArray[np.int64], score: str, window: int = 0
+) -> Array:
     """Importance [T] of the T tokens of a call from its attention weights [heads, T, cells].
 
-    The last T cells are the call's own tokens; `positions` are those of all cells.
+    The last T cells are the call's own tokens; `positions` are those of all cells. NaN for a token in a window that no
+    later one sees.
     """
     tokens, cells = weights.shape[1:]
     own = weights.mean(0)[:, cells - tokens :]  # [query, token]
-    visible = (positions[None, :] <= query_positions[:, None]).sum(1)  # of each query
+    seen = sees(query_positions, positions, window)
+    visible = seen.sum(1)  # of each query
     if score == "first":
         first = np.flatnonzero(positions == 0)
         result: Array = weights.mean(0)[:, first].sum(1)
         return result
     if score == "received":
-        later = np.tril(np.ones((tokens, tokens)), -1)  # query behind the token
+        later = np.tril(np.ones((tokens, tokens)), -1) * seen[:, cells - tokens :]  # query behind the token
         received, evenly = (own * later).sum(0), (later / visible[:, None]).sum(0)
-        return np.where(evenly > 0, received / np.maximum(evenly, 1e-30), 0)
+        return np.where(evenly > 0, received / np.maximum(evenly, 1e-30), np.nan if window else 0)
     if score == "recent":
         result = (own * visible[:, None])[-RECENT_QUERIES:].mean(0)
         return result
@@ -105,9 +116,10 @@ def always_kept(score: str) -> int:
 
 
 def choose(values: Array, rule: Rule, protected: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which tokens are dropped [T], from their importance."""
-    best = [values[max(0, t - rule.reach) : t + rule.reach + 1].max() for t in range(len(values))]
-    values, candidates = np.array(best), ~protected
+    """Which tokens are dropped [T], from their importance; those with NaN stay."""
+    candidates = ~protected & ~np.isnan(values)
+    known = np.nan_to_num(values, nan=-np.inf)
+    values = np.array([known[max(0, t - rule.reach) : t + rule.reach + 1].max() for t in range(len(values))])
     if rule.threshold is not None:
         return candidates & (values.astype(np.float32) < np.float32(rule.threshold))
     assert rule.share is not None
@@ -118,7 +130,7 @@ def choose(values: Array, rule: Rule, protected: NDArray[np.bool_]) -> NDArray[n
 
 
 class PrunedReference:
-    """One sequence of a model of architecture ``llama``: its caches, and calls that extend it."""
+    """One sequence of a model: its caches, and calls that extend it."""
 
     def __init__(self, model: ReferenceModel, rules: dict[int, Rule], score: str, shortest: int = 64):
         self.model, self.rules, self.score, self.shortest = model, rules, score, shortest
@@ -153,7 +165,7 @@ class PrunedReference:
         if n_own < self.shortest and not waited:
             protected[n_early:] = True
         self.seen = {}
-        x = m.weight("token_embd.weight")[tokens]
+        x = m.embed(tokens)
         gone: list[tuple[Array, NDArray[np.int64]]] = []  # states and positions of tokens that are used again
         for i in range(m.n_layer):
             block = f"blk.{i}"
@@ -187,13 +199,13 @@ class PrunedReference:
                         measures.append((overlap(everything, rule.tail)[here], 0))
                     values, rule = shares(measures, stays, n_all), replace(rule, reach=0)
                 else:
-                    values = importance(weights, positions[here], cells, self.score)
+                    values = importance(weights, positions[here], cells, self.score, m.window(i))
                 dropped = choose(values, rule, stays)
                 left_behind[here[dropped]] = i
                 if self.rules[i].reuse and dropped.any():
                     gone.append((x[dropped], positions[here[dropped]]))
                 x, here = x[~dropped], here[~dropped]
-            x = x + m.swiglu(m.norm(x, f"{block}.ffn_norm.weight"), block)
+            x = x + m.feed_forward(x, block)
         self.left_behind = left_behind[n_early:]
         self.layers.update(zip(positions.tolist(), left_behind.tolist(), strict=True))
         self.waiting.difference_update(early)
@@ -215,21 +227,21 @@ class PrunedReference:
             stays = ~np.isin(old, positions)
             cache.positions[i] = old[stays]
             cache.keys[i], cache.values[i] = cache.keys[i][stays], cache.values[i][stays]
-        cache.keys.append(m.rope(m.linear(x, f"{block}.attn_k.weight").reshape(len(x), m.n_kv, -1), positions))
-        cache.values.append(m.linear(x, f"{block}.attn_v.weight").reshape(len(x), m.n_kv, -1))
+        cache.keys.append(m.rope(m.project(x, block, "k", m.n_kv), positions))
+        cache.values.append(m.project(x, block, "v", m.n_kv))
         cache.positions.append(positions)
 
     def _attention(self, x: Array, layer: int, positions: NDArray[np.int64]) -> tuple[Array, Array]:
         """Output [T, E] and attention weights [heads, T, cells] of the tokens at these positions; extends the cache."""
         m, block, tokens = self.model, f"blk.{layer}", len(x)
         cache = self.caches[layer]
-        q = m.rope(m.linear(x, f"{block}.attn_q.weight").reshape(tokens, m.n_head, -1), positions)
+        q = m.rope(m.project(x, block, "q", m.n_head), positions)
         self._store(x, layer, positions)
         repeat = m.n_head // m.n_kv
         k, v = (np.repeat(np.concatenate(t), repeat, axis=1) for t in (cache.keys, cache.values))
         scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
-        scores[:, positions[:, None] < np.concatenate(cache.positions)[None, :]] = -np.inf
+        scores[:, ~sees(positions, np.concatenate(cache.positions), m.window(layer))] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         mixed = np.einsum("hts,shd->thd", weights, v).reshape(tokens, -1)
-        return m.linear(mixed, f"{block}.attn_output.weight"), weights
+        return m.from_attention(mixed, block), weights

@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 import tiny_architectures
 from low_level import QUICK, LowContext, LowModel
+from reference_pruning import PrunedReference, Rule
+from reference_windows import WindowedModel
+from test_prune_reference import relative, spec_of
 from test_prune_situations import ATOL, Pair, forget, shift, tokens, unpruned_with_one_warning, warnings
 
 import agq_gguf
@@ -242,3 +245,38 @@ def test_a_ubatch_cannot_wait_for_its_question(model: GetModel) -> None:
     fate = agq_gguf.last_pruned()
     assert fate[:100] == [-1] * 100 and sum(layer >= 0 for layer in fate) == 50
     assert len(warnings()) == 1 and "with several attention masks" in warnings()[0]
+
+
+# the independent forward
+
+RULES: dict[str, tuple[str, dict[int, Rule]]] = {
+    "no rules": ("received", {}),
+    "full layer": ("received", {1: Rule(share=0.5)}),
+    "windows": ("received", {0: Rule(share=0.3, reach=1), 2: Rule(share=0.4, reach=1)}),
+    "threshold": ("received", {2: Rule(threshold=0.95)}),
+    "recent": ("recent", {1: Rule(share=0.5, keep=12)}),
+    "first": ("first", {1: Rule(share=0.4)}),
+}
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_plugin_agrees_with_removal(model: GetModel, name: str, full: bool, flash: bool) -> None:
+    """Prompts of several calls that wrap the small cache, generation, and a later turn."""
+    m = model("gemma3")
+    score, rules = RULES[name]
+    reference = PrunedReference(WindowedModel(m.path), rules, score)
+    steps = [tokens(150, 1), tokens(130, 2), [7], [8], [9], tokens(140, 3), tokens(20, 4), [5]]
+    position = 0
+    spec = spec_of(rules, score) if rules else "off"
+    with m.context(spec, cache="f32", flash=flash, swa_full=full, n_ubatch=150) as context:
+        for step in steps:
+            wanted = reference.run(step)
+            found = context.decode(step, position)
+            if len(step) >= reference.shortest and rules:
+                left = np.array(agq_gguf.last_pruned())[position:]
+                np.testing.assert_array_equal(left, reference.left_behind)
+                assert 5 < (left >= 0).sum() < 0.9 * len(left)
+            position += len(step)
+            assert relative(found, wanted) < 3e-3
