@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference_pruning
+import tiny_architectures
 import tiny_models
 from command_line import run
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from low_level import QUICK
 import agq_gguf
 from agq_gguf.errors import InputError
 from agq_gguf.format.pruning_record import Heads
+from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.pruning import by_answers
 from agq_gguf.pruning.answers import Answers, Questions
@@ -25,6 +27,7 @@ from agq_gguf.pruning.heads import Seen, choose_heads, importance, needed, share
 from agq_gguf.pruning.plan import Plan
 from agq_gguf.pruning.planted import Planted
 from agq_gguf.pruning.report import Kept
+from agq_gguf.pruning.windows import window_of, windowed_layers
 from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.runtime.model import Batch, Model
 
@@ -86,6 +89,7 @@ def test_heads_that_know_are_found() -> None:
     assert set(choose_heads(with_both, 2, PLAN, 4)[:2]) == {(2, 1), (1, 3)}
     assert choose_heads(with_both, 1, PLAN, 4)[0] == (1, 3)  # the layers up to this one
     assert len(choose_heads(prompts, 0, PLAN, 2)) <= 2
+    assert {layer for layer, _ in choose_heads(with_both, 2, PLAN, 4, blind={0, 1})} == {2}
 
 
 @settings(max_examples=40, deadline=None)
@@ -109,6 +113,17 @@ def test_interval_of_kept_answers() -> None:
     assert kept.interval() == pytest.approx((0.888, 0.978), abs=1e-3)  # Wilson, n = 100
 
 
+def test_layers_with_windows_are_found(tmp_path: Path) -> None:
+    path = tiny_architectures.write_gemma3(tmp_path / "w.gguf", layers=4, window=48)
+    with open_gguf(path) as reader:
+        assert window_of(reader) == 48
+    with open_gguf(tiny_models.write_llama(tmp_path / "l.gguf")) as reader:
+        assert window_of(reader) == 0
+    with Model(path) as opened:
+        assert windowed_layers(opened, range(3), 48, 1) == {0, 2}
+        assert windowed_layers(opened, range(3), 0, 1) == windowed_layers(opened, range(3), 200, 1) == frozenset()
+
+
 # a tiny model, whose own continuations are the right answers
 
 
@@ -117,6 +132,14 @@ def model(models: Path) -> Path:
     source = tiny_models.write_llama(models / "answers-f16.gguf", n_layer=4)
     quantize(source, models / "answers-agq4.gguf", options=QUICK)
     return models / "answers-agq4.gguf"
+
+
+@pytest.fixture(scope="module")
+def windowed(models: Path) -> Path:
+    """Layers 0 and 2 see 48 tokens, layers 1 and 3 see all."""
+    source = tiny_architectures.write_gemma3(models / "answers-windows-f32.gguf", layers=4, window=48)
+    quantize(source, models / "answers-windows-agq4.gguf", options=QUICK)
+    return models / "answers-windows-agq4.gguf"
 
 
 def own_answer(opened: Model, sentences: object, kind: str, seed: int, tokens: tuple[int, int]) -> Planted:
@@ -132,8 +155,12 @@ def own_answer(opened: Model, sentences: object, kind: str, seed: int, tokens: t
     return Planted(kind, prompt, np.array([305], np.int32), np.array([answer], np.int32), value, 4)
 
 
-def test_calibration_by_answers(model: Path, tmp_path: Path, words_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["model", "windowed"])
+def test_calibration_by_answers(
+    name: str, tmp_path: Path, words_file: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """The file that is written prunes, and says what was measured; the same setting in a list drops the same tokens."""
+    model = request.getfixturevalue(name)
     monkeypatch.setattr(by_answers, "plant", own_answer)
     monkeypatch.setattr(by_answers, "_SAVING", 0.0)
     out = tmp_path / "kept.gguf"
@@ -160,6 +187,10 @@ def test_calibration_by_answers(model: Path, tmp_path: Path, words_file: Path, m
                     fates[-1] += agq_gguf.last_pruned()
     assert fates[0] == fates[1] and max(fates[0]) >= 0
     assert run("verify", out).exit_code == 0
+    if name == "windowed":  # a head that sees 48 of 300 tokens keeps hardly any value
+        records = [t.agq.pruning for t in inspect_file(out).tensors if t.agq and t.agq.pruning]
+        heads = [head for record in records if record.heads for head in record.heads.heads]
+        assert heads and {layer for layer, _ in heads} == {1}
 
 
 @pytest.mark.parametrize(

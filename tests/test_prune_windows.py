@@ -6,6 +6,7 @@ left the window. Both must go on as a context that only hides the dropped tokens
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -202,6 +203,29 @@ def test_states_are_used_again(model: GetModel) -> None:
     assert np.abs(again - whole).max() < np.abs(hidden - whole).max() and not np.allclose(again, whole, atol=1e-3)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_states_for_a_draft_model_stay_in_their_places(model: GetModel, full: bool) -> None:
+    """llama.cpp hands out gpt-oss's last states of all tokens; those of dropped tokens are zeros."""
+    names = ("_Z26llama_set_embeddings_nextnP13llama_contextbb", "_Z26llama_get_embeddings_nextnP13llama_context")
+    if not all(hasattr(api._lib, name) for name in names):
+        pytest.skip("this release hands out no states")
+    switch_on, get_states = (getattr(api._lib, name) for name in names)
+    get_states.restype = ctypes.POINTER(ctypes.c_float)
+    found = []
+    for spec in ("1:0.3,2:0.3", "mask,1:0.3,2:0.3"):
+        with model("gpt-oss", "agq4").context(spec, swa_full=full) as context:
+            switch_on(ctypes.c_void_p(context.context), ctypes.c_bool(True), ctypes.c_bool(False))
+            context.decode(tokens(150))
+            states = np.ctypeslib.as_array(get_states(ctypes.c_void_p(context.context)), (150, more_architectures.E))
+            found.append((states.copy(), np.array(agq_gguf.last_pruned())))
+    (pruned, fate), (masked, same) = found
+    np.testing.assert_array_equal(fate, same)
+    gone = fate >= 0
+    assert gone.sum() == 77
+    np.testing.assert_array_equal(pruned[~gone], masked[~gone])
+    assert not pruned[gone].any() and masked[gone].any()
+
+
 # scores
 
 
@@ -220,6 +244,17 @@ def test_the_first_token_must_be_in_the_window(model: GetModel) -> None:
     with Pair(m, "2:0.5;score=first;min=16") as pair:  # as long as all is in the window
         pair.decode(tokens(40))
         assert pair.dropped() == 20
+    assert warnings() == []
+
+
+def test_soft_caps_count(tmp_path: Path) -> None:
+    """Without flash attention the cap is three nodes of the graph; the score knows it all the same."""
+    fates = []
+    for cap in (50.0, 1.0):
+        with LowModel(tiny_architectures.write_gemma2(tmp_path / f"{cap}.gguf", layers=2, cap=cap)) as m:
+            fates += [run(m, "0:0.5", flash=flash)[1] for flash in (False, True)]
+    assert fates[0] == fates[1] and fates[2] == fates[3]
+    assert fates[0] != fates[2]
     assert warnings() == []
 
 

@@ -90,14 +90,16 @@ def write_qwen3moe(path: Path | str) -> Path:
     return _ends(model, quiet)
 
 
-def _write_gemma(path: Path | str, arch: str, *, tied: bool = True, layers: int = 2, window: int = 16) -> Path:
+def _write_gemma(
+    path: Path | str, arch: str, *, tied: bool = True, layers: int = 2, window: int = 16, cap: float = 50.0
+) -> Path:
     model = _start(path, arch, layers)
     _heads(model)
     model.writer.add_layer_norm_rms_eps(1e-6)
     model.writer.add_sliding_window(window)  # shorter than the tests' texts
     model.writer.add_sliding_window_pattern(2)
     if arch == "gemma2":
-        model.writer.add_attn_logit_softcapping(50.0)
+        model.writer.add_attn_logit_softcapping(cap)
         model.writer.add_final_logit_softcapping(30.0)
     quiet = add_spm_tokenizer(model.writer, VOCAB)
     for i in range(layers):
@@ -109,9 +111,9 @@ def _write_gemma(path: Path | str, arch: str, *, tied: bool = True, layers: int 
     return _ends(model, quiet, tied=tied)
 
 
-def write_gemma2(path: Path | str, *, layers: int = 2, window: int = 16) -> Path:
+def write_gemma2(path: Path | str, *, layers: int = 2, window: int = 16, cap: float = 50.0) -> Path:
     """Gemma 2: soft caps, norms before and behind, each second layer with a sliding window, tied output."""
-    return _write_gemma(path, "gemma2", layers=layers, window=window)
+    return _write_gemma(path, "gemma2", layers=layers, window=window, cap=cap)
 
 
 def write_gemma3(path: Path | str, *, tied: bool = True, layers: int = 2, window: int = 16) -> Path:

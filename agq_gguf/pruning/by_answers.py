@@ -8,7 +8,7 @@ docs/pruning-design.md, "How calibration keeps answers".
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from agq_gguf.pruning.planted import KINDS, plant, sentences_of
 from agq_gguf.pruning.report import Kept, PruneReport
 from agq_gguf.pruning.search import Point
 from agq_gguf.pruning.trial import Runtime, examples_of, tokens_of_text
+from agq_gguf.pruning.windows import window_of, windowed_layers
 from agq_gguf.runtime.model import Model
 from agq_gguf.text import LoadedText
 
@@ -60,11 +61,19 @@ def by_answers(
     """
     with open_model(src) as reader:
         holders = carriers(reader, pruning_record.pruning_bytes(heads=HEADS_PER_LAYER))
+        window = window_of(reader)
     layers = [layer for layer in allowed if layer in holders]
     if not layers:
         raise FormatError(f"{src}: has no AGQ4 matrix with room for the heads of a pruning record; give a share")
     with Model(src) as model:
         model.require_logits()
+        blind = windowed_layers(model, range(max(layers) + 1), window, choice.threads)
+        layers = [layer for layer in layers if not blind.issuperset(range(layer + 1))]
+        if not layers:
+            raise InputError(
+                f"{src}: no layer before the last one sees more than a sliding window of {window} tokens; "
+                "choose a share of the work with --share"
+            )
         n = max(2 * len(KINDS), choice.prompts or _QUESTIONS)
         total, done = 2 * n, 0
 
@@ -83,7 +92,7 @@ def by_answers(
             for first in (0, n)
         ]
         learn, check = (Questions(model, prompts, choice.threads, count) for prompts in halves)
-        plan, kept = keep_answers(learn, check, work, layers, choice.answers, overlap=choice.overlap)
+        plan, kept = keep_answers(learn, check, work, layers, choice.answers, overlap=choice.overlap, blind=blind)
         examples = examples_of(model, tokens_of_text(model, text), choice)
         run = Runtime(model, examples, choice.threads, lambda: None)
         base, found = run(Plan(()), ()), run(plan, ())
@@ -93,13 +102,21 @@ def by_answers(
 
 
 def keep_answers(
-    learn: Questions, check: Questions, work: Work, allowed: Sequence[int], promised: float, *, overlap: bool = False
+    learn: Questions,
+    check: Questions,
+    work: Work,
+    allowed: Sequence[int],
+    promised: float,
+    *,
+    overlap: bool = False,
+    blind: Collection[int] = (),
 ) -> tuple[Plan, Kept]:
     """The plan that saves most of what keeps the share `promised` of the answers, and what it kept.
 
     `learn` chooses heads and layers, `check` thresholds; the result is measured on `check`. `allowed` are the layers
-    that can prune. With `overlap`, the words of the question may count. Raises InputError if the model answers too few
-    questions, or if no setting keeps its promise.
+    that can prune; up to each of them, a layer is not in `blind`, whose heads do not see all of a prompt. With
+    `overlap`, the words of the question may count. Raises InputError if the model answers too few questions, or if no
+    setting keeps its promise.
     """
     layers = range(max(allowed) + 1)
     learned, right_learned = learn.see(layers)
@@ -111,7 +128,7 @@ def keep_answers(
             "pruning costs; choose a share of the work with --share"
         )
     answered = [seen for seen, right in zip(checked, right_checked, strict=True) if right]
-    cuts = _cuts(learned, answered, work, allowed, overlap)
+    cuts = _cuts(learned, answered, work, allowed, overlap, blind)
     for step in _STEPS:
         plan = with_thresholds(cuts, answered, step)
         alive = [survivors(seen, plan) for seen in answered]
@@ -150,7 +167,14 @@ def _kept(check: Questions, work: Work, unpruned: Answers, pruned: Answers, prom
     )
 
 
-def _cuts(learned: Sequence[Seen], checked: Sequence[Seen], work: Work, allowed: Sequence[int], overlap: bool) -> Plan:
+def _cuts(
+    learned: Sequence[Seen],
+    checked: Sequence[Seen],
+    work: Work,
+    allowed: Sequence[int],
+    overlap: bool,
+    blind: Collection[int],
+) -> Plan:
     """The layers to prune after and their heads; thresholds are 0.
 
     The main layer is the first that can leave out most of a prompt. An earlier, generous cut and a later, harder one
@@ -160,7 +184,7 @@ def _cuts(learned: Sequence[Seen], checked: Sequence[Seen], work: Work, allowed:
     of_layer: dict[int, Heads] = {}
     stay: dict[int, float] = {}  # the share of a prompt that must stay
     for layer in allowed:
-        plain = Heads(choose_heads(learned, layer, bare, HEADS_PER_LAYER))
+        plain = Heads(choose_heads(learned, layer, bare, HEADS_PER_LAYER, blind))
         words = [replace(plain, tail=learned[0].tail)] if overlap else []
         found = {chosen: _stay(checked, chosen, bare) for chosen in (plain, *words)}
         of_layer[layer] = min(found, key=found.__getitem__)

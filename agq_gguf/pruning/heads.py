@@ -6,7 +6,7 @@ cpp/scores/heads.cpp computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,8 +92,12 @@ def needed(score: NDArray[np.floating], value: Sequence[int], candidates: Bools)
     return float((score[candidates] >= score[asked].min()).mean()) if asked else 0.0
 
 
-def choose_heads(prompts: Sequence[Seen], layer: int, plan: Plan, count: int) -> tuple[Head, ...]:
+def choose_heads(
+    prompts: Sequence[Seen], layer: int, plan: Plan, count: int, blind: Collection[int] = ()
+) -> tuple[Head, ...]:
     """The up to `count` heads of layers up to `layer` by which the least of the prompts must stay, on average.
+
+    Heads of the layers in `blind` are not looked at.
 
     One after the other, out of those that are best alone; a head that does not help is left out.
     """
@@ -111,8 +115,9 @@ def choose_heads(prompts: Sequence[Seen], layer: int, plan: Plan, count: int) ->
     def heads_of(index: int) -> Head:
         return index // n_heads, index % n_heads
 
-    alone = [cost([values[heads_of(i)] for values in of_heads]) for i in range((layer + 1) * n_heads)]
-    candidates = [heads_of(int(i)) for i in np.argsort(alone, kind="stable")[:_CANDIDATES]]
+    seeing = [i for i in range((layer + 1) * n_heads) if heads_of(i)[0] not in blind]
+    alone = [cost([values[heads_of(i)] for values in of_heads]) for i in seeing]
+    candidates = [heads_of(seeing[int(i)]) for i in np.argsort(alone, kind="stable")[:_CANDIDATES]]
     chosen: list[Head] = []
     total = [np.zeros(len(seen.tokens), np.float32) for seen in prompts]
     lowest = np.inf
