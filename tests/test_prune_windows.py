@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -315,3 +316,16 @@ def test_plugin_agrees_with_removal(model: GetModel, name: str, full: bool, flas
                 assert 5 < (left >= 0).sum() < 0.9 * len(left)
             position += len(step)
             assert relative(found, wanted) < 3e-3
+
+
+# calibration
+
+
+def test_a_score_that_a_window_blinds_gets_full_layers(model: GetModel, tmp_path: Path, words_file: Path) -> None:
+    source, out = model("gemma3", "agq4").path, tmp_path / "out.gguf"
+    choice = agq_gguf.PruneOptions(share=0.2, score="recent", prompts=2, threads=1)
+    report = agq_gguf.calibrate_pruning(source, out, calibration=words_file, choice=choice)
+    assert report is not None and report.chosen.plan.layers == (1,)
+    asked = replace(choice, layers=(0,))
+    report = agq_gguf.calibrate_pruning(source, out, calibration=words_file, choice=asked)
+    assert report is not None and report.chosen.plan.layers == (0,)

@@ -26,8 +26,11 @@ from agq_gguf.pruning.plan import Work, work_of
 from agq_gguf.pruning.report import PruneReport
 from agq_gguf.pruning.search import Point, choose
 from agq_gguf.pruning.trial import CALL_TOKENS, Example, Runtime, examples_of, tokens_of_text
+from agq_gguf.pruning.windows import window_of, windowed_layers
 from agq_gguf.runtime.model import Model
 from agq_gguf.text import LoadedText
+
+_FAR_SIGHTED = {"first", "recent"}  # scores that give tokens outside a sliding window nothing
 
 
 def by_share(
@@ -52,6 +55,8 @@ def by_share(
         tokens = tokens_of_text(model, loaded)
         examples = examples_of(model, tokens, choice)
         ways = choice.ways()
+        with open_model(src) as reader:
+            blind = windowed_layers(model, range(work.n_layer - 1), window_of(reader), choice.threads)
         run = _counted(model, examples, work, allowed, choice, len(ways), progress)
         for way in ways:
             try:
@@ -60,6 +65,8 @@ def by_share(
                     holders = _learned(src, model, tokens, allowed, way, progress)
                 run.directions = holders.directions
                 layers = sorted(set(allowed) & set(holders.tensors))
+                if way.score in _FAR_SIGHTED and not way.layers:
+                    layers = [layer for layer in layers if layer not in blind] or layers
                 found.append((choose(run, work_of(sizes, bool(way.reuse)), layers, way), holders))
             except (InputError, HostError) as e:  # too large a share, or not supported; another way may succeed
                 refused.append(e)
