@@ -273,6 +273,36 @@ def test_state_is_saved_and_restored(model: LowModel, whole: bool) -> None:
     assert low_level.log == []
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_marks_change_between_two_steps(model: LowModel, whole: bool) -> None:
+    """The same cells are hidden before and after, but in one state their tokens are dropped, in another they wait."""
+    sequence = None if whole else 0
+    with model.context("off") as context:
+        context.decode([9])
+        context.run(tokens(100), 1)
+        wanted = [context.decode([5 + i], 101 + i) for i in range(3)]
+    with model.context("1:t1e9;score=heads;heads=1:0.1;keep=80") as context:
+        context.decode([9])  # the first token is never dropped
+        context.run(tokens(100), 1)
+        waiting = context.save(sequence)
+        context.decode(tokens(80, 1), 101)
+        assert agq_gguf.last_pruned() == [-1] + [1] * 100 + [-1] * 80
+        for i in range(3):
+            context.decode([5 + i], 181 + i)
+        dropped = context.save(sequence)
+        for _ in range(2):
+            context.restore(dropped, sequence)
+            lost = [context.decode([5 + i], 184 + i) for i in range(3)]
+            api.llama_memory_seq_rm(context.memory, 0, 101, -1)
+            lost.append(context.decode([5], 101))
+            assert np.abs(lost[3] - wanted[0]).max() > 20 * ATOL
+            api.llama_memory_seq_rm(context.memory, 0, 101, -1)
+            context.restore(waiting, sequence)
+            for i in range(3):
+                assert_close(context.decode([5 + i], 101 + i), wanted[i])
+    assert low_level.log == []
+
+
 def test_state_is_restored_elsewhere(model: LowModel) -> None:
     """Tokens are known by what they are, not by their cells."""
     with Both(model, n_seq=2, n_ctx=1024) as both:

@@ -162,7 +162,7 @@ pruner::work pruner::choose_work(bool stores) {
         const auto needed = [this](const token_block &block) { return is_needed(block); };
         block_ = store_.make_block(cells_.size(), record_.bytes, needed);
     }
-    if (stores && store_.has_rows()) {
+    if (stores && store_.has_rows() && !ubatch_.kinds[0].has_window) {
         early_tokens &tokens = early_.tokens;
         tokens = find_early_tokens(facts_, 0, cells_, site_, hidden_, store_, record_.bytes);
         // Only a threshold says how many dropped tokens a question brings back.
@@ -278,22 +278,11 @@ bool pruner::prepare_graph(const early_tokens &tokens) {
 }
 
 /// The cells of deferred tokens that this ubatch sees.
-std::vector<int32_t> pruner::deferred_cells() const {
-    std::vector<int32_t> found;
-    if (facts_.kinds.size() != 1) return found;  // no token waits there
-    std::vector<char> mark;
-    key_rows keys;
-    int32_t layer = -1;
-    for (const dropped_cell &d : hidden_.cells(hidden_.level(static_cast<int>(facts_.sites.size()) - 1))) {
-        if (d.stream != 0) continue;
-        if (layer != d.first_layer) {
-            layer = d.first_layer;
-            keys = key_rows::of(facts_.sites[static_cast<size_t>(layer)].cache);
-            mark = deferral_mark(keys);
-        }
-        if (is_deferred(keys, d.cell, mark)) found.push_back(d.cell);
-    }
-    return found;
+const std::vector<int32_t> &pruner::seen_deferred() {
+    static const std::vector<dropped_cell> nothing;
+    const int last = static_cast<int>(facts_.sites.size()) - 1;
+    // Where there are several kinds of attention, no token waits.
+    return deferred_.find(facts_, facts_.kinds.size() == 1 ? hidden_.cells(hidden_.level(last)) : nothing);
 }
 
 /// Warns if this ubatch sees more deferred tokens than are computed for it.
@@ -456,6 +445,8 @@ ggml_status pruner::run_whole(ggml_tensor **nodes, int n, bool repeated, bool an
 
 ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute) {
     if (!repeated) read_graph(nodes, n);
+    // Only steps of one token leave all marks as they are.
+    if (facts_.n_tokens() != 1) deferred_.forget();
     if (facts_.sites.empty() && !store_.empty()) return run_shift(nodes, n, repeated, compute);
     const bool has_cache = !facts_.ambiguous && !facts_.unknown_store && !facts_.sites.empty();
     bool any_hidden = has_cache && hidden_.find(facts_);
@@ -467,20 +458,21 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
     ggml_status status = status_success;
     switch (decide(stores)) {
         case work::prune:
-            if (any_hidden) warn_of_lost(deferred_cells().size(), n_deferred());
+            if (any_hidden) warn_of_lost(seen_deferred().size(), n_deferred());
             status = run_pruned(stores, n_threads, segment);
             break;
         case work::defer:
             status = run_deferred(segment);
             break;
         case work::keep: {
-            std::vector<int32_t> open = any_hidden && facts_.complete ? deferred_cells() : std::vector<int32_t>{};
+            std::vector<int32_t> open = any_hidden && facts_.complete ? seen_deferred() : std::vector<int32_t>{};
             if (!open.empty()) {
                 const size_t n_open = open.size();
                 if (stores) status = compute_deferred(std::move(open), segment);
                 if (status != status_success) return status;
                 any_hidden = hidden_.find(facts_);
-                warn_of_lost(n_open, any_hidden ? n_open - deferred_cells().size() : n_open);
+                deferred_.forget();
+                warn_of_lost(n_open, any_hidden ? n_open - seen_deferred().size() : n_open);
             }
             const auto is_one = [](const attention_kind &kind) { return kind.k_cells && kind.mask->ne[3] == 1; };
             const bool counts = has_cache && std::all_of(facts_.kinds.begin(), facts_.kinds.end(), is_one);

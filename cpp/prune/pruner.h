@@ -10,6 +10,7 @@
 
 #include "graph/ubatch.h"
 #include "nodes/sequence_groups.h"
+#include "prune/deferred_cells.h"
 #include "prune/early_graph.h"
 #include "prune/early_tokens.h"
 #include "prune/hidden_cells.h"
@@ -59,7 +60,7 @@ class pruner {
     bool is_needed(const token_block &block) const;
     std::string find_deferral_obstacle();
     bool prepare_graph(const early_tokens &tokens);
-    std::vector<int32_t> deferred_cells() const;
+    const std::vector<int32_t> &seen_deferred();
     size_t n_deferred() const;
     void warn_of_lost(size_t seen, size_t computed);
     ggml_status compute_deferred(std::vector<int32_t> open, const segment_fn &segment);
@@ -88,6 +89,7 @@ class pruner {
     enum class answer : uint8_t { unknown, no, yes } asks_ = answer::unknown;  ///< whether the cuts look at heads
     int first_layer_ = 0;                                                      ///< the first pruning layer
     token_store store_;
+    deferred_cells deferred_;
     key_rows keys_, next_keys_;  ///< of all cells, in the first pruning layer and the next one
     int64_t n_cells_ = 0;
     bool has_warned_of_lost_ = false;
