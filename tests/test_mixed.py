@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from low_level import PROMPT, LowModel, log, quick_agq4
+import tiny_architectures
+from low_level import PROMPT, QUICK, LowModel, log, quick_agq4
 from reference_mixed import MixedReference
 
+from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.runtime.plugin import registered_library
 
 
@@ -99,3 +101,17 @@ def test_mistakes_are_refused(model: LowModel, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(AssertionError), model.context("off"):  # llama.cpp returns no context
         pass
     assert any("AGQ_ACT_BITS must be 8, 4, or mixed:SHARE" in line and f"got '{text}'" in line for line in log)
+
+
+def test_sliding_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers 0 and 2 of this model see 16 tokens: the first one is out of sight of the last."""
+    source = tiny_architectures.write_gemma3(tmp_path / "f32.gguf", layers=4, window=16)
+    quantize(source, tmp_path / "agq4.gguf", options=QUICK)
+    with LowModel(tmp_path / "agq4.gguf") as windowed:
+        whole = logits(windowed, monkeypatch, "8", PROMPT)
+        for layer, score in ((1, "first"), (2, "received"), (0, "recent")):
+            mixed = logits(windowed, monkeypatch, f"mixed:0.4;layer={layer};score={score}", PROMPT)
+            assert chosen().sum() == round(0.4 * len(PROMPT))
+            assert 0 < distance(mixed, whole) < 0.5
+        unmixed = logits(windowed, monkeypatch, "mixed:0.4;layer=2;score=first", PROMPT)
+        assert len(chosen()) == 0 and np.array_equal(unmixed, whole)
