@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from typer.testing import CliRunner, Result
 
@@ -49,3 +50,44 @@ def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
         [*COMMAND, *map(str, arguments)],
         capture_output=True, text=True, timeout=120, check=False, env=environment(), **options,
     )  # fmt: skip
+
+
+# Runs commands in one process and prints, for each, its name, exit code, both streams and the exception.
+_PROGRAM = """
+import json, sys
+from typer.testing import CliRunner
+from agq_gguf.cli.app import app
+runner = CliRunner()
+for words in json.loads(sys.argv[1]):
+    result = runner.invoke(app, words, input="the red key\\n")
+    told = None if isinstance(result.exception, SystemExit) else result.exception
+    shown = result.exit_code, result.stdout, result.stderr, repr(told) if told else ""
+    print(json.dumps([words[0], *shown]), flush=True)
+"""
+
+
+class Shown(NamedTuple):
+    """What a command of `run_all` did."""
+
+    code: int
+    stdout: str
+    stderr: str
+    exception: str  # empty but for a bug
+
+
+def run_all(commands: list[list[object]]) -> dict[str, Shown]:
+    """Runs commands in one process of their own, whose end by one of them fails the test; what each did, by its name.
+
+    For what llama.cpp might abort: one process loads everything once.
+    """
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    result = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, words], capture_output=True, text=True, check=False, timeout=600,
+        env=environment(),
+    )  # fmt: skip
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    ended = commands[len(found)][0] if len(found) < len(commands) else ""
+    assert result.returncode == 0 and not ended, (
+        f"{ended} ended the process: {result.returncode}, {result.stderr[-900:]}"
+    )
+    return {name: Shown(*shown) for name, *shown in found}

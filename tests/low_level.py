@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 import agq_gguf
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.quantization.options import QuantizeOptions
-from agq_gguf.quantization.pipeline import quantize
 
 # Every matrix AGQ4, quantized in a moment.
 QUICK = QuantizeOptions(
@@ -39,6 +38,8 @@ def _collect(level: int, text: bytes, _: Any) -> None:
 
 def quick_agq4(folder: Path, n_layer: int) -> Path:
     """A tiny model, all AGQ4."""
+    from agq_gguf.quantization.pipeline import quantize  # loads torch, which processes that only read need not wait for
+
     source = tiny_models.write_llama(folder / "f32.gguf", dtype="f32", n_layer=n_layer, seed=3)
     quantize(source, folder / "agq4.gguf", options=QUICK)
     return folder / "agq4.gguf"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,10 +16,11 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w*(?:(?:\.|::|->)[A-Za-z_]\w*)*(?:\(.*\))?"
 _OPTION = re.compile(r"(--?[A-Za-z][\w-]*)(?:[ =].*)?")
 
 
-def files(*suffixes: str) -> list[Path]:
+@cache
+def files(*suffixes: str) -> tuple[Path, ...]:
     """Files of the source tree with one of these suffixes, in a fixed order."""
     found = [path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
-    return sorted(path for path in found if "__pycache__" not in path.parts)
+    return tuple(sorted(path for path in found if "__pycache__" not in path.parts))
 
 
 def documents() -> list[Path]:
@@ -47,7 +49,8 @@ def _python_words(text: str) -> Iterator[str]:
                 yield from _WORD.findall(node.value)
 
 
-def defined() -> set[str]:
+@cache
+def defined() -> frozenset[str]:
     """Words that occur in code, outside of comments and docstrings, and names of files and folders."""
     words: set[str] = set()
     for path in files(".py"):
@@ -59,7 +62,7 @@ def defined() -> set[str]:
         words.update(_WORD.findall(re.sub(r"#.*", "", path.read_text(encoding="utf-8"))))
     for path in files(".py", ".cpp", ".h", ".c", ".cmake", ".gguf", ".txt", ".md", ".svg", ".j2", ".stream"):
         words.update((path.name, path.stem, *path.relative_to(ROOT).parts))
-    return words | {path.name for path in ROOT.iterdir()}
+    return frozenset(words | {path.name for path in ROOT.iterdir()})
 
 
 def named_in_documents() -> Iterator[tuple[str, str]]:
@@ -93,7 +96,7 @@ def named_in_comments() -> Iterator[tuple[str, str]]:
                     yield str(path.relative_to(ROOT)), name
 
 
-def is_defined(name: str, words: set[str]) -> bool:
+def is_defined(name: str, words: frozenset[str]) -> bool:
     """Whether a name exists in the tree; True for what is neither an identifier nor an option, such as `2^-e`."""
     if option := _OPTION.fullmatch(name):
         return option[1] in words or option[1].lstrip("-").replace("-", "_") in words

@@ -10,7 +10,7 @@ import field_architectures
 import pytest
 import tiny_architectures
 import tiny_models
-from command_line import process, run
+from command_line import run, run_all
 
 from agq_gguf.errors import InputError
 from agq_gguf.runtime.model import Model
@@ -33,17 +33,17 @@ def silent(request: pytest.FixtureRequest, models: Path) -> Path:
 
 
 def test_models_that_predict_nothing(silent: Path, words_file: Path) -> None:
-    for command in (
+    commands: list[list[object]] = [
         ["generate", silent, "-p", "the", "-n", 4],
         ["chat", silent, "--chat-format", "chatml"],
         ["evaluate", silent, "--reference", silent, "--text", words_file],
         ["bench", silent, "-p", 8, "-n", 8],
         ["serve", silent, "--port", 0],
-    ):
-        shown = process(*command, input="hello\n")
-        assert (shown.returncode, shown.stdout) == (2, ""), (command[0], shown)
+    ]
+    for name, shown in run_all(commands).items():
+        assert (shown.code, shown.stdout, shown.exception) == (2, "", ""), (name, shown)
         [line] = [line for line in shown.stderr.splitlines() if not line.startswith("bench: ")]  # progress
-        assert line.startswith("error: ") and "predicts no next token" in line, command[0]
+        assert line.startswith("error: ") and "predicts no next token" in line, name
 
 
 @pytest.mark.parametrize("name", [*tiny_architectures.DECODERS])
@@ -57,12 +57,13 @@ def test_learned_positions_end(tmp_path: Path, words: str) -> None:
     path = tiny_models.write_gpt2(tmp_path / "m.gguf")
     with Model(path) as model:
         assert model.facts.positions == model.n_ctx_train == 256
-    for command in (
+    commands: list[list[object]] = [
         ["generate", path, "-p", "the", "-c", 1024],
         ["chat", path, "-c", 1024],
         ["serve", path, "-c", 1024, "--port", 0],
-    ):
-        assert "at most 256 tokens" in process(*command, input="hello\n").stderr, command[0]
+    ]
+    for name, refused in run_all(commands).items():
+        assert "at most 256 tokens" in refused.stderr, name
     shown = run("generate", path, "-p", "the", "-n", 1000, "-t", 1, "--temp", 0)
     assert len(shown.stdout) > 100
     with TextModel(path, threads=1) as text:
@@ -74,7 +75,7 @@ def test_learned_positions_end(tmp_path: Path, words: str) -> None:
     encoder = tiny_models.write_bert(tmp_path / "bert.gguf")
     with Model(encoder) as model:
         limit = model.facts.positions
-    refusal = process("serve", encoder, "--set", "embedding=1", "-c", 1024, "--port", 0).stderr
+    refusal = run_all([["serve", encoder, "--set", "embedding=1", "-c", 1024, "--port", 0]])["serve"].stderr
     assert f"at most {limit} tokens" in refusal
 
 

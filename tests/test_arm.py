@@ -53,6 +53,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "mixed_test",
         "product_graph",
         "ggml-agq",
+        "attributes_replay",
+        "second_device",
     ]
     folder = tmp_path_factory.mktemp("arm")
     return build(ROOT, folder, targets, "-DAGQ_BUILD_TESTS=ON", "-DAGQ_WERROR=ON")

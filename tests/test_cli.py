@@ -30,15 +30,20 @@ from agq_gguf.runtime.text import TextModel
 def test_help_is_light() -> None:
     code = (
         "import sys\nfrom agq_gguf.cli import app as cli\n"
-        "try:\n    cli.main()\nexcept SystemExit as e:\n    assert e.code == 0\n"
+        "for words in (['--help'], ['bench', '--help']):\n"
+        "    sys.argv[1:] = words\n"
+        "    try:\n        cli.main()\n    except SystemExit as e:\n        assert e.code == 0\n"
         "heavy = {'torch', 'llama_cpp', 'transformers'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
-    for arguments in (["--help"], ["bench", "--help"]):
-        shown = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, env=environment()
-        )
-        assert shown.returncode == 0, shown.stderr
-        assert "Usage: agq-gguf" in shown.stdout
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment())
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("Usage: agq-gguf") == 2
+
+
+def test_inspect_does_not_load_torch(small: Path) -> None:
+    code = "import sys\nfrom agq_gguf.inspection.inspect import inspect_file\n"
+    code += "inspect_file(sys.argv[1])\nassert 'torch' not in sys.modules\n"
+    subprocess.run([sys.executable, "-c", code, str(small)], check=True, env=environment())
 
 
 def test_help_at_80_columns() -> None:

@@ -159,15 +159,16 @@ def test_models_that_cannot_be_calibrated(llama_f16: Path, words_file: Path) -> 
 
 
 def test_quantize_with_pruning(words_file: Path, tmp_path: Path) -> None:
-    source = tiny_models.write_llama(tmp_path / "in.gguf", n_layer=3, n_ff=128)
+    source = tiny_models.write_llama(tmp_path / "in.gguf", n_layer=2, n_ff=128, context=256)
     out = tmp_path / "out.gguf"
-    shown = run("quantize", source, out, "--calibration", words_file, "--prune", "0.2", "-t", "1", "-q")
+    how = ("--calibration", words_file, "--calibration-tokens", "512", "--quality", "fast", "-t", "1", "-q")
+    shown = run("quantize", source, out, *how, "--prune", "0.2")
     assert "work saved" in shown.stdout
     info = inspect_file(out)
     assert info.pruning is not None and info.pruning.saving == pytest.approx(0.2, abs=0.01)
     assert run("verify", out).exit_code == 0
     run("quantize", source, out, "--calibration", "none", "--prune", "0.2", code=2)
-    result = run("quantize", source, out, "--calibration", words_file, "--prune", "0.9", "-t", "1", "-q", code=2)
+    result = run("quantize", source, out, *how, "--prune", "0.9", code=2)
     assert "is complete, but drops no tokens" in result.stderr and inspect_file(out).pruning is None
 
 

@@ -257,16 +257,16 @@ def test_the_date_in_a_template_is_always_the_same(small: Path, tmp_path: Path) 
 
 
 def test_pruning_uses_it(tmp_path: Path) -> None:
-    source = tiny_models.write_llama(tmp_path / "in.gguf", n_layer=3, n_ff=128)
+    source = tiny_models.write_llama(tmp_path / "in.gguf", n_layer=2, n_ff=128, context=256)
     shown = run("quantize", source, tmp_path / "out.gguf", *FEW, "--prune", 0.2)
     assert re.search(r"measured on the default text, \d+ prompts of \d+ tokens", shown.stdout)
 
 
 def test_pruning_takes_several_texts(words_file: Path, tmp_path: Path) -> None:
-    source = tiny_models.write_llama(tmp_path / "in.gguf", n_layer=3, n_ff=128)
+    source = tiny_models.write_llama(tmp_path / "in.gguf", n_layer=2, n_ff=128, context=256)
     text = mix_texts(words_file, LoadedText("dialogue", ((DIALOGUE,) * 40,)))
     options = QuantizeOptions(quality="fast", calibration_tokens=512, matrix=MatrixOptions(learn_codebook=False))
     agq_gguf.quantize(source, tmp_path / "out.gguf", calibration=text, options=options)
-    choice = agq_gguf.PruneOptions(share=0.2, threads=1)
+    choice = agq_gguf.PruneOptions(share=0.2, prompts=4, threads=1)
     report = agq_gguf.calibrate_pruning(tmp_path / "out.gguf", tmp_path / "out.gguf", calibration=text, choice=choice)
     assert report is not None and report.origin.startswith(f"{words_file.name} + dialogue, ")

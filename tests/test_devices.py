@@ -80,20 +80,20 @@ def run(model: Path, device: Path | str, settings: list[Setting]) -> list[tuple[
     return [(tokens, warnings) for tokens, warnings in json.loads(result.stdout)]
 
 
+# With flash attention off, on and as llama.cpp chooses; all layers and their cache on the second device, or not all.
+WHOLE: list[Setting] = [
+    (layers, offload, flash, "off")
+    for flash in (0, 1, -1)
+    for layers, offload in ((99, True), (99, False), (1, True), (0, True))
+]
+
+
 def test_the_text_is_that_of_one_device(model: Path, device: Path) -> None:
-    settings: list[Setting] = [
-        (layers, offload, flash, "off")
-        for flash in (0, 1, -1)
-        for layers, offload in ((99, True), (99, False), (1, True), (0, True))
-    ]
-    alone = run(model, "none", settings)
+    """And where a cache is on the second device, pruning says so."""
+    alone = run(model, "none", WHOLE)
     assert all(len(set(tokens)) > 1 and not warnings for tokens, warnings in alone)
-    assert run(model, device, settings) == alone
-
-
-def test_pruning_says_that_the_cache_is_elsewhere(model: Path, device: Path) -> None:
-    [(alone, _)] = run(model, "none", [(0, True, 0, "off")])
-    [(tokens, warnings)] = run(model, device, [(99, True, 0, "0:0.5")])
-    assert tokens == alone
+    *found, (tokens, warnings) = run(model, device, [*WHOLE, (99, True, 0, "0:0.5")])
+    assert found == alone
+    assert tokens == alone[WHOLE.index((0, True, 0, "off"))][0]
     assert len(warnings) == 1
     assert "token pruning is off: attention and its K/V cache are on another device" in warnings[0]

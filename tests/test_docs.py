@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,14 @@ def test_guides_are_short(page: Path) -> None:
         assert len(page.read_text(encoding="utf-8").splitlines()) < GUIDE_LINES
 
 
+@cache
+def helped(command: str) -> str:
+    """What a command says of itself."""
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+    assert shown.exit_code == 0, command
+    return shown.output
+
+
 def test_commands_and_options_exist() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
     used = re.findall(r"agq-gguf ([a-z-]+)((?: [^\n`]*)?)", text)
@@ -133,10 +142,9 @@ def test_commands_and_options_exist() -> None:
     for command, arguments in used:
         if command in ("and", "to", "runs", "turns"):
             continue
-        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
-        assert shown.exit_code == 0, command
+        assert helped(command)
         for option in re.findall(r"--[a-z-]+", arguments):
-            assert option in shown.output, f"{command} {option}"
+            assert option in helped(command), f"{command} {option}"
 
 
 def test_every_environment_variable_is_in_the_table() -> None:

@@ -117,7 +117,10 @@ def test_a_router_keeps_its_input(tmp_path: Path, words: str) -> None:
         assert [entry.norms for entry in calibrator.inputs] == [()] * len(calibrator.inputs)
 
 
-@pytest.mark.parametrize(("quality", "arch"), [("balanced", "llama"), ("best", "llama"), ("best", "bloom")])
+@pytest.mark.parametrize(
+    ("quality", "arch"),
+    [("balanced", "llama"), ("best", "llama"), pytest.param("best", "bloom", marks=pytest.mark.slow)],
+)
 def test_outliers_do_no_harm(quality: str, arch: str, llama_f16: Path, words: str, tmp_path: Path) -> None:
     """A model whose norms carry huge channels, but computes the same, is quantized as well as the plain one."""
     exact = llama_f16 if arch == "llama" else tiny_models.write_bloom(tmp_path / "bloom.gguf")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import field_architectures
 import pytest
 import tiny_architectures
 import tiny_models
-from command_line import environment
+from command_line import Shown, run_all
 
 pytestmark = pytest.mark.slow
 
@@ -33,38 +31,7 @@ WRITERS: dict[str, Callable[[Path | str], Path]] = {
 SILENT = ("bert", "t5", "gemma-embedding")  # they predict no next token
 REFUSALS = (2, 3, 4)  # exit codes of a refusal: input, format, host
 
-# Runs commands in this process and prints, for each, its exit code, both streams and the exception.
-PROGRAM = """
-import json, sys
-from typer.testing import CliRunner
-from agq_gguf.cli.app import app
-runner = CliRunner()
-for words in json.loads(sys.argv[1]):
-    result = runner.invoke(app, words, input="the red key\\n")
-    told = None if isinstance(result.exception, SystemExit) else result.exception
-    shown = result.exit_code, result.stdout, result.stderr, repr(told) if told else ""
-    print(json.dumps([words[0], *shown]), flush=True)
-"""
-
-Shown = dict[str, tuple[int, str, str, str]]
-
-
-def run_all(commands: list[list[object]]) -> Shown:
-    """Exit code, stdout, stderr and exception of each command, by its name."""
-    words = json.dumps([[str(word) for word in command] for command in commands])
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, words], capture_output=True, text=True, check=False, timeout=600,
-        env=environment(),
-    )  # fmt: skip
-    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
-    ended = commands[len(found)][0] if len(found) < len(commands) else ""
-    assert result.returncode == 0 and not ended, (
-        f"{ended} ended the process: {result.returncode}, {result.stderr[-900:]}"
-    )
-    return {name: (code, out, err, exception) for name, code, out, err, exception in found}
-
-
-def check(name: str, shown: tuple[int, str, str, str], generates: bool) -> None:
+def check(name: str, shown: Shown, generates: bool) -> None:
     """Whether one command did what it should."""
     code, out, err, exception = shown
     assert not exception and "Traceback" not in out + err, (name, shown)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from agq_gguf.format import pruning_record
 from agq_gguf.gguf_io.metadata import PRUNE_LAYERS, PRUNE_PREFIX
-from agq_gguf.pruning.search import Point
+
+if TYPE_CHECKING:
+    from agq_gguf.pruning.search import Point  # it loads torch, and who reads a file's record does not need that
 
 
 @dataclass(frozen=True)
