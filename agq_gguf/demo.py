@@ -10,6 +10,7 @@ from agq_gguf.errors import HostError, missing_package
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.bench import bench
 from agq_gguf.measure.evaluate import evaluate
+from agq_gguf.measure.row import Row
 from agq_gguf.runtime.stock_quantize import quantize_stock
 from agq_gguf.runtime.text import TextModel
 from agq_gguf.text import DATA, PACKAGED_CALIBRATION, PACKAGED_EVALUATION, read_text
@@ -22,26 +23,12 @@ _TEXT_TOKENS, _TEMPERATURE, _SEED = 96, 0.7, 4
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model of the table; speeds are medians in tokens per second."""
-
-    name: str
-    path: str
-    file_bytes: int
-    bits_per_weight: float
-    mean_kl: float  # from the F16 model, in nats per token
-    perplexity: float
-    prompt_speed: float
-    generation_speed: float
-
-
-@dataclass(frozen=True)
 class Demonstration:
     """Results of the demo."""
 
     prompt: str
     text: str  # written by the AGQ4 model
-    rows: list[Row]
+    rows: list[Row]  # the source is F16
 
 
 def run(folder: Path, *, threads: int = 0, progress: Progress = no_progress) -> Demonstration:
@@ -71,8 +58,6 @@ def run(folder: Path, *, threads: int = 0, progress: Progress = no_progress) -> 
         )
         for name in ("Q4_0", "AGQ4")
     }
-    perplexity = {name: found.perplexity for name, found in judged.items()}
-    perplexity["F16"] = judged["AGQ4"].reference_perplexity
 
     speeds = bench(
         list(paths.values()),
@@ -86,14 +71,17 @@ def run(folder: Path, *, threads: int = 0, progress: Progress = no_progress) -> 
     rows = []
     for (name, path), speed in zip(paths.items(), speeds, strict=True):
         assert speed.prompt is not None and speed.generation is not None
+        found = judged.get(name)
         rows.append(
             Row(
                 name=name,
                 path=str(path),
                 file_bytes=speed.file_bytes,
                 bits_per_weight=inspect_file(path).bits_per_weight,
-                mean_kl=judged[name].mean_kl if name in judged else 0.0,
-                perplexity=perplexity[name],
+                mean_kl=found.mean_kl if found else 0.0,
+                mean_kl_error=found.mean_kl_error if found else 0.0,
+                perplexity=found.perplexity if found else judged["AGQ4"].reference_perplexity,
+                top1_agreement=found.top1_agreement if found else 1.0,
                 prompt_speed=speed.prompt.median,
                 generation_speed=speed.generation.median,
             )

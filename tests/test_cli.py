@@ -21,6 +21,7 @@ from agq_gguf.cli import app as cli
 from agq_gguf.cli import output
 from agq_gguf.errors import HostError
 from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.measure.row import Row
 from agq_gguf.runtime.chat_format import Prompt
 from agq_gguf.runtime.text import TextModel
 
@@ -321,7 +322,7 @@ def shown_demo(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     def work(folder: Path, *, threads: int, progress: object) -> demo.Demonstration:
         assert folder.is_dir()
         folders.append(folder)
-        row = demo.Row("AGQ4", "path", 2_000_000, 4.7, 0.012, 5.5, 1234.5, 99.4)
+        row = Row("AGQ4", "path", 2_000_000, 4.7, 0.012, 0.001, 5.5, 0.9, 1234.5, 99.4)
         return demo.Demonstration("Once", "Once upon", [row])
 
     monkeypatch.setattr(demo, "run", work)

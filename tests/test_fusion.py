@@ -27,19 +27,22 @@ WRITERS: dict[str, Callable[..., Path]] = {
 }
 TOKENS = np.random.default_rng(5).integers(3, 250, 24).astype(np.int32)
 
+# Reads the tokens of the first file with each model that follows, and writes the logits beside the model.
 LOGITS_OF = """
 import sys, numpy
 from agq_gguf.runtime.model import Batch, Model
-tokens = numpy.load(sys.argv[2])
-with Model(sys.argv[1]) as model, model.context(64, threads=2, n_ubatch=16) as context:
-    batch = Batch(tokens, first_logits=0)
-    context.decode(batch)
-    logits = [context.logits(batch).copy()]
-    for i in range(3):  # one token at a time
-        step = Batch(tokens[i : i + 1], first_position=len(tokens) + i)
-        context.decode(step)
-        logits.append(context.logits(step).copy())
-numpy.save(sys.argv[3], numpy.concatenate(logits))
+suffix, tokens, *paths = sys.argv[1:]
+tokens = numpy.load(tokens)
+for path in paths:
+    with Model(path) as model, model.context(64, threads=2, n_ubatch=16) as context:
+        batch = Batch(tokens, first_logits=0)
+        context.decode(batch)
+        logits = [context.logits(batch).copy()]
+        for i in range(3):  # one token at a time
+            step = Batch(tokens[i : i + 1], first_position=len(tokens) + i)
+            context.decode(step)
+            logits.append(context.logits(step).copy())
+    numpy.save(path + suffix, numpy.concatenate(logits))
 """
 
 
@@ -62,20 +65,21 @@ def nodes_of(path: Path, tokens: np.ndarray) -> dict[str, int]:
     return {time.kind: time.nodes for time in times}
 
 
-@pytest.mark.parametrize("name", sorted(WRITERS))
-def test_fusion_changes_no_result(name: str, model_of: Callable[[str], Path], tmp_path: Path) -> None:
-    np.save(tmp_path / "tokens.npy", TOKENS)
-    found = []
+@pytest.fixture(scope="module")
+def logits(model_of: Callable[[str], Path], models: Path) -> Callable[[str, str], np.ndarray]:
+    """(AGQ_FUSE, model) -> logits; a process reads the variable once, so there is one for each value."""
+    np.save(models / "fusion-tokens.npy", TOKENS)
     for fuse in ("1", "0"):
-        out = tmp_path / f"{fuse}.npy"
+        command: list[str | Path] = [sys.executable, "-c", LOGITS_OF, f"-{fuse}.npy", models / "fusion-tokens.npy"]
         subprocess.run(
-            [sys.executable, "-c", LOGITS_OF, model_of(name), tmp_path / "tokens.npy", out],
-            check=True,
-            timeout=300,
-            env={**os.environ, "AGQ_FUSE": fuse},
+            [*command, *map(model_of, WRITERS)], check=True, timeout=300, env={**os.environ, "AGQ_FUSE": fuse}
         )
-        found.append(np.load(out))
-    fused, plain = found
+    return lambda fuse, name: np.load(f"{model_of(name)}-{fuse}.npy")
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_fusion_changes_no_result(name: str, logits: Callable[[str, str], np.ndarray]) -> None:
+    fused, plain = logits("1", name), logits("0", name)
     assert fused.shape == plain.shape == (len(TOKENS) + 3, plain.shape[1])
     # SiLU is computed with another exponential function, which moves an activation to the next int8 step now and then.
     tolerance = 5e-3 if name in ("llama", "experts") else 1e-6

@@ -31,6 +31,7 @@ WRITERS: dict[str, Callable[[Path | str], Path]] = {
 SILENT = ("bert", "t5", "gemma-embedding")  # they predict no next token
 REFUSALS = (2, 3, 4)  # exit codes of a refusal: input, format, host
 
+
 def check(name: str, shown: Shown, generates: bool) -> None:
     """Whether one command did what it should."""
     code, out, err, exception = shown

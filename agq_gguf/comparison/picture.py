@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from agq_gguf.comparison.run import Row
 from agq_gguf.errors import InputError
 from agq_gguf.inspection.plots import panels, save
+from agq_gguf.measure.row import Row
 
 _LEAST_AREA, _MOST_AREA, _PLAIN_AREA = 30, 430, 60  # points squared
 

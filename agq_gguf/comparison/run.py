@@ -21,6 +21,7 @@ from agq_gguf.errors import InputError, OutputError
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.bench import Result, bench
 from agq_gguf.measure.evaluate import Evaluation, evaluate
+from agq_gguf.measure.row import Row
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.runtime.machine import processor
@@ -29,27 +30,6 @@ from agq_gguf.runtime.model_file import check_model_file
 from agq_gguf.text import LoadedText
 
 STATE = "comparison.json"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One file; the source itself is the first row."""
-
-    name: str
-    path: str
-    file_bytes: int
-    bits_per_weight: float
-    mean_kl: float  # from the source, in nats per token; 0 for the source itself
-    mean_kl_error: float  # standard error
-    perplexity: float
-    top1_agreement: float
-    prompt_speed: float | None = None  # tokens per second, median
-    generation_speed: float | None = None
-
-    @property
-    def ours(self) -> bool:
-        """Whether the file is AGQ4."""
-        return self.name.startswith("agq4")
 
 
 @dataclass(frozen=True)
