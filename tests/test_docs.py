@@ -173,4 +173,4 @@ def test_every_environment_variable_is_in_the_table() -> None:
 def test_ci_runs_the_command_of_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     after = readme.split("<!-- test command -->")[1].split("```")[1]
-    assert re.search(r"^pip install .*\.\[test\].*&& pytest$", after, re.MULTILINE)
+    assert re.search(r"^pip install .*\.\[test\].*&& pytest -n 2 --dist loadfile$", after, re.MULTILINE)

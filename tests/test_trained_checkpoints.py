@@ -143,8 +143,10 @@ def test_quantized(story: Story) -> None:
     assert sure.sum() > 50 and np.array_equal(exact[sure].argmax(-1), quantized[sure].argmax(-1))
 
 
-def test_best_is_better(story: Story, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "opt", "bloom"])
+def test_best_is_better(family: str, stories: Callable[[str], Story], tmp_path: Path) -> None:
     """On as much text as there is: on 250 tokens a rounding error in the last bit decides, by up to a factor of 4."""
+    story = stories(family)
     kl, evaluation = {}, (TEXTS[story.family] / "evaluation.txt").read_text(encoding="utf-8")
     for quality in ("balanced", "best"):
         out = tmp_path / f"{quality}.gguf"
