@@ -18,7 +18,8 @@ def test_missing_tools(ci: str, outcome: str, tmp_path: Path) -> None:
     """A program that is not there, and sources of llama.cpp that are not there."""
     (tmp_path / "g++").touch(mode=0o755)
     tests = ("test_fuzz.py::test_libfuzzer", "test_rpc.py::test_two_servers_give_the_logits_of_one_process")
-    command = [sys.executable, "-m", "pytest", "--slow", "-p", "no:cacheprovider", *(str(HERE / name) for name in tests)]
+    paths = [str(HERE / name) for name in tests]
+    command = [sys.executable, "-m", "pytest", "--slow", "-p", "no:cacheprovider", *paths]
     variables = environment(CI=ci, PATH=str(tmp_path), AGQ_GGML_SOURCES="", PYTEST_ADDOPTS="")
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=HERE.parent)
     assert outcome in result.stdout.splitlines()[-1], result.stdout + result.stderr

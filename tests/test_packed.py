@@ -64,13 +64,9 @@ class Packer:
         self.s = (self.rng.uniform(0.5, 1.5, (rows, groups)) / high / columns**0.5).astype(np.float16)
 
     def weight(self) -> NDArray[np.float32]:
-        """The matrix, one weight at a time."""
-        made = np.empty(self.q.shape, np.float32)
-        for m in range(self.q.shape[0]):
-            for k in range(self.q.shape[1]):
-                g = self.groups_of[k]
-                made[m, k] = np.float32(self.s[m, g]) * np.float32(self.q[m, k] - self.z[m, g])
-        return made
+        """The matrix: scale times integer less zero point, each those of the column's group."""
+        each = self.groups_of
+        return self.s[:, each].astype(np.float32) * (self.q - self.z[:, each]).astype(np.float32)
 
     def gptq(self, stem: str, offset: int = 1) -> dict[str, torch.Tensor]:
         zeros = (self.z - offset) % (1 << self.bits)
