@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import field_architectures
+import architectures
 import pytest
-import tiny_architectures
 import tiny_models
 from command_line import run, run_all
 
@@ -16,19 +13,13 @@ from agq_gguf.errors import InputError
 from agq_gguf.runtime.model import Model
 from agq_gguf.runtime.text import TextModel
 
-NOT_GENERATING: dict[str, Callable[[Path], Path]] = {
-    "t5": tiny_architectures.write_t5,
-    "bert": tiny_models.write_bert,
-    "gemma-embedding": field_architectures.write_gemma_embedding,
-    "dream": partial(tiny_architectures.write_diffusion, arch="dream"),
-    "llada": partial(tiny_architectures.write_diffusion, arch="llada"),
-}
+SILENT = {**architectures.ENCODERS, **architectures.DIFFUSION}
 
 
-@pytest.fixture(scope="module", params=NOT_GENERATING)
+@pytest.fixture(scope="module", params=SILENT)
 def silent(request: pytest.FixtureRequest, models: Path) -> Path:
     path = models / f"silent-{request.param}.gguf"
-    NOT_GENERATING[request.param](path)
+    SILENT[request.param](path)
     return path
 
 
@@ -46,9 +37,9 @@ def test_models_that_predict_nothing(silent: Path, words_file: Path) -> None:
         assert line.startswith("error: ") and "predicts no next token" in line, name
 
 
-@pytest.mark.parametrize("name", [*tiny_architectures.DECODERS])
+@pytest.mark.parametrize("name", [*architectures.DECODERS])
 def test_decoders_predict(name: str, tmp_path: Path) -> None:
-    with Model(tiny_architectures.DECODERS[name](tmp_path / "m.gguf")) as model:
+    with Model(architectures.DECODERS[name](tmp_path / "m.gguf")) as model:
         assert model.abilities.problem == ""
 
 

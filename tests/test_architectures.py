@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import field_architectures
+import architectures
 import gguf
 import numpy as np
 import pytest
-import tiny_architectures
 import tiny_models
 
 import agq_gguf
@@ -123,9 +122,9 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", tiny_architectures.DECODERS)
+@pytest.mark.parametrize("name", architectures.DECODERS)
 def test_decoders_say_what_their_weights_say(name: str, tmp_path: Path, words: str) -> None:
-    source = tiny_architectures.DECODERS[name](tmp_path / f"{name}.gguf")
+    source = architectures.DECODERS[name](tmp_path / f"{name}.gguf")
     path, report = quantized(source, words)
     assert report.by_type()["agq4"][0] == COUNTS[name]
     assert [w for w in report.warnings if "calibrated on" not in w] == []  # statistics for all, experts kept apart
@@ -144,9 +143,9 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in field_architectures.WRITERS if name != "gemma-embedding"])
+@pytest.mark.parametrize("name", architectures.FIELD)
 def test_architectures_of_the_field(name: str, tmp_path: Path, words: str) -> None:
-    source = field_architectures.WRITERS[name](tmp_path / f"{name}.gguf")
+    source = architectures.FIELD[name](tmp_path / f"{name}.gguf")
     path, report = quantized(source, words)
     floats = {t.name: t.reason for t in report.tensors if t.type_name in ("f32", "f16")}
     assert {name: why for name, why in floats.items() if why.split(";")[0] not in SMALL} == {}
@@ -159,7 +158,7 @@ def test_tables_and_experts_of_all_names(tmp_path: Path) -> None:
     """What once stayed F16 or F32 by oversight."""
 
     def types(name: str) -> dict[str, str]:
-        source = field_architectures.WRITERS[name](tmp_path / f"{name}.gguf")
+        source = architectures.FIELD[name](tmp_path / f"{name}.gguf")
         return {plan.source.name: plan.type_name for plan in plan_file(source, QuantizeOptions())}
 
     assert types("gemma3n")["per_layer_token_embd.weight"] == "q8_0"  # 512 columns; AGQ4 from 1024 on
@@ -170,7 +169,7 @@ def test_tables_and_experts_of_all_names(tmp_path: Path) -> None:
 
 def test_what_cannot_be_agq4_says_why(tmp_path: Path) -> None:
     def reasons(name: str) -> dict[str, tuple[str, str]]:
-        source = tiny_architectures.DECODERS[name](tmp_path / f"{name}.gguf")
+        source = architectures.DECODERS[name](tmp_path / f"{name}.gguf")
         report = quantize(source, tmp_path / f"{name}-agq4.gguf", options=OPTIONS)
         return {tensor.name: (tensor.type_name, tensor.reason) for tensor in report.tensors if tensor.reason}
 
@@ -203,7 +202,7 @@ def test_encoder_embeddings(tmp_path: Path, words: str) -> None:
 
 
 def test_encoder_with_decoder(tmp_path: Path, words: str) -> None:
-    source = tiny_architectures.write_t5(tmp_path / "t5.gguf")
+    source = architectures.write_t5(tmp_path / "t5.gguf")
     path, report = quantized(source, words)
     assert report.by_type()["agq4"][0] == 2 * (7 + 11) + 2
     assert [w for w in report.warnings if "calibrated on" not in w] == []
@@ -215,7 +214,7 @@ def test_encoder_with_decoder(tmp_path: Path, words: str) -> None:
 
 def test_calibration_of_encoder_and_decoder_in_several_passes(tmp_path: Path, words: str) -> None:
     """With little memory the inputs are gathered in several passes, of which some end within the encoder."""
-    source = tiny_architectures.write_t5(tmp_path / "t5.gguf")
+    source = architectures.write_t5(tmp_path / "t5.gguf")
     with open_gguf(source) as reader:
         wanted = {name: tensor.shape for name, tensor in reader.tensors.items() if name.endswith("_q.weight")}
     with Calibrator.open(source, [words], wanted, max_tokens=512, threads=1) as calibrator:

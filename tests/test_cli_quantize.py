@@ -9,8 +9,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import architectures
 import pytest
-import tiny_architectures
 import tiny_models
 import typer
 from command_line import CONTROL, environment, run
@@ -95,7 +95,7 @@ def test_dry_run_says_whether_best_is_possible(small: Path, tmp_path: Path) -> N
         return run("quantize", source, tmp_path / "out.gguf", "--dry-run", "--quality", quality).stderr
 
     assert warned(small, "best") == ""
-    source = tiny_architectures.write_t5(tmp_path / "t5.gguf")
+    source = architectures.write_t5(tmp_path / "t5.gguf")
     assert warned(source, "balanced") == ""
     told = 'warning: falling back to quality "balanced": "best" does not support this model (it has an encoder and a'
     assert warned(source, "best").startswith(told)
@@ -107,7 +107,7 @@ def test_dry_run_says_whether_best_is_possible(small: Path, tmp_path: Path) -> N
 
 def test_no_command_is_suggested_that_will_refuse(small: Path, tmp_path: Path) -> None:
     fast = ("--quality", "fast", "--calibration", "none", "-t", 1)
-    for write, generates in ((None, True), (tiny_models.write_bert, False), (tiny_architectures.write_t5, False)):
+    for write, generates in ((None, True), (tiny_models.write_bert, False), (architectures.write_t5, False)):
         source = write(tmp_path / "m.gguf") if write else small
         shown = run("quantize", source, tmp_path / "out.gguf", *fast).stdout
         assert ("agq-gguf generate" in shown) == generates and "bits per weight" in shown

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import field_architectures
+import architectures
 import llama_cpp.llama_cpp as api
 import numpy as np
 import pytest
-import tiny_architectures
 import tiny_models
 from low_level import QUICK, LowContext, LowModel
 
@@ -24,10 +23,10 @@ WRITERS: dict[str, Writer] = {
     "gpt2": tiny_models.write_gpt2,
     "bloom": tiny_models.write_bloom,
     "falcon": tiny_models.write_falcon,
-    "qwen3": tiny_architectures.write_qwen3,
-    "gemma3": tiny_architectures.write_gemma3,
-    "gpt_oss": field_architectures.write_gpt_oss,
-    "qwen3moe": tiny_architectures.write_qwen3moe,
+    "qwen3": architectures.write_qwen3,
+    "gemma3": architectures.write_gemma3,
+    "gpt_oss": architectures.write_gpt_oss,
+    "qwen3moe": architectures.write_qwen3moe,
 }
 STEPS = 4
 

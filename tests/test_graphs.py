@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import architectures
 import numpy as np
 import pytest
-import tiny_architectures
 import tiny_models
 import torch
 from executors import matrices_of, opened, pairs_of, some_tokens
-from more_architectures import WRITERS, write_rwkv7
 
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.graphs import parts, support
@@ -33,11 +32,13 @@ from agq_gguf.runtime.model import Model
 
 # Architectures: writers of tiny models in F32.
 COVERED: dict[str, Callable[[Path], Path]] = {
-    **tiny_architectures.DECODERS,
+    **architectures.DECODERS,
     "bert": partial(tiny_models.write_bert, dtype="f32"),
     "wide head": partial(tiny_models.write_llama, dtype="f32", n_head=2, n_kv=1),
     "bloom of 6 heads": partial(tiny_models.write_bloom, dtype="f32", n_embd=384, n_head=6, n_layer=1),
-    **WRITERS,
+    **architectures.GRAPHS,
+    "gpt-oss": architectures.write_gpt_oss,
+    "deepseek2": architectures.write_deepseek2,
 }
 # Without GELU from a table, outputs agree to 1e-6 and less.
 BY_TABLE = {"gpt2", "bloom", "falcon", "gemma2", "gemma3", "starcoder2", "bert", "bloom of 6 heads"}
@@ -222,7 +223,7 @@ def test_parts_of_a_llama(llama_f16: Path) -> None:
 
 
 def test_parts_of_experts(tmp_path: Path) -> None:
-    with opened(tiny_architectures.write_mixtral(tmp_path / "m.gguf"), 16) as (run, _, _):
+    with opened(architectures.write_mixtral(tmp_path / "m.gguf"), 16) as (run, _, _):
         plan = parts.stages(run.graph, matrices_of(run) | {"blk.0.ffn_gate_inp.weight"})
         groups = parts.groups(run.graph, plan.stages[2])
         assert [(group.weights, group.has_experts) for group in groups] == [
@@ -249,7 +250,7 @@ def test_pairs_that_may_be_scaled(name: str, expected: set[str], tmp_path: Path)
 def test_streams_choose_alike(tmp_path: Path) -> None:
     """A stream follows the experts that another one chose."""
     tokens = some_tokens(1, 16)
-    with opened(tiny_architectures.write_mixtral(tmp_path / "m.gguf"), 16) as (run, _, _), torch.no_grad():
+    with opened(architectures.write_mixtral(tmp_path / "m.gguf"), 16) as (run, _, _), torch.no_grad():
         plan = parts.stages(run.graph, matrices_of(run))
         seen: list[list[torch.Tensor]] = []
 
@@ -315,8 +316,10 @@ def test_windows() -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     cases = {
-        "its graph has RWKV_WKV7, which cannot be differentiated here": write_rwkv7(tmp_path / "rwkv.gguf"),
-        "it has an encoder and a decoder: two graphs": tiny_architectures.write_t5(tmp_path / "t5.gguf"),
+        "its graph has RWKV_WKV7, which cannot be differentiated here": architectures.write_rwkv7(
+            tmp_path / "rwkv.gguf"
+        ),
+        "it has an encoder and a decoder: two graphs": architectures.write_t5(tmp_path / "t5.gguf"),
     }
     for reason, path in cases.items():
         assert support.supported(path).startswith(reason)

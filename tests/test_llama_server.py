@@ -19,8 +19,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import architectures
 import pytest
-import tiny_architectures
 from command_line import COMMAND, environment, heeding_interrupts, process
 from real_server import PEOPLE, ask, running_server, started_by
 
@@ -233,7 +233,7 @@ def test_a_folder_of_models(llama_agq: Path, gpt2_f16: Path, bert_f16: Path, wor
     quantize(gpt2_f16, folder / "gpt2-agq4.gguf", calibration=words_file, options=options)
     (folder / "llama-agq4.gguf").symlink_to(llama_agq)
     (folder / "bert.gguf").symlink_to(bert_f16)
-    tiny_architectures.write_t5(folder / "t5.gguf")
+    architectures.write_t5(folder / "t5.gguf")
     (folder / "broken.gguf").write_bytes(b"no model")
     names = ("gpt2-agq4", "llama-agq4")
     alone = {}

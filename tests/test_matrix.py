@@ -12,23 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import field_architectures
+import architectures
 import pytest
-import tiny_architectures
-import tiny_models
 from command_line import Shown, run_all
 
 pytestmark = pytest.mark.slow
 
 WRITERS: dict[str, Callable[[Path | str], Path]] = {
-    **tiny_architectures.DECODERS,
-    **field_architectures.WRITERS,
-    "bert": tiny_models.write_bert,
-    "t5": tiny_architectures.write_t5,
-    "deepseek2-mtp": lambda path: field_architectures.write_deepseek2(path, further=True),
-    "gpt-oss-mxfp4": lambda path: field_architectures.write_gpt_oss(path, mxfp4=True),
+    **architectures.DECODERS,
+    **architectures.FIELD,
+    **architectures.ENCODERS,
+    "deepseek2-mtp": lambda path: architectures.write_deepseek2(path, further=True),
+    "gpt-oss-mxfp4": lambda path: architectures.write_gpt_oss(path, mxfp4=True),
 }
-SILENT = ("bert", "t5", "gemma-embedding")  # they predict no next token
+SILENT = architectures.ENCODERS  # they predict no next token
 REFUSALS = (2, 3, 4)  # exit codes of a refusal: input, format, host
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_architectures
+import architectures
 from low_level import PROMPT, QUICK, LowModel, log, quick_agq4
 from reference_mixed import MixedReference
 
@@ -105,7 +105,7 @@ def test_mistakes_are_refused(model: LowModel, monkeypatch: pytest.MonkeyPatch, 
 
 def test_sliding_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers 0 and 2 of this model see 16 tokens: the first one is out of sight of the last."""
-    source = tiny_architectures.write_gemma3(tmp_path / "f32.gguf", layers=4, window=16)
+    source = architectures.write_gemma3(tmp_path / "f32.gguf", layers=4, window=16)
     quantize(source, tmp_path / "agq4.gguf", options=QUICK)
     with LowModel(tmp_path / "agq4.gguf") as windowed:
         whole = logits(windowed, monkeypatch, "8", PROMPT)

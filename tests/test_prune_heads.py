@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference_pruning
-import tiny_architectures
+import architectures
 import tiny_models
 from command_line import run
 from hypothesis import given, settings
@@ -114,7 +114,7 @@ def test_interval_of_kept_answers() -> None:
 
 
 def test_layers_with_windows_are_found(tmp_path: Path) -> None:
-    path = tiny_architectures.write_gemma3(tmp_path / "w.gguf", layers=4, window=48)
+    path = architectures.write_gemma3(tmp_path / "w.gguf", layers=4, window=48)
     with open_gguf(path) as reader:
         assert window_of(reader) == 48
     with open_gguf(tiny_models.write_llama(tmp_path / "l.gguf")) as reader:
@@ -137,7 +137,7 @@ def model(models: Path) -> Path:
 @pytest.fixture(scope="module")
 def windowed(models: Path) -> Path:
     """Layers 0 and 2 see 48 tokens, layers 1 and 3 see all."""
-    source = tiny_architectures.write_gemma3(models / "answers-windows-f32.gguf", layers=4, window=48)
+    source = architectures.write_gemma3(models / "answers-windows-f32.gguf", layers=4, window=48)
     quantize(source, models / "answers-windows-agq4.gguf", options=QUICK)
     return models / "answers-windows-agq4.gguf"
 

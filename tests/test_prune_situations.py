@@ -14,12 +14,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import field_architectures
+import architectures
 import llama_cpp.llama_cpp as api
 import low_level
 import numpy as np
 import pytest
-import tiny_architectures
 import tiny_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -361,8 +360,8 @@ def test_parts_see_no_dropped_tokens(model: LowModel) -> None:
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (tiny_architectures.write_mamba, "no causal K/V cache"),
-        (field_architectures.write_gemma3n, "pruning does not support the graph's input"),
+        (architectures.DECODERS["mamba"], "no causal K/V cache"),
+        (architectures.write_gemma3n, "pruning does not support the graph's input"),
     ],
 )
 def test_off_architectures(write: Callable[[Path], Path], reason: str, tmp_path: Path) -> None:
@@ -386,9 +385,9 @@ def test_off_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flash", [False, True])
-@pytest.mark.parametrize("name", sorted(set(tiny_architectures.DECODERS) - {"mamba"}))
+@pytest.mark.parametrize("name", sorted(set(architectures.DECODERS) - {"mamba"}))
 def test_architectures(name: str, flash: bool, tmp_path: Path) -> None:
-    low = LowModel(tiny_architectures.DECODERS[name](tmp_path / "m.gguf"))
+    low = LowModel(architectures.DECODERS[name](tmp_path / "m.gguf"))
     with Pair(low, "0:0.4;min=16", n_ctx=256, n_ubatch=120, flash=flash) as pair:
         pair.decode(tokens(180))
         assert pair.dropped() == 72

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import llama_cpp.llama_cpp as api
 import low_level
-import more_architectures
+import architectures
 import numpy as np
 import pytest
-import tiny_architectures
+from architectures import parts
 from low_level import QUICK, LowContext, LowModel
 from reference_pruning import PrunedReference, Rule
 from reference_windows import WindowedModel
@@ -29,11 +29,11 @@ from agq_gguf.quantization.pipeline import quantize
 
 WINDOW = 48
 WRITERS: dict[str, Callable[[Path], Path]] = {
-    "gemma2": partial(tiny_architectures.write_gemma2, layers=4, window=WINDOW),
-    "gemma3": partial(tiny_architectures.write_gemma3, layers=4, window=WINDOW),
-    "gpt-oss": partial(more_architectures.write_gpt_oss, layers=4, window=WINDOW),
-    "cohere2": partial(more_architectures.write_cohere2, window=WINDOW),
-    "llama4": more_architectures.write_llama4,
+    "gemma2": partial(architectures.write_gemma2, layers=4, window=WINDOW),
+    "gemma3": partial(architectures.write_gemma3, layers=4, window=WINDOW),
+    "gpt-oss": partial(architectures.write_gpt_oss, yarn=True, layers=4, window=WINDOW),
+    "cohere2": partial(architectures.write_cohere2, window=WINDOW),
+    "llama4": architectures.write_llama4,
 }
 GetModel = Callable[..., LowModel]
 
@@ -217,7 +217,7 @@ def test_states_for_a_draft_model_stay_in_their_places(model: GetModel, full: bo
         with model("gpt-oss", "agq4").context(spec, swa_full=full) as context:
             switch_on(ctypes.c_void_p(context.context), ctypes.c_bool(True), ctypes.c_bool(False))
             context.decode(tokens(150))
-            states = np.ctypeslib.as_array(get_states(ctypes.c_void_p(context.context)), (150, more_architectures.E))
+            states = np.ctypeslib.as_array(get_states(ctypes.c_void_p(context.context)), (150, parts.E))
             found.append((states.copy(), np.array(agq_gguf.last_pruned())))
     (pruned, fate), (masked, same) = found
     np.testing.assert_array_equal(fate, same)
@@ -252,7 +252,7 @@ def test_soft_caps_count(tmp_path: Path) -> None:
     """Without flash attention the cap is three nodes of the graph; the score knows it all the same."""
     fates = []
     for cap in (50.0, 1.0):
-        with LowModel(tiny_architectures.write_gemma2(tmp_path / f"{cap}.gguf", layers=2, cap=cap)) as m:
+        with LowModel(architectures.write_gemma2(tmp_path / f"{cap}.gguf", layers=2, cap=cap)) as m:
             fates += [run(m, "0:0.5", flash=flash)[1] for flash in (False, True)]
     assert fates[0] == fates[1] and fates[2] == fates[3]
     assert fates[0] != fates[2]

@@ -10,9 +10,9 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import architectures
 import numpy as np
 import pytest
-import tiny_architectures
 import tiny_models
 import torch
 from executors import matrices_of, opened, pairs_of, some_tokens
@@ -113,7 +113,7 @@ def test_sensitivity_is_of_gradients(arch: str, graph_of: Opener, llama_f16: Pat
     """Against autograd through the whole graph at once."""
     writers: dict[str, Callable[[Path], Path]] = {
         "bloom": tiny_models.write_bloom,
-        "mixtral": tiny_architectures.write_mixtral,
+        "mixtral": architectures.write_mixtral,
         "tied": partial(tiny_models.write_llama, tied=True),
     }
     run, tokens = graph_of(writers[arch](tmp_path / "m.gguf") if arch in writers else llama_f16, 24), some_tokens(2, 24)
@@ -350,7 +350,7 @@ def test_best_without_tuning(llama_f16: Path, words: str, tmp_path: Path) -> Non
 
 
 def test_best_where_it_cannot_be(words: str, tmp_path: Path) -> None:
-    source = tiny_architectures.write_t5(tmp_path / "t5.gguf")
+    source = architectures.write_t5(tmp_path / "t5.gguf")
     report = quantize(source, tmp_path / "out.gguf", calibration=[words], options=BEST)
     assert report.warnings[0].startswith(
         'falling back to quality "balanced": "best" does not support this model (it has'
@@ -368,10 +368,10 @@ def test_best_without_trust(llama_f16: Path, words: str, tmp_path: Path, monkeyp
 
 
 ARCHITECTURES: dict[str, Callable[[Path], Path]] = {
-    "gemma3": partial(tiny_architectures.write_gemma3, tied=False),  # a tied output is so sure that nothing matters
+    "gemma3": partial(architectures.write_gemma3, tied=False),  # a tied output is so sure that nothing matters
     "gpt2": tiny_models.write_gpt2,
-    "phi3": tiny_architectures.write_phi3,
-    "mixtral": tiny_architectures.write_mixtral,
+    "phi3": architectures.write_phi3,
+    "mixtral": architectures.write_mixtral,
 }
 
 

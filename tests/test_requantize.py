@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import field_architectures
+import architectures
 import gguf
 import numpy as np
 import pytest
@@ -237,7 +237,7 @@ def test_on_the_command_line(wide: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpt-oss")
-    return coded(field_architectures.write_gpt_oss(folder / "f32.gguf"), folder / "mxfp4.gguf", "mxfp4", only="_exps.")
+    return coded(architectures.write_gpt_oss(folder / "f32.gguf"), folder / "mxfp4.gguf", "mxfp4", only="_exps.")
 
 
 def test_mxfp4_is_not_contained_in_agq4() -> None:

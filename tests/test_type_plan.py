@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import field_architectures
+import architectures
 import gguf
 import numpy as np
 import pytest
@@ -135,8 +135,8 @@ def test_no_infinity_is_written(dtype: str, tmp_path: Path) -> None:
 def test_a_block_for_further_tokens_is_no_layer(tmp_path: Path, words: str) -> None:
     from agq_gguf.pruning.plan import work_of
 
-    path = field_architectures.write_glm4moe(tmp_path / "glm.gguf", further=True)
-    plain = field_architectures.write_glm4moe(tmp_path / "plain.gguf", further=False)
+    path = architectures.write_glm4moe(tmp_path / "glm.gguf", further=True)
+    plain = architectures.write_glm4moe(tmp_path / "plain.gguf", further=False)
 
     def work(path: Path) -> Any:
         with open_gguf(path) as reader:
@@ -150,7 +150,7 @@ def test_a_block_for_further_tokens_is_no_layer(tmp_path: Path, words: str) -> N
 
 def test_experts_that_no_token_reaches(tmp_path: Path, words: str) -> None:
     """Named in a warning, and quantized with the statistics of all experts."""
-    path = field_architectures.write_gpt_oss(tmp_path / "m.gguf", unused=3)
+    path = architectures.write_gpt_oss(tmp_path / "m.gguf", unused=3)
     report = quantize(path, tmp_path / "o.gguf", calibration=[words], options=QuantizeOptions(threads=1))
     [warning] = [w for w in report.warnings if "calibrated on" not in w]
     assert "expert 3 of blk.0, expert 3 of blk.1 were never used" in warning
@@ -162,7 +162,7 @@ def test_experts_that_no_token_reaches(tmp_path: Path, words: str) -> None:
 
 
 def test_an_expert_without_counts_in_an_imatrix(tmp_path: Path) -> None:
-    path = field_architectures.write_gpt_oss(tmp_path / "m.gguf")
+    path = architectures.write_gpt_oss(tmp_path / "m.gguf")
     name = "blk.1.ffn_up_exps.weight"
     counts = np.array([[9], [0], [9], [9]], np.float32)
     writer = gguf.GGUFWriter(tmp_path / "i.gguf", "none")
@@ -178,6 +178,6 @@ def test_an_expert_without_counts_in_an_imatrix(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_a_file_names_every_tensor(tmp_path: Path) -> None:
-    path = field_architectures.write_gemma3n(tmp_path / "m.gguf")
+    path = architectures.write_gemma3n(tmp_path / "m.gguf")
     with open_gguf(path) as reader:
         assert [plan.source.name for plan in plan_file(path)] == list(reader.tensors)

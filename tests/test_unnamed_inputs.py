@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_architectures
+import architectures
 import tiny_models
 from reference_model import ReferenceModel
 from test_plugin import ALL_AGQ4, HERE, TEXT, relative
@@ -117,7 +117,7 @@ def test_pruning_without_names(model: Path, shim: Path, tmp_path: Path) -> None:
 
 def test_pruning_with_windows_without_names(shim: Path, tmp_path: Path) -> None:
     """Two caches, so two inputs name cells of keys and two cells of values."""
-    path = tiny_architectures.write_gemma3(tmp_path / "f32.gguf", layers=4)
+    path = architectures.write_gemma3(tmp_path / "f32.gguf", layers=4)
     quantize(path, tmp_path / "agq4.gguf", options=ALL_AGQ4)
     text, how = TEXT.decode() * 2, {"AGQ_PRUNE": "1:0.5;min=8"}
     found, dropped = run(tmp_path / "agq4.gguf", tmp_path / "found.npy", "last", text, LD_PRELOAD=str(shim), **how)

@@ -120,15 +120,15 @@ def add_wordpiece_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
 # weights
 
 
-class _Model:
+class TinyModel:
     """A GGUF file in the making: random tensors by name, the way checkpoints have them."""
 
-    def __init__(self, path: Path | str, arch: str, dtype: str, seed: int):
+    def __init__(self, path: Path | str, arch: str, dtype: str, seed: int, name: str = ""):
         self.path = Path(path)
         self.writer = gguf.GGUFWriter(self.path, arch)
         self.dtype = dtype
         self.rng = np.random.default_rng(seed)
-        self.writer.add_name(f"tiny random {arch}")
+        self.writer.add_name(name or f"tiny random {arch}")
         self.writer.add_file_type(FILE_TYPES[dtype])
 
     def matrix(self, name: str, *shape: int, gain: float = 1.0, row_scale: np.ndarray | float = 1.0) -> None:
@@ -178,7 +178,10 @@ class _Model:
         return self.path
 
 
-def _sizes(model: _Model, n_layer: int, n_embd: int, n_ff: int, n_head: int, n_kv: int, context: int) -> None:
+def add_sizes(
+    model: TinyModel, n_layer: int, n_embd: int, n_ff: int, n_head: int, n_kv: int | list[int], context: int
+) -> None:
+    """Metadata of sizes; heads of keys and values may differ from layer to layer."""
     writer = model.writer
     writer.add_context_length(context)
     writer.add_block_count(n_layer)
@@ -209,9 +212,9 @@ def write_llama(
     arch: str = "llama",
 ) -> Path:
     """LLaMA, or a mixture of experts (Mixtral's form) when ``n_expert`` > 0; ``arch="qwen2"`` adds q, k, v biases."""
-    model = _Model(path, arch, dtype, seed)
+    model = TinyModel(path, arch, dtype, seed)
     head = n_embd // n_head
-    _sizes(model, n_layer, n_embd, n_ff, n_head, n_kv, context)
+    add_sizes(model, n_layer, n_embd, n_ff, n_head, n_kv, context)
     model.writer.add_vocab_size(vocab)
     model.writer.add_rope_dimension_count(head)
     model.writer.add_rope_freq_base(10000.0)
@@ -258,8 +261,8 @@ def write_gpt2(
     seed: int = 0, context: int = 256,
 ) -> Path:  # fmt: skip
     """GPT-2: learned positions, fused qkv, biases, GELU, tied output."""
-    model = _Model(path, "gpt2", dtype, seed)
-    _sizes(model, n_layer, n_embd, 4 * n_embd, n_head, n_head, context)
+    model = TinyModel(path, "gpt2", dtype, seed)
+    add_sizes(model, n_layer, n_embd, 4 * n_embd, n_head, n_head, context)
     model.writer.add_layer_norm_eps(1e-5)
     quiet = add_bpe_tokenizer(model.writer, vocab)
     model.output("token_embd", vocab, n_embd, quiet=quiet)
@@ -274,8 +277,8 @@ def write_bloom(
     seed: int = 0, context: int = 256,
 ) -> Path:  # fmt: skip
     """BLOOM: ALiBi, norm behind the embedding, fused qkv, biases, tied output."""
-    model = _Model(path, "bloom", dtype, seed)
-    _sizes(model, n_layer, n_embd, 4 * n_embd, n_head, n_head, context)
+    model = TinyModel(path, "bloom", dtype, seed)
+    add_sizes(model, n_layer, n_embd, 4 * n_embd, n_head, n_head, context)
     model.writer.add_layer_norm_eps(1e-5)
     quiet = add_bpe_tokenizer(model.writer, vocab, pre="bloom")
     model.output("token_embd", vocab, n_embd, quiet=quiet)
@@ -285,7 +288,7 @@ def write_bloom(
     return model.finish()
 
 
-def _fused_blocks(model: _Model, n_layer: int, n_embd: int, n_qkv: int) -> None:
+def _fused_blocks(model: TinyModel, n_layer: int, n_embd: int, n_qkv: int) -> None:
     """Blocks of GPT-2 and BLOOM: fused qkv (n_qkv, n_embd), plain FFN, biases everywhere."""
     for layer in range(n_layer):
         name = f"blk.{layer}."
@@ -302,8 +305,8 @@ def write_falcon(
     vocab: int = 512, seed: int = 0, context: int = 256,
 ) -> Path:  # fmt: skip
     """Falcon: multi-query attention, attention and FFN side by side on one norm, no biases on matrices, tied output."""
-    model = _Model(path, "falcon", dtype, seed)
-    _sizes(model, n_layer, n_embd, 4 * n_embd, n_head, n_kv, context)
+    model = TinyModel(path, "falcon", dtype, seed)
+    add_sizes(model, n_layer, n_embd, 4 * n_embd, n_head, n_kv, context)
     model.writer.add_layer_norm_eps(1e-5)
     quiet = add_bpe_tokenizer(model.writer, vocab, pre="falcon")
     model.output("token_embd", vocab, n_embd, quiet=quiet)
@@ -323,8 +326,8 @@ def write_bert(
     vocab: int = 512, seed: int = 0, context: int = 256,
 ) -> Path:  # fmt: skip
     """BERT encoder with mean pooling: post-norm, biases, not causal; load it with ``embedding=True``."""
-    model = _Model(path, "bert", dtype, seed)
-    _sizes(model, n_layer, n_embd, n_ff, n_head, n_head, context)
+    model = TinyModel(path, "bert", dtype, seed)
+    add_sizes(model, n_layer, n_embd, n_ff, n_head, n_head, context)
     model.writer.add_layer_norm_eps(1e-12)
     model.writer.add_causal_attention(False)
     model.writer.add_pooling_type(gguf.PoolingType.MEAN)
