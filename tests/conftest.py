@@ -39,6 +39,13 @@ def pytest_unconfigure() -> None:
         llama_utils.errnull_file.close()
 
 
+@pytest.fixture(autouse=True)
+def _fresh_log() -> None:
+    """What llama.cpp said in earlier tests is no answer in this one."""
+    if low_level := sys.modules.get("low_level"):
+        low_level.log.clear()
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the fixtures below write to; read only for tests."""

@@ -45,6 +45,11 @@ def quick_agq4(folder: Path, n_layer: int) -> Path:
     return folder / "agq4.gguf"
 
 
+def tokens(n: int, seed: int = 0) -> list[int]:
+    """Tokens that every tiny model has, at random."""
+    return np.random.default_rng(seed).integers(3, 400, n).tolist()
+
+
 class LowModel:
     """A loaded model, and its contexts; a context manager. While one is open, the log goes to `log`."""
 
@@ -79,6 +84,12 @@ class LowModel:
         LowModel._open -= 1
         if LowModel._open == 0:
             api.llama_log_set(*LowModel._previous)
+
+
+def float_llama(folder: Path, n_layer: int) -> LowModel:
+    """A LLaMA in F32: what pruning changes in its logits is not rounding."""
+    path = folder / "llama.gguf"
+    return LowModel(tiny_models.write_llama(path, dtype="f32", n_layer=n_layer, n_embd=256, n_head=4, n_kv=2, seed=5))
 
 
 class LowContext:

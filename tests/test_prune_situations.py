@@ -22,7 +22,7 @@ import pytest
 import tiny_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from low_level import CACHE_TYPES, LowContext, LowModel
+from low_level import CACHE_TYPES, LowContext, LowModel, tokens
 
 import agq_gguf
 
@@ -32,19 +32,8 @@ ATOL = 4e-3  # of logits of size 4 or so
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LowModel]:
-    path = tmp_path_factory.mktemp("situations") / "llama.gguf"
-    low = LowModel(tiny_models.write_llama(path, dtype="f32", n_layer=4, n_embd=256, n_head=4, n_kv=2, seed=5))
-    yield low
-    low.close()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_log() -> None:
-    low_level.log.clear()
-
-
-def tokens(n: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 400, n).tolist()
+    with low_level.float_llama(tmp_path_factory.mktemp("situations"), n_layer=4) as low:
+        yield low
 
 
 def warnings() -> list[str]:

@@ -10,7 +10,7 @@ import low_level
 import numpy as np
 import pytest
 import tiny_models
-from low_level import LowContext, LowModel
+from low_level import LowContext, LowModel, tokens
 
 import agq_gguf
 from agq_gguf.format import pruning_record
@@ -29,19 +29,8 @@ ALL = "1:t0,3:t0;score=heads;heads=1:0.1+1.2;heads=3:1.1"  # tokens wait, but no
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LowModel]:
-    path = tmp_path_factory.mktemp("ubatches") / "llama.gguf"
-    low = LowModel(tiny_models.write_llama(path, dtype="f32", n_layer=6, n_embd=256, n_head=4, n_kv=2, seed=5))
-    yield low
-    low.close()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_log() -> None:
-    low_level.log.clear()
-
-
-def tokens(n: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 400, n).tolist()
+    with low_level.float_llama(tmp_path_factory.mktemp("ubatches"), n_layer=6) as low:
+        yield low
 
 
 def assert_close(found: np.ndarray, wanted: np.ndarray, atol: float = ATOL) -> None:
