@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import tiny_models
+from llama_runs import TEXT, all_logits, relative
 from reference_model import Array, ReferenceModel
-from test_plugin import TEXT, all_logits, relative
 
 import agq_gguf
 from agq_gguf.errors import InputError, OutputError

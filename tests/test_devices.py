@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import tiny_models
+from llama_runs import run_python
 from low_level import QUICK
-from test_plugin import run_python
 
 from agq_gguf.quantization.pipeline import quantize
 

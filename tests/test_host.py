@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from test_plugin import ALL_AGQ4, run_python
+from llama_runs import run_python
+from test_plugin import ALL_AGQ4
 
 import agq_gguf
 from agq_gguf.errors import HostError

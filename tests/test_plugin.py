@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_models
+from llama_runs import LONG_TEXT, TEXT, all_logits, open_llama, relative, run_python
 from reference_model import ReferenceModel
 
 import agq_gguf
@@ -25,13 +24,10 @@ from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.runtime.log import quiet_log
 
-TEXT = b"the red key in the box and the dog"  # short: see docs/design.md, "What int8 rounding does to comparisons"
-LONG_TEXT = b" ".join([TEXT, b"went to the king who said the door of the house"] * 6)
 ALL_AGQ4 = QuantizeOptions(output_type="agq4", embedding_type="agq4", threads=1)
 FAST_AGQ4 = replace(ALL_AGQ4, matrix=MatrixOptions(learn_codebook=False))
 # llama.cpp rounds what it multiplies with F16 weights to F16, so some activations behind it get another int8 value.
 LIMITS = {"narrow_experts": 0.02}
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,46 +78,20 @@ def narrow_experts(models: Path) -> Path:
     return models / "narrow-agq4.gguf"
 
 
-def open_llama(path: Path, **options: Any) -> Any:
-    """A model whose K/V cache is F32 unless said otherwise, so that nothing but the plugin rounds."""
-    from llama_cpp import Llama
-
-    return Llama(str(path), **{"n_ctx": 256, "n_threads": 2, "type_k": 0, "type_v": 0, "verbose": False, **options})
-
-
-def all_logits(path: Path, text: bytes = TEXT, **options: Any) -> tuple[list[int], np.ndarray]:
-    llama = open_llama(path, logits_all=True, **options)
-    tokens = llama.tokenize(text)
-    llama.eval(tokens)
-    logits = np.array(llama.scores[: len(tokens)])
-    llama.close()
-    return tokens, logits
-
-
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-
-def run_python(code: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own, without the plugin registered."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(HERE), **(env or {})},
-        check=False,
-    )
-
-
 # logits
+
+
+@cache
+def reference(path: Path, tokens: tuple[int, ...]) -> np.ndarray:
+    """Logits of the independent forward, which takes a second or so."""
+    return ReferenceModel(path).logits(list(tokens))
 
 
 @pytest.mark.parametrize("name", ["dense", "experts", "tied", "halves", "narrow_experts"])
 def test_logits_equal_the_reference(name: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(name)
     tokens, logits = all_logits(path)
-    assert relative(logits, ReferenceModel(path).logits(tokens)) < LIMITS.get(name, 1e-5)
+    assert relative(logits, reference(path, tuple(tokens))) < LIMITS.get(name, 1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"flash_attn": True}, {"n_ubatch": 48}])
@@ -130,31 +100,33 @@ def test_long_prompts_with_own_attention(name: str, options: dict[str, Any], req
     path = request.getfixturevalue(name)
     tokens, logits = all_logits(path, LONG_TEXT, **options)
     assert len(tokens) > 100
-    wanted = ReferenceModel(path).logits(tokens)
+    wanted = reference(path, tuple(tokens))
     assert relative(logits, wanted) < 0.03
     assert np.mean(logits.argmax(1) == wanted.argmax(1)) > 0.9
 
 
 LOGITS_OF = """
-import sys, numpy, test_plugin, agq_gguf
+import sys, numpy, llama_runs, agq_gguf
 from pathlib import Path
 from agq_gguf.runtime.log import quiet_log
 agq_gguf.register()
 with quiet_log():
-    numpy.save(sys.argv[2], test_plugin.all_logits(Path(sys.argv[1]))[1])
+    for path in sys.argv[2:]:
+        numpy.save(Path(sys.argv[1]) / Path(path).stem, llama_runs.all_logits(Path(path))[1])
 """
 
 
-@pytest.mark.parametrize("name", ["experts", "halves", "narrow_experts"])
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni"])
-def test_every_instruction_set(isa: str, name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    path = request.getfixturevalue(name)
-    result = run_python(LOGITS_OF, path, tmp_path / "logits.npy", env={"AGQ_FORCE_ISA": isa})
+def test_every_instruction_set(isa: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    paths = {name: request.getfixturevalue(name) for name in ("experts", "halves", "narrow_experts")}
+    result = run_python(LOGITS_OF, tmp_path, *paths.values(), env={"AGQ_FORCE_ISA": isa})
     if "not supported by this CPU" in result.stderr or "not a known kernel" in result.stderr:
         pytest.skip(f"{isa} cannot run here")
     assert result.returncode == 0, result.stderr
-    tokens, _ = all_logits(path)
-    assert relative(np.load(tmp_path / "logits.npy"), ReferenceModel(path).logits(tokens)) < LIMITS.get(name, 1e-5)
+    for name, path in paths.items():
+        tokens, _ = all_logits(path)
+        found = np.load(tmp_path / f"{path.stem}.npy")
+        assert relative(found, reference(path, tuple(tokens))) < LIMITS.get(name, 1e-5), name
 
 
 @pytest.mark.parametrize("name", ["halves", "narrow_experts"])
@@ -170,7 +142,7 @@ def test_generation_with_odd_shapes(name: str, request: pytest.FixtureRequest) -
         llama.eval([token])
     logits = np.array(llama.scores[: len(tokens)])
     llama.close()
-    wanted = ReferenceModel(path).logits(tokens)
+    wanted = reference(path, tuple(tokens))
     assert relative(logits, wanted) < LIMITS.get(name, 1e-2)  # of many tokens, some have a rounding that is close
     assert np.median(np.linalg.norm(logits - wanted, axis=1)) < LIMITS.get(name, 1e-5) * np.linalg.norm(wanted)
     assert [int(row.argmax()) for row in logits[len(prompt) - 1 : -1]] == chosen
@@ -309,14 +281,14 @@ def test_abort_callback_stops_a_prompt_and_leaves_the_context_usable(dense: Path
 
 
 THREADS_OF = """
-import os, sys, test_plugin, agq_gguf
+import os, sys, llama_runs, agq_gguf
 from pathlib import Path
 from agq_gguf.runtime.log import quiet_log
 agq_gguf.register()
 with quiet_log():
     n = int(sys.argv[2])
     before = len(os.listdir("/proc/self/task"))
-    test_plugin.all_logits(Path(sys.argv[1]), n_threads=n, n_threads_batch=n)
+    llama_runs.all_logits(Path(sys.argv[1]), n_threads=n, n_threads_batch=n)
     print(len(os.listdir("/proc/self/task")) - before)
 """
 

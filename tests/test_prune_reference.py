@@ -297,7 +297,8 @@ def test_plugin_agrees_over_several_calls(float32: Path, running: LowModel) -> N
 @pytest.mark.parametrize("score", ["received", "learned"])
 def test_thresholds_in_the_file(float32: Path, models: Path, score: str, reuse: bool) -> None:
     """The record in a tensor says what to drop, and `options` what to do instead."""
-    quantize(float32, models / "prune-agq4.gguf", options=QuantizeOptions(threads=1, embedding_type="agq4"))
+    if not (models / "prune-agq4.gguf").exists():
+        quantize(float32, models / "prune-agq4.gguf", options=QuantizeOptions(threads=1, embedding_type="agq4"))
     path, record = models / "prune-record.gguf", pruning_record.Pruning(score, 1.0, keep=20, reach=1, reuse=reuse)
     direction = None
     if score == "learned":

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from test_plugin import ALL_AGQ4, LONG_TEXT, all_logits, relative, run_python
+from llama_runs import LONG_TEXT, all_logits, relative, run_python
+from test_plugin import ALL_AGQ4
 
 import agq_gguf
 from agq_gguf.quantization.pipeline import quantize
@@ -80,7 +81,7 @@ def test_contexts_in_threads_share_one_model(dense: Path) -> None:
 def test_abort_in_the_middle_of_a_long_prompt(dense: Path) -> None:
     """The callback ends a prompt between two of its parts, or inside one; then the same context gives what it gave."""
     import llama_cpp
-    from test_plugin import open_llama
+    from llama_runs import open_llama
 
     llama = open_llama(dense, logits_all=True, n_ubatch=32)
     tokens = llama.tokenize(LONG_TEXT)
@@ -208,7 +209,7 @@ import ctypes, os, sys
 from pathlib import Path
 from agq_gguf import backend_path
 from agq_gguf.runtime import host, plugin
-import test_plugin
+import llama_runs
 
 llama = host.llama_cpp_python()
 ggml = llama.library
@@ -219,13 +220,13 @@ for _ in range(3):
     with plugin.silenced(llama):
         registry = ggml.ggml_backend_load(os.fsencode(backend_path()))
     assert registry and llama.has_plugin and ggml.ggml_type_name(38) == b"agq4"
-    results.append(test_plugin.all_logits(Path(sys.argv[1]))[1])
+    results.append(llama_runs.all_logits(Path(sys.argv[1]))[1])
     ggml.ggml_backend_unload(registry)
     assert not llama.has_plugin
     mapped = "libggml-agq" in Path("/proc/self/maps").read_text()
     assert not mapped, "the library is still there"
     assert ggml.ggml_type_name(38) == before and ggml.ggml_blck_size(38) == 0
-    test_plugin.all_logits(Path(sys.argv[2]))  # stock models run on
+    llama_runs.all_logits(Path(sys.argv[2]))  # stock models run on
 assert all((r == results[0]).all() for r in results)
 print("done")
 """
@@ -270,9 +271,9 @@ def test_200_loads_do_not_grow(dense: Path) -> None:
 
 def test_plugin_is_quiet_about_models_it_does_not_serve(llama_q4: Path) -> None:
     """Registered or not, a stock model gives the same bits."""
-    code = "import sys, test_plugin, numpy; from pathlib import Path\n" + (
+    code = "import sys, llama_runs, numpy; from pathlib import Path\n" + (
         "if len(sys.argv) > 3:\n    import agq_gguf; agq_gguf.register()\n"
-        "numpy.save(sys.argv[2], test_plugin.all_logits(Path(sys.argv[1]))[1])\n"
+        "numpy.save(sys.argv[2], llama_runs.all_logits(Path(sys.argv[1]))[1])\n"
     )
     found = []
     for extra in ([], ["with"]):
@@ -287,9 +288,9 @@ def test_plugin_is_quiet_about_models_it_does_not_serve(llama_q4: Path) -> None:
 def test_taking_all_is_the_same_to_rounding(llama_f16: Path, tmp_path: Path, flash_attn: bool) -> None:
     """AGQ_TAKE_ALL, which test-backend-ops needs, makes the device run stock models, with the plugin's attention."""
     code = (
-        "import sys, test_plugin, numpy; from pathlib import Path\nimport agq_gguf; agq_gguf.register()\n"
+        "import sys, llama_runs, numpy; from pathlib import Path\nimport agq_gguf; agq_gguf.register()\n"
         "flash_attn = sys.argv[3] == 'True'\n"
-        "found = test_plugin.all_logits(Path(sys.argv[1]), test_plugin.LONG_TEXT, flash_attn=flash_attn)\n"
+        "found = llama_runs.all_logits(Path(sys.argv[1]), llama_runs.LONG_TEXT, flash_attn=flash_attn)\n"
         "numpy.save(sys.argv[2], found[1])\n"
     )
     found = []

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import architectures
 import tiny_models
+from llama_runs import HERE, TEXT, relative
 from reference_model import ReferenceModel
-from test_plugin import ALL_AGQ4, HERE, TEXT, relative
+from test_plugin import ALL_AGQ4
 
 from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.runtime.model import Model

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -146,7 +147,9 @@ constexpr uint32_t known_checksum = 0x208ccd2d;
 }  // namespace
 
 int main(int argc, char **argv) {
-    for_each_kernel(argc, argv, [](const agq::kernel &kern, std::mt19937 &rng) {
+    std::set<const agq::rounding_kernel *> tested;
+    for_each_kernel(argc, argv, [&tested](const agq::kernel &kern, std::mt19937 &rng) {
+        if (!tested.insert(kern.rounding).second) return;  // several kernels share theirs
         for (int round = 0; round < 40; ++round) {
             const size_t n =
                 round < 4 ? std::vector<size_t>{1, 31, 32, 33}[static_cast<size_t>(round)] : 1 + rng() % 150;
@@ -155,7 +158,8 @@ int main(int argc, char **argv) {
             compare(kern.name, given.run(*agq::kernel_scalar.rounding), given.run(*kern.rounding), n);
         }
     });
-    std::printf("checksum %08x\n", checksum());
-    expect(checksum() == known_checksum, "generic", "the checksum", 100);
+    const uint32_t found = checksum();
+    std::printf("checksum %08x\n", found);
+    expect(found == known_checksum, "generic", "the checksum", 100);
     return failures == 0 ? 0 : 1;
 }
