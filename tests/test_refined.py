@@ -252,7 +252,7 @@ def test_levelled_matrices_are_the_same_function(graph_of: Opener, tmp_path: Pat
         torch.testing.assert_close(size[size > 0], size[size > 0].mean().expand_as(size[size > 0]), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("arch", ["llama", "mixtral"])
+@pytest.mark.parametrize("arch", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_taking_errors_back_helps(arch: str, graph_of: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experts: dict[str, Any] = {"n_expert": 4, "n_expert_used": 2} if arch == "mixtral" else {}
     run = graph_of(tiny_models.write_llama(tmp_path / "m.gguf", n_layer=3 if arch == "llama" else 2, **experts), 128)
