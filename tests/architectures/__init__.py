@@ -21,10 +21,24 @@ from architectures.experts import write_deepseek2, write_glm4moe, write_gpt_oss,
 from architectures.recurrent import write_rwkv7
 
 __all__ = [
-    "DECODERS", "DIFFUSION", "ENCODERS", "FIELD", "GRAPHS", "write_deepseek2", "write_gemma3", "write_gemma3n",
-    "write_gemma_embedding", "write_glm4moe", "write_gpt_oss", "write_mixtral", "write_phi3", "write_qwen3",
-    "write_qwen3moe", "write_rwkv7", "write_t5",
-]  # fmt: skip
+    "DECODERS",
+    "DIFFUSION",
+    "ENCODERS",
+    "FIELD",
+    "GRAPHS",
+    "write_deepseek2",
+    "write_gemma3",
+    "write_gemma3n",
+    "write_gemma_embedding",
+    "write_glm4moe",
+    "write_gpt_oss",
+    "write_mixtral",
+    "write_phi3",
+    "write_qwen3",
+    "write_qwen3moe",
+    "write_rwkv7",
+    "write_t5",
+]
 
 Writers = dict[str, Callable[[Path | str], Path]]
 
