@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# A second thread of PyTorch or BLAS waits for the first in a busy loop: with tensors as small as these, that costs
+# several times the work. They read this when they are loaded; llama.cpp is told how many threads to use.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import needed
 import pytest

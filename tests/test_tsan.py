@@ -40,9 +40,10 @@ RACES = [
 
 def build(source: Path, folder: Path) -> Path:
     """The plugin with ThreadSanitizer; in a folder that was built before, only what changed is compiled again."""
-    flags = "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g -O1"
+    # The flags of the build type come last, so -O1 has to be among them.
+    flags = ["-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g"]
     for command in (
-        ["cmake", "-S", str(source), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", flags],
+        ["cmake", "-S", str(source), "-B", str(folder), "-G", "Ninja", *flags],
         ["cmake", "--build", str(folder), "--target", "ggml-agq", "-j", "2"],
     ):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
