@@ -14,10 +14,8 @@ import pytest
 import agq_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 PROGRAMS = ("kernels_test", "attention_test", "paper_attention_test", "rows_test", "rounding_test", "mixed_test")
-OTHERS = ("thread_choice_test", "abi_fuzz")
+OTHERS = ("thread_choice_test", "fetch_tuner_test", "abi_fuzz")
 
 
 @pytest.fixture(scope="module")
