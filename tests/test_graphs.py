@@ -37,7 +37,7 @@ COVERED: dict[str, Callable[[Path], Path]] = {
     "wide head": partial(tiny_models.write_llama, dtype="f32", n_head=2, n_kv=1),
     "bloom of 6 heads": partial(tiny_models.write_bloom, dtype="f32", n_embd=384, n_head=6, n_layer=1),
     **architectures.GRAPHS,
-    "gpt-oss": architectures.write_gpt_oss,
+    "gpt-oss": partial(architectures.write_gpt_oss, yarn=True),
     "deepseek2": architectures.write_deepseek2,
 }
 # Without GELU from a table, outputs agree to 1e-6 and less.

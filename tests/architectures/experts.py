@@ -112,13 +112,13 @@ def write_glm4moe(path: Path | str, *, further: bool = True) -> Path:
     return m.ends()
 
 
-def write_gpt_oss(path: Path | str, *, mxfp4: bool = False, unused: int | None = None) -> Path:
-    """gpt-oss: sinks, biases, YaRN, every second layer with a sliding window; experts perhaps in MXFP4.
+def write_gpt_oss(path: Path | str, *, mxfp4: bool = False, unused: int | None = None, yarn: bool = False) -> Path:
+    """gpt-oss: sinks, biases everywhere, every second layer with a sliding window; experts perhaps in MXFP4.
 
     No token chooses the expert `unused`.
     """
     head = 64
-    m = Layered(path, "gpt-oss", heads(head), YARN, rms(1e-5), WINDOW, expert_counts(), pre="gpt-4o")
+    m = Layered(path, "gpt-oss", heads(head), YARN if yarn else {}, rms(1e-5), WINDOW, expert_counts(), pre="gpt-4o")
     for block in m.blocks:
         m.norm(block + "attn_norm", E)
         m.norm(block + "post_attention_norm", E)
