@@ -6,9 +6,9 @@ import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
+import architectures
 import numpy as np
 import pytest
-import architectures
 from low_level import PROMPT, QUICK, LowModel, log, quick_agq4
 from reference_mixed import MixedReference
 

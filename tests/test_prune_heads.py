@@ -6,10 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import architectures
 import numpy as np
 import pytest
 import reference_pruning
-import architectures
 import tiny_models
 from command_line import run
 from hypothesis import given, settings

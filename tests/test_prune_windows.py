@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import architectures
 import llama_cpp.llama_cpp as api
 import low_level
-import architectures
 import numpy as np
 import pytest
 from architectures import parts

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architectures
 import numpy as np
 import pytest
-import architectures
 import tiny_models
 from llama_runs import HERE, TEXT, relative
 from reference_model import ReferenceModel

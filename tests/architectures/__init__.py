@@ -15,9 +15,16 @@ from pathlib import Path
 import tiny_models
 
 from architectures import dense, encoders, experts, recurrent
-from architectures.dense import write_gemma3, write_gemma3n, write_phi3, write_qwen3
+from architectures.dense import write_cohere2, write_gemma2, write_gemma3, write_gemma3n, write_phi3, write_qwen3
 from architectures.encoders import write_gemma_embedding, write_t5
-from architectures.experts import write_deepseek2, write_glm4moe, write_gpt_oss, write_mixtral, write_qwen3moe
+from architectures.experts import (
+    write_deepseek2,
+    write_glm4moe,
+    write_gpt_oss,
+    write_llama4,
+    write_mixtral,
+    write_qwen3moe,
+)
 from architectures.recurrent import write_rwkv7
 
 __all__ = [
@@ -26,12 +33,15 @@ __all__ = [
     "ENCODERS",
     "FIELD",
     "GRAPHS",
+    "write_cohere2",
     "write_deepseek2",
+    "write_gemma2",
     "write_gemma3",
     "write_gemma3n",
     "write_gemma_embedding",
     "write_glm4moe",
     "write_gpt_oss",
+    "write_llama4",
     "write_mixtral",
     "write_phi3",
     "write_qwen3",
@@ -46,7 +56,7 @@ Writers = dict[str, Callable[[Path | str], Path]]
 DECODERS: Writers = {
     **{name: partial(tiny_models.WRITERS[name], dtype="f32") for name in ("llama", "qwen2", "gpt2", "bloom", "falcon")},
     "qwen3": write_qwen3,
-    "gemma2": dense.write_gemma2,
+    "gemma2": write_gemma2,
     "gemma3": write_gemma3,
     "phi3": write_phi3,
     "starcoder2": dense.write_starcoder2,
@@ -83,7 +93,7 @@ GRAPHS: Writers = {
     "gptneox": dense.write_gptneox,
     "nemotron": dense.write_nemotron,
     "olmo2": dense.write_olmo2,
-    "cohere2": dense.write_cohere2,
+    "cohere2": write_cohere2,
     "glm4": dense.write_glm4,
     "qwen2moe": experts.write_qwen2moe,
 }

@@ -37,8 +37,9 @@ def write_qwen3(path: Path | str) -> Path:
     return m.ends()
 
 
-def _write_gemma(path: Path | str, arch: str, *keys: Keys, tied: bool = True) -> Path:
-    m = Layered(path, arch, heads(), rms(), WINDOW, {"attention.sliding_window_pattern": 2}, *keys, pre="spm")
+def _write_gemma(path: Path | str, arch: str, *keys: Keys, tied: bool = True, layers: int, window: int) -> Path:
+    windows: Keys = {"attention.sliding_window": window, "attention.sliding_window_pattern": 2}
+    m = Layered(path, arch, heads(), rms(), windows, *keys, layers=layers, pre="spm")
     for block in m.blocks:
         m.attention(block, qk_norm=arch == "gemma3")
         m.gated(block)
@@ -46,14 +47,15 @@ def _write_gemma(path: Path | str, arch: str, *keys: Keys, tied: bool = True) ->
     return m.ends(tied=tied)
 
 
-def write_gemma2(path: Path | str) -> Path:
+def write_gemma2(path: Path | str, *, layers: int = LAYERS, window: int = 16, cap: float = 50.0) -> Path:
     """Gemma 2: soft caps, norms before and behind, each second layer with a sliding window, tied output."""
-    return _write_gemma(path, "gemma2", {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0})
+    caps: Keys = {"attn_logit_softcapping": cap, "final_logit_softcapping": 30.0}
+    return _write_gemma(path, "gemma2", caps, layers=layers, window=window)
 
 
-def write_gemma3(path: Path | str, *, tied: bool = True) -> Path:
+def write_gemma3(path: Path | str, *, tied: bool = True, layers: int = LAYERS, window: int = 16) -> Path:
     """Gemma 3: norms on queries and keys, every second layer with a sliding window, tied output."""
-    return _write_gemma(path, "gemma3", tied=tied)
+    return _write_gemma(path, "gemma3", tied=tied, layers=layers, window=window)
 
 
 def write_gemma3n(path: Path | str) -> Path:
@@ -239,9 +241,9 @@ def write_olmo2(path: Path | str) -> Path:
     return m.ends()
 
 
-def write_cohere2(path: Path | str) -> Path:
+def write_cohere2(path: Path | str, *, window: int = 16) -> Path:
     """Command R7B: parallel blocks, sliding windows, scaled logits."""
-    m = Layered(path, "cohere2", LAYER_NORM, ROPE, WINDOW, {"logit_scale": 0.25}, layers=4)
+    m = Layered(path, "cohere2", LAYER_NORM, ROPE, {"attention.sliding_window": window, "logit_scale": 0.25}, layers=4)
     for block in m.blocks:
         m.attention(block)
         m.feed_forward(block)

@@ -14,7 +14,6 @@ from architectures.parts import (
     HEADS,
     LAYERS,
     ROPE,
-    WINDOW,
     YARN,
     E,
     Keys,
@@ -112,13 +111,32 @@ def write_glm4moe(path: Path | str, *, further: bool = True) -> Path:
     return m.ends()
 
 
-def write_gpt_oss(path: Path | str, *, mxfp4: bool = False, unused: int | None = None, yarn: bool = False) -> Path:
+def write_gpt_oss(
+    path: Path | str,
+    *,
+    mxfp4: bool = False,
+    unused: int | None = None,
+    yarn: bool = False,
+    layers: int = LAYERS,
+    window: int = 16,
+) -> Path:
     """gpt-oss: sinks, biases everywhere, every second layer with a sliding window; experts perhaps in MXFP4.
 
     No token chooses the expert `unused`.
     """
     head = 64
-    m = Layered(path, "gpt-oss", heads(head), YARN if yarn else {}, rms(1e-5), WINDOW, expert_counts(), pre="gpt-4o")
+    keys: Keys = {"attention.sliding_window": window}
+    m = Layered(
+        path,
+        "gpt-oss",
+        heads(head),
+        YARN if yarn else {},
+        rms(1e-5),
+        keys,
+        expert_counts(),
+        layers=layers,
+        pre="gpt-4o",
+    )
     for block in m.blocks:
         m.norm(block + "attn_norm", E)
         m.norm(block + "post_attention_norm", E)
@@ -139,6 +157,20 @@ def write_gpt_oss(path: Path | str, *, mxfp4: bool = False, unused: int | None =
             else:
                 m.matrix(tensor, EXPERTS, rows, columns, gain=0.7)
             m.values(tensor + ".bias", EXPERTS, rows)
+    return m.ends()
+
+
+def write_llama4(path: Path | str) -> Path:
+    """Llama 4: each fourth layer sees everything, the others chunks of 8192 tokens; a shared expert."""
+    counts = expert_counts(used=1, interleave_moe_layer_step=2, expert_gating_func=2)
+    m = Layered(path, "llama4", heads(), rms(), counts, layers=4)
+    for i, block in enumerate(m.blocks):
+        m.attention(block)
+        m.norm(block + "ffn_norm", E)
+        if i % 2:
+            m.experts(block, shared=True)
+        else:
+            m.feed_forward(block)
     return m.ends()
 
 
