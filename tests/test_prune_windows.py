@@ -18,11 +18,11 @@ import low_level
 import numpy as np
 import pytest
 from architectures import parts
-from low_level import QUICK, LowContext, LowModel
+from low_level import QUICK, LowContext, LowModel, tokens
 from reference_pruning import PrunedReference, Rule
 from reference_windows import WindowedModel
 from test_prune_reference import relative, spec_of
-from test_prune_situations import ATOL, Pair, forget, shift, tokens, unpruned_with_one_warning, warnings
+from test_prune_situations import ATOL, Pair, forget, shift, unpruned_with_one_warning, warnings
 
 import agq_gguf
 from agq_gguf.quantization.pipeline import quantize
