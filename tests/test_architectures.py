@@ -108,7 +108,7 @@ def check_pruning(name: str, path: Path) -> None:
         assert error(pruned, masked) < 1e-3 < error(pruned, whole)
 
 
-NOT_PRUNED = ("gemma2", "gemma3", "mamba")  # sliding windows, no attention
+NOT_PRUNED = ("mamba",)  # no attention
 
 # What of each model is AGQ4: all matrices, but for the two that cannot be.
 COUNTS = {

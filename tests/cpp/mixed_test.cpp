@@ -71,13 +71,12 @@ std::vector<float> multiply(problem &p, const kernel &kern, int bits, const std:
     set.four = four;
     product job;
     job.set = &set;
-    job.weights = &w;
-    job.attributes = &p.attributes;
+    job.parts.push_back({&w, &p.attributes, &y});
     job.memory = &memory;
     memory.reserve(job.thread_bytes(), 1);
     route_node(nullptr, 0, 1, &set);
     quantize_node(nullptr, 0, 1, &set);
-    product_node(&y, 0, 1, &job);
+    product_node(nullptr, 0, 1, &job);
     return out;
 }
 
