@@ -66,6 +66,7 @@ int main() {
     {
         fetch_tuner tuner;
         std::vector<std::thread> threads;
+        threads.reserve(4);
         for (int t = 0; t < 4; ++t) {
             threads.emplace_back([&] {
                 for (int i = 0; i < 16; ++i) read_model(tuner, speeds(10000, 12000, 9000));
