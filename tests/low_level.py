@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -195,3 +196,33 @@ class LowContext:
             assert api.llama_state_set_data(self.context, buffer, len(state)) == len(state)
         else:
             assert api.llama_state_seq_set_data(self.context, buffer, len(state), sequence) == len(state)
+
+
+GetModel = Callable[..., LowModel]
+
+
+@contextmanager
+def loaded_models(folder: Path, write: Callable[[str, Path], object], usual: str) -> Iterator[GetModel]:
+    """A function that loads the model of an architecture and a kind, "f32" or "agq4" (by default `usual`), once.
+
+    `write` writes the float model of an architecture.
+    """
+    loaded: dict[tuple[str, str], LowModel] = {}
+
+    def get(arch: str = "llama", kind: str = usual) -> LowModel:
+        if (arch, kind) not in loaded:
+            source = folder / f"{arch}-f32.gguf"
+            if not source.exists():
+                write(arch, source)
+            path = source
+            if kind == "agq4":
+                from agq_gguf.quantization.pipeline import quantize  # as above
+
+                path = folder / f"{arch}-agq4.gguf"
+                quantize(source, path, options=QUICK)
+            loaded[arch, kind] = LowModel(path)
+        return loaded[arch, kind]
+
+    yield get
+    for model in loaded.values():
+        model.close()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import low_level
 import numpy as np
 import pytest
 import tiny_models
-from low_level import QUICK, LowContext, LowModel
+from low_level import GetModel, LowContext, LowModel, loaded_models
 
 import agq_gguf
 from agq_gguf.errors import InputError
@@ -17,33 +17,18 @@ from agq_gguf.format.pruning_record import Direction, Heads, Pruning, pruning_by
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.pruning.file import carriers, write_plan
-from agq_gguf.quantization.pipeline import quantize
 
 LAYERS = 4
-GetModel = Callable[..., LowModel]
+
+
+def _write(arch: str, path: Path) -> None:
+    getattr(tiny_models, f"write_{arch}")(path, dtype="f32", n_layer=LAYERS, seed=3)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
-    """Loads a tiny model of an architecture, as float or as AGQ4, once."""
-    folder = tmp_path_factory.mktemp("prune")
-    loaded: dict[tuple[str, str], LowModel] = {}
-
-    def get(arch: str = "llama", kind: str = "agq4") -> LowModel:
-        if (arch, kind) not in loaded:
-            source = folder / f"{arch}-f32.gguf"
-            if not source.exists():
-                getattr(tiny_models, f"write_{arch}")(source, dtype="f32", n_layer=LAYERS, seed=3)
-            path = source
-            if kind == "agq4":
-                path = folder / f"{arch}-agq4.gguf"
-                quantize(source, path, options=QUICK)
-            loaded[arch, kind] = LowModel(path)
-        return loaded[arch, kind]
-
-    yield get
-    for m in loaded.values():
-        m.close()
+    with loaded_models(tmp_path_factory.mktemp("prune"), _write, "agq4") as get:
+        yield get
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:

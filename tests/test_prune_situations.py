@@ -191,17 +191,22 @@ def test_save_and_restore(model: LowModel, whole: bool, flash: bool) -> None:
         assert np.array_equal(other.decode([7], 150), wanted)
 
 
+def copy_and_remove_sequences(pair: Pair) -> None:
+    """A pruned prompt is copied and its source removed; the copy and a third sequence get prompts of their own."""
+    pair.decode(tokens(150))
+    pair.each(lambda c: api.llama_memory_seq_cp(c.memory, 0, 1, -1, -1))
+    pair.decode([7], 150, sequence=1)
+    pair.decode([8], 150, sequence=0)
+    pair.each(forget(-1, -1, 0))
+    pair.decode(tokens(100, 6), 151, sequence=1)
+    pair.decode(tokens(120, 7), sequence=2)
+    assert len(pair.fate) == 120 and pair.dropped() == 60
+
+
 @pytest.mark.parametrize("unified", [False, True])
 def test_sequences_are_copied_and_removed(model: LowModel, unified: bool) -> None:
     with Pair(model, n_ctx=1024, n_seq=3, unified=unified) as pair:
-        pair.decode(tokens(150))
-        pair.each(lambda c: api.llama_memory_seq_cp(c.memory, 0, 1, -1, -1))
-        pair.decode([7], 150, sequence=1)
-        pair.decode([8], 150, sequence=0)
-        pair.each(forget(-1, -1, 0))
-        pair.decode(tokens(100, 6), 151, sequence=1)
-        pair.decode(tokens(120, 7), sequence=2)
-        assert len(pair.fate) == 120 and pair.dropped() == 60
+        copy_and_remove_sequences(pair)
         pair.each(forget(-1, -1, 1))
         pair.decode([9], 120, sequence=2)
         assert pair.largest_effect > 30 * ATOL

@@ -18,14 +18,21 @@ import low_level
 import numpy as np
 import pytest
 from architectures import parts
-from low_level import QUICK, LowContext, LowModel, tokens
+from low_level import GetModel, LowContext, LowModel, loaded_models, tokens
 from reference_pruning import PrunedReference, Rule
 from reference_windows import WindowedModel
 from test_prune_reference import relative, spec_of
-from test_prune_situations import ATOL, Pair, forget, shift, unpruned_with_one_warning, warnings
+from test_prune_situations import (
+    ATOL,
+    Pair,
+    copy_and_remove_sequences,
+    forget,
+    shift,
+    unpruned_with_one_warning,
+    warnings,
+)
 
 import agq_gguf
-from agq_gguf.quantization.pipeline import quantize
 
 WINDOW = 48
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -35,30 +42,12 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "cohere2": partial(architectures.write_cohere2, window=WINDOW),
     "llama4": architectures.write_llama4,
 }
-GetModel = Callable[..., LowModel]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
-    """Loads a tiny model, as float or as AGQ4, once."""
-    folder = tmp_path_factory.mktemp("windows")
-    loaded: dict[tuple[str, str], LowModel] = {}
-
-    def get(arch: str, kind: str = "f32") -> LowModel:
-        if (arch, kind) not in loaded:
-            source = folder / f"{arch}-f32.gguf"
-            if not source.exists():
-                WRITERS[arch](source)
-            path = source
-            if kind == "agq4":
-                path = folder / f"{arch}-agq4.gguf"
-                quantize(source, path, options=QUICK)
-            loaded[arch, kind] = LowModel(path)
-        return loaded[arch, kind]
-
-    yield get
-    for m in loaded.values():
-        m.close()
+    with loaded_models(tmp_path_factory.mktemp("windows"), lambda arch, path: WRITERS[arch](path), "f32") as get:
+        yield get
 
 
 @pytest.fixture(autouse=True)
@@ -169,14 +158,7 @@ def test_context_shift(model: GetModel, cache: str) -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_sequences_are_copied_removed_and_go_on_together(model: GetModel, full: bool) -> None:
     with Pair(model("gemma3"), n_ctx=1024, n_seq=3, swa_full=full) as pair:
-        pair.decode(tokens(150))
-        pair.each(lambda c: api.llama_memory_seq_cp(c.memory, 0, 1, -1, -1))
-        pair.decode([7], 150, sequence=1)
-        pair.decode([8], 150, sequence=0)
-        pair.each(forget(-1, -1, 0))
-        pair.decode(tokens(100, 6), 151, sequence=1)
-        pair.decode(tokens(120, 7), sequence=2)
-        assert len(pair.fate) == 120 and pair.dropped() == 60
+        copy_and_remove_sequences(pair)
         for i in range(3):
             pair.decode([5, 6], sequence=[[1], [2]], positions=[251 + i, 120 + i], outputs=[0, 1])
         pair.each(forget(-1, -1, 1))

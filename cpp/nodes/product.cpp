@@ -236,18 +236,18 @@ void product_node(ggml_tensor *, int ith, int nth, void *userdata) {
 
     const product_memory memory(p, p.memory->of(ith));
     float **rows = memory.rows;
-    const product::part *part = p.parts.data();
+    const product::part *part = p.parts.data(), *const parts_end = part + p.parts.size();
     int64_t begin = 0;  // the number of the part's first unit
     int64_t units = (panels_of(*part) + step - 1) / step;
     int64_t current = -1;  // the segment that `rows` point to
     for (;;) {
         const int64_t i = p.next.fetch_add(1, std::memory_order_relaxed);
-        while (part != p.parts.data() + p.parts.size() && i >= begin + units * n_segments) {
+        while (part != parts_end && i >= begin + units * n_segments) {
             begin += units * n_segments;
             current = -1;
-            if (++part != p.parts.data() + p.parts.size()) units = (panels_of(*part) + step - 1) / step;
+            if (++part != parts_end) units = (panels_of(*part) + step - 1) / step;
         }
-        if (part == p.parts.data() + p.parts.size()) break;
+        if (part == parts_end) break;
         const int64_t m = part->weights->ne[1], full_panels = m / panel_rows, panels = panels_of(*part);
         const int64_t s = (i - begin) / units, first = (i - begin) % units * step;
         const activation_set::segment &segment = set.segments[static_cast<size_t>(s)];
