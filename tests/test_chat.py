@@ -10,13 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import architectures
 import gguf
 import pytest
 from command_line import COMMAND, environment, heeding_interrupts, process, run
 
-from agq_gguf.errors import InputError
+from agq_gguf.errors import HostError, InputError
 from agq_gguf.runtime.chat_format import Prompt, by_name, format_names
 from agq_gguf.runtime.conversation import Conversation
+from agq_gguf.runtime.model import Batch, Context
 from agq_gguf.runtime.text import TextModel
 
 BROKEN = {
@@ -205,6 +207,54 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(llama_f16: Path) -> None:
         assert [m["role"] for m in talk.messages] == ["user", "assistant"]
         assert talk.messages[1]["content"] == first
         assert "".join(talk.answer("the dog"))
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, HostError("the computation failed")])
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+def test_a_call_that_ends_in_an_exception(
+    name: str, fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C during a call is raised when llama.cpp has put its tokens into the cache. The next answer is right."""
+    path = architectures.DECODERS[name](tmp_path / "m.gguf")
+    with TextModel(path, context=128, threads=1) as text:
+        expected = "".join(text.continued("the red key", tokens=8, temperature=0))
+        longer = "".join(text.continued("the red key in the box", tokens=8, temperature=0))
+        for calls in (1, 2, 5):  # while it reads the prompt, and while it answers
+
+            def decode(batch: Batch, left: list[int] = [calls]) -> None:  # noqa: B006
+                Context.decode(text.context, batch)
+                left[0] -= 1
+                if left[0] == 0:
+                    raise fault
+
+            monkeypatch.setattr(text.context, "decode", decode)
+            with pytest.raises(type(fault) if isinstance(fault, Exception) else KeyboardInterrupt):
+                "".join(text.continued("the cat and the dog", tokens=8, temperature=0))
+            monkeypatch.undo()
+            assert "".join(text.continued("the red key", tokens=8, temperature=0)) == expected
+            assert "".join(text.continued("the red key in the box", tokens=8, temperature=0)) == longer
+
+
+@pytest.mark.parametrize(("number", "times", "code"), [(signal.SIGTERM, 1, 130), (signal.SIGINT, 30, 0)])
+def test_signals_while_it_answers(number: signal.Signals, times: int, code: int, llama_f16: Path) -> None:
+    """SIGINT stops an answer, and the next one follows; SIGTERM ends the program."""
+    with subprocess.Popen(
+        [*COMMAND, "chat", str(llama_f16), "-c", "128", "-n", "60", "-t", "1", "--chat-format", "plain"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
+        preexec_fn=heeding_interrupts, text=True,
+    ) as chat:  # fmt: skip
+        assert chat.stdin and chat.stdout and chat.stderr
+        chat.stdin.write("the cat\n" * 60)
+        chat.stdin.close()
+        assert chat.stdout.read(1)  # it answers
+        for _ in range(times):
+            time.sleep(0.01)
+            if chat.poll() is None:
+                chat.send_signal(number)
+        chat.stdout.read()
+        error = chat.stderr.read()
+        assert chat.wait(60) == code, error
+        assert ("error: interrupted" in error) == (code == 130) and "llama.cpp" not in error
 
 
 def test_a_name_that_is_no_text(llama_agq: Path, tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from agq_gguf.runtime.interrupts import Interrupts
+from agq_gguf.runtime.interrupts import Interrupts, Terminated, terminate
 from agq_gguf.runtime.model import Batch, Model
 
 
 @pytest.fixture
 def raising() -> Iterator[None]:
-    """Both signals raise KeyboardInterrupt, as in the command line."""
-    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    """Both signals raise an exception, as in the command line."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -36,12 +37,13 @@ def test_an_interrupt_in_a_callback(number: signal.Signals, llama_f16: Path) -> 
 
     with Model(llama_f16) as model, model.context(64, threads=1, eval_callback=on_node) as context:
         batch = Batch(model.tokenize("the red key in the box"))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as raised:
             context.decode(batch)
+        assert isinstance(raised.value, Terminated) == (number == signal.SIGTERM)
         assert 10 <= len(seen) < 15  # nobody was called any more
         context.clear()
         context.decode(batch)  # the next call runs
-    assert signal.getsignal(number) is signal.default_int_handler
+    assert signal.getsignal(number) is (terminate if number == signal.SIGTERM else signal.default_int_handler)
 
 
 def test_other_handlers_and_threads_are_left_alone() -> None:

@@ -33,6 +33,7 @@ from agq_gguf.cli import (
 )
 from agq_gguf.cli import output as show
 from agq_gguf.errors import AgqError, HostError
+from agq_gguf.runtime.interrupts import terminate
 
 _INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 _BROKEN_PIPE = 141  # what shells report for a process whose output pipe was closed
@@ -79,7 +80,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of ``agq-gguf``."""
     # SIGTERM cleans up as Ctrl-C does: half-written files are removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminate)
     app(prog_name="agq-gguf")
 
 

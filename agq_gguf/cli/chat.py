@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,7 @@ from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Context, ModelArgument, Seed, Temperature, Threads
 from agq_gguf.cli.prune import pruning, show_dropped
 from agq_gguf.errors import AgqError, InputError, OutputError
+from agq_gguf.runtime.interrupts import Terminated
 from agq_gguf.text import read_text
 
 if TYPE_CHECKING:
@@ -96,13 +99,42 @@ def chat(
         formatter = _formatter(text, model, chat_format, template)
         talk = Conversation(text, formatter, system, tokens=tokens, temperature=temperature, seed=seed)
         interactive = sys.stdin.isatty()
+        ctrl_c = _CtrlC()
         if interactive:
             show.complain(f"{model.name}: type a message; /help lists commands, Ctrl-D ends")
-        for message in _messages(interactive):
+        for message in _messages(ctrl_c, interactive):
             if interactive and message.startswith("/"):
                 _command(talk, message)
             else:
-                _answer(talk, message)
+                _answer(ctrl_c, talk, message)
+
+
+class _CtrlC:
+    """Lets Ctrl-C stop one piece of work, and nothing between two pieces: a second Ctrl-C must not end the chat."""
+
+    def __init__(self) -> None:
+        self._stops = False  # whether there is something to stop
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stops:
+            self._stops = False
+            raise KeyboardInterrupt
+
+    def stopped(self, work: Callable[[], None]) -> bool:
+        """Does the work. Whether Ctrl-C stopped it."""
+        try:
+            self._stops = True
+            work()
+            self._stops = False
+        except Terminated:
+            raise
+        except KeyboardInterrupt:
+            return True
+        finally:
+            self._stops = False
+        return False
 
 
 def _formatter(text: TextModel, model: Path, chat_format: str, template: Path | None) -> Formatter:
@@ -125,18 +157,22 @@ def _formatter(text: TextModel, model: Path, chat_format: str, template: Path | 
     return plain
 
 
-def _messages(interactive: bool) -> Iterator[str]:
+def _messages(ctrl_c: _CtrlC, interactive: bool) -> Iterator[str]:
     """What the user types, one message at a time; bytes that are not UTF-8 are replaced."""
     stream = sys.stdin
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")
     block: list[str] | None = None  # lines of a message that began with three quotes
+    line = ""
+
+    def read() -> None:
+        nonlocal line
+        if interactive:
+            _write("> " if block is None else ". ")
+        line = stream.readline()
+
     while True:
-        try:
-            if interactive:
-                _write("> " if block is None else ". ")
-            line = stream.readline()
-        except KeyboardInterrupt:
+        if ctrl_c.stopped(read):
             _write("\n")
             block = None
             continue
@@ -159,13 +195,15 @@ def _messages(interactive: bool) -> Iterator[str]:
             block.append(line)
 
 
-def _answer(talk: Conversation, message: str) -> None:
+def _answer(ctrl_c: _CtrlC, talk: Conversation, message: str) -> None:
     """Prints the model's answer; Ctrl-C stops it, and what was said until then is kept."""
-    try:
+
+    def answer() -> None:
         for piece in talk.answer(message):
             _write(piece)
-    except KeyboardInterrupt:
-        pass
+
+    try:
+        ctrl_c.stopped(answer)
     except AgqError as e:
         if not sys.stdin.isatty():
             raise

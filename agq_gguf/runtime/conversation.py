@@ -33,21 +33,19 @@ class Conversation:
         Raises InputError if the message alone is longer than the context, and then forgets the message.
         """
         self.messages.append({"role": "user", "content": message})
-        said: list[str] = []
         try:
             prompt = self._prompt()
-            for piece in self._text.continued(
-                prompt, tokens=self._tokens, temperature=self._temperature, seed=self._seed
-            ):
-                said.append(piece)
-                yield piece
         except InputError:
             self.messages.pop()
             raise
-        except (KeyboardInterrupt, GeneratorExit):
+        said: list[str] = []
+        pieces = self._text.continued(prompt, tokens=self._tokens, temperature=self._temperature, seed=self._seed)
+        try:
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+        finally:
             self.messages.append({"role": "assistant", "content": "".join(said)})
-            raise
-        self.messages.append({"role": "assistant", "content": "".join(said)})
 
     def _prompt(self) -> Prompt:
         """The prompt of as many of the latest messages as leave room for an answer."""

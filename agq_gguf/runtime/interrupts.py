@@ -1,4 +1,4 @@
-"""Keeps Ctrl-C for later while llama.cpp calls Python back.
+"""SIGTERM as an exception, and Ctrl-C kept for later while llama.cpp calls Python back.
 
 Python raises KeyboardInterrupt wherever it is just then. Inside a function that C code has called, ctypes prints the
 exception and goes on, so the interrupt would be lost.
@@ -11,6 +11,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+
+class Terminated(KeyboardInterrupt):
+    """Somebody ends the program with SIGTERM; it cleans up as for Ctrl-C, which may mean less than the end."""
+
+
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """A handler for SIGTERM."""
+    raise Terminated
 
 
 class Interrupts:
@@ -24,7 +34,7 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A block at whose end KeyboardInterrupt is raised if SIGINT or SIGTERM arrived meanwhile.
+        """A block at whose end a SIGINT or SIGTERM that arrived meanwhile raises its exception.
 
         Only in the main thread, which is the one that Python runs signal handlers in.
         """
@@ -34,7 +44,8 @@ class Interrupts:
         self.asked = None
         numbers = (signal.SIGINT, signal.SIGTERM)
         # Handlers that do not raise, or that are not Python's, are left alone.
-        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is signal.default_int_handler}
+        raising = (signal.default_int_handler, terminate)
+        before = {n: handler for n in numbers if (handler := signal.getsignal(n)) in raising}
         for number in before:
             signal.signal(number, self._ask)
         try:
@@ -43,4 +54,4 @@ class Interrupts:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.asked is not None:
-            raise KeyboardInterrupt
+            before[self.asked](self.asked, None)

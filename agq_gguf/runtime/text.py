@@ -38,7 +38,7 @@ class TextModel:
             raise
         self.n_batch = min(n_ctx, 512)  # tokens per call
         self.limit = min(n_ctx, self.model.facts.positions or n_ctx)  # tokens of prompt and answer
-        self._read: NDArray[np.int32] = np.zeros(0, np.int32)  # what the cache holds
+        self._read: NDArray[np.int32] = np.zeros(0, np.int32)  # what the cache holds; after an interrupt, its beginning
 
     def tokenize(self, prompt: str | Prompt) -> NDArray[np.int32]:
         """Tokens of a text, or of a formatted conversation."""
@@ -63,10 +63,11 @@ class TextModel:
         same = min(len(self._read), len(tokens) - 1)
         differs = np.flatnonzero(self._read[:same] != tokens[:same])
         known = int(differs[0]) if len(differs) else same
-        if known < len(self._read) and not self.context.forget(known):
-            known = 0  # a recurrent state cannot be taken back
-            self.context.clear()
         self._read = self._read[:known]
+        # Always, because the cache may hold more: Ctrl-C is raised when a call has returned, before we note its tokens.
+        if not self.context.forget(known):
+            known, self._read = 0, self._read[:0]  # a recurrent state cannot be taken back
+            self.context.clear()
         return self._decode(tokens[known:])
 
     def _decode(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
