@@ -1,13 +1,9 @@
-// The functions of the custom nodes. Threads take units of work from a shared counter, so a slow or busy core takes
-// fewer.
+// Threads take units of work from a shared counter, so a slow or busy core takes fewer.
 #include "nodes/product.h"
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <new>
 
 #include "format/panel.h"
 #include "host/tensor_rows.h"
@@ -16,25 +12,6 @@
 namespace agq {
 
 namespace {
-
-constexpr size_t alignment = 64;
-
-size_t align_up(size_t bytes) {
-    return (bytes + alignment - 1) / alignment * alignment;
-}
-
-/// The input row for row `flat` of the product. With experts, the input may have one row per token, shared by all
-/// expert slots.
-const float *input_row(const activation_set &set, int64_t flat) {
-    const char *row;
-    if (set.ids) {
-        const int64_t slots = set.ids->ne[0];
-        row = row_address(set.x, flat % slots % set.x->ne[1], flat / slots, 0);
-    } else {
-        row = flat_row(set.x, flat);
-    }
-    return reinterpret_cast<const float *>(row);
-}
 
 /// How many panels a thread takes at a time: few enough to balance the threads, enough to amortize the packed
 /// activations that each unit streams through the cache. With few tokens, each unit wastes what it prefetches past its
@@ -73,13 +50,15 @@ struct product_memory {
 };
 
 /// Runs the kernel for panels of `matrix`. With few tokens, reading the weights is the limit: how far ahead to ask for
-/// them is measured first.
+/// them is measured first. With more, the kernel must ask: arithmetic fills the time in which the processor would see
+/// what is read next.
 void multiply_panels(const kernel &kern, gemm_args args, const tile *matrix) {
     constexpr int few_tokens = 4;
+    if (args.n_tokens > few_tokens) return kern.gemm(args);
     fetch_tuner &fetches = fetch_tuner::of_process();
     const int choice = fetches.choice();
     args.ahead = fetch_choices[choice];
-    if (args.n_tokens > few_tokens || !fetches.is_measuring()) return kern.gemm(args);
+    if (!fetches.is_measuring()) return kern.gemm(args);
     const auto begin = std::chrono::steady_clock::now();
     kern.gemm(args);
     const auto taken = std::chrono::steady_clock::now() - begin;
@@ -105,122 +84,6 @@ void multiply_last_panel(const kernel &kern, gemm_args args, const tile *matrix,
 
 size_t product::thread_bytes() const {
     return product_memory(*this, nullptr).bytes;
-}
-
-activation_buffer::~activation_buffer() {
-    ::operator delete(memory_, std::align_val_t(alignment));
-}
-
-activation_buffer::parts activation_buffer::split(int64_t rows, int64_t k) const {
-    const size_t values = static_cast<size_t>(rows * k), groups = static_cast<size_t>(rows * (k / group_columns));
-    unsigned char *bias = memory_ + align_up(values), *scale = bias + align_up(groups * sizeof(int32_t));
-    return {reinterpret_cast<int8_t *>(memory_), reinterpret_cast<int32_t *>(bias), reinterpret_cast<float *>(scale)};
-}
-
-void activation_buffer::reserve(int64_t rows, int64_t k) {
-    const size_t values = static_cast<size_t>(rows * k), groups = static_cast<size_t>(rows * (k / group_columns));
-    const size_t bytes = align_up(values) + align_up(groups * sizeof(int32_t)) + align_up(groups * sizeof(float));
-    if (bytes <= capacity_) return;
-    void *fresh = ::operator new(bytes, std::align_val_t(alignment));
-    ::operator delete(memory_, std::align_val_t(alignment));
-    memory_ = static_cast<unsigned char *>(fresh);
-    capacity_ = bytes;
-}
-
-int64_t activation_set::rows() const {
-    return ids ? ids->ne[0] * ids->ne[1] : x->ne[1] * x->ne[2] * x->ne[3];
-}
-
-int64_t activation_set::scale_stride() const {
-    const activation_format &f = (*attributes)[0]->format;
-    return f.per_group ? f.k / group_columns : 1;
-}
-
-activation_buffer::parts activation_set::packed(int64_t first) const {
-    const int64_t k = x->ne[0];
-    activation_buffer::parts p = buffer->split(rows(), k);
-    p.q += first * k;
-    p.bias += first * (k / group_columns);
-    p.scale += first * scale_stride();
-    return p;
-}
-
-void activation_set::route() {
-    segments.clear();
-    units.clear();
-    invalid.clear();
-    const int64_t total = rows();
-    order.resize(static_cast<size_t>(total));
-    if (!ids) {
-        // Rows with 4 bits come after the others, as a separate segment.
-        int64_t filled = 0;
-        const auto is_four = [&](int64_t i) { return four && (*four)[static_cast<size_t>(i)] != 0; };
-        for (const bool wanted : {false, true}) {
-            const int64_t first = filled;
-            for (int64_t i = 0; i < total; ++i) {
-                if (is_four(i) == wanted) order[static_cast<size_t>(filled++)] = i;
-            }
-            if (filled > first) segments.push_back({0, first, filled - first, wanted ? 4 : bits});
-        }
-    } else {
-        const int64_t n_matrices = static_cast<int64_t>(attributes->size()), slots = ids->ne[0];
-        const auto expert = [&](int64_t flat) {
-            const char *row = row_address(ids, flat / slots, 0, 0);
-            const int64_t e = *reinterpret_cast<const int32_t *>(row + flat % slots * static_cast<int64_t>(ids->nb[0]));
-            return e >= 0 && e < n_matrices ? e : -1;
-        };
-        std::vector<int64_t> begin(static_cast<size_t>(n_matrices) + 1, 0);
-        for (int64_t i = 0; i < total; ++i) {
-            const int64_t e = expert(i);
-            if (e < 0) {
-                invalid.push_back(i);
-            } else {
-                ++begin[static_cast<size_t>(e) + 1];
-            }
-        }
-        for (size_t e = 1; e < begin.size(); ++e) {
-            begin[e] += begin[e - 1];
-            if (begin[e] > begin[e - 1]) {
-                segments.push_back({static_cast<int>(e - 1), begin[e - 1], begin[e] - begin[e - 1], bits});
-            }
-        }
-        for (int64_t i = 0; i < total; ++i) {
-            const int64_t e = expert(i);
-            if (e >= 0) order[static_cast<size_t>(begin[static_cast<size_t>(e)]++)] = i;
-        }
-    }
-    for (const segment &s : segments) {
-        for (int64_t first = 0; first < s.count; first += kern->nr) {
-            units.push_back(
-                {s.matrix, s.first + first, static_cast<int>(std::min<int64_t>(kern->nr, s.count - first)), s.bits});
-        }
-    }
-}
-
-void route_node(ggml_tensor *, int ith, int, void *userdata) {
-    if (ith == 0) static_cast<activation_set *>(userdata)->route();
-}
-
-void quantize_node(ggml_tensor *, int ith, int, void *userdata) {
-    activation_set &set = *static_cast<activation_set *>(userdata);
-    const float *rows[64];
-    for (int64_t i; (i = set.next.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(set.units.size());) {
-        const activation_set::unit &u = set.units[static_cast<size_t>(i)];
-        activation_format format = (*set.attributes)[static_cast<size_t>(u.matrix)]->format;
-        if (u.bits != 0) format.bits = u.bits;
-        for (int t = 0; t < u.count; ++t) {
-            const int64_t flat = set.order[static_cast<size_t>(u.first + t)];
-            if (set.source) {
-                float *row = static_cast<float *>(set.memory->of(ith)) + t * set.x->ne[0];
-                set.source->compute(*set.kern->rows, flat, row);
-                rows[t] = row;
-            } else {
-                rows[t] = input_row(set, flat);
-            }
-        }
-        const activation_buffer::parts packed = set.packed(u.first);
-        set.kern->quantize(format, rows, {packed.q, packed.bias, packed.scale, u.count});
-    }
 }
 
 void product_node(ggml_tensor *, int ith, int nth, void *userdata) {

@@ -354,10 +354,7 @@ activation_set *graph_rewriter::add_set(ggml_tensor *node, ggml_tensor *x, ggml_
     set.buffer = &buffer_;
     set.source = source;
     set.memory = &scratch_;
-    if (source) {
-        const size_t row_bytes = static_cast<size_t>(x->ne[0]) * sizeof(float);
-        thread_bytes_ = std::max(thread_bytes_, static_cast<size_t>(kern_->nr) * row_bytes);
-    }
+    thread_bytes_ = std::max(thread_bytes_, set.thread_bytes());
     set.four = four;
     if (activations_.mode == activation_settings::kind::all) set.bits = activations_.bits;
     buffer_.reserve(set.rows(), x->ne[0]);

@@ -1,6 +1,7 @@
 // Tests products with 8-bit and 4-bit rows: each row must be bit-identical to its result when all rows have its bits.
 // Also tests a last panel of fewer than 16 rows: its rows must be bit-identical to those in a matrix of full panels.
-// Runs every kernel that this CPU can run, on random choices. Prints its seed; `--seed N` repeats a run.
+// And several threads, which divide blocks of tokens: the bits of one thread. Runs every kernel that this CPU can run,
+// on random choices. Prints its seed; `--seed N` repeats a run.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/select.h"
@@ -53,8 +55,17 @@ struct problem {
     tensor_attributes attributes;
 };
 
+/// Runs a node on all threads.
+void run(const custom_node &node, int threads, void *userdata) {
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) others.emplace_back(node.run, nullptr, i, threads, userdata);
+    node.run(nullptr, 0, threads, userdata);
+    for (std::thread &t : others) t.join();
+}
+
 /// Result [tokens][m]. All rows have `bits`, but those in `four`, unless it is null, have 4.
-std::vector<float> multiply(problem &p, const kernel &kern, int bits, const std::vector<uint8_t> *four) {
+std::vector<float> multiply(problem &p, const kernel &kern, int bits, const std::vector<uint8_t> *four,
+                            int threads = 1) {
     std::vector<float> out(static_cast<size_t>(p.tokens) * p.m, -1.0f);
     const ggml_tensor x = matrix(p.x.data(), p.k, p.tokens), w = matrix(p.weights.data(), p.k, p.m);
     ggml_tensor y = matrix(out.data(), p.m, p.tokens);
@@ -73,10 +84,10 @@ std::vector<float> multiply(problem &p, const kernel &kern, int bits, const std:
     job.set = &set;
     job.parts.push_back({&w, &p.attributes, &y});
     job.memory = &memory;
-    memory.reserve(job.thread_bytes(), 1);
-    route_node(nullptr, 0, 1, &set);
-    quantize_node(nullptr, 0, 1, &set);
-    product_node(nullptr, 0, 1, &job);
+    memory.reserve(std::max(set.thread_bytes(), job.thread_bytes()), threads);
+    run(node::route, threads, &set);
+    run(node::quantize, threads, &set);
+    run(node::multiply, threads, &job);
     return out;
 }
 
@@ -146,6 +157,12 @@ int main(int argc, char **argv) {
                                      four_bits = multiply(p, *row, 4, nullptr);
             if (eight_bits == four_bits || multiply(p, *row, 0, nullptr) != eight_bits) {
                 std::printf("%s: the number of bits does not count\n", row->name);
+                return 1;
+            }
+            const int threads = std::uniform_int_distribution<int>(2, 6)(rng);
+            if (multiply(p, *row, 8, nullptr, threads) != eight_bits) {
+                std::printf("%s, k %d, %d rows, %d tokens: %d threads have other results\n", row->name, p.k, p.m,
+                            p.tokens, threads);
                 return 1;
             }
             problem wide = widened(p);
