@@ -207,6 +207,39 @@ void bench_gemv(const options &o, const kernel &row, int k, int tokens) {
     }
 }
 
+/// A tall matrix of 136 MB in Q8_0 times few tokens.
+void bench_q8(const options &o, const kernel &row, int k, int tokens) {
+    char detail[80];
+    std::snprintf(detail, sizeof detail, "K %d, %d token%s", k, tokens, tokens > 1 ? "s" : "");
+    if (!row.q8 || (std::string("q8_0 ") + detail).find(o.filter) == std::string::npos) return;
+    const int rows = 4000000 / (k / q8_columns);
+    std::vector<half_tile> memory(static_cast<size_t>(rows) * (k / q8_columns) * q8_bytes / sizeof(half_tile) + 1);
+    uint8_t *weights = reinterpret_cast<uint8_t *>(memory.data());
+    std::mt19937 rng(1);
+    for (size_t i = 0; i < memory.size() * sizeof(half_tile); i++) weights[i] = static_cast<uint8_t>(i % 255 & 0x3F);
+    std::vector<float> x(static_cast<size_t>(k) * tokens), out(static_cast<size_t>(rows) * tokens);
+    for (float &v : x) v = static_cast<float>(static_cast<int>(rng() % 2000) - 1000);
+    std::vector<q8_group> packed(x.size() / 64);
+    for (int t = 0; t < tokens; t++) row.q8->pack(x.data() + t * k, k, packed.data() + t * (k / 64));
+    const double gigabytes = static_cast<double>(memory.size()) * sizeof(half_tile) * 1e-9;
+    double best = 0, best_read = 0;
+    for (int i = 0; i < o.repeat; i++) {
+        best_read = std::max(best_read, measure_read(o, memory, {0, 0}));
+        std::atomic<int> next{0};
+        const int step = std::max(64, rows / (16 * o.threads));
+        const double seconds = run(o, [&](int) {
+            std::vector<float *> dst(tokens);
+            for (int r; (r = next.fetch_add(step)) < rows;) {
+                for (int t = 0; t < tokens; t++) dst[t] = out.data() + static_cast<size_t>(t) * rows + r;
+                const uint8_t *first = weights + static_cast<size_t>(r) * (k / q8_columns) * q8_bytes;
+                row.q8->multiply({first, k, std::min(step, rows - r), packed.data(), tokens, dst.data()});
+            }
+        });
+        best = std::max(best, gigabytes / seconds);
+    }
+    print("q8_0", detail, best, "GB/s", best_read, "GB/s read");
+}
+
 void bench_quantizer(const options &o, const kernel &row, int k, const char *scale, int n_listed) {
     char detail[80];
     std::snprintf(detail, sizeof detail, "K %d, scale: %s, %d listed", k, scale, n_listed);
@@ -326,6 +359,9 @@ int main(int argc, char **argv) {
     for (int k : {576, 640, 2880, 2944}) bench_gemv(o, *row, k, 1);
     for (int tokens : {1, 2, 4, 8, 12}) bench_gemv(o, *row, 2048, tokens);
     bench_gemv(o, *row, 5632, 1);
+    for (int k : {640, 2048}) {
+        for (int tokens : {1, 2, 4, 8, 16}) bench_q8(o, *row, k, tokens);
+    }
     for (const auto &shape : {std::pair<int, int>{64, 8}, {128, 1}}) {
         bench_attention(o, *row, shape.first, shape.second, 512);
         bench_attention(o, *row, shape.first, shape.second, 4096);

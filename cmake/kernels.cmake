@@ -56,6 +56,8 @@ function(agq_add_kernels)
     # Without fused multiply-adds, which not all have, the converter rounds alike on all processors.
     agq_file_flags(portable/rounding.cpp -fno-math-errno -fno-trapping-math -ffp-contract=off)
     agq_file_flags(portable/attention_paper.cpp -fno-math-errno)
+    # A product and the sum that rounds it must not become one operation.
+    agq_file_flags(portable/q8_pack.cpp -ffp-contract=off)
     # It writes its fused operations itself: which others are fused would differ from tile to tile.
     agq_file_flags(x86/attention_avx512vnni.cpp -ffp-contract=off)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
@@ -78,10 +80,13 @@ function(agq_add_kernels)
         agq_isa(avx2 VECTOR 8 TILE 2 FLAGS ${avx2} MSVC_FLAGS /arch:AVX2
                 FILES x86/avx2.cpp
                       x86/avxvnni.cpp
+                      portable/q8_pack.cpp
                       ${rows_and_rounding}
                 VECTOR_FILES portable/attention.cpp ${few})
         agq_isa(avx512vnni VECTOR 16 TILE 4 FLAGS ${avx512} MSVC_FLAGS /arch:AVX512
                 FILES x86/avx512vnni.cpp
+                      x86/q8_avx512vnni.cpp
+                      portable/q8_pack.cpp
                       ${rows_and_rounding}
                 VECTOR_FILES x86/attention_avx512vnni.cpp ${few})
     elseif(processor MATCHES "^(aarch64|arm64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)

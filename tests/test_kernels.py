@@ -14,7 +14,9 @@ import pytest
 import agq_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ("kernels_test", "attention_test", "paper_attention_test", "rows_test", "rounding_test", "mixed_test")
+PROGRAMS = (
+    "kernels_test", "attention_test", "paper_attention_test", "q8_test", "rows_test", "rounding_test", "mixed_test",
+)  # fmt: skip
 OTHERS = ("thread_choice_test", "fetch_tuner_test", "abi_fuzz")
 
 

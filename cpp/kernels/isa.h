@@ -4,6 +4,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/attention_few.h"
+#include "kernels/q8.h"
 #include "kernels/rounding.h"
 #include "kernels/rows.h"
 #include "kernels/softmax_weights.h"
@@ -16,6 +17,8 @@ namespace agq {
     extern const rounding_kernel rounding;                  \
     extern const attention_kernel attention;                \
     extern const few_kernel few;                            \
+    extern const q8_kernel q8;                              \
+    void q8_pack(const float *x, int64_t k, q8_group *to);  \
     void softmax_weights(const softmax_weights_args &args); \
     }
 

@@ -70,6 +70,7 @@ struct kernel {
     int offset4 = 0;                    ///< added to q if it was quantized to 4 bits: 0 or 8
     const row_kernel *rows = &isa::generic::rows;
     const rounding_kernel *rounding = &isa::generic::rounding;
+    const q8_kernel *q8 = nullptr;  ///< null: the host's products with Q8_0 are used
 };
 
 /// The kernels of a build, best first; scalar is the last. Row NAME is `kernel_NAME`, which its own file defines.

@@ -91,6 +91,7 @@ void graph_rewriter::clear() {
     graph_ = nullptr;
     sets_.clear();
     products_.clear();
+    q8_products_.clear();
     lookups_.clear();
     attentions_.clear();
     jobs_.clear();
@@ -122,6 +123,10 @@ ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, 
     mixed_.begin_call(n_threads);
     for (activation_set &s : sets_) s.next.store(0, std::memory_order_relaxed);
     for (product &p : products_) p.next.store(0, std::memory_order_relaxed);
+    for (q8_product &p : q8_products_) {
+        p.next_token.store(0, std::memory_order_relaxed);
+        p.next_rows.store(0, std::memory_order_relaxed);
+    }
     for (attention_job &a : attentions_) {
         const auto choice = choices.find(a.mask);
         begin_attention(&a, choice == choices.end() ? nullptr : &choice->second, n_threads);
@@ -165,8 +170,8 @@ void graph_rewriter::find_chain(ggml_tensor **nodes, int output,
 
 void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
     roles_.assign(static_cast<size_t>(n), role::keep);
-    if (!take_all_ && std::none_of(nodes, nodes + n, uses_agq4))
-        return;  // a stock model that is only profiled stays unchanged
+    const bool is_stock = std::none_of(nodes, nodes + n, uses_agq4);
+    if (is_stock && !take_all_) return;  // a stock model that is only profiled stays unchanged
     bool has_soft_max = false;
     for (int i = 0; i < n; ++i) {
         role &r = roles_[static_cast<size_t>(i)];
@@ -183,6 +188,8 @@ void graph_rewriter::assign_roles(ggml_tensor **nodes, int n) {
             }
         } else if (nodes[i]->op == host.op_soft_max) {
             has_soft_max = true;
+        } else if (!is_stock && kern_->q8 && is_q8_product(nodes[i])) {
+            r = role::q8_product;
         }
     }
     if (fuse_) assign_fusions(nodes, n);
@@ -232,6 +239,9 @@ bool graph_rewriter::build(ggml_tensor **nodes, int n, std::string *error) {
                 break;
             case role::row_lookup:
                 good = add_row_lookup(nodes[i], error);
+                break;
+            case role::q8_product:
+                add_q8_product(nodes[i]);
                 break;
             case role::fused:
             case role::joined:
@@ -440,6 +450,19 @@ void graph_rewriter::join_products(ggml_tensor **nodes, int n, int i, product *p
         p->parts.push_back({nodes[j]->src[0], attributes, nodes[j]});
         r = role::joined;
     }
+}
+
+void graph_rewriter::add_q8_product(ggml_tensor *node) {
+    q8_product &p = q8_products_.emplace_back();
+    p.node = node;
+    p.kern = kern_->q8;
+    p.packed = &q8_tokens_;
+    p.memory = &scratch_;
+    q8_tokens_.reserve(p.packed_bytes(), 1);
+    thread_bytes_ = std::max(thread_bytes_, p.thread_bytes());
+    ggml_tensor *args[2] = {node->src[1], node->src[0]};
+    add_custom(node, args, 1, node::q8_pack, &p);
+    add_custom(node, args, 2, node::q8_multiply, &p);
 }
 
 bool graph_rewriter::add_row_lookup(ggml_tensor *node, std::string *error) {

@@ -11,6 +11,7 @@
 #include "host/host.h"
 #include "nodes/attention.h"
 #include "nodes/product.h"
+#include "nodes/q8_product.h"
 #include "rewrite/fusion.h"
 #include "rewrite/mixed_activations.h"
 
@@ -54,6 +55,7 @@ class graph_rewriter {
         product,
         joined,  ///< computed together with an earlier product
         row_lookup,
+        q8_product,
         fused,         ///< computed by the fused_source that follows
         fused_source,  ///< computed while the input of a product is quantized
         flash_attention,
@@ -71,6 +73,7 @@ class graph_rewriter {
                     void *userdata);
     bool add_product(ggml_tensor **nodes, int n, int i, std::string *error);
     void join_products(ggml_tensor **nodes, int n, int i, product *p);
+    void add_q8_product(ggml_tensor *node);
     bool add_row_lookup(ggml_tensor *node, std::string *error);
     void assign_fusions(ggml_tensor **nodes, int n);
     bool add_fused_source(ggml_tensor *node, const fusion &fused, ggml_tensor **nodes, std::string *error);
@@ -104,6 +107,7 @@ class graph_rewriter {
     std::unordered_map<int, fusion> fusions_;        ///< by the index of its last node
     std::deque<activation_set> sets_;
     std::deque<product> products_;
+    std::deque<q8_product> q8_products_;
     std::deque<row_lookup> lookups_;
     std::deque<attention_job> attentions_;
     std::deque<int> clocks_;  ///< kinds of the clock nodes; empty unless profiling
@@ -111,7 +115,8 @@ class graph_rewriter {
     std::vector<float> saved_queries_, partial_;  ///< of one attention at a time
     size_t thread_bytes_ = 0;                     ///< scratch memory that the nodes need in each thread
     thread_memory scratch_;
-    float sink_[4] = {};  ///< data of nodes without their own output
+    thread_memory q8_tokens_;  ///< packed tokens of one Q8_0 product at a time, in a single part
+    float sink_[4] = {};       ///< data of nodes without their own output
 };
 
 }  // namespace agq

@@ -3,6 +3,7 @@
 // Codebook bytes are at most 127, and activations at most 127 in size. So a pair adds up to at most 2 * 127 * 127 =
 // 32258: nothing saturates, and no sign trick is needed.
 #include "kernels/x86/avx2_4bit.h"
+#include "kernels/x86/q8_256.h"
 #include "kernels/x86/x86_256.h"
 #include "kernels/x86/x86_cpu.h"
 
@@ -70,6 +71,31 @@ void gemm(const gemm_args &args) {
     }
 }
 
+/// Blocks of Q8_0: without VNNI, VPMADDWD multiplies 16-bit numbers, so bytes are widened.
+struct q8_dot {
+    struct weights {
+        __m256i first, second;
+    };
+    using tokens = weights;
+
+    static weights load_weights(const uint8_t *bytes) {
+        return {_mm256_cvtepi8_epi16(half(bytes)), _mm256_cvtepi8_epi16(half(bytes + 16))};
+    }
+    static tokens load_tokens(const uint8_t *q) {
+        const __m256i offset = _mm256_set1_epi16(128);
+        return {_mm256_sub_epi16(_mm256_cvtepu8_epi16(half(q)), offset),
+                _mm256_sub_epi16(_mm256_cvtepu8_epi16(half(q + 16)), offset)};
+    }
+    static __m256i dot(weights w, tokens x) {
+        return _mm256_add_epi32(_mm256_madd_epi16(w.first, x.first), _mm256_madd_epi16(w.second, x.second));
+    }
+
+  private:
+    static __m128i half(const uint8_t *bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)); }
+};
+
+constexpr q8_kernel q8 = {isa::avx2::q8_pack, q8_multiply<q8_dot>};
+
 bool supported() {
     return detect_x86().avx2;
 }
@@ -86,6 +112,7 @@ const kernel kernel_avx2 = {"avx2",
                             4,
                             activation_offset,
                             &isa::avx2::rows,
-                            &isa::avx2::rounding};
+                            &isa::avx2::rounding,
+                            &q8};
 
 }  // namespace agq

@@ -530,6 +530,7 @@ const kernel kernel_avx512vnni = {"avx512vnni",
                                   4,
                                   0,
                                   &isa::avx512vnni::rows,
-                                  &isa::avx512vnni::rounding};
+                                  &isa::avx512vnni::rounding,
+                                  &isa::avx512vnni::q8};
 
 }  // namespace agq

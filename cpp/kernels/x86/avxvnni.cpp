@@ -2,6 +2,7 @@
 //
 // Built with AGQ_AVXVNNI_AS_EVEX, the kernel uses the EVEX encoding of the same instruction. A CPU with AVX-512 VNNI
 // but without AVX-VNNI can then run its tests. The rest of the machine code is the same.
+#include "kernels/x86/q8_256.h"
 #include "kernels/x86/x86_256.h"
 #include "kernels/x86/x86_cpu.h"
 
@@ -34,6 +35,23 @@ struct dot4 {
     static __m256i finish(__m256i sum, int32_t) { return sum; }
 };
 
+/// Blocks of Q8_0: 128 times the sum of the weights is subtracted beforehand.
+struct q8_dot {
+    struct weights {
+        __m256i w, start;
+    };
+    using tokens = __m256i;
+
+    static weights load_weights(const uint8_t *bytes) {
+        const __m256i w = load(bytes), zero = _mm256_setzero_si256();
+        return {w, _mm256_sub_epi32(zero, dot4::dot(zero, _mm256_set1_epi8(-128), w))};
+    }
+    static tokens load_tokens(const uint8_t *q) { return load(q); }
+    static __m256i dot(weights w, tokens x) { return dot4::dot(w.start, x, w.w); }
+};
+
+constexpr q8_kernel q8 = {isa::avx2::q8_pack, q8_multiply<q8_dot>};
+
 bool supported() {
 #ifdef AGQ_AVXVNNI_AS_EVEX
     return detect_x86().avx512vnni;
@@ -54,6 +72,7 @@ const kernel kernel_avxvnni = {"avxvnni",
                                4,
                                0,
                                &isa::avx2::rows,
-                               &isa::avx2::rounding};
+                               &isa::avx2::rounding,
+                               &q8};
 
 }  // namespace agq
