@@ -122,7 +122,7 @@ def test_a_long_conversation_drops_the_oldest_turns(llama_f16: Path) -> None:
         assert dropped > 8 and len(talk.messages) == 24  # nothing that was said is lost
         with pytest.raises(InputError, match="shorten it or use a larger --ctx"):
             list(talk.answer("key " * 300))
-        assert len(talk.messages) == 24
+        assert (len(talk.messages), talk.dropped) == (24, 0)  # no note about turns beside the error
         assert "".join(talk.answer("the cat"))
         assert "the red key in the box 3" in talk.as_markdown()
 
@@ -158,10 +158,12 @@ def test_a_second_text_with_the_same_beginning(llama_f16: Path) -> None:
 def test_a_chat_at_a_terminal(llama_f16: Path, tmp_path: Path) -> None:
     path = with_template(llama_f16, tmp_path / "m.gguf", SIMPLE)
     saved = tmp_path / "talk.md"
+    (tmp_path / "home").mkdir()
     master, slave = pty.openpty()
     with subprocess.Popen(
         [*COMMAND, "chat", str(path), "-n", "8", "-t", "1", "--temp", "0"],
-        stdin=slave, stdout=slave, stderr=slave, env=environment(TERM="dumb"), preexec_fn=heeding_interrupts,
+        stdin=slave, stdout=slave, stderr=slave, preexec_fn=heeding_interrupts,
+        env=environment(TERM="dumb", HOME=str(tmp_path / "home")),
     ) as chat:  # fmt: skip
         os.close(slave)
         shown = b""
@@ -183,7 +185,9 @@ def test_a_chat_at_a_terminal(llama_f16: Path, tmp_path: Path) -> None:
             (b"/help\n", b"stop the answer"), (b"/nonsense\n", b"unknown command /nonsense"),
             (b"/system be brief\n", b"system prompt changed"), (b"the cat\n", b""),
             (b'"""\nthe dog\nand the cat\n"""\n', b""), (b"/save " + os.fsencode(saved) + b"\n", b"written"),
-            (b"/save /no/such/folder/x\n", b"cannot be written"), (b"/reset\n", b"a new conversation"),
+            (b"/save /no/such/folder/x\n", b"cannot write there"), (b"/save\n", b"needs the name of a file"),
+            (b"/save " + os.fsencode(path) + b"\n", b"is a GGUF model"), (b"/save ~/talk.md\n", b"/talk.md: written"),
+            (b'"""\n"""\n/reset\n', b"a new conversation"),
         ]:  # fmt: skip
             os.write(master, typed)
             assert answer in until(b"\n> ")
@@ -193,6 +197,7 @@ def test_a_chat_at_a_terminal(llama_f16: Path, tmp_path: Path) -> None:
         assert chat.wait(60) == 0
     os.close(master)
     text = saved.read_text(encoding="utf-8")
+    assert (tmp_path / "home" / "talk.md").read_text(encoding="utf-8") == text
     assert text.startswith("**System**\n\nbe brief\n\n**User**\n\nthe cat\n")
     assert "**User**\n\nthe dog\nand the cat\n" in text
 

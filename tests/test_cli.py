@@ -155,6 +155,39 @@ def test_a_process_whose_reader_is_gone(llama_agq: Path) -> None:
         assert child.stderr.read() == b""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["inspect", "MODEL"], ["inspect", "MODEL", "--json"],
+                  ["generate", "MODEL", "-p", "the", "-n", "2"]],
+)  # fmt: skip
+def test_output_that_is_full_or_closed(arguments: list[str], llama_agq: Path) -> None:
+    words = " ".join([*COMMAND, *arguments]).replace("MODEL", str(llama_agq))
+
+    def shell(redirection: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", "-c", f"{words} {redirection}"], capture_output=True, text=True, timeout=120, check=False,
+            env=environment(),
+        )  # fmt: skip
+
+    full = shell(">/dev/full")
+    assert full.returncode == 5, full
+    assert full.stderr == "error: the output cannot be written: No space left on device\n"
+    for redirection in (">&-", "<&-", "2>&-", "2>/dev/full", "<&- >&- 2>&-"):
+        shown = shell(redirection)
+        assert (shown.returncode, shown.stderr) == (0, ""), (redirection, shown)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_work_does_not_need_a_log(redirection: str, llama_f16: Path, llama_agq: Path, tmp_path: Path) -> None:
+    """And llama.cpp's log is not written into the files."""
+    made = tmp_path / "made.gguf"
+    words = " ".join([*COMMAND, "quantize", str(llama_f16), str(made), "--calibration", "none"])
+    shown = subprocess.run(["sh", "-c", f"{words} {redirection}"], timeout=120, check=False, env=environment())
+    assert shown.returncode == 0
+    run("verify", made)
+
+
 def test_interrupted(small: Path) -> None:
     arguments = ["bench", small, "-p", "8", "-n", "8", "-r", "1000000", "-t", "1"]
     with subprocess.Popen(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agq_gguf.runtime import log
 from agq_gguf.runtime.interrupts import Interrupts, Terminated, terminate
 from agq_gguf.runtime.model import Batch, Model
 
@@ -44,6 +45,30 @@ def test_an_interrupt_in_a_callback(number: signal.Signals, llama_f16: Path) -> 
         context.clear()
         context.decode(batch)  # the next call runs
     assert signal.getsignal(number) is (terminate if number == signal.SIGTERM else signal.default_int_handler)
+
+
+@pytest.mark.usefixtures("raising")
+@pytest.mark.parametrize("what", ["load", "context"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_the_log(
+    number: signal.Signals, what: str, llama_f16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp logs while it loads a model and makes a context."""
+    sent: list[int] = []
+
+    def receive(*_: object) -> None:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    with Model(llama_f16) as model:
+        monkeypatch.setattr(log.logger, "log", receive)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            if what == "context":
+                model.context(64, threads=1)
+            else:
+                Model(llama_f16)
+        assert sent and isinstance(raised.value, Terminated) == (number == signal.SIGTERM)
 
 
 def test_other_handlers_and_threads_are_left_alone() -> None:

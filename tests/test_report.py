@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Browser, needs_chromium
-from command_line import run
+from command_line import process, run
 
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.gguf_io.metadata import error_table
@@ -210,6 +211,33 @@ def test_report_refuses(llama_agq: Path, tmp_path: Path, measured: tuple[Path, P
         with pytest.raises(InputError, match=message):
             report.gather(llama_agq, tokens=64, threads=1, **options)
     run("report", llama_agq, "-o", tmp_path / "no" / "r.html", "--tokens", 0, code=OutputError.exit_code)
+
+
+def test_a_page_is_never_written_over_what_is_read(llama_agq: Path, tmp_path: Path) -> None:
+    model, other, speed = (tmp_path / name for name in ("m.gguf", "other.gguf", "speed.json"))
+    for path in (model, other):
+        path.write_bytes(llama_agq.read_bytes())
+    speed.write_text("[]", encoding="utf-8")
+    (tmp_path / "link.html").symlink_to(other)
+    for target, options in ((model, []), (other, []), (tmp_path / "link.html", []), (speed, ["--bench", speed])):
+        before = target.read_bytes()
+        error = run("report", model, "-o", target, "--tokens", 0, *options, code=2).stderr
+        assert "write to another file" in error and target.read_bytes() == before
+    assert "is a folder" in run("report", model, "-o", tmp_path, code=OutputError.exit_code).stderr
+    # Said before the work.
+    assert "report:" not in run("report", model, "-o", tmp_path / "no" / "r.html", code=OutputError.exit_code).stderr
+
+
+def test_a_page_of_a_name_that_is_no_text(llama_agq: Path, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.gguf"))
+    path.write_bytes(llama_agq.read_bytes())
+    for command in (
+        ["report", path, "--tokens", 0, "-o", tmp_path / "r.html"],
+        ["card", path, "-o", tmp_path / "c.md"],
+    ):
+        shown = process(*command)
+        assert (shown.returncode, "Traceback" in shown.stderr) == (0, False), shown
+    assert "caf?.gguf" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 # pictures

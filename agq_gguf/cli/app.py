@@ -5,6 +5,7 @@ Modules that load llama_cpp or torch are imported inside the commands, so that `
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -32,7 +33,7 @@ from agq_gguf.cli import (
     verify,
 )
 from agq_gguf.cli import output as show
-from agq_gguf.errors import AgqError, HostError
+from agq_gguf.errors import AgqError, HostError, OutputError
 from agq_gguf.runtime.interrupts import terminate
 
 _INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
@@ -46,7 +47,9 @@ class _Commands(TyperGroup):
         """Runs the command."""
         debug = bool(ctx.params.get("debug"))
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except AgqError as e:
             if debug:
                 raise
@@ -54,18 +57,48 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted", _INTERRUPTED)
         except BrokenPipeError:
-            # The reader of stdout has gone. Redirect stdout, so that the flush at the end of the process succeeds.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _end_output()  # the reader of stdout has gone
             raise typer.Exit(_BROKEN_PIPE) from None
         except (OSError, MemoryError) as e:
             if debug:
                 raise
+            if _is_full(e):
+                _fail_full(e)
             _fail(str(e) or "not enough memory", AgqError.exit_code)
 
 
 def _fail(message: str, exit_code: int) -> None:
     show.complain(f"error: {message}")
     raise typer.Exit(exit_code) from None
+
+
+def _is_full(e: BaseException) -> bool:
+    """Whether stdout, which has no name, has no room for more."""
+    return isinstance(e, OSError) and e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _fail_full(e: BaseException) -> None:
+    _end_output()
+    _fail(f"the output cannot be written: {getattr(e, 'strerror', e)}", OutputError.exit_code)
+
+
+def _end_output() -> None:
+    """Redirects stdout, so that the flush at the end of the process succeeds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_streams() -> None:
+    """Opens standard streams that are closed, as for some services.
+
+    Else the first files that are opened take their numbers, and what llama.cpp logs would be written into them.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
 
 
 app = typer.Typer(
@@ -81,7 +114,15 @@ def main() -> None:
     """Entry point of ``agq-gguf``."""
     # SIGTERM cleans up as Ctrl-C does: half-written files are removed.
     signal.signal(signal.SIGTERM, terminate)
-    app(prog_name="agq-gguf")
+    _open_streams()
+    try:
+        app(prog_name="agq-gguf")
+    except OSError as e:  # of --help and --version, which no command has seen
+        if not _is_full(e):
+            raise
+        _end_output()
+        show.complain(f"error: the output cannot be written: {e.strerror}")
+        sys.exit(OutputError.exit_code)
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agq_gguf.cli import output as show
+from agq_gguf.cli.files import check_text_file, write_text
 from agq_gguf.cli.options import Context, ModelArgument, Seed, Temperature, Threads
 from agq_gguf.cli.prune import pruning, show_dropped
-from agq_gguf.errors import AgqError, InputError, OutputError
+from agq_gguf.errors import AgqError, InputError
 from agq_gguf.runtime.interrupts import Terminated
 from agq_gguf.text import read_text
 
@@ -189,8 +190,10 @@ def _messages(ctrl_c: _CtrlC, interactive: bool) -> Iterator[str]:
             if line.strip():
                 yield line.strip()
         elif line.rstrip().endswith('"""'):
-            yield "\n".join([*block, line.rstrip()[:-3]]).strip("\n")
+            message = "\n".join([*block, line.rstrip()[:-3]]).strip("\n")
             block = None
+            if message.strip():
+                yield message
         else:
             block.append(line)
 
@@ -223,15 +226,24 @@ def _command(talk: Conversation, line: str) -> None:
     elif word == "/system":
         talk.system = rest.strip()
         show.complain("system prompt changed" if talk.system else "system prompt removed")
-    elif word == "/save" and rest.strip():
-        try:
-            Path(rest.strip()).write_text(talk.as_markdown(), encoding="utf-8")
-        except OSError as e:
-            show.complain(f"error: {OutputError(f'{rest.strip()}: cannot be written: {e.strerror}')}")
-        else:
-            show.complain(f"{rest.strip()}: written")
+    elif word == "/save":
+        _save(talk, rest.strip())
     else:
         show.complain(f"unknown command {word}; /help lists all")
+
+
+def _save(talk: Conversation, name: str) -> None:
+    if not name:
+        show.complain("/save needs the name of a file")
+        return
+    try:
+        target = Path(name).expanduser()
+        check_text_file(target)
+        write_text(target, talk.as_markdown())
+    except (AgqError, RuntimeError) as e:  # RuntimeError: a home folder that is not known
+        show.complain(f"error: {e}")
+    else:
+        show.complain(f"{target}: written")
 
 
 def _write(text: str) -> None:

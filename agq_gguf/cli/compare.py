@@ -10,6 +10,7 @@ import typer
 
 from agq_gguf.calibration.default_text import default_calibration, held_out
 from agq_gguf.cli import output as show
+from agq_gguf.cli.files import write_text
 from agq_gguf.cli.options import Flash, FlashOption, Json, PlotOption, Quality, Quiet, Threads
 from agq_gguf.errors import OutputError, missing_package
 from agq_gguf.inspection import plots
@@ -130,8 +131,7 @@ def card(
     found: Comparison | None = read_comparison(compared) if compared is not None else None
     page = write(model, base_model=base_model, licence=licence, compared=found)
     try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(page)
-    except OSError as e:
-        raise OutputError(f"{output}: cannot be written: {e.strerror}; choose another file with -o") from e
-    show.say(f"{output}: {show.size(len(page.encode()))}")
+        write_text(output, page, new=True)
+    except OutputError as e:
+        raise OutputError(f"{e}; choose another file with -o") from e
+    show.say(f"{output}: {show.size(output.stat().st_size)}")

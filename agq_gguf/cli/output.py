@@ -51,8 +51,13 @@ def say(text: str = "") -> None:
 
 
 def complain(text: str) -> None:
-    """Prints a line to stderr."""
-    console(stderr=True).print(safe(text), soft_wrap=True)
+    """Prints a line to stderr. No work ends because a log has no room for it."""
+    try:
+        console(stderr=True).print(safe(text), soft_wrap=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def write_json(value: Any) -> None:

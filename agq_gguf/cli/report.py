@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from agq_gguf.cli import output as show
+from agq_gguf.cli.files import check_text_file, write_text
 from agq_gguf.cli.options import Quiet, Threads
-from agq_gguf.errors import OutputError, missing_package
+from agq_gguf.errors import missing_package
 
 
 def report(
@@ -46,14 +47,12 @@ def report(
     except ImportError as e:
         raise missing_package("the report", e, "report") from e
     target = output or Path(f"{model.name.removesuffix('.gguf')}.html")
+    check_text_file(target, [model, text, *(bench or []), *(evaluation or [])])
     with show.ProgressView(quiet=quiet) as view:
         data = gather(
             model, text=text, tokens=tokens, threads=threads, bench=bench or [], evaluations=evaluation or [],
             progress=view.update,
         )  # fmt: skip
     page = render(data)
-    try:
-        target.write_text(page, encoding="utf-8")
-    except OSError as e:
-        raise OutputError(f"{target}: cannot be written: {e.strerror}") from e
-    show.say(f"{target}: {show.size(len(page.encode()))}")
+    write_text(target, page)
+    show.say(f"{target}: {show.size(target.stat().st_size)}")

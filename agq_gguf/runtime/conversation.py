@@ -32,6 +32,7 @@ class Conversation:
 
         Raises InputError if the message alone is longer than the context, and then forgets the message.
         """
+        self.dropped = 0
         self.messages.append({"role": "user", "content": message})
         try:
             prompt = self._prompt()

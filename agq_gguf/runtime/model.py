@@ -77,10 +77,14 @@ class Model(_Closable):
                 parameters.use_mmap = use_mmap
             parameters.vocab_only = vocab_only
             redirect.errors.clear()
-            self._model = api.llama_model_load_from_file(os.fsencode(self.path), parameters)
+            with Interrupts().deferred():  # llama.cpp calls the log's callback
+                self._model = api.llama_model_load_from_file(os.fsencode(self.path), parameters)
             if not self._model:
                 raise InputError(f"{path}: llama.cpp cannot load this model: {last_error('no reason given')}")
         except BaseException:
+            if self._model:
+                api.llama_model_free(self._model)
+                self._model = None
             redirect.release()
             raise
         self.vocabulary = api.llama_model_get_vocab(self._model)
@@ -274,7 +278,13 @@ class Context(_Closable):
             )
             parameters.cb_eval = self._eval_callback
         redirect.errors.clear()
-        self._context: Any = api.llama_init_from_model(model._model, parameters)
+        self._context: Any = None
+        try:
+            with self._interrupts.deferred():  # llama.cpp calls the log's callback
+                self._context = api.llama_init_from_model(model._model, parameters)
+        except BaseException:
+            self.close()
+            raise
         if not self._context:
             reason = last_error("not enough memory, or the model does not support it")
             raise HostError(f"{model.path}: llama.cpp cannot create a context of {n_ctx} tokens: {reason}")
