@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import architectures
 import gguf
 import numpy as np
 import pytest
+from low_level import QUICK
 
+from agq_gguf.quantization.pipeline import quantize
+from agq_gguf.runtime import plugin
 from agq_gguf.runtime.machine import kernels
 from agq_gguf.runtime.model import Batch, Model
 
 HAVE = ("avx512vnni", "avxvnni", "avx2")  # kernels with products of Q8_0
+pytestmark = pytest.mark.skipif(
+    all(kernel.name not in HAVE for kernel in kernels() if kernel.chosen), reason="the kernel leaves them to the host"
+)
 
 
 def product(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +37,6 @@ def product(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return terms.sum(-1), np.abs(terms).sum(-1)
 
 
-@pytest.mark.skipif(all(k.name not in HAVE for k in kernels() if k.chosen), reason="the kernel leaves them to the host")
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 13, 40])
 def test_the_output_matrix(n: int, llama_agq: Path) -> None:
     tensor = next(t for t in gguf.GGUFReader(llama_agq).tensors if t.name == "output.weight")
@@ -41,3 +47,21 @@ def test_the_output_matrix(n: int, llama_agq: Path) -> None:
         logits, states = context.logits(batch).copy(), context.embeddings(batch).copy()
     wanted, sizes = product(states, tensor.data)
     assert np.all(np.abs(logits - wanted) <= 1e-6 * sizes)
+
+
+@pytest.mark.parametrize("n", [1, 9])
+def test_a_matrix_for_each_head(n: int, tmp_path: Path) -> None:
+    """DeepSeek's attn_v_b. llama.cpp's product, which the scalar kernel leaves it to, rounds activations otherwise."""
+    path = tmp_path / "agq4.gguf"
+    quantize(architectures.write_deepseek2(tmp_path / "f16.gguf"), path, options=QUICK)
+    types = {t.name: t.tensor_type for t in gguf.GGUFReader(path).tensors}
+    assert types["blk.0.attn_v_b.weight"] == gguf.GGMLQuantizationType.Q8_0
+    tokens = np.random.default_rng(n).integers(300, 420, n)
+    found = []
+    with Model(path) as model:
+        for isa in ("scalar", ""):
+            with plugin.options(isa=isa), model.context(64, threads=2, flash_attention="off") as context:
+                batch = Batch(tokens, first_logits=0)
+                context.decode(batch)
+                found.append(context.logits(batch).copy())
+    assert 0 < np.linalg.norm(found[0] - found[1]) < 0.02 * np.linalg.norm(found[0])

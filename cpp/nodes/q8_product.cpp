@@ -26,10 +26,12 @@ bool is_q8_product(const ggml_tensor *node) {
     if (node->op != host.op_mul_mat) return false;
     const ggml_tensor *w = node->src[0], *x = node->src[1];
     // Weights in a layout of the host's own have `extra`.
-    const bool plain = w->type == ggml_type_q8_0 && !w->view_src && w->data && !w->extra && w->ne[2] == 1 &&
-                       w->ne[3] == 1 && w->ne[0] % (2 * q8_columns) == 0 && w->nb[0] == q8_bytes &&
-                       w->nb[1] == static_cast<size_t>(w->ne[0] / q8_columns) * q8_bytes;
-    return plain && x->type == ggml_type_f32 && x->nb[0] == sizeof(float) && x->ne[0] == w->ne[0] &&
+    const bool plain = w->type == ggml_type_q8_0 && !w->view_src && w->data && !w->extra && w->ne[3] == 1 &&
+                       w->ne[0] % (2 * q8_columns) == 0 && w->nb[0] == q8_bytes &&
+                       w->nb[1] == static_cast<size_t>(w->ne[0] / q8_columns) * q8_bytes &&
+                       w->nb[2] == static_cast<size_t>(w->ne[1]) * w->nb[1];
+    const bool same_heads = w->ne[2] == 1 || (w->ne[2] == x->ne[2] && x->ne[3] == 1);
+    return plain && same_heads && x->type == ggml_type_f32 && x->nb[0] == sizeof(float) && x->ne[0] == w->ne[0] &&
            node->type == ggml_type_f32 && node->nb[0] == sizeof(float);
 }
 
@@ -57,14 +59,21 @@ void q8_pack_node(ggml_tensor *, int, int, void *userdata) {
 void q8_multiply_node(ggml_tensor *, int ith, int nth, void *userdata) {
     q8_product &p = *static_cast<q8_product *>(userdata);
     const ggml_tensor *w = p.node->src[0];
-    const int64_t tokens = p.tokens(), step = std::max(fewest_rows, w->ne[1] / (int64_t{nth} * units_per_thread));
+    const int64_t rows = w->ne[1], heads = w->ne[2], tokens = p.tokens() / heads;
+    const int64_t step =
+        std::clamp(rows * heads / (int64_t{nth} * units_per_thread), std::min(fewest_rows, rows), rows);
+    const int64_t units = (rows + step - 1) / step;
     auto *dst = static_cast<float **>(p.memory->of(ith));
-    for (int64_t row; (row = p.next_rows.fetch_add(step, std::memory_order_relaxed)) < w->ne[1];) {
+    for (int64_t i; (i = p.next_rows.fetch_add(1, std::memory_order_relaxed)) < heads * units;) {
+        const int64_t head = i / units, row = i % units * step;
         for (int64_t t = 0; t < tokens; ++t) {
-            dst[t] = const_cast<float *>(reinterpret_cast<const float *>(flat_row(p.node, t))) + row;
+            const char *result = flat_row(p.node, head * tokens + t);
+            dst[t] = const_cast<float *>(reinterpret_cast<const float *>(result)) + row;
         }
-        const uint8_t *first = static_cast<const uint8_t *>(w->data) + row * static_cast<int64_t>(w->nb[1]);
-        p.kern->multiply({first, w->ne[0], std::min(step, w->ne[1] - row), packed_tokens(p), tokens, dst});
+        const uint8_t *first =
+            static_cast<const uint8_t *>(w->data) + (head * rows + row) * static_cast<int64_t>(w->nb[1]);
+        const q8_group *packed = packed_tokens(p) + head * tokens * groups(p);
+        p.kern->multiply({first, w->ne[0], std::min(step, rows - row), packed, tokens, dst});
     }
 }
 

@@ -11,7 +11,7 @@
 
 namespace agq {
 
-/// Whether the nodes below can compute the product.
+/// Whether the nodes below can compute the product: one matrix for all tokens, or one for each head.
 bool is_q8_product(const ggml_tensor *node);
 
 struct q8_product {
