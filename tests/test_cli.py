@@ -371,4 +371,6 @@ def test_demo(shown_demo: list[Path], tmp_path: Path) -> None:
     assert shown_demo[1] == tmp_path / "a" / "b"
     assert shown_demo[1].is_dir()
     (tmp_path / "file").write_text("")
-    assert "cannot create this folder" in run("demo", "--keep", tmp_path / "file", code=2).stderr
+    assert "cannot create this folder" in run("demo", "--keep", tmp_path / "file", code=5).stderr
+    if sys.platform == "linux":
+        assert "cannot write there" in run("demo", "--keep", "/proc", code=5).stderr

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agq_gguf.cli import output as show
-from agq_gguf.cli.files import check_text_file, write_text
+from agq_gguf.cli.files import check_output, write_text
 from agq_gguf.cli.options import Context, ModelArgument, Seed, Temperature, Threads
 from agq_gguf.cli.prune import pruning, show_dropped
 from agq_gguf.errors import AgqError, InputError
@@ -238,7 +238,7 @@ def _save(talk: Conversation, name: str) -> None:
         return
     try:
         target = Path(name).expanduser()
-        check_text_file(target)
+        check_output(target)
         write_text(target, talk.as_markdown())
     except (AgqError, RuntimeError) as e:  # RuntimeError: a home folder that is not known
         show.complain(f"error: {e}")

@@ -1,4 +1,4 @@
-"""Text files that commands write: refused before the work, and never written over what a command reads."""
+"""Files that commands write: refused before the work, and never written over what a command reads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.gguf_io.writer import check_writable
+from agq_gguf.inspection import plots
 
 _MODEL = b"GGUF"  # how models begin
 
 
-def check_text_file(path: Path, inputs: Iterable[Path | None] = ()) -> None:
+def check_output(path: Path, inputs: Iterable[Path | None] = ()) -> None:
     """Raises InputError if `path` is one of the inputs or any model, OutputError if nothing can be written there."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; give the name of a file")
@@ -31,6 +32,13 @@ def check_text_file(path: Path, inputs: Iterable[Path | None] = ()) -> None:
             raise OutputError(f"{path}: cannot be written: no permission, or a read-only file system")
     else:
         check_writable(path)
+
+
+def check_picture(path: Path | None, inputs: Iterable[Path | None] = ()) -> None:
+    """Does the same for a picture, if one is wanted; also raises HostError and InputError as `plots.check_kind` does."""
+    if path is not None:
+        plots.check_kind(path)
+        check_output(path, inputs)
 
 
 def write_text(path: Path, text: str, *, new: bool = False) -> None:

@@ -18,6 +18,7 @@ from agq_gguf.arguments import PathName, Progress, no_progress
 from agq_gguf.calibration.importance import importance
 from agq_gguf.comparison.candidates import Candidate
 from agq_gguf.errors import InputError, OutputError
+from agq_gguf.gguf_io.writer import check_writable
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.bench import Result, bench
 from agq_gguf.measure.evaluate import Evaluation, evaluate
@@ -75,6 +76,7 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OutputError(f"{folder}: cannot be made: {e.strerror}") from e
+    check_writable(folder / STATE)
     state = _State(folder / STATE, _identity(source, setup))
 
     @cache
