@@ -67,6 +67,24 @@ def test_the_card_of_an_encoder(bert_f16: Path) -> None:
     assert "embedding=True" in body and "llama-embedding -m bert" in body
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("llama_agq", "is an AGQ4 model already; start from the file that it was made from"),
+        ("llama_q8", "is already quantized (q8_0); start from the F32, F16 or BF16 file of the model\n"),
+        ("bert_f16", "predicts no next token: it is an encoder"),
+    ],
+)
+def test_sources_that_cannot_be_compared(
+    kind: str, message: str, words_file: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Refused at once, before a file is made."""
+    source = request.getfixturevalue(kind)
+    refused = run("compare", source, "-o", tmp_path / "made", "--calibration", words_file, *QUICK, code=2).stderr
+    assert message in refused and refused.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_stopped_comparison_goes_on(
     small: Path, words_file: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
