@@ -172,10 +172,9 @@ def test_a_target_for_any_architecture(
     guide: str, gpt2_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "agq_gguf.quantization.budget.choose.load_imatrix",
+        "agq_gguf.calibration.imatrix.load_imatrix",
         lambda path: pytest.fail("read without need") if guide != "imatrix" else {},
     )
-    monkeypatch.setattr("agq_gguf.quantization.guidance.load_imatrix", lambda path: {})
     options = QuantizeOptions(target_bpw=6, threads=1, context=64, calibration_tokens=512)
     report = quantize(
         gpt2_f16, tmp_path / "out.gguf",
