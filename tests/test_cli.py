@@ -82,6 +82,10 @@ def test_version() -> None:
         (["bench", "x.gguf", "-r", "0"], "-r"),
         (["evaluate", "x.gguf", "--text", "t"], "--reference"),
         (["quantize", "a", "b", "--memory", "4Q"], "4Q"),
+        (["quantize", "a", "b", "--target-bpw", "99"], "must be 4.25 to 16 bits per weight"),
+        (["quantize", "a", "b", "-t", "513"], "512"),
+        (["generate", "x.gguf", "-p", "x", "-t", "9999"], "512"),
+        (["doctor", "-t", "9999"], "512"),
         (["quantize", "a", "b", "--no-such-option"], "No such option"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from agq_gguf.errors import InputError
 from agq_gguf.runtime import log
+from agq_gguf.runtime.cpus import MAX_THREADS
 from agq_gguf.runtime.model import Batch, Model
 
 TEXT = "the red key in the box and the blue door"
@@ -56,3 +57,11 @@ def test_the_cause_of_a_failure_is_what_the_plugin_said() -> None:
     log.redirect.errors.append("llama_decode: failed to decode, ret = -3")
     assert log.last_error("").startswith("tensor 'a' is used in a product")
     log.redirect.errors.clear()
+
+
+def test_more_threads_than_ggml_takes(llama_f16: Path) -> None:
+    with Model(llama_f16) as model:
+        for threads in (-1, MAX_THREADS + 1):
+            with pytest.raises(InputError, match=f"threads must be 0 to 512, got {threads}"):
+                model.context(64, threads=threads)
+        model.context(64, threads=MAX_THREADS).close()

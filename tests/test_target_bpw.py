@@ -192,8 +192,9 @@ def test_types_that_the_user_wants_stay(llama_f16: Path, words: str) -> None:
     assert types["output.weight"] == "f16" and types["token_embd.weight"] == "agq4"
     with pytest.raises(InputError, match=r"must be at least \d\.\d+ bits per weight for this model"):
         plan_file(llama_f16, QuantizeOptions(target_bpw=3))
-    with pytest.raises(InputError, match="must be a positive number of bits per weight, got"):
-        QuantizeOptions(target_bpw=-1)
+    for target in (-1, 99, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=r"must be 4\.25 to 16 bits per weight, or 0 for no target, got"):
+            QuantizeOptions(target_bpw=target)
 
 
 # activations

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.runtime.abilities import Abilities, abilities_of
-from agq_gguf.runtime.cpus import default_threads
+from agq_gguf.runtime.cpus import MAX_THREADS, default_threads
 from agq_gguf.runtime.interrupts import Interrupts
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import last_error, redirect
@@ -183,8 +183,11 @@ class Model(_Closable):
 
         With `embeddings` the model computes them in place of logits, as an encoder does.
 
-        Raises InputError if the model does not support so many tokens, HostError if llama.cpp cannot create it.
+        Raises InputError if the model does not support so many tokens or llama.cpp so many threads, HostError if
+        llama.cpp cannot create it.
         """
+        if not 0 <= threads <= MAX_THREADS:
+            raise InputError(f"threads must be 0 to {MAX_THREADS}, got {threads}")
         limit = self.facts.positions
         if limit and n_ctx > limit:
             # llama.cpp would read past the end of the position table, and abort.
