@@ -35,7 +35,7 @@ def check_output(path: Path, inputs: Iterable[Path | None] = ()) -> None:
 
 
 def check_picture(path: Path | None, inputs: Iterable[Path | None] = ()) -> None:
-    """Does the same for a picture, if one is wanted; also raises HostError and InputError as `plots.check_kind` does."""
+    """The same for a picture, if one is wanted; also raises what `plots.check_kind` raises."""
     if path is not None:
         plots.check_kind(path)
         check_output(path, inputs)

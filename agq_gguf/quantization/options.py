@@ -39,7 +39,8 @@ class QuantizeOptions:
             raise InputError(f"quality must be one of {', '.join(QUALITIES)}, got {self.quality!r}")
         if not 0 <= self.target_bpw <= MAX_TARGET_BPW:
             raise InputError(
-                f"the target must be 4.25 to {MAX_TARGET_BPW} bits per weight, or 0 for no target, got {self.target_bpw:g}"
+                f"the target must be 4.25 to {MAX_TARGET_BPW} bits per weight, or 0 for no target, "
+                f"got {self.target_bpw:g}"
             )
         for name in self.keep_types:
             if name not in TYPE_IDS or name == blocks.TYPE_NAME:

@@ -26,6 +26,7 @@ from agq_gguf.runtime.cpus import MAX_THREADS, default_threads
 from agq_gguf.runtime.interrupts import Interrupts
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import last_error, redirect
+from agq_gguf.runtime.machine import free_memory
 from agq_gguf.runtime.model_file import prepare
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor; True bef
 
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _CACHE_TYPES = {"f16": 1, "f32": 0}  # ggml's types
+_CACHE_BYTES = {"f16": 2, "f32": 4}
+_MAX_CONTEXT = 2**31 - 1  # llama.cpp counts in 32 bits
 _POOLING_NONE = 0
 
 logging.getLogger("agq_gguf").addHandler(logging.NullHandler())
@@ -192,6 +195,9 @@ class Model(_Closable):
         if limit and n_ctx > limit:
             # llama.cpp would read past the end of the position table, and abort.
             raise InputError(f"{self.path}: the context must be at most {limit} tokens for this model, got {n_ctx}")
+        if n_ctx * sequences > _MAX_CONTEXT:
+            raise InputError(f"{self.path}: the context must be at most {_MAX_CONTEXT} tokens, got {n_ctx * sequences}")
+        self._check_memory(n_ctx * sequences, cache)
         return Context(
             self,
             n_ctx,
@@ -204,6 +210,18 @@ class Model(_Closable):
             cache,
             embeddings,
         )
+
+    def _check_memory(self, tokens: int, cache: CacheType) -> None:
+        """Raises InputError for a cache that does not fit: llama.cpp fills it with zeros, so the machine would swap."""
+        windows = int(getattr(self._api, "llama_model_n_swa", lambda _: 1)(self._model))
+        if windows or not self.facts.causal:
+            return  # some layers keep fewer keys, or there is no cache
+        needed, free = self.facts.cache_bytes * tokens * _CACHE_BYTES[cache] // 2, free_memory()
+        if free is not None and needed > free:
+            raise InputError(
+                f"{self.path}: the keys and values of {tokens} tokens need {needed / 2**30:.1f} GiB of memory, "
+                f"{free / 2**30:.1f} GiB are free; use a smaller context"
+            )
 
     def close(self) -> None:
         """Frees the model and restores the log."""
