@@ -313,9 +313,11 @@ def test_generate_same_seed_same_text(llama_f16: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_generate_refuses(llama_f16: Path, bert_f16: Path, words: str) -> None:
+def test_generate_refuses(llama_f16: Path, gpt2_f16: Path, bert_f16: Path, words: str) -> None:
     assert "predicts no next token" in run("generate", bert_f16, "-p", "the", code=2).stderr
     assert "expected 1 to" in run("generate", llama_f16, "-p", words, "-t", 1, code=2).stderr
+    refused = run("generate", gpt2_f16, "-p", "", code=2).stderr  # this model has no token that begins a text
+    assert refused == f"error: {gpt2_f16}: the prompt is empty; give a text that the model can continue\n"
 
 
 def test_chat_from_a_pipe(llama_agq: Path) -> None:

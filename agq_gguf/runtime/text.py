@@ -53,9 +53,11 @@ class TextModel:
     def read(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """Reads a text from its beginning and returns the logits [vocabulary] after it.
 
-        Raises InputError if it is longer than the context.
+        Raises InputError if it is empty or longer than the context.
         """
-        if not 0 < len(tokens) <= self.limit:
+        if not len(tokens):
+            raise InputError(f"{self.model.path}: the prompt is empty; give a text that the model can continue")
+        if len(tokens) > self.limit:
             raise InputError(
                 f"{self.model.path}: the prompt has {len(tokens)} tokens, expected 1 to {self.limit}; shorten it or "
                 "use a larger --ctx"
