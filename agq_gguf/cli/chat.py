@@ -28,10 +28,10 @@ _HELP = """\
 /help           this list
 /reset          begin a new conversation
 /system TEXT    change the system prompt; without TEXT: remove it
-/save FILE      write the conversation into a file (Markdown)
+/save FILE      write the conversation into a new file (Markdown)
 \"\"\"             begin and end a message of several lines
 Ctrl-C          stop the answer
-Ctrl-D          leave"""
+/quit, Ctrl-D   leave"""
 
 
 def generate(
@@ -103,9 +103,12 @@ def chat(
         ctrl_c = _CtrlC()
         if interactive:
             show.complain(f"{model.name}: type a message; /help lists commands, Ctrl-D ends")
+        saved: set[Path] = set()
         for message in _messages(ctrl_c, interactive):
+            if interactive and message in ("/quit", "/exit"):
+                return
             if interactive and message.startswith("/"):
-                _command(talk, message)
+                _command(talk, message, saved)
             else:
                 _answer(ctrl_c, talk, message)
 
@@ -216,7 +219,8 @@ def _answer(ctrl_c: _CtrlC, talk: Conversation, message: str) -> None:
         show.complain(f"note: the context is full: the {talk.dropped} oldest messages are no longer read")
 
 
-def _command(talk: Conversation, line: str) -> None:
+def _command(talk: Conversation, line: str, saved: set[Path]) -> None:
+    """Does what a line that begins with a slash says; `saved` are the files that this chat has written."""
     word, _, rest = line.partition(" ")
     if word == "/help":
         show.say(_HELP)
@@ -227,19 +231,23 @@ def _command(talk: Conversation, line: str) -> None:
         talk.system = rest.strip()
         show.complain("system prompt changed" if talk.system else "system prompt removed")
     elif word == "/save":
-        _save(talk, rest.strip())
+        _save(talk, rest.strip(), saved)
     else:
         show.complain(f"unknown command {word}; /help lists all")
 
 
-def _save(talk: Conversation, name: str) -> None:
+def _save(talk: Conversation, name: str, saved: set[Path]) -> None:
     if not name:
         show.complain("/save needs the name of a file")
         return
     try:
         target = Path(name).expanduser()
         check_output(target)
-        write_text(target, talk.as_markdown())
+        whole = target.resolve()
+        if target.exists() and whole not in saved:
+            raise InputError(f"{target}: exists already; give the name of a new file")
+        write_text(target, talk.as_markdown(), new=whole not in saved)
+        saved.add(whole)
     except (AgqError, RuntimeError) as e:  # RuntimeError: a home folder that is not known
         show.complain(f"error: {e}")
     else:

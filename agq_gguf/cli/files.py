@@ -15,6 +15,13 @@ _MODEL = b"GGUF"  # how models begin
 
 def check_output(path: Path, inputs: Iterable[Path | None] = ()) -> None:
     """Raises InputError if `path` is one of the inputs or any model, OutputError if nothing can be written there."""
+    try:
+        _check(path, inputs)
+    except (OSError, ValueError) as e:  # a name that is too long, or holds a zero byte
+        raise OutputError(f"{path}: cannot write there: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _check(path: Path, inputs: Iterable[Path | None]) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; give the name of a file")
     if any(source is not None and _same(path, source) for source in inputs):
