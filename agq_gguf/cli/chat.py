@@ -33,6 +33,8 @@ _HELP = """\
 Ctrl-C          stop the answer
 /quit, Ctrl-D   leave"""
 
+_TERMINAL_LINE = 4095  # bytes that Linux keeps of a typed line that no program edits, without its end
+
 
 def generate(
     model: ModelArgument,
@@ -163,17 +165,15 @@ def _formatter(text: TextModel, model: Path, chat_format: str, template: Path | 
 
 def _messages(ctrl_c: _CtrlC, interactive: bool) -> Iterator[str]:
     """What the user types, one message at a time; bytes that are not UTF-8 are replaced."""
-    stream = sys.stdin
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    read_line = _line_reader(interactive)
     block: list[str] | None = None  # lines of a message that began with three quotes
     line = ""
 
     def read() -> None:
         nonlocal line
-        if interactive:
-            _write("> " if block is None else ". ")
-        line = stream.readline()
+        line = read_line("> " if block is None else ". ")
 
     while True:
         if ctrl_c.stopped(read):
@@ -199,6 +199,43 @@ def _messages(ctrl_c: _CtrlC, interactive: bool) -> Iterator[str]:
                 yield message
         else:
             block.append(line)
+
+
+def _line_reader(interactive: bool) -> Callable[[str], str]:
+    """A function that shows a prompt, if somebody types, and reads a line with its end; an empty text at the end."""
+    if not interactive:
+        return lambda prompt: sys.stdin.readline()
+    return _edited_line if sys.stdout.isatty() and _can_edit() else _typed_line
+
+
+def _can_edit() -> bool:
+    """Whether `input` lets users edit what they type, in lines of any length, with those of before."""
+    try:
+        import readline
+    except ImportError:  # on Windows, and in some builds of Python
+        return False
+    # In the locale "C" it takes bytes beyond ASCII for keys.
+    for setting in ("input-meta on", "output-meta on", "convert-meta off"):
+        readline.parse_and_bind(f"set {setting}")
+    return True
+
+
+def _edited_line(prompt: str) -> str:
+    try:
+        return input(prompt) + "\n"
+    except EOFError:
+        return ""
+
+
+def _typed_line(prompt: str) -> str:
+    _write(prompt)
+    line = sys.stdin.readline()
+    if len(line.rstrip("\r\n").encode("utf-8", "replace")) >= _TERMINAL_LINE and sys.platform != "win32":
+        show.complain(
+            f"warning: a terminal keeps only {_TERMINAL_LINE} bytes of a line, so the end of this one may be missing; "
+            'type a long message in several lines, with """ before the first and after the last'
+        )
+    return line
 
 
 def _answer(ctrl_c: _CtrlC, talk: Conversation, message: str) -> None:
