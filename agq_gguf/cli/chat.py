@@ -14,7 +14,7 @@ import typer
 from agq_gguf.cli import output as show
 from agq_gguf.cli.files import check_output, write_text
 from agq_gguf.cli.options import Context, ModelArgument, Seed, Temperature, Threads
-from agq_gguf.cli.prune import pruning, show_dropped
+from agq_gguf.cli.prune import check_layers, pruning, show_dropped, why_all_kept
 from agq_gguf.errors import AgqError, InputError
 from agq_gguf.runtime.interrupts import Terminated
 from agq_gguf.text import read_text
@@ -60,10 +60,14 @@ def generate(
     from agq_gguf.runtime.text import TextModel
 
     with pruning(prune), TextModel(model, context=context, threads=threads) as text:
+        if prune is not None:
+            check_layers(prune, text.model)
         ids = text.tokenize(prompt)
         if show_pruned:
-            show_dropped(text, model, ids)
-        for piece in text.continued(ids, tokens=tokens, temperature=temperature, seed=seed):
+            show_dropped(text, model, prune, ids)
+        for i, piece in enumerate(text.continued(ids, tokens=tokens, temperature=temperature, seed=seed)):
+            if i == 0 and not show_pruned and (why := why_all_kept(text, prune, len(ids))):
+                show.complain(f"note: no token of this prompt was dropped: {why}")
             _write(piece)
         _write("\n")
 

@@ -93,6 +93,7 @@ class Model(_Closable):
         self.vocabulary = api.llama_model_get_vocab(self._model)
         self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary))
         self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model))
+        self.n_layer = int(api.llama_model_n_layer(self._model))
         self.n_params = int(api.llama_model_n_params(self._model))
         self.size = int(api.llama_model_size(self._model))  # bytes of all tensors
         self.add_bos = bool(api.llama_vocab_get_add_bos(self.vocabulary))
@@ -100,6 +101,9 @@ class Model(_Closable):
         self.has_encoder = bool(api.llama_model_has_encoder(self._model))
         self.has_decoder = bool(api.llama_model_has_decoder(self._model))
         self.eos = int(api.llama_vocab_eos(self.vocabulary))
+        self.is_recurrent = any(  # or hybrid: some layers have a state instead of a cache
+            getattr(api, f"llama_model_is_{kind}", lambda _: False)(self._model) for kind in ("recurrent", "hybrid")
+        )
         self.is_diffusion = bool(getattr(api, "llama_model_is_diffusion", lambda _: False)(self._model))
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> NDArray[np.int32]:
@@ -299,6 +303,7 @@ class Context(_Closable):
             )
             parameters.cb_eval = self._eval_callback
         redirect.errors.clear()
+        redirect.warnings.clear()
         self._context: Any = None
         try:
             with self._interrupts.deferred():  # llama.cpp calls the log's callback
