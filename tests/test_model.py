@@ -16,6 +16,7 @@ from agq_gguf.errors import InputError
 from agq_gguf.runtime import log
 from agq_gguf.runtime.cpus import MAX_THREADS
 from agq_gguf.runtime.model import Batch, Model
+from agq_gguf.runtime.text import TextModel
 
 TEXT = "the red key in the box and the blue door"
 MODELS = {**architectures.DECODERS, **architectures.FIELD, **architectures.GRAPHS}
@@ -99,9 +100,15 @@ def test_a_cache_that_does_not_fit_is_never_made(
         model.context(tokens, sequences=sequences, cache=cache).close()
 
 
-def test_contexts_that_are_too_large(llama_f16: Path) -> None:
+def test_contexts_that_are_too_large(llama_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Model(llama_f16) as model, pytest.raises(InputError, match="at most 2147483647 tokens, got 4294967297"):
         model.context(2**32 + 1)
+    told: list[str] = []
+    monkeypatch.setattr("agq_gguf.runtime.model._LARGE_CACHE", 1)
+    TextModel(llama_f16, context=512, threads=1, tell=told.append).close()
+    assert len(told) == 1 and told[0].startswith(
+        "note: the keys and values of 512 tokens need 0.0 GiB of memory, which"
+    )
     if sys.platform == "linux":
         refused = run("generate", llama_f16, "-p", "the", "-c", 2_000_000_000, code=2).stderr
         assert "use a smaller context" in refused and refused.count("\n") == 1

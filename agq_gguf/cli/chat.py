@@ -59,7 +59,7 @@ def generate(
     """Continue a text."""
     from agq_gguf.runtime.text import TextModel
 
-    with pruning(prune), TextModel(model, context=context, threads=threads) as text:
+    with pruning(prune), TextModel(model, context=context, threads=threads, tell=show.complain) as text:
         if prune is not None:
             check_layers(prune, text.model)
         ids = text.tokenize(prompt)
@@ -102,7 +102,7 @@ def chat(
     from agq_gguf.runtime.conversation import Conversation
     from agq_gguf.runtime.text import TextModel
 
-    with TextModel(model, context=context, threads=threads) as text:
+    with TextModel(model, context=context, threads=threads, tell=show.complain) as text:
         formatter = _formatter(text, model, chat_format, template)
         talk = Conversation(text, formatter, system, tokens=tokens, temperature=temperature, seed=seed)
         interactive = sys.stdin.isatty()

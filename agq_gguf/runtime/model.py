@@ -40,6 +40,7 @@ _FLASH = {"auto": -1, "off": 0, "on": 1}
 _CACHE_TYPES = {"f16": 1, "f32": 0}  # ggml's types
 _CACHE_BYTES = {"f16": 2, "f32": 4}
 _MAX_CONTEXT = 2**31 - 1  # llama.cpp counts in 32 bits
+_LARGE_CACHE = 4 << 30  # bytes, which llama.cpp fills with zeros in about ten seconds
 _POOLING_NONE = 0
 
 logging.getLogger("agq_gguf").addHandler(logging.NullHandler())
@@ -185,10 +186,12 @@ class Model(_Closable):
         eval_callback: EvalCallback | None = None,
         cache: CacheType = "f16",
         embeddings: bool = False,
+        tell: Callable[[str], None] | None = None,
     ) -> Context:
         """A context of `n_ctx` tokens for each sequence. `n_batch` 0 means n_ctx; `threads` 0 means all CPUs.
 
-        With `embeddings` the model computes them in place of logits, as an encoder does.
+        With `embeddings` the model computes them in place of logits, as an encoder does. `tell` gets a line about a
+        cache that takes long to make.
 
         Raises InputError if the model does not support so many tokens or llama.cpp so many threads, HostError if
         llama.cpp cannot create it.
@@ -201,7 +204,7 @@ class Model(_Closable):
             raise InputError(f"{self.path}: the context must be at most {limit} tokens for this model, got {n_ctx}")
         if n_ctx * sequences > _MAX_CONTEXT:
             raise InputError(f"{self.path}: the context must be at most {_MAX_CONTEXT} tokens, got {n_ctx * sequences}")
-        self._check_memory(n_ctx * sequences, cache)
+        self._check_memory(n_ctx * sequences, cache, tell)
         return Context(
             self,
             n_ctx,
@@ -215,17 +218,17 @@ class Model(_Closable):
             embeddings,
         )
 
-    def _check_memory(self, tokens: int, cache: CacheType) -> None:
+    def _check_memory(self, tokens: int, cache: CacheType, tell: Callable[[str], None] | None) -> None:
         """Raises InputError for a cache that does not fit: llama.cpp fills it with zeros, so the machine would swap."""
         windows = int(getattr(self._api, "llama_model_n_swa", lambda _: 1)(self._model))
         if windows or not self.facts.causal:
             return  # some layers keep fewer keys, or there is no cache
         needed, free = self.facts.cache_bytes * tokens * _CACHE_BYTES[cache] // 2, free_memory()
+        said = f"the keys and values of {tokens} tokens need {needed / 2**30:.1f} GiB of memory"
         if free is not None and needed > free:
-            raise InputError(
-                f"{self.path}: the keys and values of {tokens} tokens need {needed / 2**30:.1f} GiB of memory, "
-                f"{free / 2**30:.1f} GiB are free; use a smaller context"
-            )
+            raise InputError(f"{self.path}: {said}, {free / 2**30:.1f} GiB are free; use a smaller context")
+        if tell is not None and needed >= _LARGE_CACHE:
+            tell(f"note: {said}, which takes a while to fill; a smaller context begins sooner")
 
     def close(self) -> None:
         """Frees the model and restores the log."""
