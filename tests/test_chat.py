@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import re
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -34,6 +38,7 @@ UNSUITED = {
     "wants parts": "{% for m in messages %}{{ m.content[0].text + 'x' }}{% endfor %}",
 }
 SIMPLE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
 
 
 def with_template(source: Path, target: Path, template: str) -> Path:
@@ -154,52 +159,153 @@ def test_a_second_text_with_the_same_beginning(llama_f16: Path) -> None:
         assert "".join(text.continued("the red key in the box", tokens=10, temperature=0)) == first
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
-def test_a_chat_at_a_terminal(llama_f16: Path, tmp_path: Path) -> None:
+WITHOUT_READLINE = "import sys\nsys.modules['readline'] = None\nfrom agq_gguf.cli.app import main\nmain()\n"
+
+
+class Terminal:
+    """`chat` at a pseudo-terminal, as somebody sees it."""
+
+    def __init__(
+        self, path: Path, *options: object, edits: bool = True, variables: dict[str, str] | None = None
+    ) -> None:
+        self._master, slave = pty.openpty()
+        program = COMMAND if edits else [sys.executable, "-c", WITHOUT_READLINE]
+        self.process = subprocess.Popen(
+            [*program, "chat", str(path), "-t", "1", "--temp", "0", *map(str, options)],
+            stdin=slave, stdout=slave, stderr=slave, preexec_fn=self._prepare, start_new_session=True,
+            env=environment(**{"TERM": "dumb", "INPUTRC": os.devnull, **(variables or {})}),
+        )  # fmt: skip
+        os.close(slave)
+        self._shown = b""
+
+    @staticmethod
+    def _prepare() -> None:
+        """In the new process: Ctrl-C that is typed at this terminal reaches it."""
+        heeding_interrupts()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def until(self, text: bytes) -> bytes:
+        """What is shown before this text."""
+        while text not in self._shown:
+            assert select.select([self._master], [], [], 20)[0], self._shown
+            try:
+                self._shown += os.read(self._master, 4096)
+            except OSError:
+                pytest.fail(f"the chat ended: {self._shown!r}")
+        found, self._shown = self._shown.split(text, 1)
+        return found
+
+    def type(self, typed: bytes) -> None:
+        while typed:
+            typed = typed[os.write(self._master, typed) :]
+
+    def ask(self, typed: bytes) -> bytes:
+        """Types a line, and returns what is shown before the next prompt."""
+        self.type(typed + b"\n")
+        return self.until(b"\n> ")
+
+    def __enter__(self) -> Terminal:
+        assert b"/help lists commands" in self.until(b"\n> ")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(60)
+        os.close(self._master)
+
+
+@needs_terminal
+@pytest.mark.parametrize("edits", [True, False])
+def test_a_chat_at_a_terminal(edits: bool, llama_f16: Path, tmp_path: Path) -> None:
     path = with_template(llama_f16, tmp_path / "m.gguf", SIMPLE)
     saved = tmp_path / "talk.md"
     (tmp_path / "home").mkdir()
-    master, slave = pty.openpty()
-    with subprocess.Popen(
-        [*COMMAND, "chat", str(path), "-n", "8", "-t", "1", "--temp", "0"],
-        stdin=slave, stdout=slave, stderr=slave, preexec_fn=heeding_interrupts,
-        env=environment(TERM="dumb", HOME=str(tmp_path / "home")),
-    ) as chat:  # fmt: skip
-        os.close(slave)
-        shown = b""
-
-        def until(text: bytes) -> bytes:
-            nonlocal shown
-            end = time.monotonic() + 60
-            while text not in shown:
-                assert time.monotonic() < end, shown
-                try:
-                    shown += os.read(master, 4096)
-                except OSError:
-                    pytest.fail(f"the chat ended: {shown!r}")
-            found, shown = shown.split(text, 1)
-            return found
-
-        assert b"/help lists commands" in until(b"\n> ")
+    (tmp_path / "mine.md").write_text("a file of the user")
+    with Terminal(path, "-n", 8, edits=edits, variables={"HOME": str(tmp_path / "home")}) as chat:
         for typed, answer in [
-            (b"/help\n", b"stop the answer"), (b"/nonsense\n", b"unknown command /nonsense"),
-            (b"/system be brief\n", b"system prompt changed"), (b"the cat\n", b""),
-            (b'"""\nthe dog\nand the cat\n"""\n', b""), (b"/save " + os.fsencode(saved) + b"\n", b"written"),
-            (b"/save /no/such/folder/x\n", b"cannot write there"), (b"/save\n", b"needs the name of a file"),
-            (b"/save " + os.fsencode(path) + b"\n", b"is a GGUF model"), (b"/save ~/talk.md\n", b"/talk.md: written"),
-            (b'"""\n"""\n/reset\n', b"a new conversation"),
+            (b"/help", b"stop the answer"), (b"/nonsense", b"unknown command /nonsense"),
+            (b"/system be brief", b"system prompt changed"), (b"the cat", b""),
+            (b"/save " + os.fsencode(saved), b"written"), (b'"""\nthe dog\nand the cat\n"""', b""),
+            (b"/save " + os.fsencode(saved), b"written"),  # again: its own file
+            (b"/save /no/such/folder/x", b"cannot write there"), (b"/save", b"needs the name of a file"),
+            (b"/save " + b"x" * 300, b"cannot write there"),
+            (b"/save " + os.fsencode(path), b"is a GGUF model"), (b"/save ~/talk.md", b"/talk.md: written"),
+            (b"/save " + os.fsencode(tmp_path / "mine.md"), b"exists already; give the name of a new file"),
+            (b"/reset", b"a new conversation"),
         ]:  # fmt: skip
-            os.write(master, typed)
-            assert answer in until(b"\n> ")
-        chat.send_signal(signal.SIGINT)  # at the prompt: does not end the program
-        until(b"> ")
-        os.write(master, b"\x04")
-        assert chat.wait(60) == 0
-    os.close(master)
+            assert answer in chat.ask(typed)
+        chat.type(b'"""\n')
+        chat.until(b". ")
+        chat.ask(b'"""')  # nothing between
+        chat.type(b"half a line")
+        chat.until(b"half a line")
+        time.sleep(0.5)  # until it waits for the next key
+        chat.type(b"\x03")  # Ctrl-C drops the line, and does not end the program
+        chat.until(b"\n> ")
+        assert b"unknown command /other" in chat.ask(b"/other")
+        chat.type(b"\x04")
+        assert chat.process.wait(60) == 0
     text = saved.read_text(encoding="utf-8")
     assert (tmp_path / "home" / "talk.md").read_text(encoding="utf-8") == text
     assert text.startswith("**System**\n\nbe brief\n\n**User**\n\nthe cat\n")
     assert "**User**\n\nthe dog\nand the cat\n" in text
+    assert (tmp_path / "mine.md").read_text() == "a file of the user"
+
+
+@needs_terminal
+@pytest.mark.parametrize("edits", [True, False])
+@pytest.mark.parametrize("word", [b"/quit", b"/exit"])
+def test_words_that_leave(word: bytes, edits: bool, llama_f16: Path) -> None:
+    with Terminal(llama_f16, "--chat-format", "plain", edits=edits) as chat:
+        chat.type(word + b"\n")
+        assert chat.process.wait(60) == 0
+
+
+@needs_terminal
+@pytest.mark.parametrize("edits", [True, False])
+def test_sigterm_at_the_prompt(edits: bool, llama_f16: Path) -> None:
+    with Terminal(llama_f16, "--chat-format", "plain", edits=edits) as chat:
+        time.sleep(0.5)  # until it waits: a signal just before is seen at the next key
+        chat.process.send_signal(signal.SIGTERM)
+        chat.until(b"error: interrupted")
+        assert chat.process.wait(60) == 130
+
+
+@needs_terminal
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8", "TERM": "xterm"}])
+def test_lines_of_any_length_at_a_terminal(locale: dict[str, str], llama_f16: Path, tmp_path: Path) -> None:
+    """A terminal that edits lines itself keeps 4095 bytes of each."""
+    path, saved = with_template(llama_f16, tmp_path / "m.gguf", SIMPLE), tmp_path / "talk.md"
+    messages = ["the cat " * n + "caf\u00e9" for n in (1, 511, 512, 750)]
+    with Terminal(path, "-n", 1, "-c", 8192, variables=locale) as chat:
+        for message in messages:
+            assert b"warning" not in chat.ask(message.encode())
+        chat.ask(b"bytes \xe9 of \xff\xfe another encoding")
+        assert b"written" in chat.ask(b"/save " + os.fsencode(saved))
+    said = re.findall(r"\*\*User\*\*\n\n(.*)", saved.read_text(encoding="utf-8"))
+    assert said[:4] == messages
+    # readline leaves out a byte that begins a character which does not follow; others are replaced.
+    assert re.fullmatch("bytes \N{REPLACEMENT CHARACTER}? of \N{REPLACEMENT CHARACTER}{2} another encoding", said[4])
+
+
+@needs_terminal
+def test_the_line_before_can_be_called_back(llama_f16: Path) -> None:
+    with Terminal(llama_f16, "--chat-format", "plain", variables={"TERM": "xterm"}) as chat:
+        chat.ask(b"/nonsense")
+        assert b"unknown command /nonsense2" in chat.ask(b"\x1b[A2")  # the key that goes up
+
+
+@needs_terminal
+def test_long_lines_without_readline(llama_f16: Path, tmp_path: Path) -> None:
+    path, saved = with_template(llama_f16, tmp_path / "m.gguf", SIMPLE), tmp_path / "talk.md"
+    with Terminal(path, "-n", 1, "-c", 8192, edits=False) as chat:
+        assert b"warning" not in chat.ask(b"a" * 4094)
+        assert chat.ask(b"b" * 4095).count(b"a terminal keeps only 4095 bytes of a line") == 1
+        assert chat.ask(b"c" * 6000).count(b"a terminal keeps only 4095 bytes of a line") == 1
+        chat.ask(b"/save " + os.fsencode(saved))
+    said = re.findall(r"\*\*User\*\*\n\n(.*)", saved.read_text(encoding="utf-8"))
+    assert [(text[0], len(text)) for text in said] == [("a", 4094), ("b", 4095), ("c", 4095)]
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(llama_f16: Path) -> None:

@@ -82,6 +82,10 @@ def test_version() -> None:
         (["bench", "x.gguf", "-r", "0"], "-r"),
         (["evaluate", "x.gguf", "--text", "t"], "--reference"),
         (["quantize", "a", "b", "--memory", "4Q"], "4Q"),
+        (["quantize", "a", "b", "--target-bpw", "99"], "must be 4.25 to 16 bits per weight"),
+        (["quantize", "a", "b", "-t", "513"], "512"),
+        (["generate", "x.gguf", "-p", "x", "-t", "9999"], "512"),
+        (["doctor", "-t", "9999"], "512"),
         (["quantize", "a", "b", "--no-such-option"], "No such option"),
     ],
 )
@@ -309,9 +313,11 @@ def test_generate_same_seed_same_text(llama_f16: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_generate_refuses(llama_f16: Path, bert_f16: Path, words: str) -> None:
+def test_generate_refuses(llama_f16: Path, gpt2_f16: Path, bert_f16: Path, words: str) -> None:
     assert "predicts no next token" in run("generate", bert_f16, "-p", "the", code=2).stderr
     assert "expected 1 to" in run("generate", llama_f16, "-p", words, "-t", 1, code=2).stderr
+    refused = run("generate", gpt2_f16, "-p", "", code=2).stderr  # this model has no token that begins a text
+    assert refused == f"error: {gpt2_f16}: the prompt is empty; give a text that the model can continue\n"
 
 
 def test_chat_from_a_pipe(llama_agq: Path) -> None:
@@ -371,4 +377,6 @@ def test_demo(shown_demo: list[Path], tmp_path: Path) -> None:
     assert shown_demo[1] == tmp_path / "a" / "b"
     assert shown_demo[1].is_dir()
     (tmp_path / "file").write_text("")
-    assert "cannot create this folder" in run("demo", "--keep", tmp_path / "file", code=2).stderr
+    assert "cannot create this folder" in run("demo", "--keep", tmp_path / "file", code=5).stderr
+    if sys.platform == "linux":
+        assert "cannot write there" in run("demo", "--keep", "/proc", code=5).stderr

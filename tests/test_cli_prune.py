@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import architectures
 import numpy as np
 import pytest
 import tiny_models
@@ -189,6 +190,36 @@ def test_generate_shows_what_was_dropped(pruned: Path) -> None:
     unpruned = run(*arguments, "--prune", "off", "--show-pruned")
     assert "no token of this prompt was dropped" in unpruned.stderr and "{" not in unpruned.stdout
     assert "is not understood" in run(*arguments, "--prune", "1:2:3", code=2).stderr
+
+
+@pytest.mark.parametrize("show_pruned", [[], ["--show-pruned"]])
+@pytest.mark.parametrize(
+    ("kind", "spec", "prompt", "reason"),
+    [
+        ("four", "1:0.5", "the red key", "it has 4 tokens, and fewer than 64 are not pruned"),
+        ("four", "1:0.5; min=16", "the red key", "it has 4 tokens, and fewer than 16 are not pruned"),
+        ("four", "1:0.5;score=learned", PROMPT, "the file has no learned score for layer 1"),  # what the plugin says
+        ("four", "file", PROMPT, "the setting asks for none"),
+        ("four", "1:0", PROMPT, "the setting asks for none"),
+        ("mamba", "0:0.5", PROMPT, "recurrent and hybrid models are not pruned"),
+        ("mamba", "0:0.5", "the red key", "recurrent and hybrid models are not pruned"),
+        ("four", "1:0.5", PROMPT, ""),
+        ("four", "off", PROMPT, ""),
+    ],
+)
+def test_generate_says_why_nothing_was_dropped(
+    kind: str, spec: str, prompt: str, reason: str, show_pruned: list[str], unpruned: Path, tmp_path: Path
+) -> None:
+    path = unpruned if kind == "four" else architectures.DECODERS[kind](tmp_path / "m.gguf")
+    shown = run("generate", path, "-p", prompt, "-n", 2, "-t", 1, "--prune", spec, *show_pruned).stderr
+    assert shown.count("\n") == (bool(reason) or bool(show_pruned))
+    assert not reason or re.search(rf"no token of this prompt was dropped: .*{reason}", shown)
+
+
+@pytest.mark.parametrize("spec", ["99:0.5", "3:0.5", "1:0.2,3:t0.5;score=recent", "mask, 4:0.5", "1:0.2, 99 : 0.5"])
+def test_generate_refuses_layers_that_the_model_lacks(spec: str, unpruned: Path) -> None:
+    refused = run("generate", unpruned, "-p", "the", "-t", 1, "--prune", spec, code=2).stderr
+    assert "cannot be a pruning layer, because other layers must follow; the model has the layers 0 to 3" in refused
 
 
 def test_marks_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from agq_gguf.comparison.card import card
 from agq_gguf.errors import InputError
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.text import load_text
 
 TYPES = "q4_0,q8_0,agq4:small,agq4:balanced,agq4:6.0"
@@ -61,10 +62,36 @@ def test_compare(small: Path, words_file: Path, text: Path, tmp_path: Path) -> N
     assert "expected the output of `agq-gguf compare --json`" in wrong
 
 
-def test_the_card_of_an_encoder(bert_f16: Path) -> None:
-    _, front, body = card(bert_f16).split("---\n", 2)
+def test_the_card_of_an_encoder(bert_f16: Path, tmp_path: Path) -> None:
+    quantize(bert_f16, tmp_path / "bert.gguf", options=QuantizeOptions(quality="fast", threads=1))
+    _, front, body = card(tmp_path / "bert.gguf").split("---\n", 2)
     assert yaml.safe_load(front)["pipeline_tag"] == "feature-extraction"
     assert "embedding=True" in body and "llama-embedding -m bert" in body
+
+
+def test_a_card_is_about_agq4(small: Path, llama_q8: Path, tmp_path: Path) -> None:
+    for model in (small, llama_q8):
+        refused = run("card", model, "-o", tmp_path / "README.md", code=2).stderr
+        assert "holds no AGQ4 tensor" in refused and refused.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("llama_agq", "is an AGQ4 model already; start from the file that it was made from"),
+        ("llama_q8", "is already quantized (q8_0); start from the F32, F16 or BF16 file of the model\n"),
+        ("bert_f16", "predicts no next token: it is an encoder"),
+    ],
+)
+def test_sources_that_cannot_be_compared(
+    kind: str, message: str, words_file: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Refused at once, before a file is made."""
+    source = request.getfixturevalue(kind)
+    refused = run("compare", source, "-o", tmp_path / "made", "--calibration", words_file, *QUICK, code=2).stderr
+    assert message in refused and refused.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stopped_comparison_goes_on(

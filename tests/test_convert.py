@@ -230,8 +230,12 @@ def test_bad_imatrix(models: Models, tmp_path: Path) -> None:
         ({name: np.full((1, 128), -1.0)}, "imatrix", "damaged"),
     ]:
         path = write_imatrix(tmp_path / "i.gguf", sums, kind)
-        with pytest.raises(InputError, match=message):
-            quantize(models("llama"), tmp_path / "o", imatrix=path, options=OPTIONS)
+        for text in (None, [TEXT]):  # before calibration, too
+            with pytest.raises(InputError, match=message):
+                quantize(models("llama"), tmp_path / "o", calibration=text, imatrix=path, options=OPTIONS,
+                         progress=lambda *_: pytest.fail("has begun"))  # fmt: skip
+            with pytest.raises(InputError, match=message):
+                plan_file(models("llama"), OPTIONS, calibration=text, imatrix=path)
     assert not (tmp_path / "o").exists()
     path = write_imatrix(tmp_path / "i.gguf", {name: np.ones((1, 128))})
     report = quantize(models("llama"), tmp_path / "o", imatrix=path, options=OPTIONS)

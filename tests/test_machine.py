@@ -14,7 +14,7 @@ import pytest
 from command_line import environment
 
 from agq_gguf.errors import HostError
-from agq_gguf.runtime.machine import kernels, measure_speed, processor
+from agq_gguf.runtime.machine import free_memory, kernels, measure_speed, processor
 
 
 def test_processor(tmp_path: Path) -> None:
@@ -82,3 +82,12 @@ def test_speed() -> None:
     assert found.threads == 2
     assert 1e8 < found.read_bytes_per_second < 1e13
     assert 0 < found.cpu_share <= 1
+
+
+def test_free_memory(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  8000 kB\nMemFree:  10 kB\nMemAvailable:    3000 kB\n")
+    assert free_memory(tmp_path) == 3000 * 1024
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  8000 kB\n")
+    assert free_memory(tmp_path) is None and free_memory(tmp_path / "nowhere") is None
+    assert (free_memory() or 0) > 0 or sys.platform != "linux"

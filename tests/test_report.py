@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -263,4 +264,24 @@ def test_plot_options(llama_agq: Path, llama_q4: Path, llama_f16: Path, words_fi
         "--plot", tmp_path / "e.png")  # fmt: skip
     assert is_picture(tmp_path / "b.png") and is_picture(tmp_path / "e.png")
     assert "must end in one of" in run("bench", llama_agq, "--plot", tmp_path / "b.gguf", code=2).stderr
-    assert "no such folder" in run("bench", llama_agq, "--plot", tmp_path / "no" / "b.png", code=5).stderr
+
+
+@pytest.mark.parametrize("command", ["bench", "evaluate", "compare"])
+def test_a_picture_that_cannot_be_written(command: str, small: Path, words_file: Path, tmp_path: Path) -> None:
+    """Refused before the work, as every other file; no model is ever replaced."""
+    (tmp_path / "model.png").write_bytes(small.read_bytes())
+    (tmp_path / "folder.svg").mkdir()
+    (tmp_path / "file").write_text("")
+    words: dict[str, list[object]] = {
+        "evaluate": ["--reference", small, "--text", words_file],
+        "compare": ["-o", tmp_path / "made"],
+    }
+    cases = [("no/p.png", 5, "cannot write there"), ("file/p.png", 5, "cannot write there"),
+             ("folder.svg", 5, "is a folder"), ("model.png", 2, "is a GGUF model")]  # fmt: skip
+    if sys.platform == "linux":
+        cases.append(("/proc/p.png", 5, "cannot write there"))
+    for name, code, message in cases:
+        shown = run(command, small, *words.get(command, []), "--plot", tmp_path / name, code=code)
+        assert message in shown.stderr and shown.stderr.count("\n") == 1  # no progress: nothing was done
+    assert (tmp_path / "model.png").read_bytes() == small.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.svg", "model.png"]

@@ -172,10 +172,9 @@ def test_a_target_for_any_architecture(
     guide: str, gpt2_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "agq_gguf.quantization.budget.choose.load_imatrix",
+        "agq_gguf.calibration.imatrix.load_imatrix",
         lambda path: pytest.fail("read without need") if guide != "imatrix" else {},
     )
-    monkeypatch.setattr("agq_gguf.quantization.guidance.load_imatrix", lambda path: {})
     options = QuantizeOptions(target_bpw=6, threads=1, context=64, calibration_tokens=512)
     report = quantize(
         gpt2_f16, tmp_path / "out.gguf",
@@ -193,8 +192,9 @@ def test_types_that_the_user_wants_stay(llama_f16: Path, words: str) -> None:
     assert types["output.weight"] == "f16" and types["token_embd.weight"] == "agq4"
     with pytest.raises(InputError, match=r"must be at least \d\.\d+ bits per weight for this model"):
         plan_file(llama_f16, QuantizeOptions(target_bpw=3))
-    with pytest.raises(InputError, match="must be a positive number of bits per weight, got"):
-        QuantizeOptions(target_bpw=-1)
+    for target in (-1, 99, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=r"must be 4\.25 to 16 bits per weight, or 0 for no target, got"):
+            QuantizeOptions(target_bpw=target)
 
 
 # activations

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agq_gguf.calibration.stats import InputStats, WeightStats
+from agq_gguf.calibration.stats import InputStats, WeightStats, check_shapes
 from agq_gguf.errors import InputError
-from agq_gguf.gguf_io.reader import open_gguf
+from agq_gguf.gguf_io.reader import Reader, open_gguf
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"  # names in llama.cpp's imatrix files
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """An importance matrix that was read, and where."""
+
+    path: Path
+    weights: dict[str, WeightStats]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Imatrix:
+        """Raises InputError as `load_imatrix` does."""
+        return cls(Path(path), load_imatrix(path))
+
+    def check(self, model: Reader) -> None:
+        """Raises InputError if it does not match the matrices of the model."""
+        shapes = {name: tensor.shape for name, tensor in model.tensors.items() if len(tensor.shape) > 1}
+        check_shapes(self.weights, shapes, str(self.path))
 
 
 def load_imatrix(path: str | os.PathLike[str]) -> dict[str, WeightStats]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agq_gguf.cli import output as show
+from agq_gguf.cli.files import check_picture
 from agq_gguf.cli.options import Flash, FlashOption, Json, PlotOption, Quiet, Threads
 from agq_gguf.inspection import plots
 
@@ -43,8 +44,7 @@ def bench(
     from agq_gguf.runtime.cpus import default_threads
 
     threads = threads or default_threads()
-    if plot is not None:
-        plots.check_target(plot)
+    check_picture(plot, models)
     with show.ProgressView(quiet=quiet or as_json) as view:
         results = run(
             models,

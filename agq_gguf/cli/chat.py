@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agq_gguf.cli import output as show
-from agq_gguf.cli.files import check_text_file, write_text
+from agq_gguf.cli.files import check_output, write_text
 from agq_gguf.cli.options import Context, ModelArgument, Seed, Temperature, Threads
-from agq_gguf.cli.prune import pruning, show_dropped
+from agq_gguf.cli.prune import check_layers, pruning, show_dropped, why_all_kept
 from agq_gguf.errors import AgqError, InputError
 from agq_gguf.runtime.interrupts import Terminated
 from agq_gguf.text import read_text
@@ -28,10 +28,12 @@ _HELP = """\
 /help           this list
 /reset          begin a new conversation
 /system TEXT    change the system prompt; without TEXT: remove it
-/save FILE      write the conversation into a file (Markdown)
+/save FILE      write the conversation into a new file (Markdown)
 \"\"\"             begin and end a message of several lines
 Ctrl-C          stop the answer
-Ctrl-D          leave"""
+/quit, Ctrl-D   leave"""
+
+_TERMINAL_LINE = 4095  # bytes that Linux keeps of a typed line that no program edits, without its end
 
 
 def generate(
@@ -57,11 +59,15 @@ def generate(
     """Continue a text."""
     from agq_gguf.runtime.text import TextModel
 
-    with pruning(prune), TextModel(model, context=context, threads=threads) as text:
+    with pruning(prune), TextModel(model, context=context, threads=threads, tell=show.complain) as text:
+        if prune is not None:
+            check_layers(prune, text.model)
         ids = text.tokenize(prompt)
         if show_pruned:
-            show_dropped(text, model, ids)
-        for piece in text.continued(ids, tokens=tokens, temperature=temperature, seed=seed):
+            show_dropped(text, model, prune, ids)
+        for i, piece in enumerate(text.continued(ids, tokens=tokens, temperature=temperature, seed=seed)):
+            if i == 0 and not show_pruned and (why := why_all_kept(text, prune, len(ids))):
+                show.complain(f"note: no token of this prompt was dropped: {why}")
             _write(piece)
         _write("\n")
 
@@ -96,16 +102,19 @@ def chat(
     from agq_gguf.runtime.conversation import Conversation
     from agq_gguf.runtime.text import TextModel
 
-    with TextModel(model, context=context, threads=threads) as text:
+    with TextModel(model, context=context, threads=threads, tell=show.complain) as text:
         formatter = _formatter(text, model, chat_format, template)
         talk = Conversation(text, formatter, system, tokens=tokens, temperature=temperature, seed=seed)
         interactive = sys.stdin.isatty()
         ctrl_c = _CtrlC()
         if interactive:
             show.complain(f"{model.name}: type a message; /help lists commands, Ctrl-D ends")
+        saved: set[Path] = set()
         for message in _messages(ctrl_c, interactive):
+            if interactive and message in ("/quit", "/exit"):
+                return
             if interactive and message.startswith("/"):
-                _command(talk, message)
+                _command(talk, message, saved)
             else:
                 _answer(ctrl_c, talk, message)
 
@@ -160,17 +169,15 @@ def _formatter(text: TextModel, model: Path, chat_format: str, template: Path | 
 
 def _messages(ctrl_c: _CtrlC, interactive: bool) -> Iterator[str]:
     """What the user types, one message at a time; bytes that are not UTF-8 are replaced."""
-    stream = sys.stdin
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    read_line = _line_reader(interactive)
     block: list[str] | None = None  # lines of a message that began with three quotes
     line = ""
 
     def read() -> None:
         nonlocal line
-        if interactive:
-            _write("> " if block is None else ". ")
-        line = stream.readline()
+        line = read_line("> " if block is None else ". ")
 
     while True:
         if ctrl_c.stopped(read):
@@ -198,6 +205,43 @@ def _messages(ctrl_c: _CtrlC, interactive: bool) -> Iterator[str]:
             block.append(line)
 
 
+def _line_reader(interactive: bool) -> Callable[[str], str]:
+    """A function that shows a prompt, if somebody types, and reads a line with its end; an empty text at the end."""
+    if not interactive:
+        return lambda prompt: sys.stdin.readline()
+    return _edited_line if sys.stdout.isatty() and _can_edit() else _typed_line
+
+
+def _can_edit() -> bool:
+    """Whether `input` lets users edit what they type, in lines of any length, with those of before."""
+    try:
+        import readline
+    except ImportError:  # on Windows, and in some builds of Python
+        return False
+    # In the locale "C" it takes bytes beyond ASCII for keys.
+    for setting in ("input-meta on", "output-meta on", "convert-meta off"):
+        readline.parse_and_bind(f"set {setting}")
+    return True
+
+
+def _edited_line(prompt: str) -> str:
+    try:
+        return input(prompt) + "\n"
+    except EOFError:
+        return ""
+
+
+def _typed_line(prompt: str) -> str:
+    _write(prompt)
+    line = sys.stdin.readline()
+    if len(line.rstrip("\r\n").encode("utf-8", "replace")) >= _TERMINAL_LINE and sys.platform != "win32":
+        show.complain(
+            f"warning: a terminal keeps only {_TERMINAL_LINE} bytes of a line, so the end of this one may be missing; "
+            'type a long message in several lines, with """ before the first and after the last'
+        )
+    return line
+
+
 def _answer(ctrl_c: _CtrlC, talk: Conversation, message: str) -> None:
     """Prints the model's answer; Ctrl-C stops it, and what was said until then is kept."""
 
@@ -216,7 +260,8 @@ def _answer(ctrl_c: _CtrlC, talk: Conversation, message: str) -> None:
         show.complain(f"note: the context is full: the {talk.dropped} oldest messages are no longer read")
 
 
-def _command(talk: Conversation, line: str) -> None:
+def _command(talk: Conversation, line: str, saved: set[Path]) -> None:
+    """Does what a line that begins with a slash says; `saved` are the files that this chat has written."""
     word, _, rest = line.partition(" ")
     if word == "/help":
         show.say(_HELP)
@@ -227,19 +272,23 @@ def _command(talk: Conversation, line: str) -> None:
         talk.system = rest.strip()
         show.complain("system prompt changed" if talk.system else "system prompt removed")
     elif word == "/save":
-        _save(talk, rest.strip())
+        _save(talk, rest.strip(), saved)
     else:
         show.complain(f"unknown command {word}; /help lists all")
 
 
-def _save(talk: Conversation, name: str) -> None:
+def _save(talk: Conversation, name: str, saved: set[Path]) -> None:
     if not name:
         show.complain("/save needs the name of a file")
         return
     try:
         target = Path(name).expanduser()
-        check_text_file(target)
-        write_text(target, talk.as_markdown())
+        check_output(target)
+        whole = target.resolve()
+        if target.exists() and whole not in saved:
+            raise InputError(f"{target}: exists already; give the name of a new file")
+        write_text(target, talk.as_markdown(), new=whole not in saved)
+        saved.add(whole)
     except (AgqError, RuntimeError) as e:  # RuntimeError: a home folder that is not known
         show.complain(f"error: {e}")
     else:

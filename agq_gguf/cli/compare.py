@@ -10,10 +10,9 @@ import typer
 
 from agq_gguf.calibration.default_text import default_calibration, held_out
 from agq_gguf.cli import output as show
-from agq_gguf.cli.files import write_text
+from agq_gguf.cli.files import check_picture, write_text
 from agq_gguf.cli.options import Flash, FlashOption, Json, PlotOption, Quality, Quiet, Threads
 from agq_gguf.errors import OutputError, missing_package
-from agq_gguf.inspection import plots
 from agq_gguf.text import load_text
 
 if TYPE_CHECKING:
@@ -81,8 +80,7 @@ def compare(
         from agq_gguf.quantization.options import QuantizeOptions
     except ImportError as e:
         raise missing_package("comparing", e, "convert") from e
-    if plot is not None:
-        plots.check_target(plot)
+    check_picture(plot, [source, text, calibration])
     options = QuantizeOptions(quality=quality.value, threads=threads)
     learn, measure = (default_calibration(), None) if text is not None else held_out()
     setup = Setup(

@@ -12,7 +12,8 @@ import typer
 
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Json, Quiet, Threads
-from agq_gguf.errors import InputError
+from agq_gguf.errors import OutputError
+from agq_gguf.gguf_io.writer import check_writable
 
 if TYPE_CHECKING:
     from agq_gguf.demo import Demonstration
@@ -44,7 +45,8 @@ def demo(
         try:
             keep.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise InputError(f"{keep}: cannot create this folder: {e.strerror}") from e
+            raise OutputError(f"{keep}: cannot create this folder: {e.strerror}") from e
+        check_writable(keep / "model.gguf")
     with (
         tempfile.TemporaryDirectory(prefix="agq-gguf-") if keep is None else nullcontext(str(keep)) as folder,
         show.ProgressView(quiet=quiet or as_json) as view,

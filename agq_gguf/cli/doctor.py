@@ -10,6 +10,7 @@ import typer
 
 from agq_gguf.cli import output as show
 from agq_gguf.errors import HostError
+from agq_gguf.runtime.cpus import MAX_THREADS
 
 if TYPE_CHECKING:
     from agq_gguf.inspection.doctor import Diagnosis
@@ -25,7 +26,9 @@ def doctor(
         Path | None,
         typer.Option(help="libllama or libggml to use; default: llama-cpp-python's.", show_default=False),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="Threads to measure with; 0: all.")] = 0,
+    threads: Annotated[
+        int, typer.Option("--threads", "-t", min=0, max=MAX_THREADS, help="Threads to measure with; 0: all.")
+    ] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure the speed, for two seconds.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:

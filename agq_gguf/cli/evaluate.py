@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agq_gguf.cli import output as show
+from agq_gguf.cli.files import check_picture
 from agq_gguf.cli.options import Flash, FlashOption, Json, ModelArgument, PlotOption, Quiet, Threads
 from agq_gguf.inspection import plots
 from agq_gguf.text import read_text
@@ -40,8 +41,7 @@ def evaluate(
     from agq_gguf.measure.evaluate import evaluate as run
 
     content = read_text(text)
-    if plot is not None:
-        plots.check_target(plot)
+    check_picture(plot, [model, reference, text])
     with show.ProgressView(quiet=quiet or as_json) as view:
         found = run(
             model,

@@ -1,4 +1,4 @@
-"""Text files that commands write: refused before the work, and never written over what a command reads."""
+"""Files that commands write: refused before the work, and never written over what a command reads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from pathlib import Path
 
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.gguf_io.writer import check_writable
+from agq_gguf.inspection import plots
 
 _MODEL = b"GGUF"  # how models begin
 
 
-def check_text_file(path: Path, inputs: Iterable[Path | None] = ()) -> None:
+def check_output(path: Path, inputs: Iterable[Path | None] = ()) -> None:
     """Raises InputError if `path` is one of the inputs or any model, OutputError if nothing can be written there."""
+    try:
+        _check(path, inputs)
+    except (OSError, ValueError) as e:  # a name that is too long, or holds a zero byte
+        raise OutputError(f"{path}: cannot write there: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _check(path: Path, inputs: Iterable[Path | None]) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; give the name of a file")
     if any(source is not None and _same(path, source) for source in inputs):
@@ -31,6 +39,13 @@ def check_text_file(path: Path, inputs: Iterable[Path | None] = ()) -> None:
             raise OutputError(f"{path}: cannot be written: no permission, or a read-only file system")
     else:
         check_writable(path)
+
+
+def check_picture(path: Path | None, inputs: Iterable[Path | None] = ()) -> None:
+    """The same for a picture, if one is wanted; also raises what `plots.check_kind` raises."""
+    if path is not None:
+        plots.check_kind(path)
+        check_output(path, inputs)
 
 
 def write_text(path: Path, text: str, *, new: bool = False) -> None:

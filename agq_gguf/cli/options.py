@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from agq_gguf.runtime.cpus import MAX_THREADS
+
 
 def parse_size(text: str) -> int:
     """Bytes in a size such as ``4G``, ``512M``, ``1.5GiB`` or ``1000000``; units are binary."""
@@ -48,7 +50,7 @@ ModelArgument = Annotated[
 ]
 
 
-Threads = Annotated[int, typer.Option("--threads", "-t", min=0, help="CPU threads; 0: all.")]
+Threads = Annotated[int, typer.Option("--threads", "-t", min=0, max=MAX_THREADS, help="CPU threads; 0: all.")]
 
 
 FlashOption = Annotated[Flash, typer.Option("--flash-attn", help="Flash attention.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from agq_gguf.cli import output as show
 from agq_gguf.cli.options import Json, Quiet, Threads
-from agq_gguf.errors import AgqError
+from agq_gguf.errors import AgqError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from agq_gguf.pruning.file import PruningInfo
     from agq_gguf.pruning.report import Kept, PruneReport
+    from agq_gguf.runtime.model import Model
     from agq_gguf.runtime.text import TextModel
     from agq_gguf.text import LoadedText
 
@@ -218,8 +220,37 @@ def pruning(spec: str | None) -> AbstractContextManager[None]:
     return options(prune=spec)
 
 
-def show_dropped(text: TextModel, model: Path, tokens: NDArray[np.int32]) -> None:
-    """Reads a prompt and shows which of its tokens were dropped."""
+def check_layers(spec: str, model: Model) -> None:
+    """Raises InputError for pruning layers that the model does not have, or that no other layer follows."""
+    for layer in map(int, re.findall(r"(?:^|,)(\d+):", spec.partition(";")[0].replace(" ", ""))):
+        if layer >= model.n_layer - 1:
+            raise InputError(
+                f"{model.path}: layer {layer} cannot be a pruning layer, because other layers must follow; the model "
+                f"has the layers 0 to {model.n_layer - 1}"
+            )
+
+
+def why_all_kept(text: TextModel, spec: str | None, n_tokens: int) -> str:
+    """Why no token was dropped of a prompt that was just read; empty if some were, or if nobody asked for that."""
+    from agq_gguf.pruning.plan import MIN_PROMPT
+    from agq_gguf.runtime.log import why_not_pruned
+    from agq_gguf.runtime.plugin import last_pruned
+
+    if spec is None or spec.partition(";")[0].strip() == "off":
+        return ""
+    if text.model.is_recurrent:
+        return "recurrent and hybrid models are not pruned"
+    if any(layer >= 0 for layer in last_pruned()):
+        return ""
+    shortest = re.search(r";min=(\d+)", spec.replace(" ", ""))
+    least = int(shortest[1]) if shortest else MIN_PROMPT
+    if n_tokens < least:
+        return f"it has {n_tokens} tokens, and fewer than {least} are not pruned"
+    return why_not_pruned() or "the setting asks for none"
+
+
+def show_dropped(text: TextModel, model: Path, spec: str | None, tokens: NDArray[np.int32]) -> None:
+    """Reads a prompt and shows which of its tokens were dropped, or why none was."""
     from agq_gguf.gguf_io.shards import open_model
     from agq_gguf.pruning.plan import work_of
     from agq_gguf.runtime.pruned import pieces_of
@@ -228,10 +259,10 @@ def show_dropped(text: TextModel, model: Path, tokens: NDArray[np.int32]) -> Non
         work = work_of({name: tensor.n_elements for name, tensor in reader.tensors.items()})
     text.read(tokens)
     pieces, left = pieces_of(tokens.tolist(), text.detokenize)
-    show_prompt(pieces, work.saving([left]))
+    show_prompt(pieces, work.saving([left]), why_all_kept(text, spec, len(tokens)))
 
 
-def show_prompt(pieces: list[tuple[str, int]], saving: float) -> None:
+def show_prompt(pieces: list[tuple[str, int]], saving: float, why: str = "") -> None:
     """Prints a prompt, given as pieces of text with the layer that dropped each (-1: kept), and the work saved."""
     out = show.console()
     layers = sorted({layer for _, layer in pieces if layer >= 0})
@@ -251,7 +282,7 @@ def show_prompt(pieces: list[tuple[str, int]], saving: float) -> None:
             f"each dropped token is marked with the layer after which it was dropped; {saving:.0%} of the work saved"
         )
     else:
-        show.complain("no token of this prompt was dropped")
+        show.complain(f"no token of this prompt was dropped{f': {why}' if why else ''}")
 
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from agq_gguf.cli import output as show
-from agq_gguf.cli.files import check_text_file, write_text
+from agq_gguf.cli.files import check_output, write_text
 from agq_gguf.cli.options import Quiet, Threads
 from agq_gguf.errors import missing_package
 
@@ -47,7 +47,7 @@ def report(
     except ImportError as e:
         raise missing_package("the report", e, "report") from e
     target = output or Path(f"{model.name.removesuffix('.gguf')}.html")
-    check_text_file(target, [model, text, *(bench or []), *(evaluation or [])])
+    check_output(target, [model, text, *(bench or []), *(evaluation or [])])
     with show.ProgressView(quiet=quiet) as view:
         data = gather(
             model, text=text, tokens=tokens, threads=threads, bench=bench or [], evaluations=evaluation or [],

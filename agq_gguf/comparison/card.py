@@ -7,6 +7,8 @@ from pathlib import Path
 
 from agq_gguf.comparison import page
 from agq_gguf.comparison.run import Comparison
+from agq_gguf.errors import InputError
+from agq_gguf.format import blocks
 from agq_gguf.gguf_io import metadata
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.inspection.inspect import ModelInfo, inspect_file
@@ -39,9 +41,12 @@ def card(model: Path, *, base_model: str = "", licence: str = "", compared: Comp
     """A model card: YAML front matter as the hub wants it, what the file is, how to run it, and what was measured.
 
     `base_model` is a repository of the hub, such as ``HuggingFaceTB/SmolLM2-135M-Instruct``. It and `licence` default
-    to what the file's metadata says. Raises InputError for a file that cannot be read.
+    to what the file's metadata says. Raises InputError for a file that cannot be read, or that holds no
+    AGQ4 tensor.
     """
     info = inspect_file(model)
+    if blocks.TYPE_NAME not in info.types:
+        raise InputError(f"{model}: holds no AGQ4 tensor, which the card is about; make one with `agq-gguf quantize`")
     with open_model(model) as reader:
         base = base_model or str(reader.get("general.base_model.0.repo_url", "")).removeprefix(_HUB)
         licence = licence or str(reader.get("general.license", ""))

@@ -18,6 +18,9 @@ from agq_gguf.arguments import PathName, Progress, no_progress
 from agq_gguf.calibration.importance import importance
 from agq_gguf.comparison.candidates import Candidate
 from agq_gguf.errors import InputError, OutputError
+from agq_gguf.gguf_io.reader import check_source
+from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.gguf_io.writer import check_writable
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.bench import Result, bench
 from agq_gguf.measure.evaluate import Evaluation, evaluate
@@ -25,8 +28,7 @@ from agq_gguf.measure.row import Row
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.runtime.machine import processor
-from agq_gguf.runtime.model import FlashAttention
-from agq_gguf.runtime.model_file import check_model_file
+from agq_gguf.runtime.model import FlashAttention, Model
 from agq_gguf.text import LoadedText
 
 STATE = "comparison.json"
@@ -70,11 +72,15 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
     there already are used again if they belong to that measurement. Raises InputError, HostError or OutputError.
     """
     source, folder = Path(source), Path(folder)
-    check_model_file(source)
+    with open_model(source) as reader:
+        check_source(reader)
+    with Model(source) as model:
+        model.require_logits()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OutputError(f"{folder}: cannot be made: {e.strerror}") from e
+    check_writable(folder / STATE)
     state = _State(folder / STATE, _identity(source, setup))
 
     @cache

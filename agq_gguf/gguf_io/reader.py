@@ -324,10 +324,10 @@ def open_gguf(path: str | os.PathLike[str]) -> Reader:
         raise
 
 
-def check_source(reader: Reader, *, allow_requantize: bool = False) -> None:
+def check_source(reader: Reader, *, allow_requantize: bool = False, option: str = "") -> None:
     """Raises InputError unless the file is a whole model with float weights.
 
-    With `allow_requantize` the weights may be of any type but AGQ4.
+    With `allow_requantize` the weights may be of any type but AGQ4. `option` is the command's option for that.
     """
     if reader.number("split.count", 0) not in (0, 1):
         raise InputError(f"{reader.path}: is one part of a split model; all parts are needed")
@@ -354,7 +354,7 @@ def check_source(reader: Reader, *, allow_requantize: bool = False) -> None:
         if tensor.quantized and not allow_requantize:
             raise InputError(
                 f"{reader.path}: tensor {tensor.name} is already quantized ({tensor.type_name}); start from the F32, "
-                "F16 or BF16 file of the model, or use --allow-requantize, which loses quality"
+                f"F16 or BF16 file of the model{f', or use {option}, which loses quality' if option else ''}"
             )
 
 

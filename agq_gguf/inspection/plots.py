@@ -14,19 +14,14 @@ if TYPE_CHECKING:
     from agq_gguf.measure.evaluate import Evaluation
 
 
-def check_target(path: Path) -> None:
-    """Checks a target before anything is measured.
-
-    Raises HostError without matplotlib, InputError for an unknown kind of file, OutputError if the folder is missing.
-    """
+def check_kind(path: Path) -> None:
+    """Raises HostError without matplotlib, InputError if it cannot draw the kind of picture that the name asks for."""
     _pyplot()
     from matplotlib.figure import Figure
 
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
         raise InputError(f"{path}: the name of a picture must end in one of {', '.join(sorted(known))}")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: cannot be written: no such folder")
 
 
 def plot_bench(results: Sequence[Result], path: str | os.PathLike[str]) -> None:

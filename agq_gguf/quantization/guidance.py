@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agq_gguf._version import __version__
-from agq_gguf.arguments import PathName, Progress
-from agq_gguf.calibration.imatrix import load_imatrix
+from agq_gguf.arguments import Progress
+from agq_gguf.calibration.imatrix import Imatrix
 from agq_gguf.calibration.memory import hessian_bytes, work_bytes
-from agq_gguf.calibration.stats import WeightStats, check_shapes
+from agq_gguf.calibration.stats import WeightStats
 from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.gguf_io.tensor_names import EMBEDDING, is_further_prediction, layer_of
 from agq_gguf.quantization.options import QuantizeOptions
@@ -63,13 +63,12 @@ def unguided(wanted: dict[str, Tensor]) -> Guide:
     return Guide("none", (Group((name,)) for name in wanted), [warning])
 
 
-def from_imatrix(wanted: dict[str, Tensor], path: PathName) -> Guide:
-    """Mean squares from an importance matrix. Raises InputError if it does not match the weights."""
-    stats = load_imatrix(path)
-    check_shapes(stats, {name: tensor.shape for name, tensor in wanted.items()}, str(path))
+def from_imatrix(wanted: dict[str, Tensor], imatrix: Imatrix) -> Guide:
+    """Mean squares from an importance matrix, which must match the weights."""
+    stats = imatrix.weights
     warnings = _unseen([name for name in wanted if name not in stats and name != EMBEDDING])
     warnings += unused_experts({name: stats[name].unused_experts for name in wanted if name in stats})
-    return Guide(f"imatrix {Path(path).name}", (Group((name,), stats.get(name)) for name in wanted), warnings)
+    return Guide(f"imatrix {imatrix.path.name}", (Group((name,), stats.get(name)) for name in wanted), warnings)
 
 
 def from_text(

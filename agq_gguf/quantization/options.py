@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import TYPE_IDS
 from agq_gguf.matrix.options import MatrixOptions
 
 QUALITIES = ("fast", "balanced", "best")
+MAX_TARGET_BPW = 16  # as an F16 file
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,11 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
             raise InputError(f"quality must be one of {', '.join(QUALITIES)}, got {self.quality!r}")
-        if not (np.isfinite(self.target_bpw) and self.target_bpw >= 0):
-            raise InputError(f"the target must be a positive number of bits per weight, got {self.target_bpw}")
+        if not 0 <= self.target_bpw <= MAX_TARGET_BPW:
+            raise InputError(
+                f"the target must be 4.25 to {MAX_TARGET_BPW} bits per weight, or 0 for no target, "
+                f"got {self.target_bpw:g}"
+            )
         for name in self.keep_types:
             if name not in TYPE_IDS or name == blocks.TYPE_NAME:
                 raise InputError(f"types to keep must be names of ggml's types, such as mxfp4 or q6_K, got {name!r}")

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf.arguments import PathName, Progress, Text, no_progress
+from agq_gguf.calibration.imatrix import Imatrix
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io import metadata
@@ -58,11 +59,14 @@ def plan_file(
         raise InputError(
             f"{src}: is a folder; a plan needs a GGUF file: make one with `agq-gguf import-hf` or llama.cpp's converter"
         )
+    stats = None if imatrix is None else Imatrix.read(imatrix)
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         source.prepare(reader, options)
+        if stats is not None:
+            stats.check(reader)
         text = None if calibration is None or not options.target_bpw else load_text(calibration)
         session, _ = _opener(stack, reader, text, progress)
-        return _plans(reader, session, imatrix, options, progress)
+        return _plans(reader, session, stats, options, progress)
 
 
 def plan_warnings(src: PathName, options: QuantizeOptions) -> list[str]:
@@ -82,7 +86,7 @@ def plan_warnings(src: PathName, options: QuantizeOptions) -> list[str]:
 def _plans(
     reader: Reader,
     session: Callable[[], Session] | None,
-    imatrix: PathName | None,
+    imatrix: Imatrix | None,
     options: QuantizeOptions,
     progress: Progress,
 ) -> list[TensorPlan]:
@@ -121,8 +125,9 @@ def quantize(
     text. Raises InputError, FormatError or OutputError, and then leaves `dst` unchanged.
     """
     options = options or QuantizeOptions()
+    stats = None if imatrix is None else Imatrix.read(imatrix)
     with folder.as_gguf(src, dst, options, progress) as (path, warnings):
-        report = _quantize_file(path, dst, calibration, imatrix, options, progress)
+        report = _quantize_file(path, dst, calibration, stats, options, progress)
         report.warnings[:0] = warnings
         return report
 
@@ -131,12 +136,14 @@ def _quantize_file(
     src: Path,
     dst: PathName,
     calibration: Text | None,
-    imatrix: PathName | None,
+    imatrix: Imatrix | None,
     options: QuantizeOptions,
     progress: Progress,
 ) -> Report:
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         source.prepare(reader, options)
+        if imatrix is not None:
+            imatrix.check(reader)
         check_writable(dst)
         text = None if calibration is None else load_text(calibration)
         session, warnings = _opener(stack, reader, text, progress)

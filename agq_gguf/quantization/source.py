@@ -17,7 +17,7 @@ def prepare(reader: Reader, options: QuantizeOptions) -> None:
 
     Raises InputError, HostError if ggml does not know one of its types.
     """
-    check_source(reader, allow_requantize=options.allow_requantize)
+    check_source(reader, allow_requantize=options.allow_requantize, option="--allow-requantize")
     first = {tensor.type_name: tensor.name for tensor in reversed(reader.tensors.values()) if tensor.quantized}
     if not first:
         return

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+MAX_THREADS = 512  # that ggml can use for one computation: its GGML_MAX_N_THREADS
+
 
 @dataclass(frozen=True)
 class Quota:
@@ -40,8 +42,8 @@ class AvailableCpus:
 
 
 def default_threads() -> int:
-    """Number of CPUs this process may use, at least 1."""
-    return available_cpus().threads
+    """Number of CPUs this process may use, at least 1, and at most as many as ggml can use."""
+    return min(available_cpus().threads, MAX_THREADS)
 
 
 def available_cpus(root: Path = Path("/")) -> AvailableCpus:

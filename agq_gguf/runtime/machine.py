@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +65,16 @@ def processor(root: Path = Path("/")) -> Processor:
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     name = fields.get("model name") or platform.processor() or platform.machine()
     return Processor(name, [feature for feature in _FEATURES if feature in flags])
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be had without swapping; None if the system does not say. `root` holds proc; tests set it."""
+    try:
+        text = (root / "proc/meminfo").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
 
 
 def kernels() -> list[Kernel]:

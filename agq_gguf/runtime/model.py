@@ -22,10 +22,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.runtime.abilities import Abilities, abilities_of
-from agq_gguf.runtime.cpus import default_threads
+from agq_gguf.runtime.cpus import MAX_THREADS, default_threads
 from agq_gguf.runtime.interrupts import Interrupts
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import last_error, redirect
+from agq_gguf.runtime.machine import free_memory
 from agq_gguf.runtime.model_file import prepare
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor; True bef
 
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _CACHE_TYPES = {"f16": 1, "f32": 0}  # ggml's types
+_CACHE_BYTES = {"f16": 2, "f32": 4}
+_MAX_CONTEXT = 2**31 - 1  # llama.cpp counts in 32 bits
+_LARGE_CACHE = 4 << 30  # bytes, which llama.cpp fills with zeros in about ten seconds
 _POOLING_NONE = 0
 
 logging.getLogger("agq_gguf").addHandler(logging.NullHandler())
@@ -90,6 +94,7 @@ class Model(_Closable):
         self.vocabulary = api.llama_model_get_vocab(self._model)
         self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary))
         self.n_ctx_train = int(api.llama_model_n_ctx_train(self._model))
+        self.n_layer = int(api.llama_model_n_layer(self._model))
         self.n_params = int(api.llama_model_n_params(self._model))
         self.size = int(api.llama_model_size(self._model))  # bytes of all tensors
         self.add_bos = bool(api.llama_vocab_get_add_bos(self.vocabulary))
@@ -97,6 +102,9 @@ class Model(_Closable):
         self.has_encoder = bool(api.llama_model_has_encoder(self._model))
         self.has_decoder = bool(api.llama_model_has_decoder(self._model))
         self.eos = int(api.llama_vocab_eos(self.vocabulary))
+        self.is_recurrent = any(  # or hybrid: some layers have a state instead of a cache
+            getattr(api, f"llama_model_is_{kind}", lambda _: False)(self._model) for kind in ("recurrent", "hybrid")
+        )
         self.is_diffusion = bool(getattr(api, "llama_model_is_diffusion", lambda _: False)(self._model))
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> NDArray[np.int32]:
@@ -178,17 +186,25 @@ class Model(_Closable):
         eval_callback: EvalCallback | None = None,
         cache: CacheType = "f16",
         embeddings: bool = False,
+        tell: Callable[[str], None] | None = None,
     ) -> Context:
         """A context of `n_ctx` tokens for each sequence. `n_batch` 0 means n_ctx; `threads` 0 means all CPUs.
 
-        With `embeddings` the model computes them in place of logits, as an encoder does.
+        With `embeddings` the model computes them in place of logits, as an encoder does. `tell` gets a line about a
+        cache that takes long to make.
 
-        Raises InputError if the model does not support so many tokens, HostError if llama.cpp cannot create it.
+        Raises InputError if the model does not support so many tokens or llama.cpp so many threads, HostError if
+        llama.cpp cannot create it.
         """
+        if not 0 <= threads <= MAX_THREADS:
+            raise InputError(f"threads must be 0 to {MAX_THREADS}, got {threads}")
         limit = self.facts.positions
         if limit and n_ctx > limit:
             # llama.cpp would read past the end of the position table, and abort.
             raise InputError(f"{self.path}: the context must be at most {limit} tokens for this model, got {n_ctx}")
+        if n_ctx * sequences > _MAX_CONTEXT:
+            raise InputError(f"{self.path}: the context must be at most {_MAX_CONTEXT} tokens, got {n_ctx * sequences}")
+        self._check_memory(n_ctx * sequences, cache, tell)
         return Context(
             self,
             n_ctx,
@@ -201,6 +217,18 @@ class Model(_Closable):
             cache,
             embeddings,
         )
+
+    def _check_memory(self, tokens: int, cache: CacheType, tell: Callable[[str], None] | None) -> None:
+        """Raises InputError for a cache that does not fit: llama.cpp fills it with zeros, so the machine would swap."""
+        windows = int(getattr(self._api, "llama_model_n_swa", lambda _: 1)(self._model))
+        if windows or not self.facts.causal:
+            return  # some layers keep fewer keys, or there is no cache
+        needed, free = self.facts.cache_bytes * tokens * _CACHE_BYTES[cache] // 2, free_memory()
+        said = f"the keys and values of {tokens} tokens need {needed / 2**30:.1f} GiB of memory"
+        if free is not None and needed > free:
+            raise InputError(f"{self.path}: {said}, {free / 2**30:.1f} GiB are free; use a smaller context")
+        if tell is not None and needed >= _LARGE_CACHE:
+            tell(f"note: {said}, which takes a while to fill; a smaller context begins sooner")
 
     def close(self) -> None:
         """Frees the model and restores the log."""
@@ -278,6 +306,7 @@ class Context(_Closable):
             )
             parameters.cb_eval = self._eval_callback
         redirect.errors.clear()
+        redirect.warnings.clear()
         self._context: Any = None
         try:
             with self._interrupts.deferred():  # llama.cpp calls the log's callback

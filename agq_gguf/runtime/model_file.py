@@ -9,6 +9,7 @@ from agq_gguf.errors import HostError, InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.gguf_io.shards import open_model
+from agq_gguf.gguf_io.tensor_names import is_further_prediction, layer_of, split_name
 from agq_gguf.runtime.log import quiet_log
 from agq_gguf.runtime.plugin import register_for_models
 
@@ -24,6 +25,7 @@ class FileFacts:
     n_ctx_train: int  # tokens; 0 if the file does not say
     positions: int  # learned positions: the model cannot run beyond them; 0: it has rotary or other positions
     tokens: bytes  # the vocabulary, as bytes of the file
+    cache_bytes: int  # of keys and values of a token in F16, without sliding windows; 0: none, or not known
 
 
 def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
@@ -38,12 +40,33 @@ def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
             int(reader.number(f"{reader.architecture}.context_length", 0)),
             _positions(reader),
             b"".join(vocabulary),
+            _cache_bytes(reader),
         )
 
 
 def _positions(reader: Reader) -> int:
     table = reader.tensors.get("position_embd.weight")
     return table.shape[0] if table is not None and len(table.shape) == 2 else 0
+
+
+def _cache_bytes(reader: Reader) -> int:
+    """Bytes of keys and values for each token, in F16, by the shapes of the matrices that make them; 0 for MLA."""
+    apart = {  # layers without such a cache
+        layer_of(name)
+        for name in reader.tensors
+        if is_further_prediction(name) or name.endswith(".attn_kv_a_mqa.weight")
+    }
+    rows = 0
+    for name, tensor in reader.tensors.items():
+        layer, kind = split_name(name)
+        output = reader.tensors.get(f"blk.{layer}.attn_output.weight")
+        if layer in apart or output is None or len(tensor.shape) != 2:
+            continue
+        if kind in ("attn_k.weight", "attn_v.weight"):
+            rows += tensor.shape[0]
+        elif kind == "attn_qkv.weight":
+            rows += max(tensor.shape[0] - output.shape[-1], 0)
+    return 2 * rows
 
 
 def prepare(path: str | os.PathLike[str]) -> FileFacts:

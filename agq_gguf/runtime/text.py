@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,17 @@ _TOP_K, _TOP_P, _MIN_P = 40, 0.95, 0.05  # as llama-cpp-python has them
 class TextModel:
     """A model that continues texts. It keeps what it has read, so that a text with the same beginning is quick."""
 
-    def __init__(self, path: str | os.PathLike[str], *, context: int = 0, threads: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        context: int = 0,
+        threads: int = 0,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         """Opens a model. `context` 0 means the trained context, but at most 4096 tokens; `threads` 0, all CPUs.
+
+        `tell` gets a line if that takes long.
 
         Raises InputError for a model that does not generate text, or that does not support the context; HostError.
         """
@@ -32,7 +41,7 @@ class TextModel:
         try:
             self.model.require_logits()
             n_ctx = context or min(self.model.n_ctx_train or _CONTEXT, _CONTEXT)
-            self.context: Context = self.model.context(n_ctx, n_batch=min(n_ctx, 512), threads=threads)
+            self.context: Context = self.model.context(n_ctx, n_batch=min(n_ctx, 512), threads=threads, tell=tell)
         except BaseException:
             self.model.close()
             raise
@@ -53,9 +62,11 @@ class TextModel:
     def read(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """Reads a text from its beginning and returns the logits [vocabulary] after it.
 
-        Raises InputError if it is longer than the context.
+        Raises InputError if it is empty or longer than the context.
         """
-        if not 0 < len(tokens) <= self.limit:
+        if not len(tokens):
+            raise InputError(f"{self.model.path}: the prompt is empty; give a text that the model can continue")
+        if len(tokens) > self.limit:
             raise InputError(
                 f"{self.model.path}: the prompt has {len(tokens)} tokens, expected 1 to {self.limit}; shorten it or "
                 "use a larger --ctx"

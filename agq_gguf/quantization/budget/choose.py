@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from agq_gguf.arguments import PathName, Progress
-from agq_gguf.calibration.imatrix import load_imatrix
+from agq_gguf.arguments import Progress
+from agq_gguf.calibration.imatrix import Imatrix
 from agq_gguf.calibration.stats import InputStats
 from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
@@ -31,7 +30,7 @@ _CHUNK = 256
 def choose_types(
     reader: Reader,
     session: Callable[[], Session] | None,
-    imatrix: PathName | None,
+    imatrix: Imatrix | None,
     options: QuantizeOptions,
     progress: Progress,
 ) -> list[TensorPlan]:
@@ -87,13 +86,13 @@ def _tokens(session: Session, options: QuantizeOptions) -> torch.Tensor:
 def _mean_squares(
     reader: Reader,
     session: Callable[[], Session] | None,
-    imatrix: PathName | None,
+    imatrix: Imatrix | None,
     options: QuantizeOptions,
     types: Iterable[str],
 ) -> dict[str, InputStats]:
     """Statistics of the inputs, from whichever source is given; experts are pooled."""
     if session is None:
-        return {} if imatrix is None else {name: found.whole for name, found in load_imatrix(Path(imatrix)).items()}
+        return {} if imatrix is None else {name: found.whole for name, found in imatrix.weights.items()}
     from agq_gguf.calibration.collect import Calibrator
 
     shapes = {name: reader.tensors[name].shape for name in types}
