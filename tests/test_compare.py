@@ -94,6 +94,15 @@ def test_sources_that_cannot_be_compared(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_text_that_is_too_short(small: Path, tmp_path: Path) -> None:
+    """It is refused before the first file is made."""
+    short = tmp_path / "short.txt"
+    short.write_text("the red key")
+    refused = run("compare", small, "--text", short, "-o", tmp_path / "out", *QUICK, code=2).stderr
+    assert "must have at least" in refused
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stopped_comparison_goes_on(
     small: Path, words_file: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

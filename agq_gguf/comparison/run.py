@@ -23,7 +23,7 @@ from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.gguf_io.writer import check_writable
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.measure.bench import Result, bench
-from agq_gguf.measure.evaluate import Evaluation, evaluate
+from agq_gguf.measure.evaluate import Evaluation, check_length, evaluate
 from agq_gguf.measure.row import Row
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.runtime.cpus import default_threads
@@ -76,6 +76,7 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
         check_source(reader)
     with Model(source) as model:
         model.require_logits()
+        check_length(model, setup.text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

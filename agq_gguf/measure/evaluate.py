@@ -63,7 +63,7 @@ def evaluate(
         for model in models:
             model.require_logits()
         check_same_tokens(models)
-        size = min([DEFAULT_CONTEXT, *(m.n_ctx_train for m in models)]) if context is None else context
+        size = _default_context(models) if context is None else context
         if size < 4:
             raise InputError(f"chunks must have at least 4 tokens, got {size}")
         pieces = _cut(models[0], text, size, chunks)
@@ -77,6 +77,15 @@ def evaluate(
             scored.append(np.concatenate(list(_score_chunk(contexts, piece, models[0]))))
         progress("evaluate", len(pieces), len(pieces), "")
     return summarize(np.concatenate(scored), size, len(pieces))
+
+
+def check_length(model: Model, text: str | LoadedText) -> None:
+    """Raises InputError if the text is too short for `evaluate` with its default context."""
+    _cut(model, text, _default_context([model]), 1)
+
+
+def _default_context(models: list[Model]) -> int:
+    return min([DEFAULT_CONTEXT, *(model.n_ctx_train for model in models)])
 
 
 def _cut(model: Model, text: str | LoadedText, size: int, chunks: int | None) -> NDArray[np.int32]:
