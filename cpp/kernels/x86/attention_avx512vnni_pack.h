@@ -8,17 +8,11 @@
 // Everything is in an anonymous namespace, because the one file that includes this is compiled with its own flags.
 #pragma once
 
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// GCC 12's headers initialize many variables with themselves in intrinsics (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
 #include <cmath>
 #include <cstring>
 
 #include "kernels/attention.h"
+#include "kernels/x86/avx512_intrinsics.h"
 
 namespace agq {
 namespace {

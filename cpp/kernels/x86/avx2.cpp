@@ -94,7 +94,7 @@ struct q8_dot {
     static __m128i half(const uint8_t *bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)); }
 };
 
-constexpr q8_kernel q8 = {isa::avx2::q8_pack, q8_multiply<q8_dot>};
+constexpr q8_kernel q8 = {isa::avx2::q8_pack, q8_multiply<q8_tiles<q8_dot>>};
 
 bool supported() {
     return detect_x86().avx2;

@@ -6,19 +6,13 @@
 //                 weights from memory is the limit: it walks the tiles strictly in file order and prefetches ahead.
 //   pair_blocks   two panels x 1..12 tokens, 24 accumulators. For many tokens, where arithmetic is the limit: the first
 //                 block looks codes up on the way and keeps them in a scratch, which stays in L1 for the other blocks.
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// GCC 12's headers initialize many variables with themselves in intrinsics (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
 #include <cstring>
 
 #include "format/panel.h"
 #include "kernels/kernel.h"
 #include "kernels/portable/unroll.h"
 #include "kernels/portable/vector_kernel.h"
+#include "kernels/x86/avx512_intrinsics.h"
 #include "kernels/x86/x86_cpu.h"
 #include "kernels/x86/x86_scales.h"
 

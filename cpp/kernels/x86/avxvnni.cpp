@@ -50,7 +50,7 @@ struct q8_dot {
     static __m256i dot(weights w, tokens x) { return dot4::dot(w.start, x, w.w); }
 };
 
-constexpr q8_kernel q8 = {isa::avx2::q8_pack, q8_multiply<q8_dot>};
+constexpr q8_kernel q8 = {isa::avx2::q8_pack, q8_multiply<q8_tiles<q8_dot>>};
 
 bool supported() {
 #ifdef AGQ_AVXVNNI_AS_EVEX

@@ -1,30 +1,14 @@
 // Products with Q8_0, for AVX-512 with VNNI: VPDPBUSD multiplies 64 unsigned activations by 64 signed weights. 128
 // times the sum of the weights is subtracted beforehand, because 128 was added to the activations.
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// GCC 12's headers initialize many variables with themselves in intrinsics (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
 #include <cstring>
 
 #include "kernels/isa.h"
+#include "kernels/portable/q8_loop.h"
 #include "kernels/portable/unroll.h"
+#include "kernels/x86/avx512_intrinsics.h"
 
 namespace agq {
 namespace {
-
-constexpr int most_tokens = 8;
-
-/// How far ahead to ask for weights, at least. Into the second-level cache: a Zen 4 reads twice as fast as with
-/// requests into the first, which can wait for few lines at once.
-constexpr size_t fetch_bytes = 16384;
-
-/// Rows that are multiplied at a time: as many as accumulators have registers.
-constexpr int rows_for(int n) {
-    return n <= 4 ? 4 : 2;
-}
 
 /// Two blocks of a row: 64 weights, their scales, and -128 times the sums of four weights.
 struct pair {
@@ -46,76 +30,57 @@ AGQ_INLINE pair load_pair(const uint8_t *blocks) {
             _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(scales))};
 }
 
-/// dst[t][row + r] for r < rows and n tokens.
-template <int rows, int n>
-void multiply_tile(const q8_args &args, int64_t row, int64_t token) {
-    const int64_t groups = args.k / (2 * q8_columns);
-    const size_t row_bytes = static_cast<size_t>(groups) * 2 * q8_bytes;
-    const uint8_t *w = args.weights + row * row_bytes;
-    const size_t tile_bytes = rows * row_bytes, ahead = (fetch_bytes + tile_bytes - 1) / tile_bytes * tile_bytes;
-    const q8_group *x = args.tokens + token * groups;
-    __m512 sums[rows][n];
-    AGQ_UNROLL
-    for (int r = 0; r < rows; r++) {
-        AGQ_UNROLL
-        for (int t = 0; t < n; t++) sums[r][t] = _mm512_setzero_ps();
-    }
-    for (int64_t g = 0; g < groups; g++, w += 2 * q8_bytes, x++) {
-        pair p[rows];
+struct tiles {
+    static constexpr int most_tokens = 8;
+    static constexpr int rows_for(int n) { return n <= 4 ? 4 : 2; }
+
+    template <int rows, int n>
+    static void multiply(const q8_args &args, int64_t row, int64_t token) {
+        const int64_t groups = args.k / (2 * q8_columns);
+        const size_t row_bytes = static_cast<size_t>(groups) * 2 * q8_bytes;
+        const uint8_t *w = args.weights + row * row_bytes;
+        const size_t tile_bytes = rows * row_bytes, ahead = (q8_fetch_bytes + tile_bytes - 1) / tile_bytes * tile_bytes;
+        const q8_group *x = args.tokens + token * groups;
+        __m512 sums[rows][n];
         AGQ_UNROLL
         for (int r = 0; r < rows; r++) {
-            const uint8_t *blocks = w + r * row_bytes;
-            // Two, because blocks are longer than half a cache line.
-            _mm_prefetch(reinterpret_cast<const char *>(blocks + ahead), _MM_HINT_T1);
-            _mm_prefetch(reinterpret_cast<const char *>(blocks + ahead + q8_bytes), _MM_HINT_T1);
-            p[r] = load_pair(blocks);
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) sums[r][t] = _mm512_setzero_ps();
+        }
+        for (int64_t g = 0; g < groups; g++, w += 2 * q8_bytes, x++) {
+            pair p[rows];
+            AGQ_UNROLL
+            for (int r = 0; r < rows; r++) {
+                const uint8_t *blocks = w + r * row_bytes;
+                // Two, because blocks are longer than half a cache line.
+                _mm_prefetch(reinterpret_cast<const char *>(blocks + ahead), _MM_HINT_T1);
+                _mm_prefetch(reinterpret_cast<const char *>(blocks + ahead + q8_bytes), _MM_HINT_T1);
+                p[r] = load_pair(blocks);
+            }
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) {
+                const __m512i q = _mm512_load_si512(x[t * groups].q);
+                const __m512 scale = _mm512_load_ps(x[t * groups].scale[0]);
+                AGQ_UNROLL
+                for (int r = 0; r < rows; r++) {
+                    const __m512 products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(p[r].start, q, p[r].w));
+                    sums[r][t] = _mm512_fmadd_ps(products, _mm512_mul_ps(p[r].scale, scale), sums[r][t]);
+                }
+            }
         }
         AGQ_UNROLL
         for (int t = 0; t < n; t++) {
-            const __m512i q = _mm512_load_si512(x[t * groups].q);
-            const __m512 scale = _mm512_load_ps(x[t * groups].scale[0]);
             AGQ_UNROLL
-            for (int r = 0; r < rows; r++) {
-                const __m512 products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(p[r].start, q, p[r].w));
-                sums[r][t] = _mm512_fmadd_ps(products, _mm512_mul_ps(p[r].scale, scale), sums[r][t]);
-            }
+            for (int r = 0; r < rows; r++) args.dst[token + t][row + r] = _mm512_reduce_add_ps(sums[r][t]);
         }
     }
-    AGQ_UNROLL
-    for (int t = 0; t < n; t++) {
-        AGQ_UNROLL
-        for (int r = 0; r < rows; r++) args.dst[token + t][row + r] = _mm512_reduce_add_ps(sums[r][t]);
-    }
-}
-
-/// Some rows times n tokens: the tile of most rows, and the tile of one for what is left.
-template <int n>
-void multiply_tokens(const q8_args &args, int64_t row, int rows, int64_t token) {
-    if (rows == rows_for(n)) return multiply_tile<rows_for(n), n>(args, row, token);
-    for (int r = 0; r < rows; r++) multiply_tile<1, n>(args, row + r, token);
-}
-
-constexpr decltype(&multiply_tokens<1>) by_tokens[most_tokens] = {
-    multiply_tokens<1>, multiply_tokens<2>, multiply_tokens<3>, multiply_tokens<4>,
-    multiply_tokens<5>, multiply_tokens<6>, multiply_tokens<7>, multiply_tokens<8>,
 };
-
-void multiply(const q8_args &args) {
-    const int step = rows_for(static_cast<int>(args.n_tokens < most_tokens ? args.n_tokens : most_tokens));
-    for (int64_t row = 0; row < args.rows; row += step) {
-        const int rows = static_cast<int>(args.rows - row < step ? args.rows - row : step);
-        for (int64_t token = 0; token < args.n_tokens; token += most_tokens) {
-            const int64_t left = args.n_tokens - token;
-            by_tokens[(left < most_tokens ? left : most_tokens) - 1](args, row, rows, token);
-        }
-    }
-}
 
 }  // namespace
 
 namespace isa::avx512vnni {
 
-const q8_kernel q8 = {q8_pack, multiply};
+const q8_kernel q8 = {q8_pack, q8_multiply<tiles>};
 
 }  // namespace isa::avx512vnni
 }  // namespace agq
