@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_models
+from command_line import run
 
 from agq_gguf.calibration import collect
 from agq_gguf.calibration.imatrix import load_imatrix
@@ -217,6 +218,17 @@ def test_imatrix(models: Models, tmp_path: Path) -> None:
         threads=1, context=64, matrix=MatrixOptions(error_feedback=False, refine=False, equalize=False)))  # fmt: skip
     for name, error in errors(report).items():
         assert error == pytest.approx(errors(plain)[name], rel=1e-3)
+
+
+def test_a_text_and_an_imatrix(models: Models, tmp_path: Path) -> None:
+    """The text is used, and a note says so."""
+    src, text = models("llama"), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    with open_gguf(src) as reader:
+        sums = {p.source.name: np.ones((1, p.source.shape[-1])) for p in plan(reader) if p.type_name == "agq4"}
+    path = write_imatrix(tmp_path / "i.gguf", sums)
+    shown = run("quantize", src, tmp_path / "o", "--imatrix", path, "--calibration", text, "--quality", "fast", "-q")
+    assert f"note: {path} is not used" in shown.stderr and "calibration: " in shown.stdout
 
 
 def test_bad_imatrix(models: Models, tmp_path: Path) -> None:

@@ -174,6 +174,8 @@ def quantize(
     )
     options = with_preset(options, preset.value)
     text = _chosen_text(calibration or ([] if imatrix is None else ["none"]))
+    if imatrix is not None and text is not None:
+        show.complain(f"note: {imatrix} is not used, because a text is given; leave out --calibration to use it")
     share = _share_to_save(prune)
     if share != 0 and calibration == ["none"]:
         raise InputError("--prune needs a text; leave out --calibration none")
