@@ -137,13 +137,13 @@ class _CtrlC:
         try:
             self._stops = True
             work()
-            self._stops = False
+            self._stops = False  # here, so that no signal is raised behind the handlers below
         except Terminated:
             raise
         except KeyboardInterrupt:
             return True
         finally:
-            self._stops = False
+            self._stops = False  # after any other exception
         return False
 
 

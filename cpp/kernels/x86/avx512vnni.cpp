@@ -290,8 +290,8 @@ void pair_blocks(const gemm_args &args, source codes, int groups, int blocks, pa
     __m512i first[n], second[n];
     AGQ_UNROLL
     for (int t = 0; t < n; t++) first[t] = second[t] = _mm512_setzero_si512();
-    // The group whose integers are complete but not added yet; at first, zeros are added.
-    const pair_group *last_w = &codes.begin(0);
+    // The group whose integers are complete but not added yet; at first, zeros are added with the scales of the first.
+    const pair_group *last_w = nullptr;
     const float *last_scale = x.scale;
     float (*last_sums)[2][16] = sums[0];
 
@@ -311,6 +311,7 @@ void pair_blocks(const gemm_args &args, source codes, int groups, int blocks, pa
             _mm_prefetch(ahead_sums + 64, _MM_HINT_T0);
             _mm_prefetch(ahead_sums + 128, _MM_HINT_T0);
             const pair_group &w = codes.begin(g);
+            if (last_w == nullptr) last_w = &w;
             __m512i u0, u1;
             codes.load(0, u0, u1);
             if (x.dst != nullptr && g == 0 && b > 0) {
