@@ -45,6 +45,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "agq_feed_back": (None, [_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _POINTER, _POINTER]),
     # values, inside, slope, n, codes, scales, errors
     "agq_descend": (None, [_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _POINTER, _POINTER]),
+    # left, stride, right, k, n, out
+    "agq_subtract_product": (None, [_POINTER, _COUNT, _POINTER, _COUNT, _COUNT, _POINTER]),
 }
 
 

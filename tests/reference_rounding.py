@@ -107,3 +107,11 @@ def descend(
         for i in range(j + 1, 64):
             rest[i] -= inside[j, i] * moved
     return codes, scales, q * scales - before
+
+
+def subtract_product(left: Floats, right: Floats, out: Floats) -> Floats:
+    """`out` [64, n] minus left^T right, for left [k, 64] and right [k, n]; one product after another."""
+    found = out.copy()
+    for i in range(len(left)):
+        found -= left[i, :, None] * right[i]
+    return found

@@ -108,4 +108,5 @@ def test_the_plugin_exports_its_entry_points_only() -> None:
         "agq_profile",
         "agq_profile_report",
         "agq_set_option",
+        "agq_subtract_product",
     }

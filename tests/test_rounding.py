@@ -84,6 +84,21 @@ def test_descend(seed: int, n: int, size: float) -> None:
     assert (after <= before * (1 + 1e-4) + 1e-12 * size**2).all()
 
 
+@settings(max_examples=25, deadline=None)
+@given(seeds, rows, st.integers(0, 20), sizes, st.integers(0, 3))
+def test_subtract_product(seed: int, n: int, fours: int, size: float, more: int) -> None:
+    """Also for rows that are parts of longer ones."""
+    rng = np.random.default_rng(seed)
+    whole = rng.normal(size=(4 * fours, 64 + 8 * more)).astype(np.float32)
+    right, out = some_weights(rng, n, size)[: 4 * fours], some_weights(rng, n, size)
+    right = np.resize(right, (4 * fours, n))
+    left = whole[:, 8 * more :]
+    wanted = reference.subtract_product(left, right, out)
+    found = torch.from_numpy(out)
+    kernels.subtract_product(torch.from_numpy(whole)[:, 8 * more :], torch.from_numpy(right), found)
+    assert same(found, wanted)
+
+
 def test_refused_operands() -> None:
     """What would be read wrongly is an error in Python, not a crash."""
     values, weights, h = codebook.fixed().values, torch.ones(64, 5), torch.ones(64)
@@ -92,3 +107,8 @@ def test_refused_operands() -> None:
             kernels.search_scales(values, bad, h)
     with pytest.raises(ValueError, match="expected a contiguous tensor"):
         kernels.descend(values, torch.eye(64), weights, torch.zeros(64, 5), torch.ones(5))
+    for left in (torch.ones(6, 64), torch.ones(8, 65), torch.ones(64, 8).T, torch.ones(8, 64).double()):
+        with pytest.raises(ValueError, match="expected rows of 64 float32"):
+            kernels.subtract_product(left, torch.ones(len(left), 5), weights)
+    with pytest.raises(ValueError, match="expected a contiguous tensor"):
+        kernels.subtract_product(torch.ones(8, 64), torch.ones(4, 5), weights)

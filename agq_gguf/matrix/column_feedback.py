@@ -18,6 +18,7 @@ from agq_gguf.matrix import kernels
 from agq_gguf.matrix.codebook import Codebook
 from agq_gguf.matrix.factor import inverse_factor, reordered
 
+_FEW = 32  # so many rows, or fewer, are too few for a library's products
 _MORE_DAMPING = 9  # times the damping, added where a first attempt to factor the Hessian fails
 
 
@@ -129,13 +130,19 @@ def _feed_back(weights: torch.Tensor, known: Correlations, codebook: Codebook) -
     rest, upper = weights.T[known.order], known.upper
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales = torch.empty(len(rest) // GROUP_COLUMNS, rest.shape[1])
+    few = known.coupled and rest.shape[1] <= _FEW
+    errors = torch.empty_like(rest) if few else rest
     for g, inside in enumerate(known.upper_groups):
-        here, later = slice(g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS), slice((g + 1) * GROUP_COLUMNS, None)
-        columns = known.order[here]
-        found, scale, errors = kernels.feed_back(codebook.values, inside, rest[here])
+        begin, end = g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS
+        here, columns = rest[begin:end], known.order[begin:end]
+        if few:
+            kernels.subtract_product(upper[:begin, begin:end], errors[:begin], here)
+        found, scale, error = kernels.feed_back(codebook.values, inside, here)
         codes[columns], scales[columns[0] // GROUP_COLUMNS] = found, scale
-        if known.coupled:
-            rest[later].addmm_(upper[here, later].T, errors, alpha=-1)
+        if few:
+            errors[begin:end] = error
+        elif known.coupled:
+            rest[end:].addmm_(upper[begin:end, end:].T, error, alpha=-1)
     return codes, scales
 
 
@@ -154,11 +161,19 @@ def _descend(
     """
     restored = codebook.values[codes.int()] * scales.repeat_interleave(GROUP_COLUMNS, 0)
     slope = times(known.hessian, weights.T - restored)
+    few = known.coupled and slope.shape[1] <= _FEW
+    changes = torch.zeros_like(slope) if few else slope  # since the slope was computed
     for _ in range(sweeps):
         for g, inside in enumerate(known.hessian_groups):
             here = slice(g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS)
-            change = kernels.descend(codebook.values, inside, slope[here], codes[here], scales[g])
-            if known.coupled:
+            now = slope[here]
+            if few:
+                now = now.clone()
+                kernels.subtract_product(known.hessian[:, here], changes, now)
+            change = kernels.descend(codebook.values, inside, now, codes[here], scales[g])
+            if few:
+                changes[here] += change
+            elif known.coupled:
                 slope.addmm_(known.hessian[:, here], change, alpha=-1)
             else:
-                slope[here].addmm_(inside, change, alpha=-1)
+                now.addmm_(inside, change, alpha=-1)

@@ -35,7 +35,7 @@ def _upper_inverse(root: torch.Tensor) -> torch.Tensor | None:
     """R^-1 as float32."""
     lower = root.flip(-2, -1)
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-2, -1).float()
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-2, -1).float().contiguous()
     return upper if bool(torch.isfinite(upper).all()) else None
 
 

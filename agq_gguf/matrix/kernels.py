@@ -79,3 +79,19 @@ def descend(
             change.data_ptr(),
         )
     return change
+
+
+def subtract_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """Subtracts left^T right from `out` [64, n], for `left` [k, 64], `right` [k, n] and a few rows n.
+
+    The rows of `left` may be parts of longer ones. k is a multiple of 4.
+    """
+    (k, columns), n = left.shape, out.shape[1]
+    if k == 0:
+        return
+    if columns != GROUP_COLUMNS or k % 4 or left.dtype != torch.float32 or left.stride(1) != 1:
+        raise ValueError(f"expected rows of 64 float32, a multiple of 4, got {left.dtype} {tuple(left.shape)}")
+    with plugin_library() as library:
+        library.agq_subtract_product(
+            left.data_ptr(), left.stride(0), _address(right, (k, n)), k, n, _address(out, (GROUP_COLUMNS, n))
+        )

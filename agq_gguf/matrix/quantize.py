@@ -6,8 +6,6 @@ exponents, error weights, and the factor for error feedback. `quantize_matrix` t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +20,7 @@ from agq_gguf.matrix import column_feedback, row_feedback, two_refine
 from agq_gguf.matrix.column_feedback import Correlations
 from agq_gguf.matrix.factor import reorder_in_place
 from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.matrix.parallel import in_parallel
 from agq_gguf.matrix.simulate import rotate_in_place, rotated
 from agq_gguf.matrix.two_refine import Refinement
 
@@ -120,7 +119,7 @@ def quantize_matrix(
     if gram is not None and prepared.correlations is not None:
         codes, scales = row_feedback.quantize(stored, prepared.correlations, gram, codebook, options.sweeps)
     else:
-        parts = _in_parallel(
+        parts = in_parallel(
             lambda part: _round(part, prepared, codebook, options), stored.split(_rows_at_a_time(len(stored)))
         )
         codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
@@ -143,19 +142,6 @@ def _rows_at_a_time(rows: int) -> int:
     threads = max(1, min(torch.get_num_threads(), rows // _ROWS_OF_A_THREAD))
     shares = threads * -(-rows // (threads * _ROWS_AT_A_TIME))
     return -(-rows // shares)
-
-
-def _in_parallel(work: Callable[[torch.Tensor], _Rounded], parts: Sequence[torch.Tensor]) -> list[_Rounded]:
-    """Results for all parts, one thread each; the tensors are too small for torch's own threads."""
-    threads = torch.get_num_threads()
-    if threads == 1 or len(parts) == 1:
-        return [work(part) for part in parts]
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(work, parts))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _round(stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook, options: MatrixOptions) -> _Rounded:

@@ -37,3 +37,8 @@ AGQ_EXPORT void agq_descend(const float *values, const float *inside, const floa
                             float *scales, float *change) {
     rounding().descend(values, inside, slope, n, codes, scales, change);
 }
+
+AGQ_EXPORT void agq_subtract_product(const float *left, int64_t stride, const float *right, int64_t k, int64_t n,
+                                     float *out) {
+    rounding().subtract_product(left, stride, right, k, n, out);
+}

@@ -26,6 +26,11 @@ struct rounding_kernel {
     /// symmetric.
     void (*descend)(const float *values, const float *inside, const float *slope, int64_t n, uint8_t *codes,
                     float *scales, float *change);
+
+    /// What errors in `k` columns of other groups change in a group of `n` rows: out -= left^T right, where `out` is
+    /// [64][n], `right` [k][n] and `left` has k rows of 64 numbers, `stride` apart. k is a multiple of 4. Fast for a
+    /// few rows, for which libraries are slow.
+    void (*subtract_product)(const float *left, int64_t stride, const float *right, int64_t k, int64_t n, float *out);
 };
 
 }  // namespace agq

@@ -100,7 +100,8 @@ class BestRun:
             stored[name] = restored(table.matrix, Rounder(table.matrix.parameters, table.matrix.codes.shape[1]))
             finish(name, [table])
         run = Sequential(
-            executor, plan, batches, sensitivity, options, stored=stored, pairs=self.pairs, movable=self._are_plain
+            executor, plan, batches, sensitivity, options, stored=stored, pairs=self.pairs, movable=self._are_plain,
+            room=memory // 8,
         )  # fmt: skip
 
         weights = sum(self.reader.tensors[name].n_elements for name in self.matrices)

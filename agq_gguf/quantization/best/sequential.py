@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from agq_gguf.graphs.parts import Group, Plan, Stage, first_state, groups, multi
 from agq_gguf.graphs.run import Executor, Reading, State
 from agq_gguf.matrix import equalize
 from agq_gguf.matrix.options import MatrixOptions
-from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
+from agq_gguf.matrix.parallel import in_parallel
+from agq_gguf.matrix.quantize import PreparedInput, QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.matrix.simulate import Rounder, restored
 from agq_gguf.quantization.best.fisher import Sensitivity
 from agq_gguf.quantization.resume import Journal
@@ -43,6 +45,7 @@ _TAKEN_BACK = 0.5
 # What error feedback costs for a weight, in multiplications of a matrix product, and how much more for each row and
 # column; between columns, and also between rows. Measured with matrices of 512 to 2048 rows and columns.
 _BY_COLUMNS, _BY_ROWS = (20_000, 10), (60_000, 40)
+_GRAM_COPIES = 3  # of G, while a matrix is quantized
 _PREPARED = 10  # the same for an input of K columns, in K^3
 
 
@@ -74,7 +77,7 @@ class Sequential:
 
     `plan` has the weights to quantize, `batches` hold tokens [batch, n] int64. `stored` are the other tensors of the
     quantized model that differ, `pairs` matrices between which channels may be scaled, and `movable` says of which
-    tensors factors can be moved.
+    tensors factors can be moved. `room` bytes may be used to quantize several matrices at one time.
     """
 
     def __init__(
@@ -88,9 +91,10 @@ class Sequential:
         stored: Mapping[str, torch.Tensor] | None = None,
         pairs: Sequence[Pair] = (),
         movable: Callable[[Sequence[str]], bool] = lambda names: True,
+        room: int = 0,
     ) -> None:
         self._run, self._plan, self._sensitivity, self._options = run, plan, sensitivity, options
-        self._stored, self._movable = stored or {}, movable
+        self._stored, self._movable, self._room = stored or {}, movable, room
         self._pairs = {pair.front: pair for pair in pairs} if options.equalize else {}
         self._levelled: dict[str, torch.Tensor] = {}  # weights to use in place of the file's, until they are quantized
         self._row_factors: dict[str, torch.Tensor] = {}  # factors by which rows of weights were multiplied
@@ -238,13 +242,19 @@ class Sequential:
                 stats, correction = InputStats(sums.rows, square, *seen, hessian), sums.correction()
                 capacity = min(listable(*weights[name].shape[-2:]) for name in group.weights)
                 prepared = prepare_input(stats, stats.columns, capacity, self._options, consume=True)
+            jobs = []
+            for name in group.weights:
+                if kept[name, expert] is None:
+                    target = weights[name][expert] if group.has_experts else weights[name]
+                    jobs.append(_Job(name, target, correction, prepared, self._take_gram(name)))
+            for part in _together(jobs, self._room):
+                made = in_parallel(partial(_quantized, options=self._options), part)
+                for job, matrix in zip(part, made, strict=True):
+                    journal.put_matrix(_key(job.name, expert, group.has_experts), matrix)
+                    kept[job.name, expert] = matrix
             for name in group.weights:
                 found = kept[name, expert]
-                if found is None:
-                    target = weights[name][expert] if group.has_experts else weights[name]
-                    target = target + target @ correction
-                    found = quantize_matrix(target.numpy(), prepared, self._options, name, self._take_gram(name))
-                    journal.put_matrix(_key(name, expert, group.has_experts), found)
+                assert found is not None
                 done[name].append(found)
         return done
 
@@ -279,6 +289,40 @@ class Sequential:
             cross.addmm_((x - rounded).T, weighted)
             count += len(rounded)
         return _Sums(count, hessian / max(count, 1), cross / max(count, 1))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A matrix to quantize."""
+
+    name: str
+    weight: torch.Tensor
+    correction: torch.Tensor  # T
+    prepared: PreparedInput
+    gram: torch.Tensor | None
+
+
+def _quantized(job: _Job, options: MatrixOptions) -> QuantizedMatrix:
+    target = job.weight + job.weight @ job.correction
+    return quantize_matrix(target.numpy(), job.prepared, options, job.name, job.gram)
+
+
+def _together(jobs: list[_Job], room: int) -> list[list[_Job]]:
+    """The jobs in parts that run at one time.
+
+    Error feedback between rows goes from row to row, so only several matrices can occupy several threads. What they
+    need for it must fit into `room` bytes. Without it each matrix uses all threads.
+    """
+    parts: list[list[_Job]] = []
+    left = 0
+    for job in jobs:
+        needed = 0 if job.gram is None else _GRAM_COPIES * job.gram.nbytes
+        if not parts or needed == 0 or needed > left:
+            parts.append([])
+            left = room if needed else 0
+        parts[-1].append(job)
+        left -= needed
+    return parts
 
 
 def _key(name: str, expert: int, has_experts: bool) -> str:

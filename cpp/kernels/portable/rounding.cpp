@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels/isa.h"
+#include "kernels/portable/unroll.h"
 
 namespace agq {
 namespace {
@@ -289,11 +290,61 @@ void descend(const float *values, const float *inside, const float *slope, int64
     }
 }
 
+// ---- between groups
+
+constexpr int64_t ahead = 64;  // rows of `left` that are asked for before they are needed: each is in another page
+
+/// Asks for 64 numbers.
+AGQ_INLINE void fetch(const float *from) {
+#if defined(__GNUC__)
+    for (int j = 0; j < columns; j += 16) __builtin_prefetch(from + j);
+#else
+    static_cast<void>(from);
+#endif
+}
+
+/// Four rows of `left` at once, so that a sum is loaded and stored once for them.
+template <int width>
+void subtract_four(const float *left, int64_t stride, const float (&right)[4][width], float (&sums)[columns][width]) {
+    for (int j = 0; j < columns; ++j) {
+        const float a = left[j], b = left[stride + j], c = left[2 * stride + j], d = left[3 * stride + j];
+        AGQ_ROLLED
+        for (int t = 0; t < width; ++t) {
+            sums[j][t] = (((sums[j][t] - a * right[0][t]) - b * right[1][t]) - c * right[2][t]) - d * right[3][t];
+        }
+    }
+}
+
+/// For `count` rows, at most `width`.
+template <int width>
+void subtract_tile(const float *left, int64_t stride, const float *right, int64_t k, int64_t n, int count, float *out) {
+    float sums[columns][width], four[4][width] = {};
+    const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+    std::memset(sums, 0, sizeof(sums));
+    for (int j = 0; j < columns; ++j) std::memcpy(sums[j], out + j * n, bytes);
+    for (int64_t i = 0; i < k; i += 4) {
+        for (int64_t r = 0; r < 4; ++r) {
+            if (i + r + ahead < k) fetch(left + (i + r + ahead) * stride);
+            std::memcpy(four[r], right + (i + r) * n, bytes);
+        }
+        subtract_four(left + i * stride, stride, four, sums);
+    }
+    for (int j = 0; j < columns; ++j) std::memcpy(out + j * n, sums[j], bytes);
+}
+
+void subtract_product(const float *left, int64_t stride, const float *right, int64_t k, int64_t n, float *out) {
+    for (int64_t row = 0; row < n; row += lanes) {
+        const int count = static_cast<int>(n - row < lanes ? n - row : lanes);
+        const auto subtract = count <= lanes / 2 ? subtract_tile<lanes / 2> : subtract_tile<lanes>;
+        subtract(left, stride, right + row, k, n, count, out + row);
+    }
+}
+
 }  // namespace
 
 namespace isa::AGQ_ISA {
 
-const rounding_kernel rounding = {search_scales, feed_back, descend};
+const rounding_kernel rounding = {search_scales, feed_back, descend, subtract_product};
 
 }  // namespace isa::AGQ_ISA
 }  // namespace agq

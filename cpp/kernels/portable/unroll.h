@@ -13,6 +13,13 @@
 #define AGQ_UNROLL
 #endif
 
+// In front of an inner loop: GCC 12 would unroll it first, and then not turn it into one vector operation.
+#if defined(__GNUC__) && !defined(__clang__)
+#define AGQ_ROLLED _Pragma("GCC unroll 1")
+#else
+#define AGQ_ROLLED
+#endif
+
 #if defined(__GNUC__)
 #define AGQ_INLINE inline __attribute__((always_inline))
 #elif defined(_MSC_VER)
