@@ -42,9 +42,9 @@ _SAMPLE_ROWS = 256
 _RIDGE = 0.03  # added to the Hessian in T, as a share of its mean diagonal
 # T is learned from the calibration text. Half of it measured as well as all of it, and errs less on other text.
 _TAKEN_BACK = 0.5
-# What error feedback costs for a weight, in multiplications of a matrix product, and how much more for each row and
-# column; between columns, and also between rows. Measured with matrices of 512 to 2048 rows and columns.
-_BY_COLUMNS, _BY_ROWS = (20_000, 10), (60_000, 40)
+# What error feedback costs for a weight, in multiplications of a matrix product, and how much more for each column;
+# between columns, and also between rows. Measured with matrices of 576 to 4864 rows and columns.
+_BY_COLUMNS, _BY_ROWS = (20_000, 10), (90_000, 23)
 _GRAM_COPIES = 3  # of G, while a matrix is quantized
 _PREPARED = 10  # the same for an input of K columns, in K^3
 
@@ -125,18 +125,22 @@ class Sequential:
     def _work(self, stage: Stage) -> int:
         """What a stage costs, in multiplications of a matrix product: the time left can be told from it."""
         nodes, work = self._run.graph.nodes, 0
+        side_by_side = [0]  # work that only several matrices divide among threads
         for use in stage.uses:
             inputs = nodes[use.node].inputs
             experts, rows, columns = nodes[inputs[0]].shape[1:]
             seen = self._n_tokens * (nodes[inputs[2]].shape[-1] if use.has_experts else 1)
-            of_rows = use.weight in self._sensitivity.grams
-            each = (
-                _BY_ROWS[0] + _BY_ROWS[1] * (rows + columns) if of_rows else _BY_COLUMNS[0] + _BY_COLUMNS[1] * columns
-            )
-            work += experts * rows * columns * each + 2 * seen * rows * columns  # two streams
+            weights, of_rows = experts * rows * columns, use.weight in self._sensitivity.grams
+            once, by_column = _BY_ROWS if of_rows else _BY_COLUMNS
+            feedback = weights * (once + by_column * columns)
+            if of_rows:
+                side_by_side.append(feedback)
+            else:
+                work += feedback
+            work += 2 * seen * rows * columns  # two streams
             if use.weight in self._keys:
                 work += 2 * seen * columns**2 + experts * _PREPARED * columns**3
-        return work
+        return work + max(max(side_by_side), sum(side_by_side) // torch.get_num_threads())
 
     # levelling
 
