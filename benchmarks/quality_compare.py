@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agq_gguf.calibration.default_text import default_calibration
 from agq_gguf.calibration.importance import importance
 from agq_gguf.format import blocks
 from agq_gguf.inspection.inspect import inspect_file
@@ -26,7 +27,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--calibration", required=True, help="a text file, or default: the text in the package")
     parser.add_argument("--text", type=Path, required=True, help="must not be the calibration text")
     parser.add_argument("--folder", type=Path, required=True, help="for the models; existing ones are reused")
     parser.add_argument("--agq", type=Path, nargs="*", default=[], help="AGQ4 files of the same model")
@@ -38,13 +39,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    calibration = default_calibration() if args.calibration == "default" else Path(args.calibration)
     files: list[tuple[str, Path]] = []
     data: dict[str, np.ndarray] = {}
     for name in args.types:
         for large in (False, True):
             path = args.folder / f"{args.model.stem}-{name}{'-embedding-output-q8_0' if large else ''}.gguf"
             if not path.exists():
-                data = data or importance(args.model, args.calibration, max_tokens=args.tokens, threads=args.threads)
+                data = data or importance(args.model, calibration, max_tokens=args.tokens, threads=args.threads)
                 quantize_stock(args.model, path, name.lower(), args.threads, importance=data, tables_q8_0=large)
             files.append((name + (", embedding and output Q8_0" if large else ""), path))
     files += [(path.stem, path) for path in args.agq]
