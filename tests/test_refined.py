@@ -516,6 +516,26 @@ def test_resume_gives_the_same_file(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
 
 
+def test_a_run_that_was_interrupted_while_tuning_can_go_on_without_it(
+    llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = QuantizeOptions(quality="best", resume=True, threads=1, context=64, calibration_tokens=512)
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+
+    def stop(*args: object, **more: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "tune", stop)
+        with pytest.raises(Stop):
+            quantize(llama_f16, out, calibration=[words], options=options)
+    untuned = replace(options, tune=False)
+    quantize(llama_f16, whole, calibration=[words], options=untuned)
+    monkeypatch.setattr(sequential, "quantize_matrix", stop)  # nothing is left to quantize
+    quantize(llama_f16, out, calibration=[words], options=untuned)
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_other_options_start_again(llama_f16: Path, words: str, tmp_path: Path) -> None:
     with open_gguf(llama_f16) as reader:
         tokens = [np.arange(5, dtype=np.int32)]

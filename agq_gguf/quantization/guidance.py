@@ -100,7 +100,8 @@ def from_text(
     )
     journal = Journal(None)
     if options.resume:
-        decisive = replace(options, threads=0, resume=False, split_size=0, converter="", keep_float="")
+        # Tuning comes last and keeps nothing, so a run that was interrupted in it can go on without it.
+        decisive = replace(options, threads=0, resume=False, tune=True, split_size=0, converter="", keep_float="")
         journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
     warnings, best = [*session.warnings], None
     if options.quality == "best":
