@@ -21,18 +21,19 @@ PROGRAM = """
 import json, re, sys
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.pipeline import quantize
-source, target, memory, text = sys.argv[1:]
-report = quantize(source, target, calibration=[text], options=QuantizeOptions(memory=int(memory), threads=2))
+source, target, quality, memory, text = sys.argv[1:]
+options = QuantizeOptions(quality=quality, memory=int(memory), threads=2, tune=False, calibration_tokens=4096)
+report = quantize(source, target, calibration=[text], options=options)
 [peak] = re.findall(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
 print(json.dumps([int(peak), report.warnings]))
 """
 
 
-def quantized(tmp_path: Path, words: str, columns: int, memory: int) -> tuple[int, list[str]]:
-    """Peak bytes, and warnings, for a model with a feed-forward of so many columns."""
-    source = tiny_models.write_llama(tmp_path / "m.gguf", n_ff=columns, n_layer=1)
+def quantized(source: Path, words: str, memory: int, quality: str = "balanced") -> tuple[int, list[str]]:
+    """Peak bytes, and warnings."""
+    target = source.with_name("o.gguf")
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(source), str(tmp_path / "o.gguf"), str(memory), words],
+        [sys.executable, "-c", PROGRAM, str(source), str(target), quality, str(memory), words],
         capture_output=True, text=True, check=False, env=environment(),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -52,12 +53,23 @@ def quantized(tmp_path: Path, words: str, columns: int, memory: int) -> tuple[in
 )
 def test_the_bound_holds(tmp_path: Path, words: str, columns: int, memory: int, whole: bool) -> None:
     assert whole == (hessian_bytes(columns) + work_bytes(columns) <= memory)
-    peak, warnings = quantized(tmp_path, words, columns, memory)
+    source = tiny_models.write_llama(tmp_path / "m.gguf", n_ff=columns, n_layer=1)  # a feed-forward of so many columns
+    peak, warnings = quantized(source, words, memory)
     assert peak < 1.1 * memory + 400 * MiB
     told = [w for w in warnings if f"the Hessian of {columns} columns does not fit" in w]
     assert len(told) == (not whole)
     if whole:
         assert peak > 2 * hessian_bytes(columns)  # the matrices really were there
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_logits_of_a_large_vocabulary_are_within_the_bound(tmp_path: Path, words: str) -> None:
+    """2048 tokens have 800 MB of logits, and gradients need several copies."""
+    words = words * 8
+    source = tiny_models.write_llama(tmp_path / "m.gguf", n_layer=1, vocab=100_000)
+    peak, warnings = quantized(source, words, 1024 * MiB, "best")
+    assert not any("falling back" in w for w in warnings), warnings
+    assert peak < 1.1 * 1024 * MiB + 400 * MiB
 
 
 def test_the_report_names_the_memory_that_is_enough() -> None:

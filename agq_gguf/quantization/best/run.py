@@ -6,6 +6,7 @@ trains norms and scales. This module gives them their text, their memory and eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,8 @@ from agq_gguf.quantization.best.sequential import Finish, Matrices, Sequential
 from agq_gguf.quantization.resume import Journal
 from agq_gguf.quantization.type_plan import TensorPlan
 
-_BATCH_TOKENS = 2048  # run through the graph at one time
+_BATCH_TOKENS = 2048  # run through the graph at one time, or fewer where its values are large
+_COPIES = 5  # of the largest value, most often the logits, while gradients are computed
 _TUNE_TOKENS = 512  # per training step
 _EPOCHS = 2
 _TRIED_TOKENS = 8  # on which pairs of matrices are tried
@@ -87,7 +89,7 @@ class BestRun:
         notes: list[str] = []
         plan = parts.stages(executor.graph, self.matrices)
         chunks = self._affordable(plan, notes)
-        batches = batches_of(chunks, _BATCH_TOKENS)
+        batches = batches_of(chunks, self._batch_tokens(len(chunks[0])))
         n_tokens = sum(map(len, chunks))
         grams = self._grams(notes)
         sensitivity = measure(
@@ -153,6 +155,12 @@ class BestRun:
                 "a larger --memory includes all matrices"
             )
         return found
+
+    def _batch_tokens(self, chunk: int) -> int:
+        """How many tokens run through the graph at one time: chunks, at least one, whose values fit into memory."""
+        largest = max(math.prod(node.shape) for node in self.executor.graph.nodes if node.varies)
+        room = self.setting.memory // 4 // (_COPIES * 4 * largest)
+        return min(_BATCH_TOKENS, chunk * max(1, room))
 
     def _affordable(self, plan: parts.Plan, notes: list[str]) -> list[NDArray[np.int32]]:
         """As many chunks, evenly chosen, as fit into memory for both streams."""
