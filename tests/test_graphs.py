@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from executors import matrices_of, opened, pairs_of, some_tokens
+from torch.nn import functional
 
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.graphs import parts, support
@@ -169,6 +170,19 @@ def test_losses() -> None:
         (g,) = torch.autograd.grad(drawn(leaf, logits, torch.Generator().manual_seed(2)), leaf)
         told = float((g * change).sum(-1).square().mean(0).sum()) / 2
         assert told == pytest.approx(float(divergence(y[0], y[0] + change, logits).sum()), rel=0.2)
+
+
+def test_drawn_tokens_have_the_probabilities_of_the_model() -> None:
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    leaf = p.log().repeat(1, 20000, 1).requires_grad_()
+    loss = drawn(leaf, True, torch.Generator().manual_seed(3))
+    (g,) = torch.autograd.grad(loss, leaf)
+    tokens = (p - g[0]).round().argmax(-1)  # the gradient is p, minus 1 at the token
+    torch.testing.assert_close(g[0], p - functional.one_hot(tokens, 6))
+    counts = tokens.bincount(minlength=6)
+    assert (counts[p == 0] == 0).all()
+    torch.testing.assert_close(counts / 20000, p, rtol=0, atol=0.02)
+    assert float(loss.detach()) == pytest.approx(-float(p[tokens].log().sum()), rel=1e-5)
 
 
 # what is replaced

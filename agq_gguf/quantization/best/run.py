@@ -111,7 +111,7 @@ class BestRun:
         def report(done: int, total: int, name: str) -> None:  # weights count by what they cost
             progress("quantize", weights * done // max(total, 1), weights, name)
 
-        needed = tune.bytes_needed(sum(plan.source.n_elements for plan in self.plans))
+        needed = tune.bytes_needed(sum(plan.source.n_elements for plan in self.plans), self._largest())
         if not setting.tune or needed > memory:
             if setting.tune:
                 notes.append(
@@ -158,9 +158,12 @@ class BestRun:
 
     def _batch_tokens(self, chunk: int) -> int:
         """How many tokens run through the graph at one time: chunks, at least one, whose values fit into memory."""
-        largest = max(math.prod(node.shape) for node in self.executor.graph.nodes if node.varies)
-        room = self.setting.memory // 4 // (_COPIES * 4 * largest)
+        room = self.setting.memory // 4 // (_COPIES * 4 * self._largest())
         return min(_BATCH_TOKENS, chunk * max(1, room))
+
+    def _largest(self) -> int:
+        """How many numbers the largest value has, for one chunk."""
+        return max(math.prod(node.shape) for node in self.executor.graph.nodes if node.varies)
 
     def _affordable(self, plan: parts.Plan, notes: list[str]) -> list[NDArray[np.int32]]:
         """As many chunks, evenly chosen, as fit into memory for both streams."""

@@ -120,6 +120,7 @@ class Sequential:
             progress(sum(work[:number]), sum(work), stage.weights[0])
             self._stage(number, stage, journal, finish)
         progress(sum(work), sum(work), "")
+        self._float, self._rounded = [], []  # large, and not needed any more
         return self._norms
 
     def _work(self, stage: Stage) -> int:

@@ -24,6 +24,7 @@ from agq_gguf.quantization.best.sequential import Matrices
 
 _RATE = 5e-4  # learning rate of the factors
 _WARM_UP = 0.1  # share of the steps
+_COPIES = 8  # of the logits
 _HELD_OUT = 8  # one batch in so many is held out
 _USUAL = 0.99  # share of the held-out positions, those with the least divergence, that decide
 
@@ -105,9 +106,12 @@ class _Scaled:
         return replace(self._made, matrix=replace(self._made.matrix, scales=scales))
 
 
-def bytes_needed(n_parameters: int) -> int:
-    """Memory that tuning needs, roughly: each restored weight, its gradient, and its codes as indices."""
-    return 16 * n_parameters
+def bytes_needed(n_parameters: int, largest: int) -> int:
+    """Memory that tuning needs, roughly: each restored weight, its gradient, and its codes as indices.
+
+    `largest` is how many numbers the largest value has, usually the logits: the loss and its gradient need copies.
+    """
+    return 16 * n_parameters + _COPIES * 4 * largest
 
 
 def tune(
