@@ -110,7 +110,9 @@ def test_a_router_still_finds_the_norm(model_of: Callable[[str], Path]) -> None:
     """The norm in front of experts is read by the router, which is not quantized, before it is by experts."""
     nodes = nodes_of(model_of("experts"), TOKENS)
     assert nodes["MUL_MAT ffn_gate_inp"] == 2
-    assert nodes["MUL"] >= 2
+    # In one of two layers the host lays its memory out so that rows would overwrite each other; it computes that norm.
+    assert nodes["ADD+RMS_NORM+MUL"] >= 1, nodes
+    assert not {"MUL", "RMS_NORM"} & set(nodes_of(model_of("experts"), TOKENS[:1]))
 
 
 def test_products_of_one_input_share_a_node(model_of: Callable[[str], Path]) -> None:

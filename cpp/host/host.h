@@ -207,8 +207,10 @@ struct host_api {
     /// into its enum.
     int op_none = -1, op_mul_mat = -1, op_mul_mat_id = -1, op_get_rows = -1, op_set_rows = -1, op_soft_max = -1,
         op_flash_attn_ext = -1, op_custom = -1, op_view = -1, op_reshape = -1, op_permute = -1, op_transpose = -1,
-        op_norm = -1, op_rms_norm = -1, op_rope = -1, op_mul = -1, op_add = -1, op_glu = -1;
-    int glu_swiglu = -1;  ///< number of the gated unit with SiLU, -1 if this host's differs
+        op_norm = -1, op_rms_norm = -1, op_rope = -1, op_mul = -1, op_add = -1, op_add_id = -1, op_glu = -1,
+        op_argsort = -1, op_sum_rows = -1, op_clamp = -1, op_div = -1;
+    int glu_swiglu = -1;      ///< number of the gated unit with SiLU, -1 if this host's differs
+    int glu_swiglu_oai = -1;  ///< the same of gpt-oss's unit with limits
 
     ggml_backend_device *cpu = nullptr;  ///< the device that runs everything that is not ours
     bool openmp = false;                 ///< whether the CPU backend uses OpenMP threads

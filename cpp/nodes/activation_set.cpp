@@ -95,6 +95,10 @@ int64_t activation_set::rows() const {
     return ids ? ids->ne[0] * ids->ne[1] : x->ne[1] * x->ne[2] * x->ne[3];
 }
 
+int64_t activation_set::packed_rows() const {
+    return one_token ? x->ne[1] : rows();
+}
+
 int64_t activation_set::scale_stride() const {
     const activation_format &f = (*attributes)[0]->format;
     return f.per_group ? f.k / group_columns : 1;
@@ -103,61 +107,88 @@ int64_t activation_set::scale_stride() const {
 activation_buffer::parts activation_set::packed(int64_t first) const {
     const int64_t k = x->ne[0];
     activation_buffer::parts p = buffer->split(rows(), k);
+    if (one_token && x->ne[1] == 1) return p;
     p.q += first * k;
     p.bias += first * (k / group_columns);
     p.scale += first * scale_stride();
     return p;
 }
 
+void activation_set::plan_one_token() {
+    units.clear();
+    order.clear();
+    for (int64_t i = 0; i < packed_rows(); ++i) units.push_back({0, i, 1, bits});
+    for (int64_t i = 0; i < rows(); ++i) order.push_back(i);
+}
+
+int activation_set::segments_of_token(segment *found) const {
+    int n = 0;
+    for (int64_t i = 0; i < rows(); ++i) {
+        const int64_t e = expert(i);
+        if (e >= 0) found[n++] = {static_cast<int>(e), i, 1, bits};
+    }
+    return n;
+}
+
 void activation_set::route() {
     segments.clear();
     units.clear();
     invalid.clear();
-    const int64_t total = rows();
-    order.resize(static_cast<size_t>(total));
-    if (!ids) {
-        // Rows with 4 bits come after the others, as a separate segment.
-        int64_t filled = 0;
-        const auto is_four = [&](int64_t i) { return four && (*four)[static_cast<size_t>(i)] != 0; };
-        for (const bool wanted : {false, true}) {
-            const int64_t first = filled;
-            for (int64_t i = 0; i < total; ++i) {
-                if (is_four(i) == wanted) order[static_cast<size_t>(filled++)] = i;
-            }
-            if (filled > first) segments.push_back({0, first, filled - first, wanted ? 4 : bits});
-        }
+    order.resize(static_cast<size_t>(rows()));
+    if (ids) {
+        route_to_experts();
     } else {
-        const int64_t n_matrices = static_cast<int64_t>(attributes->size()), slots = ids->ne[0];
-        const auto expert = [&](int64_t flat) {
-            const char *row = row_address(ids, flat / slots, 0, 0);
-            const int64_t e = *reinterpret_cast<const int32_t *>(row + flat % slots * static_cast<int64_t>(ids->nb[0]));
-            return e >= 0 && e < n_matrices ? e : -1;
-        };
-        std::vector<int64_t> begin(static_cast<size_t>(n_matrices) + 1, 0);
-        for (int64_t i = 0; i < total; ++i) {
-            const int64_t e = expert(i);
-            if (e < 0) {
-                invalid.push_back(i);
-            } else {
-                ++begin[static_cast<size_t>(e) + 1];
-            }
-        }
-        for (size_t e = 1; e < begin.size(); ++e) {
-            begin[e] += begin[e - 1];
-            if (begin[e] > begin[e - 1]) {
-                segments.push_back({static_cast<int>(e - 1), begin[e - 1], begin[e] - begin[e - 1], bits});
-            }
-        }
-        for (int64_t i = 0; i < total; ++i) {
-            const int64_t e = expert(i);
-            if (e >= 0) order[static_cast<size_t>(begin[static_cast<size_t>(e)]++)] = i;
-        }
+        route_by_bits();
     }
     for (const segment &s : segments) {
         for (int64_t first = 0; first < s.count; first += kern->nr) {
             units.push_back(
                 {s.matrix, s.first + first, static_cast<int>(std::min<int64_t>(kern->nr, s.count - first)), s.bits});
         }
+    }
+}
+
+/// Rows with 4 bits come after the others, as a separate segment.
+void activation_set::route_by_bits() {
+    const int64_t total = rows();
+    int64_t filled = 0;
+    const auto is_four = [&](int64_t i) { return four && (*four)[static_cast<size_t>(i)] != 0; };
+    for (const bool wanted : {false, true}) {
+        const int64_t first = filled;
+        for (int64_t i = 0; i < total; ++i) {
+            if (is_four(i) == wanted) order[static_cast<size_t>(filled++)] = i;
+        }
+        if (filled > first) segments.push_back({0, first, filled - first, wanted ? 4 : bits});
+    }
+}
+
+int64_t activation_set::expert(int64_t flat) const {
+    const int64_t slots = ids->ne[0];
+    const char *row = row_address(ids, flat / slots, 0, 0);
+    const int64_t e = *reinterpret_cast<const int32_t *>(row + flat % slots * static_cast<int64_t>(ids->nb[0]));
+    return e >= 0 && e < static_cast<int64_t>(attributes->size()) ? e : -1;
+}
+
+void activation_set::route_to_experts() {
+    const int64_t total = rows();
+    std::vector<int64_t> begin(attributes->size() + 1, 0);
+    for (int64_t i = 0; i < total; ++i) {
+        const int64_t e = expert(i);
+        if (e < 0) {
+            invalid.push_back(i);
+        } else {
+            ++begin[static_cast<size_t>(e) + 1];
+        }
+    }
+    for (size_t e = 1; e < begin.size(); ++e) {
+        begin[e] += begin[e - 1];
+        if (begin[e] > begin[e - 1]) {
+            segments.push_back({static_cast<int>(e - 1), begin[e - 1], begin[e] - begin[e - 1], bits});
+        }
+    }
+    for (int64_t i = 0; i < total; ++i) {
+        const int64_t e = expert(i);
+        if (e >= 0) order[static_cast<size_t>(begin[static_cast<size_t>(e)]++)] = i;
     }
 }
 
@@ -169,7 +200,7 @@ void quantize_node(ggml_tensor *, int ith, int nth, void *userdata) {
     activation_set &set = *static_cast<activation_set *>(userdata);
     const kernel &kern = *set.kern;
     const int64_t k = set.x->ne[0];
-    const int step = tokens_at_a_time(set.rows(), kern.nr, nth), parts = (kern.nr + step - 1) / step;
+    const int step = tokens_at_a_time(set.packed_rows(), kern.nr, nth), parts = (kern.nr + step - 1) / step;
     auto *memory = static_cast<unsigned char *>(set.memory->of(ith));
     auto *computed = reinterpret_cast<float *>(memory);
     const float *rows[64];
@@ -180,7 +211,7 @@ void quantize_node(ggml_tensor *, int ith, int nth, void *userdata) {
         activation_format format = (*set.attributes)[static_cast<size_t>(u.matrix)]->format;
         if (u.bits != 0) format.bits = u.bits;
         for (int t = 0; t < count; ++t) {
-            const int64_t flat = set.order[static_cast<size_t>(u.first + first + t)];
+            const int64_t flat = set.one_token ? u.first : set.order[static_cast<size_t>(u.first + first + t)];
             if (set.source) {
                 set.source->compute(*kern.rows, flat, computed + t * k);
                 rows[t] = computed + t * k;

@@ -63,6 +63,8 @@ struct activation_set {
         int bits;
     };
 
+    static constexpr int most_experts = 64;  ///< of a token, with `one_token`
+
     const ggml_tensor *x = nullptr;
     const ggml_tensor *ids = nullptr;  ///< experts of each token; null: all rows use matrix 0
     const kernel *kern = nullptr;
@@ -70,6 +72,7 @@ struct activation_set {
     const activation_buffer *buffer = nullptr;
     const row_source *source = nullptr;          ///< computes the rows of x; null: they are in memory
     const thread_memory *memory = nullptr;       ///< thread_bytes() in each thread
+    bool one_token = false;                      ///< whether x is one token whose experts quantize rows alike
     int bits = 0;                                ///< of all rows; 0: as the matrices say
     const std::vector<uint8_t> *four = nullptr;  ///< by row: whether it has 4 bits instead; null: none has
 
@@ -79,11 +82,22 @@ struct activation_set {
     std::vector<int64_t> invalid;  ///< rows of the product whose expert does not exist
     std::atomic<int64_t> next{0};
 
+    /// Rows of the product.
     int64_t rows() const;
+    /// Rows that are quantized.
+    int64_t packed_rows() const;
     /// Fills `segments`, `units`, `order` and `invalid`. If `ids` or `four` is set, its values must have been computed.
     void route();
+    /// With `one_token` in place of route(): fills `units` and `order`, which do not depend on the values of `ids`.
+    void plan_one_token();
+    /// With `one_token`: fills `found`, of most_experts, and returns how many there are. `ids` must have been computed.
+    int segments_of_token(segment *found) const;
+    /// The expert of a row of the product; -1: there is no such expert.
+    int64_t expert(int64_t flat) const;
     size_t thread_bytes() const;
     int64_t scale_stride() const;  ///< scales per row
+    void route_to_experts();
+    void route_by_bits();
     /// The packed activations, starting at row `first`.
     activation_buffer::parts packed(int64_t first) const;
 };

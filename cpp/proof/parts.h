@@ -30,6 +30,11 @@ namespace agq {
     X(ggml_tensor *, ggml_rms_norm, (ggml_context *, ggml_tensor *, float))                                           \
     X(ggml_tensor *, ggml_add, (ggml_context *, ggml_tensor *, ggml_tensor *))                                        \
     X(ggml_tensor *, ggml_mul, (ggml_context *, ggml_tensor *, ggml_tensor *))                                        \
+    X(ggml_tensor *, ggml_div, (ggml_context *, ggml_tensor *, ggml_tensor *))                                        \
+    X(ggml_tensor *, ggml_sum_rows, (ggml_context *, ggml_tensor *))                                                  \
+    X(ggml_tensor *, ggml_clamp, (ggml_context *, ggml_tensor *, float, float))                                       \
+    X(ggml_tensor *, ggml_argsort, (ggml_context *, ggml_tensor *, int))                                              \
+    X(ggml_tensor *, ggml_add_id, (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *))                      \
     X(ggml_tensor *, ggml_mul_mat, (ggml_context *, ggml_tensor *, ggml_tensor *))                                    \
     X(ggml_tensor *, ggml_mul_mat_id, (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *))                  \
     X(ggml_tensor *, ggml_get_rows, (ggml_context *, ggml_tensor *, ggml_tensor *))                                   \
@@ -37,6 +42,7 @@ namespace agq {
     X(ggml_tensor *, ggml_swiglu, (ggml_context *, ggml_tensor *))                                                    \
     X(ggml_tensor *, ggml_swiglu_swapped, (ggml_context *, ggml_tensor *))                                            \
     X(ggml_tensor *, ggml_swiglu_split, (ggml_context *, ggml_tensor *, ggml_tensor *))                               \
+    X(ggml_tensor *, ggml_swiglu_oai, (ggml_context *, ggml_tensor *, ggml_tensor *, float, float))                   \
     X(ggml_tensor *, ggml_rope_ext,                                                                                   \
       (ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, int, int, int, float, float, float, float, float, \
        float))                                                                                                        \

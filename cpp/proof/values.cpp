@@ -250,6 +250,13 @@ void prove_operations(findings *f) {
         check.is(n = functions.ggml_concat(c, x, y, 2), "CONCAT", &ignored, {x, y}) && check.has<int32_t>(n, {2}) &&
         check.is(functions.ggml_add(c, x, y), "ADD", &host.op_add, {x, y}) &&
         check.is(functions.ggml_mul(c, y, x), "MUL", &host.op_mul, {y, x}) &&
+        check.is(functions.ggml_div(c, x, y), "DIV", &host.op_div, {x, y}) &&
+        check.is(n = functions.ggml_sum_rows(c, x), "SUM_ROWS", &host.op_sum_rows, {x}) &&
+        check.has_shape(n, {1, 3, 4, 1}) &&
+        check.is(n = functions.ggml_clamp(c, x, 0.5f, 3.0f), "CLAMP", &host.op_clamp, {x}) &&
+        check.has<float>(n, {0.5f, 3.0f}) &&
+        check.is(n = functions.ggml_argsort(c, x, 1), "ARGSORT", &host.op_argsort, {x}) && check.has<int32_t>(n, {1}) &&
+        f->require(n->type == ggml_type_i32, "ARGSORT gives another type than expected") &&
         check.is(n = functions.ggml_norm(c, x, 0.25f), "NORM", &host.op_norm, {x}) && check.has<float>(n, {0.25f}) &&
         check.is(n = functions.ggml_rms_norm(c, x, 0.125f), "RMS_NORM", &host.op_rms_norm, {x}) &&
         check.has<float>(n, {0.125f});
@@ -267,11 +274,23 @@ void prove_operations(findings *f) {
         return;
     }
     host.glu_swiglu = swiglu;
+    const int swiglu_oai = 3;
+    unit = host.ggml_glu_op_name(swiglu_oai);
+    n = functions.ggml_swiglu_oai(c, x, y, 1.5f, 7.0f);
+    float limits[2] = {};
+    if (!f->require(unit && std::strcmp(unit, "SWIGLU_OAI") == 0, "gated unit 3 is not SWIGLU_OAI") ||
+        !check.is(n, "GLU", &host.op_glu, {x, y}) || !check.has<int32_t>(n, {swiglu_oai, 0})) {
+        return;
+    }
+    std::memcpy(limits, n->op_params + 2, sizeof(limits));
+    if (!f->require(limits[0] == 1.5f && limits[1] == 7.0f, "SWIGLU_OAI has other parameters than expected")) return;
+    host.glu_swiglu_oai = swiglu_oai;
 
     ggml_tensor *table = tensor(ggml_type_f16, 64, 16), *three = tensor(ggml_type_i32, 3);
     ggml_tensor *cells = tensor(ggml_type_i64, 3), *stored = floats(64, 3);
     ggml_tensor *weights = tensor(ggml_type_f16, 64, 32), *experts = tensor(ggml_type_f16, 64, 32, 4);
     ggml_tensor *routed = floats(64, 1, 3), *chosen = tensor(ggml_type_i32, 2, 3);
+    ggml_tensor *biases = floats(32, 4);
     const bool products =
         check.is(n = functions.ggml_get_rows(c, table, three), "GET_ROWS", &host.op_get_rows, {table, three}) &&
         check.has_shape(n, {64, 3, 1, 1}) &&
@@ -282,7 +301,8 @@ void prove_operations(findings *f) {
         check.has_shape(n, {32, 3, 1, 1}) &&
         check.is(n = functions.ggml_mul_mat_id(c, experts, routed, chosen), "MUL_MAT_ID", &host.op_mul_mat_id,
                  {experts, routed, chosen}) &&
-        check.has_shape(n, {32, 2, 3, 1});
+        check.has_shape(n, {32, 2, 3, 1}) &&
+        check.is(functions.ggml_add_id(c, n, biases, chosen), "ADD_ID", &host.op_add_id, {n, biases, chosen});
     if (!products) return;
 
     ggml_tensor *heads = floats(8, 4, 3), *factors = floats(4);
@@ -316,7 +336,7 @@ void prove_operations(findings *f) {
     std::memcpy(&params, custom->op_params, sizeof(params));
     f->require(params.function == no_function && params.n_tasks == ggml_n_tasks_max && params.userdata == &marker,
                "CUSTOM has other parameters than expected");
-    f->summarize("sources and parameters of 18 operations in their places");
+    f->summarize("sources and parameters of 23 operations in their places");
 }
 
 namespace {

@@ -4,87 +4,17 @@
 
 #include <algorithm>
 #include <cstring>
-#include <unordered_map>
 
-#include "graph/graph_facts.h"
-#include "host/tensor_rows.h"
+#include "rewrite/graph_view.h"
 
 namespace agq {
 
 namespace {
 
-bool is_rows(const ggml_tensor *t) {
-    return t && t->type == ggml_type_f32 && t->nb[0] == sizeof(float) && t->data;
-}
-
-bool same_shape(const ggml_tensor *a, const ggml_tensor *b) {
-    return std::equal(a->ne, a->ne + 4, b->ne);
-}
-
 /// Whether `t` is one row, used for all rows of `like`.
 bool is_single_row(const ggml_tensor *t, const ggml_tensor *like) {
     return is_rows(t) && t->ne[0] == like->ne[0] && t->ne[1] == 1 && t->ne[2] == 1 && t->ne[3] == 1;
 }
-
-/// Whether rows of `out` may be written while other rows of `in` are still to be read.
-bool independent_rows(const ggml_tensor *out, const ggml_tensor *in) {
-    const bool same = out->data == in->data && same_shape(out, in) && std::equal(out->nb, out->nb + 4, in->nb);
-    return same || !shares_memory(out, in);
-}
-
-/// The nodes of a graph, and which nodes read which tensor.
-class graph_view {
-  public:
-    graph_view(ggml_tensor **nodes, int n) : nodes_(nodes), n_(n) {
-        for (int i = 0; i < n; ++i) {
-            position_[nodes[i]] = i;
-            for (const ggml_tensor *src : nodes[i]->src) {
-                if (src) readers_[src].push_back(i);
-            }
-        }
-    }
-
-    int position(const ggml_tensor *t) const {
-        const auto found = position_.find(t);
-        return found == position_.end() ? -1 : found->second;
-    }
-
-    /// Nodes that read the tensor, ascending; a node that reads it twice is listed twice.
-    const std::vector<int> &readers(const ggml_tensor *t) const {
-        static const std::vector<int> none;
-        const auto found = readers_.find(t);
-        return found == readers_.end() ? none : found->second;
-    }
-
-    /// The node before node `i`, not counting empty operations; -1 if there is none.
-    int before(int i) const {
-        for (--i; i >= 0 && is_empty_op(nodes_[i]->op);) --i;
-        return i;
-    }
-
-    /// Whether a node from `i` on overwrites the tensor's memory. Then no later node reads the tensor, here or in
-    /// another part of the host's graph.
-    bool is_over(const ggml_tensor *t, int i) const {
-        for (; i < n_; ++i) {
-            if (!is_empty_op(nodes_[i]->op) && root_of(nodes_[i]) != t && nodes_[i]->data &&
-                shares_memory(nodes_[i], t))
-                return true;
-        }
-        return false;
-    }
-
-    /// Whether node `reader` is the tensor's only reader.
-    bool is_private(const ggml_tensor *t, int reader) const {
-        const std::vector<int> &all = readers(t);
-        return all.size() == 1 && all[0] == reader && is_over(t, reader);
-    }
-
-  private:
-    ggml_tensor **nodes_;
-    int n_;
-    std::unordered_map<const ggml_tensor *, int> position_;
-    std::unordered_map<const ggml_tensor *, std::vector<int>> readers_;
-};
 
 /// The operand of node `i` that the previous node computes for it alone, while the other operand is one row; null if
 /// there is none.
@@ -139,18 +69,56 @@ void match_sum(const graph_view &graph, fusion *found) {
     found->replaced.insert(found->replaced.begin(), at);
 }
 
-bool match_swiglu(const ggml_tensor *result, int last, fusion *found) {
-    if (result->op != host.op_glu || result->op_params[0] != host.glu_swiglu) return false;
+/// Matches the bias of an expert that is added to `input` of the gated unit, node `last`.
+void match_expert_bias(const graph_view &graph, const ggml_tensor *input, int last, const ggml_tensor *ids,
+                       row_source::expert_bias *bias, std::vector<int> *replaced) {
+    const int at = input ? graph.position(input) : -1;
+    if (at < 0 || input->op != host.op_add_id || input->src[2] != ids || graph.readers(input).size() != 1) return;
+    const ggml_tensor *x = input->src[0], *b = input->src[1];
+    if (!is_rows(x) || !is_rows(b) || !same_shape(x, input) || ids->ne[0] != x->ne[1] || ids->ne[1] != x->ne[2]) return;
+    if (!independent_rows(input, x) || !graph.is_unchanged(x, at, last)) return;
+    *bias = {x, b, ids};
+    replaced->insert(replaced->begin(), at);
+}
+
+/// Matches a gated unit. `ids`: the experts of its rows, or null.
+bool match_swiglu(const graph_view &graph, const ggml_tensor *result, int last, const ggml_tensor *ids, fusion *found) {
+    if (result->op != host.op_glu) return false;
     row_source &source = found->source;
-    source.what = row_source::operation::swiglu;
+    const int unit = result->op_params[0];
+    if (unit != host.glu_swiglu && unit != host.glu_swiglu_oai) return false;
+    source.what = unit == host.glu_swiglu ? row_source::operation::swiglu : row_source::operation::swiglu_oai;
+    std::memcpy(&source.alpha, result->op_params + 2, sizeof(source.alpha));
+    std::memcpy(&source.limit, result->op_params + 3, sizeof(source.limit));
     source.x = result->src[0];
     source.up = result->src[1];
     source.swapped = result->op_params[1] != 0;
     found->replaced = {last};
     const int64_t width = result->ne[0];
-    return is_rows(source.x) && source.x->ne[0] == (source.up ? width : 2 * width) &&
-           std::equal(result->ne + 1, result->ne + 4, source.x->ne + 1) &&
-           (!source.up || (is_rows(source.up) && same_shape(source.up, result) && !source.swapped));
+    if (!is_rows(source.x) || source.x->ne[0] != (source.up ? width : 2 * width) ||
+        !std::equal(result->ne + 1, result->ne + 4, source.x->ne + 1) ||
+        (source.up && (!is_rows(source.up) || !same_shape(source.up, result) || source.swapped))) {
+        return false;
+    }
+    if (ids && source.up) {
+        match_expert_bias(graph, source.x, last, ids, &source.gate_bias, &found->replaced);
+        match_expert_bias(graph, source.up, last, ids, &source.up_bias, &found->replaced);
+        std::sort(found->replaced.begin(), found->replaced.end());
+    }
+    return true;
+}
+
+const ggml_tensor *experts_of(const ggml_tensor *product) {
+    return product->op == host.op_mul_mat_id ? product->src[2] : nullptr;
+}
+
+/// The rows that a product with experts reads if all experts of a token read the same row; else null.
+const ggml_tensor *shared_rows(const ggml_tensor *input) {
+    const ggml_tensor *rows = input->op == host.op_reshape ? input->src[0] : nullptr;
+    return rows && rows->data == input->data && input->ne[1] == 1 && rows->ne[0] == input->ne[0] &&
+                   rows->ne[1] == input->ne[2] && rows->ne[2] == 1 && rows->ne[3] == 1
+               ? rows
+               : nullptr;
 }
 
 }  // namespace
@@ -164,23 +132,30 @@ std::vector<fusion> find_fusions(ggml_tensor **nodes, int n, const std::vector<b
         return i;
     };
     for (int i = next_product(0); i < n; i = next_product(i + 1)) {
-        const ggml_tensor *result = nodes[i]->src[1];
+        const ggml_tensor *input = nodes[i]->src[1], *ids = experts_of(nodes[i]);
+        const ggml_tensor *shared = ids ? shared_rows(input) : nullptr;
+        const ggml_tensor *result = shared ? shared : input;
         const int last = graph.position(result);
         if (last < 0 || !is_rows(result) || next_product(last) != i) continue;
+        if (ids && !shared && (result->ne[1] != ids->ne[0] || result->ne[2] != ids->ne[1])) continue;
         fusion f;
         f.source.result = result;
         // Quantized activations are kept until a product with another input follows.
         const auto shares = [&](int j) {
-            return j < n && nodes[j]->op == host.op_mul_mat && nodes[j]->src[1] == result && same_format(i, j);
+            return j < n && nodes[j]->op == nodes[i]->op && nodes[j]->src[1] == input && experts_of(nodes[j]) == ids &&
+                   same_format(i, j);
         };
         for (int j = i; shares(j); j = next_product(j + 1)) f.products.push_back(j);
         if (f.products.empty()) continue;
         const int end = f.products.back();
-        f.source.written = graph.readers(result) != f.products || !graph.is_over(result, end + 1);
-        if (!match_swiglu(result, last, &f) && !match_norm(graph, result, last, &f)) continue;
+        f.source.written = shared || graph.readers(result) != f.products || !graph.is_over(result, end + 1);
+        if ((shared || !match_swiglu(graph, result, last, ids, &f)) && !match_norm(graph, result, last, &f)) continue;
         const auto in_the_way = [&](const ggml_tensor *in) { return in && !independent_rows(result, in); };
-        if (f.source.written && (in_the_way(f.source.x) || in_the_way(f.source.up))) continue;
-        if (f.source.what != row_source::operation::swiglu) match_sum(graph, &f);
+        if (f.source.written && (in_the_way(f.source.x) || in_the_way(f.source.up) ||
+                                 in_the_way(f.source.gate_bias.x) || in_the_way(f.source.up_bias.x))) {
+            continue;
+        }
+        if (f.source.weight) match_sum(graph, &f);
         found.push_back(std::move(f));
     }
     return found;

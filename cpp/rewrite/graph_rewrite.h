@@ -12,6 +12,7 @@
 #include "nodes/attention.h"
 #include "nodes/product.h"
 #include "nodes/q8_product.h"
+#include "rewrite/expert_patterns.h"
 #include "rewrite/fusion.h"
 #include "rewrite/mixed_activations.h"
 
@@ -58,13 +59,15 @@ class graph_rewriter {
         q8_product,
         fused,         ///< computed by the fused_source that follows
         fused_source,  ///< computed while the input of a product is quantized
+        expert_choice,
+        expert_sum,  ///< weighs and adds the outputs of experts
         flash_attention,
         chain_scores,
         chain_soft_max,
         chain_output
     };
 
-    bool weights_intact() const;
+    bool weights_intact();
     bool build(ggml_tensor **nodes, int n, std::string *error);
     void assign_roles(ggml_tensor **nodes, int n);
     void find_chain(ggml_tensor **nodes, int output, const std::unordered_map<const ggml_tensor *, int> &position,
@@ -77,6 +80,9 @@ class graph_rewriter {
     bool add_row_lookup(ggml_tensor *node, std::string *error);
     void assign_fusions(ggml_tensor **nodes, int n);
     bool add_fused_source(ggml_tensor *node, const fusion &fused, ggml_tensor **nodes, std::string *error);
+    void assign_experts(ggml_tensor **nodes, int n);
+    void add_expert_choice(ggml_tensor *node, const expert_choice_match &match);
+    void add_expert_sum(ggml_tensor *node, const expert_sum_match &match);
     attention_job &new_attention();
     void add_attention(ggml_tensor *node, attention_job *job);
     void add_clock(const std::string &label);
@@ -99,12 +105,19 @@ class graph_rewriter {
     std::unordered_map<const void *, tensor_attributes>
         attributes_;  ///< by address of the weights; verified at each use
 
+    size_t checks_ = 0;  ///< calls of weights_intact
+
     std::vector<unsigned char> memory_;
     ggml_context *context_ = nullptr;
     ggml_cgraph *graph_ = nullptr;
     std::vector<role> roles_;
-    std::unordered_map<int, attention_job *> jobs_;  ///< by the index of each node of the job
-    std::unordered_map<int, fusion> fusions_;        ///< by the index of its last node
+    std::unordered_map<int, attention_job *> jobs_;         ///< by the index of each node of the job
+    std::unordered_map<int, fusion> fusions_;               ///< by the index of its last node
+    std::unordered_map<int, expert_sum_match> sums_;        ///< the same
+    std::unordered_map<int, expert_choice_match> choices_;  ///< the same
+    std::deque<source_rows> source_rows_;
+    std::deque<expert_choice> expert_choices_;
+    std::deque<expert_sum> expert_sums_;
     std::deque<activation_set> sets_;
     std::deque<product> products_;
     std::deque<q8_product> q8_products_;

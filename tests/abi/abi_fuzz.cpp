@@ -60,7 +60,9 @@ const part parts[] = {
     {"permute", &host_layout::permute, {"axis0", "axis1", "axis2", "axis3"}, false, false},
     {"concat", &host_layout::concat, {"dim"}, false, false},
     {"norm", &host_layout::norm, {"eps"}, false, false},
-    {"glu", &host_layout::glu, {"unit", "swapped"}, false, false},
+    {"glu", &host_layout::glu, {"unit", "swapped", "alpha", "limit"}, false, false},
+    {"clamp", &host_layout::clamp, {"min", "max"}, false, false},
+    {"argsort", &host_layout::argsort, {"order"}, false, false},
     {"soft_max", &host_layout::soft_max, {"scale", "max_bias"}, false, false},
     {"flash_attention", &host_layout::flash_attention, {"scale", "max_bias", "soft_cap"}, false, false},
 };
@@ -133,6 +135,7 @@ std::vector<variant> make_variants() {
     add_order_variants("GET_ROWS", &host_layout::get_rows_sources, &all);
     add_order_variants("MUL_MAT", &host_layout::product_sources, &all);
     add_order_variants("MUL_MAT_ID", &host_layout::expert_sources, &all);
+    add_order_variants("ADD_ID", &host_layout::expert_bias_sources, &all);
     add_order_variants("GLU", &host_layout::glu_sources, &all);
     const auto add = [&](const char *name, bool harmful, const std::function<void(host_layout &)> &change) {
         variant v = {name, declared, harmful};
@@ -152,6 +155,7 @@ std::vector<variant> make_variants() {
     add("nodes run without a flag", true, [](auto &h) { h.runs_unmarked_nodes = true; });
     add("thread and number of threads exchanged", true, [](auto &h) { h.swaps_thread_numbers = true; });
     add("another number of SWIGLU", true, [](auto &h) { h.swiglu = 3; });
+    add("another number of SWIGLU_OAI", true, [](auto &h) { h.swiglu_oai = 4; });
     add("CPU devices are of type 1", true, [](auto &h) { h.device_cpu = 1; });
     add("slot 38 in use", true, [](auto &h) { h.our_slot_block = 32; });
     add("ggml_init with other parameters", true, [](auto &h) { h.takes_parameters_of_init_as_is = false; });

@@ -99,9 +99,9 @@ struct graph {
 std::vector<std::unique_ptr<graph>> all_graphs;
 
 const std::vector<std::string> operations = {
-    "NONE",           "DUP",      "ADD",  "MUL",     "CONCAT",  "NORM",      "RMS_NORM", "MUL_MAT",
-    "MUL_MAT_ID",     "CONT",     "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "GET_ROWS", "SET_ROWS",
-    "FLASH_ATTN_EXT", "SOFT_MAX", "ROPE", "GLU",     "CUSTOM",  "COUNT"};
+    "NONE", "DUP",  "ADD",     "MUL",     "CONCAT",    "NORM",     "RMS_NORM", "MUL_MAT",        "MUL_MAT_ID",
+    "CONT", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "GET_ROWS", "SET_ROWS", "FLASH_ATTN_EXT", "SOFT_MAX",
+    "ROPE", "GLU",  "CUSTOM",  "DIV",     "SUM_ROWS",  "CLAMP",    "ARGSORT",  "ADD_ID",         "COUNT"};
 
 int op_number(const std::string &name) {
     const auto found = std::find(operations.begin(), operations.end(), name) - operations.begin();
@@ -392,7 +392,9 @@ host_layout declared_layout() {
     h.permute = parameters({"axis0", "axis1", "axis2", "axis3"});
     h.concat = parameters({"dim"});
     h.norm = parameters({"eps"});
-    h.glu = parameters({"unit", "swapped"});
+    h.clamp = parameters({"min", "max"});
+    h.argsort = parameters({"order"});
+    h.glu = parameters({"unit", "swapped", "alpha", "limit"});
     h.soft_max = parameters({"scale", "max_bias"});
     h.flash_attention = parameters({"scale", "max_bias", "soft_cap"});
     h.rope_sources = {"a", "positions", "factors"};
@@ -402,6 +404,7 @@ host_layout declared_layout() {
     h.get_rows_sources = {"table", "indices"};
     h.product_sources = {"weights", "x"};
     h.expert_sources = {"weights", "x", "ids"};
+    h.expert_bias_sources = {"a", "b", "ids"};
     h.glu_sources = {"a", "b"};
     h.types.assign(43, "");
     const std::map<int, std::string> known = {{0, "f32"},  {1, "f16"},  {2, "q4_0"}, {3, "q4_1"},
@@ -469,7 +472,7 @@ EXPORT void *ggml_get_type_traits(int type) {
     return type_entry(type);
 }
 EXPORT const char *ggml_glu_op_name(int unit) {
-    return unit == now.swiglu ? "SWIGLU" : "GEGLU";
+    return unit == now.swiglu ? "SWIGLU" : unit == now.swiglu_oai ? "SWIGLU_OAI" : "GEGLU";
 }
 EXPORT const char *ggml_op_name(int op) {
     static std::map<std::string, std::string> kept;
@@ -581,6 +584,26 @@ EXPORT void *ggml_add(context *c, void *a, void *b) {
 EXPORT void *ggml_mul(context *c, void *a, void *b) {
     return node(new_like(c, a), "MUL", {a, b});
 }
+EXPORT void *ggml_div(context *c, void *a, void *b) {
+    return node(new_like(c, a), "DIV", {a, b});
+}
+EXPORT void *ggml_sum_rows(context *c, void *a) {
+    return node(new_tensor(c, 0, 1, extent(a, 1), extent(a, 2), extent(a, 3)), "SUM_ROWS", {a});
+}
+EXPORT void *ggml_clamp(context *c, void *a, float min, float max) {
+    void *t = node(new_like(c, a), "CLAMP", {a});
+    set_parameter(t, now.clamp, "min", min);
+    set_parameter(t, now.clamp, "max", max);
+    return t;
+}
+EXPORT void *ggml_argsort(context *c, void *a, int order) {
+    void *t = node(new_tensor(c, 26, extent(a, 0), extent(a, 1), extent(a, 2), extent(a, 3)), "ARGSORT", {a});
+    set_parameter(t, now.argsort, "order", order);
+    return t;
+}
+EXPORT void *ggml_add_id(context *c, void *a, void *b, void *ids) {
+    return node(new_like(c, a), "ADD_ID", now.expert_bias_sources, {{"a", a}, {"b", b}, {"ids", ids}});
+}
 EXPORT void *ggml_mul_mat(context *c, void *a, void *b) {
     void *t = new_tensor(c, 0, extent(a, 1), extent(b, 1), extent(b, 2), extent(b, 3));
     return node(t, "MUL_MAT", now.product_sources, {{"weights", a}, {"x", b}});
@@ -614,6 +637,13 @@ EXPORT void *ggml_swiglu_swapped(context *c, void *a) {
 }
 EXPORT void *ggml_swiglu_split(context *c, void *a, void *b) {
     return gated(c, a, b, 0);
+}
+EXPORT void *ggml_swiglu_oai(context *c, void *a, void *b, float alpha, float limit) {
+    void *t = gated(c, a, b, 0);
+    set_parameter(t, now.glu, "unit", now.swiglu_oai);
+    set_parameter(t, now.glu, "alpha", alpha);
+    set_parameter(t, now.glu, "limit", limit);
+    return t;
 }
 EXPORT void *ggml_rope_ext(context *c, void *a, void *b, void *factors, int, int, int, float, float, float, float,
                            float, float) {

@@ -36,15 +36,15 @@ class struct_layout {
 struct host_layout {
     struct_layout tensor, traits, properties, device, backend, registry, custom;
     /// Operation parameters, in their order in `op_params`.
-    struct_layout permute, concat, norm, glu, soft_max, flash_attention;
+    struct_layout permute, concat, norm, clamp, argsort, glu, soft_max, flash_attention;
     /// Names of the sources of operations, in order.
     std::vector<std::string> rope_sources, soft_max_sources, flash_sources, set_rows_sources, get_rows_sources,
-        product_sources, expert_sources, glu_sources;
+        product_sources, expert_sources, expert_bias_sources, glu_sources;
     size_t object_bytes = 32;
     int flag_input = 1, flag_output = 2, flag_compute = 16;
     int success = 0;
     int api_version = 3;
-    int swiglu = 2;
+    int swiglu = 2, swiglu_oai = 3;
     int device_cpu = 0;
     int our_slot_block = 0;  ///< block size in the slot that must be empty
     bool runs_unmarked_nodes = false;

@@ -56,8 +56,11 @@ def _further_prediction(m: Layered, block: str) -> None:
     m.norms(block, "nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm")
 
 
-def write_deepseek2(path: Path | str, *, further: bool = False) -> Path:
-    """DeepSeek V2/V3: latent attention (MLA), a dense first layer, shared experts; perhaps a block for MTP."""
+def write_deepseek2(path: Path | str, *, further: bool = False, groups: int = 0) -> Path:
+    """DeepSeek V2/V3: latent attention (MLA), a dense first layer, shared experts; perhaps a block for MTP.
+
+    With `groups`, experts are chosen from the best half of so many groups.
+    """
     latent, rope, nope, value = 128, 32, 96, 64
     lengths: Keys = {
         "kv_lora_rank": latent, "q_lora_rank": 128, "key_length": latent + rope, "value_length": latent,
@@ -67,6 +70,7 @@ def write_deepseek2(path: Path | str, *, further: bool = False) -> Path:
         "rope.freq_base": 10000.0, "rope.dimension_count": rope, "expert_weights_scale": 2.0,
         "expert_weights_norm": True, **{f"attention.{key}": length for key, length in lengths.items()},
         **({"nextn_predict_layers": 1} if further else {}),
+        **({"expert_group_count": groups, "expert_group_used_count": groups // 2} if groups else {}),
     }  # fmt: skip
     counts = expert_counts(expert_shared_count=1, leading_dense_block_count=1, expert_gating_func=2)
     m = Layered(path, "deepseek2", rms(), counts, keys, kv=1, layers=LAYERS + further)

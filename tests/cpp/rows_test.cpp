@@ -1,5 +1,6 @@
 // Compares every row kernel that this CPU can run with the host's order of operations, bit for bit, and swiglu with
 // binary64, over random lengths. Prints its seed; `--seed N` repeats a run.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -81,6 +82,54 @@ row guarded(size_t n, const work &run) {
     return y;
 }
 
+void test_swiglu_oai(const char *name, const agq::row_kernel &kern, const row &gate, const row &up) {
+    constexpr float alpha = 1.702f, limit = 7;
+    const size_t n = gate.size();
+    const row found = guarded(
+        n, [&](float *y) { kern.swiglu_oai(gate.data(), up.data(), alpha, limit, static_cast<int64_t>(n), y); });
+    bool close = found.size() == n;
+    for (size_t i = 0; close && i < n; ++i) {
+        const float g = std::min(gate[i], limit), u = std::max(-limit, std::min(up[i], limit)), power = alpha * g;
+        const double wanted = g / (1 + std::exp(-static_cast<double>(power))) * static_cast<double>(u + 1.0f);
+        close = power < -86 ? std::fabs(found[i]) < 1e-30f : steps_between(found[i], static_cast<float>(wanted)) <= 8;
+    }
+    expect(close, name, "swiglu_oai", n);
+}
+
+void test_weighted_sum(const char *name, const agq::row_kernel &kern, std::mt19937 &rng, size_t n, float size) {
+    const int count = std::uniform_int_distribution<int>(1, 8)(rng);
+    const bool biased = rng() % 2, written = rng() % 2, in_place = rng() % 2;
+    const row weights = random_row(rng, static_cast<size_t>(count), 1);
+    std::vector<row> x, bias, terms;
+    row wanted(n);
+    std::vector<row> wanted_terms;
+    for (int e = 0; e < count; ++e) {
+        x.push_back(random_row(rng, n, size));
+        bias.push_back(random_row(rng, n, size));
+        terms.emplace_back(n, guard);
+        wanted_terms.push_back(x.back());
+        for (size_t i = 0; i < n; ++i) {
+            float &term = wanted_terms.back()[i];
+            if (biased) term += bias.back()[i];
+            term *= weights[static_cast<size_t>(e)];
+            wanted[i] = e == 0 ? term : wanted[i] + term;
+        }
+    }
+    std::vector<const float *> inputs, biases;
+    std::vector<float *> results;
+    for (size_t e = 0; e < x.size(); ++e) {
+        inputs.push_back(x[e].data());
+        biases.push_back(bias[e].data());
+        results.push_back(in_place ? x[e].data() : terms[e].data());
+    }
+    const row found = guarded(n, [&](float *y) {
+        kern.weighted_sum(inputs.data(), biased ? biases.data() : nullptr, weights.data(), count,
+                          static_cast<int64_t>(n), written ? results.data() : nullptr, y);
+    });
+    expect(found == wanted, name, "weighted_sum", n);
+    expect(!written || (in_place ? x : terms) == wanted_terms, name, "terms of weighted_sum", n);
+}
+
 void test_kernel(const char *name, const agq::row_kernel &kern, std::mt19937 &rng) {
     for (int round = 0; round < 300; ++round) {
         const size_t n = static_cast<size_t>(std::uniform_int_distribution<int>(1, round % 3 ? 700 : 40)(rng));
@@ -108,6 +157,8 @@ void test_kernel(const char *name, const agq::row_kernel &kern, std::mt19937 &rn
                 gate < -86 ? std::fabs(gated[i]) < 1e-30f : steps_between(gated[i], static_cast<float>(wanted)) <= 8;
         }
         expect(close, name, "swiglu", n);
+        test_swiglu_oai(name, kern, a, b);
+        test_weighted_sum(name, kern, rng, n, size);
         // In place, as in the host's graphs.
         row place = a;
         kern.rms_norm(place.data(), b.data(), eps, length, place.data());

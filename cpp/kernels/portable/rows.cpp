@@ -60,9 +60,33 @@ void layer_norm(const float *x, const float *weight, const float *bias, float ep
     for (i = 0; bias && i < n; ++i) y[i] += bias[i];
 }
 
-/// e^x for
-/// x
-/// <= 87.
+void weighted_sum(const float *const *x, const float *const *bias, const float *weights, int count, int64_t n,
+                  float *const *terms, float *y) {
+    constexpr int part = 512;
+    float sum[part], term[part];
+    for (int64_t i = 0; i < n; i += part) {
+        const int columns = static_cast<int>(n - i < part ? n - i : part);
+        for (int e = 0; e < count; ++e) {
+            const float *in = x[e] + i;
+            const float w = weights[e];
+            // Separate loops: a product and a sum in one expression could be rounded once, while the host rounds twice.
+            if (bias) {
+                const float *b = bias[e] + i;
+                for (int j = 0; j < columns; ++j) term[j] = in[j] + b[j];
+                in = term;
+            }
+            float *to = e == 0 ? sum : term;
+            for (int j = 0; j < columns; ++j) to[j] = in[j] * w;
+            if (terms) std::memcpy(terms[e] + i, to, static_cast<size_t>(columns) * sizeof(float));
+            if (e > 0) {
+                for (int j = 0; j < columns; ++j) sum[j] += term[j];
+            }
+        }
+        std::memcpy(y + i, sum, static_cast<size_t>(columns) * sizeof(float));
+    }
+}
+
+/// e^x for x <= 87.
 inline float exponential(float x) {
     // 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the sum.
     const float shifted = x * 1.44269504f + 12582912.0f;
@@ -83,16 +107,35 @@ inline float exponential(float x) {
     return p * factor;
 }
 
+constexpr int gate_part = 256;  // columns of a gated unit at a time
+
+/// e[j] = e^-x[j] for `count` columns, clamped at e^87 and e^-87; `e` and `x` are different memory, or the first loop
+/// would not become vectors. Separate steps, because compilers turn a single loop into branches and two divisions.
+void negative_exponentials(const float *x, int count, float *e) {
+    for (int j = 0; j < count; ++j) e[j] = -x[j] < -87.0f ? -87.0f : -x[j];
+    for (int j = 0; j < count; ++j) e[j] = e[j] > 87.0f ? 87.0f : e[j];
+    for (int j = 0; j < count; ++j) e[j] = exponential(e[j]);
+}
+
 void swiglu(const float *gate, const float *up, int64_t n, float *y) {
-    constexpr int part = 256;
-    float e[part];
-    for (int64_t i = 0; i < n; i += part) {
-        // Separate steps, because compilers turn a single loop into branches and two divisions.
-        const int count = static_cast<int>(n - i < part ? n - i : part);
-        for (int j = 0; j < count; ++j) e[j] = -gate[i + j] < -87.0f ? -87.0f : -gate[i + j];
-        for (int j = 0; j < count; ++j) e[j] = e[j] > 87.0f ? 87.0f : e[j];
-        for (int j = 0; j < count; ++j) e[j] = exponential(e[j]);
+    float e[gate_part];
+    for (int64_t i = 0; i < n; i += gate_part) {
+        const int count = static_cast<int>(n - i < gate_part ? n - i : gate_part);
+        negative_exponentials(gate + i, count, e);
         for (int j = 0; j < count; ++j) y[i + j] = gate[i + j] / (1.0f + e[j]) * up[i + j];
+    }
+}
+
+void swiglu_oai(const float *gate, const float *up, float alpha, float limit, int64_t n, float *y) {
+    float e[gate_part], g[gate_part], u[gate_part], power[gate_part];
+    for (int64_t i = 0; i < n; i += gate_part) {
+        const int count = static_cast<int>(n - i < gate_part ? n - i : gate_part);
+        for (int j = 0; j < count; ++j) g[j] = gate[i + j] > limit ? limit : gate[i + j];
+        for (int j = 0; j < count; ++j) u[j] = up[i + j] > limit ? limit : up[i + j];
+        for (int j = 0; j < count; ++j) u[j] = u[j] < -limit ? -limit : u[j];
+        for (int j = 0; j < count; ++j) power[j] = alpha * g[j];
+        negative_exponentials(power, count, e);
+        for (int j = 0; j < count; ++j) y[i + j] = g[j] / (1.0f + e[j]) * (u[j] + 1.0f);
     }
 }
 
@@ -100,7 +143,7 @@ void swiglu(const float *gate, const float *up, int64_t n, float *y) {
 
 namespace isa::AGQ_ISA {
 
-const row_kernel rows = {add, rms_norm, layer_norm, swiglu};
+const row_kernel rows = {add, rms_norm, layer_norm, swiglu, swiglu_oai, weighted_sum};
 
 }  // namespace isa::AGQ_ISA
 }  // namespace agq
