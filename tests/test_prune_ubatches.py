@@ -172,8 +172,8 @@ def test_logits_within_a_piece(model: LowModel) -> None:
 
 @pytest.mark.parametrize("flash", [False, True])
 def test_several_sequences_in_one_ubatch(model: LowModel, flash: bool) -> None:
-    """Two prompts wait, and both get an answer in a common ubatch that cannot be pruned."""
-    with Both(model, CUTS["two cuts"], n_seq=3, n_ctx=1024, flash=flash) as both:
+    """Two prompts wait, and both get an answer in a common ubatch."""
+    with Both(model, n_seq=3, n_ctx=1024, flash=flash) as both:
         both.run(tokens(100), sequence=0)
         both.run(tokens(120, 1), sequence=1)
         both.run(tokens(80, 2), 100, sequence=0)

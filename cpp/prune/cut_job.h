@@ -33,7 +33,8 @@ struct cut_job {
         const std::vector<uint8_t> *spared = nullptr;
     };
     /// Copies between a tensor with `rows` tokens and records of single tokens: block b of token i of the tensor stands
-    /// at `tensor + (b * rows + i) * bytes`, and in record i at `offset + b * bytes`.
+    /// at `tensor + (b * rows + i) * bytes`, and in record i at `offset + b * bytes`. Tokens whose record is null are
+    /// skipped.
     struct pack {
         char *tensor;
         size_t bytes, offset;

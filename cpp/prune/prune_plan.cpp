@@ -70,7 +70,7 @@ bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prun
     const int state = stage.reuse || of_state ? find_state(facts, plan->dims, cut.at) : -1;
     if (stage.measure->find_obstacle) {
         const ggml_tensor *state_tensor = state < 0 ? nullptr : facts.tensors[static_cast<size_t>(state)];
-        plan->obstacle = stage.measure->find_obstacle({stage.layer, site, state_tensor, stage.direction});
+        plan->obstacle = stage.measure->find_obstacle({stage.layer, site, {}, state_tensor, stage.direction});
         if (!plan->obstacle.empty()) return false;
     }
     if (of_state) cut.at = cut.state = state;
