@@ -212,3 +212,36 @@ def test_batches_are_cut_anywhere(model: GetModel, ubatch: int) -> None:
 def test_caches_and_threads(model: GetModel, cache: str, threads: int) -> None:
     then = steps({s: len(prompt) for s, prompt in enumerate(PROMPTS)})
     as_alone(model("llama"), SPECS["two cuts"], [*SIDE_BY_SIDE, *then], cache=cache, threads=threads, flash=True)
+
+
+# A cache for each sequence: the host computes as many tokens of each in one graph, and what is left over later.
+
+OWN = {"unified": False, "n_ctx": 4096}
+ONE_LENGTH = [[Piece(s, tokens(100, s)) for s in range(4)], *steps(dict.fromkeys(range(4), 100))]
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("spec", SPECS)
+def test_caches_of_their_own(model: GetModel, spec: str, flash: bool) -> None:
+    as_alone(model("llama"), SPECS[spec], ONE_LENGTH, flash=flash, **OWN)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("arch", sorted(set(WRITERS) - {"llama"}))
+def test_architectures_with_caches_of_their_own(model: GetModel, arch: str, flash: bool) -> None:
+    for spec in ("received", "two cuts"):
+        as_alone(model(arch), SPECS[spec], ONE_LENGTH, flash=flash, **OWN)
+
+
+@pytest.mark.parametrize("cache", ["f32", "q8_0"])
+def test_types_of_caches_of_their_own(model: GetModel, cache: str) -> None:
+    as_alone(model("llama"), SPECS["two cuts"], ONE_LENGTH, cache=cache, flash=True, **OWN)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("spec", ["heads", "two cuts", "threshold"])
+def test_what_is_left_over_comes_later(model: GetModel, spec: str, flash: bool) -> None:
+    """Prompts of different lengths are cut where shorter ones end, and choose the same tokens as in one piece."""
+    then = steps({s: len(prompt) for s, prompt in enumerate(PROMPTS)})
+    second = [[Piece(0, tokens(70, 5), 133), Piece(2, tokens(90, 6), 204), Piece(3, [9], 99)], *steps({0: 203, 2: 294})]
+    as_alone(model("llama", "f32"), SPECS[spec], [*SIDE_BY_SIDE, *then, *second], ATOL, flash=flash, **OWN)

@@ -92,7 +92,7 @@ void cut_node(ggml_tensor *, int ith, int nth, void *userdata) {
         const int64_t rows = static_cast<int64_t>(c.cells->size());
         for (int64_t i = rows * ith / nth; i < rows * (ith + 1) / nth; ++i) {
             for (int64_t j = 0; j < c.each; ++j) {
-                c.to[i * c.each + j] = (*c.cells)[static_cast<size_t>(i)] + j * c.step;
+                c.to[i * c.each + j] = c.first + (*c.cells)[static_cast<size_t>(i)] + j * c.step;
             }
         }
     }

@@ -63,6 +63,7 @@ std::string early_graph::capture(const graph_facts &facts, const prune_plan &pla
         obstacle = "the host's graph cannot be copied";
     }
     if (obstacle.empty()) obstacle = find_needed(facts);
+    stream_ = obstacle.empty() ? stream_of(facts) : 0;
     if (!obstacle.empty()) nodes_.clear();
     return obstacle;
 }
@@ -134,6 +135,28 @@ std::string early_graph::find_needed(const graph_facts &facts) {
     return "";
 }
 
+/// Lets attentions read the keys and values of this stream.
+void early_graph::show_stream(int64_t stream) {
+    if (stream == stream_) return;
+    std::set<ggml_tensor *> views;
+    for (const attention_site &site : facts_.sites) {
+        const ggml_tensor *output = facts_.tensors[static_cast<size_t>(site.last)];
+        const bool is_flash = site.last == site.masked;
+        for (const ggml_tensor *t : {site.k, static_cast<const ggml_tensor *>(output->src[is_flash ? 2 : 0])}) {
+            // The cache itself is no node of the graph.
+            for (int i = facts_.number(t); i >= 0 && i < facts_.n_nodes; i = t ? facts_.number(t) : -1) {
+                if (is_view_op(t) && root_of(t)->op == host.op_none)
+                    views.insert(facts_.tensors[static_cast<size_t>(i)]);
+                t = t->src[0];
+            }
+        }
+    }
+    for (ggml_tensor *view : views) {
+        view->data = static_cast<char *>(view->data) + (stream - stream_) * static_cast<int64_t>(root_of(view)->nb[2]);
+    }
+    stream_ = stream;
+}
+
 bool early_graph::fits(const graph_facts &now) const {
     if (nodes_.empty() || !now.complete || now.sites.size() != facts_.sites.size()) return false;
     for (size_t s = 0; s < now.sites.size(); ++s) {
@@ -195,6 +218,7 @@ ggml_status early_graph::run(size_t segment, early_pass *pass, const std::vector
                              const hidden_cells &hidden, ggml_backend_buffer *buffer, const segment_fn &compute) {
     if (alive.empty()) return status_success;
     pass_ = pass;
+    show_stream(pass->tokens_->stream);
     for (ggml_tensor &t : tensors_) t.buffer = buffer;
     orders_.assign(static_cast<size_t>(hidden.levels()), {});
     for (size_t level = 0; level < orders_.size(); ++level) {
@@ -281,6 +305,7 @@ void early_graph::add_inputs(size_t segment, const std::vector<int32_t> &chunk, 
         cells.push_back(token.cell);
     }
     const std::vector<int> &crossing = plan_.cuts[segment - 1].crossing;
+    const int64_t n_cells = root_of(facts_.sites[0].cache)->ne[1];  // of a stream
     for (int number : crossing) {
         ggml_tensor *to = copy_.with_tokens(number, n);
         copy_.replace(number, to);
@@ -291,12 +316,12 @@ void early_graph::add_inputs(size_t segment, const std::vector<int32_t> &chunk, 
                 }
                 break;
             case place_input::key_cells:
-                job->numbers.push_back({static_cast<int64_t *>(to->data), 1, 0, &cells});
+                job->numbers.push_back({static_cast<int64_t *>(to->data), tokens.stream * n_cells, 1, 0, &cells});
                 break;
             case place_input::value_cells: {
                 const int64_t each = plan_.dims[static_cast<size_t>(number)].mult;
-                const int64_t step = root_of(facts_.sites[0].cache)->ne[1];
-                job->numbers.push_back({static_cast<int64_t *>(to->data), each, step, &cells});
+                job->numbers.push_back(
+                    {static_cast<int64_t *>(to->data), tokens.stream * n_cells * each, each, n_cells, &cells});
                 break;
             }
             case place_input::none:

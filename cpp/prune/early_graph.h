@@ -69,6 +69,7 @@ class early_graph {
 
   private:
     std::string find_needed(const graph_facts &facts);
+    void show_stream(int64_t stream);
     ggml_status run_chunk(size_t segment, const std::vector<int32_t> &chunk, const std::vector<char *> &next,
                           const hidden_cells &hidden, ggml_backend_buffer *buffer, const segment_fn &compute);
     void add_inputs(size_t segment, const std::vector<int32_t> &chunk, cut_job *job);
@@ -78,6 +79,7 @@ class early_graph {
     std::vector<ggml_tensor *> nodes_;
     std::vector<const ggml_tensor *> weights_;  ///< leaves that are not copied; compared, not read
     std::vector<const void *> weight_data_;
+    int64_t stream_ = 0;  ///< the one that attentions read
     std::unique_ptr<char[]> memory_, constants_;
     size_t memory_size_ = 0;
     graph_facts facts_;

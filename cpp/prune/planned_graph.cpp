@@ -75,15 +75,16 @@ std::vector<prune_stage> planned_graph::recorded() const {
     return found;
 }
 
-void planned_graph::read(ggml_tensor **nodes, int n) {
+void planned_graph::read(ggml_tensor **nodes, int n, std::vector<token_dim> dims) {
     facts_.read(nodes, n);
+    dims_ = std::move(dims);
     is_planned_ = false;
 }
 
 const prune_plan &planned_graph::plan() {
     if (!is_planned_) {
         const std::vector<prune_stage> wanted = stages();
-        plan_ = wanted.empty() ? prune_plan{} : plan_pruning(facts_, wanted, kern_);
+        plan_ = wanted.empty() ? prune_plan{} : plan_pruning(facts_, wanted, kern_, dims_);
         is_planned_ = true;
     }
     return plan_;

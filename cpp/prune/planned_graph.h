@@ -16,8 +16,10 @@ class planned_graph {
     planned_graph(const attention_kernel *kern, prune_settings settings)
         : kern_(kern), settings_(std::move(settings)) {}
 
-    /// Reads a new graph. Throws std::bad_alloc.
-    void read(ggml_tensor **nodes, int n);
+    /// Reads a new graph. `dims`: what counts its tokens, if that is known already, else empty. Throws std::bad_alloc.
+    void read(ggml_tensor **nodes, int n, std::vector<token_dim> dims = {});
+    /// Whether its tokens can be told from other extents even if there is only one.
+    bool counts_one() const { return !dims_.empty(); }
     const graph_facts &facts() const { return facts_; }
     const prune_settings &settings() const { return settings_; }
     /// What to do after which layers, by ascending layer. Throws std::bad_alloc.
@@ -33,6 +35,7 @@ class planned_graph {
     const attention_kernel *kern_;
     const prune_settings settings_;
     graph_facts facts_;
+    std::vector<token_dim> dims_;
     prune_plan plan_;
     bool is_planned_ = false;
 };

@@ -10,13 +10,14 @@ namespace agq {
 namespace {
 
 const char *const several_masks = "in models with several attention masks (sliding windows) no ubatch can wait for it";
+const char *const all_wanted = "the logits of all tokens are requested";
 const char *const several_places =
     "several sequences of a batch share tokens, or the tokens of one do not stand side by side";
 
 }  // namespace
 
-void pruner::read_graph(ggml_tensor **nodes, int n) {
-    graph_.read(nodes, n);
+void pruner::read_graph(ggml_tensor **nodes, int n, std::vector<token_dim> dims) {
+    graph_.read(nodes, n, std::move(dims));
     groups_.clear();
     masked_.clear();
     last_ = form::none;
@@ -48,14 +49,15 @@ void pruner::group(bool has_cache) {
     }
 }
 
-/// Divides the ubatch into parts of one sequence each, and decides what to do with them. `stores`: whether its tokens
-/// can be stored. Returns whether any token leaves the graph.
-bool pruner::divide(bool stores) {
+/// Divides the ubatch into parts of one sequence each, and decides what to do with them. `may_wait`: whether its tokens
+/// can be stored to wait. Returns whether any token leaves the graph.
+bool pruner::divide(bool may_wait) {
     const prune_settings &settings = graph_.settings();
-    if (settings.source == prune_settings::source_kind::off) return false;
+    const bool has_streams = facts().mask && facts().mask->ne[3] > 1;
+    if (settings.source == prune_settings::source_kind::off || has_streams) return false;
     const int64_t n = facts().n_tokens();
     const bool is_generation = facts().out_ids && facts().out_ids->ne[0] >= n;
-    if (n < settings.min_tokens && (!stores || n == 1 || is_generation)) return false;
+    if (n < settings.min_tokens && (!may_wait || is_generation || (n == 1 && !graph_.counts_one()))) return false;
     const prune_plan &plan = graph_.plan();
     if (plan.obstacle.empty() && plan.cuts.empty()) return false;
     ubatch_ = {};
@@ -69,23 +71,23 @@ bool pruner::divide(bool stores) {
         return false;
     }
     ubatch_.work.parts.resize(parts.size());
-    if (stores) waiting_.begin(&ubatch_.work);
+    if (may_wait) waiting_.begin(&ubatch_.work);
     for (size_t p = 0; p < parts.size(); ++p) {
-        const std::string reason = choose_work(parts[p], stores, &ubatch_.work.parts[p]);
+        const std::string reason = choose_work(parts[p], may_wait, &ubatch_.work.parts[p]);
         const bool is_whole = parts[p].is_alone || parts[p].is_wanted;  // else the sequence has more tokens here
         if (!reason.empty() && (is_long(parts[p]) || (!is_whole && n >= settings.min_tokens))) warn_once(reason);
     }
-    if (stores) waiting_.find_candidates(&ubatch_);
+    if (may_wait) waiting_.find_candidates(&ubatch_);
     const auto leaves = [](const part_work &work) { return work.what != part_work::kind::keep; };
     return std::any_of(ubatch_.work.parts.begin(), ubatch_.work.parts.end(), leaves);
 }
 
 /// What to do with a part, but for candidates of earlier ubatches. Returns the reason if its tokens must be kept, empty
 /// if there is none.
-std::string pruner::choose_work(const ubatch_part &part, bool stores, part_work *work) {
-    if (part.is_wanted) return "the logits of all tokens are requested";
+std::string pruner::choose_work(const ubatch_part &part, bool may_wait, part_work *work) {
+    if (part.is_wanted) return all_wanted;
     if (!part.is_alone) return several_places;
-    if (part.n < graph_.settings().min_tokens && !stores) return "";
+    if (part.n < graph_.settings().min_tokens && !may_wait) return "";
     const std::vector<prune_cut> &cuts = graph_.plan().cuts;
     for (const prune_cut &cut : cuts) {
         const attention_site &site = facts().sites[static_cast<size_t>(cut.site)];
@@ -96,10 +98,10 @@ std::string pruner::choose_work(const ubatch_part &part, bool stores, part_work 
     const bool ends = ubatch_.facts.wanted[static_cast<size_t>(part.last())] != 0;
     if (ends || std::none_of(cuts.begin(), cuts.end(), of_heads)) {
         work->what = part_work::kind::prune;
-        if (stores) waiting_.reserve(part, work);
+        if (may_wait) waiting_.reserve(part, work);
         return "";
     }
-    const std::string obstacle = stores                     ? waiting_.defer(ubatch_.facts, part, work)
+    const std::string obstacle = may_wait                   ? waiting_.defer(ubatch_.facts, part, work)
                                  : facts().kinds.size() > 1 ? several_masks
                                                             : "this kind of ubatch cannot wait for it";
     if (obstacle.empty()) return "";
@@ -108,17 +110,17 @@ std::string pruner::choose_work(const ubatch_part &part, bool stores, part_work 
 }
 
 /// Computes tokens that wait for a question, but are seen by tokens that do not choose among them.
-ggml_status pruner::compute_open(const divided_ubatch *divided, bool stores, bool *any_hidden,
+ggml_status pruner::compute_open(const divided_ubatch *divided, bool may_wait, bool *any_hidden,
                                  const segment_fn &segment) {
     std::vector<int32_t> open = waiting_.find_open(divided);
     if (open.empty()) return status_success;
-    if (stores) {
+    waiting_.forget_marks();
+    if (may_wait) {
         const ggml_status status = waiting_.compute(open, segment);
         if (status != status_success) return status;
         last_ = form::none;
     }
     *any_hidden = hidden_.find(facts());
-    waiting_.forget_marks();
     waiting_.warn_of_lost(*any_hidden ? waiting_.find_open(divided) : std::vector<int32_t>{});
     return status_success;
 }
@@ -126,6 +128,7 @@ ggml_status pruner::compute_open(const divided_ubatch *divided, bool stores, boo
 /// Runs a ubatch some of whose tokens leave.
 ggml_status pruner::run_divided(int n_threads, const segment_fn &segment) {
     last_ = form::divided;
+    waiting_.forget_marks();
     const run_input in{facts(),       graph_.plan(), hidden_,  graph_.settings().mask_only,
                        ubatch_.facts, ubatch_.work,  n_threads};
     const ggml_status status = pruned_.run(in, whole_, segment);
@@ -163,24 +166,47 @@ ggml_status pruner::run_whole(ggml_tensor **nodes, int n, bool repeated, bool an
     return compute(masked_.nodes().data(), n, same, masked_.choices());
 }
 
-ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute) {
-    if (!repeated) read_graph(nodes, n);
-    // Only steps of one token leave all marks as they are.
-    if (facts().n_tokens() != 1) waiting_.forget_marks();
-    if (facts().sites.empty() && !waiting_.is_empty()) {
-        last_ = form::host;
-        return waiting_.run_shift([&] { return compute(nodes, n, repeated, {}); });
+/// Whether this graph holds several streams, some of whose tokens may be dropped or may see tokens that wait.
+bool pruner::needs_streams(bool any_hidden) {
+    if (!facts().mask || facts().mask->ne[3] == 1) return false;
+    const prune_settings &settings = graph_.settings();
+    if (settings.source == prune_settings::source_kind::off) return false;
+    const int64_t n = facts().n_tokens(), each = n / facts().mask->ne[3];
+    bool waits = any_hidden && !waiting_.is_empty() && !waiting_.find_open(nullptr).empty();
+    waits = waits || waiting_.may_begin_to_wait();
+    if (!waits && (each < settings.min_tokens || graph_.stages().empty())) return false;
+    const bool is_wanted = facts().out_ids && facts().out_ids->ne[0] >= n;
+    const std::string obstacle = is_wanted && !waits ? all_wanted : streams_.plan(facts());
+    if (!obstacle.empty()) warn_once(obstacle);
+    return obstacle.empty() && streams_.begin();
+}
+
+/// Runs the graphs of single streams one after another.
+ggml_status pruner::run_streams(int n_threads, const compute_fn &compute) {
+    is_of_host_ = false;
+    for (int64_t s = 0; s < streams_.streams(); ++s) {
+        std::vector<ggml_tensor *> &nodes = streams_.nodes(s);
+        const int n = static_cast<int>(nodes.size());
+        read_graph(nodes.data(), n, streams_.dims());
+        const ggml_status status = run_graph(nodes.data(), n, false, true, hidden_.find(facts()), n_threads, compute);
+        if (status != status_success) return status;
+        streams_.keep_results();
     }
-    const bool has_cache = !facts().ambiguous && !facts().unknown_store && !facts().sites.empty();
-    bool any_hidden = has_cache && hidden_.find(facts());
+    streams_.finish();
+    return status_success;
+}
+
+/// Runs a graph that was read, of the host or of a single stream.
+ggml_status pruner::run_graph(ggml_tensor **nodes, int n, bool repeated, bool has_cache, bool any_hidden, int n_threads,
+                              const compute_fn &compute) {
     group(has_cache);
-    const bool stores = has_cache && waiting_.read_own(own_cells_);
+    const bool stores = has_cache && waiting_.read_own(own_cells_), may_wait = stores && facts().mask->ne[3] == 1;
     const auto segment = [&](ggml_tensor **part, int size, const key_choices &choices) {
         return compute(part, size, false, choices);
     };
-    const divided_ubatch *divided = divide(stores) ? &ubatch_ : nullptr;
+    const divided_ubatch *divided = divide(may_wait) ? &ubatch_ : nullptr;
     ggml_status status = status_success;
-    if (any_hidden && facts().complete) status = compute_open(divided, stores, &any_hidden, segment);
+    if (any_hidden && facts().complete) status = compute_open(divided, may_wait, &any_hidden, segment);
     if (status != status_success) return status;
     if (divided) {
         waiting_.check_candidates(&ubatch_.work);
@@ -190,6 +216,20 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
     }
     if (stores && status == status_success) waiting_.store(divided);
     return status;
+}
+
+ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute) {
+    const bool is_same = repeated && is_of_host_;
+    if (!is_same) read_graph(nodes, n);
+    is_of_host_ = true;
+    if (facts().sites.empty() && !waiting_.is_empty()) {
+        last_ = form::host;
+        return waiting_.run_shift([&] { return compute(nodes, n, repeated, {}); });
+    }
+    const bool has_cache = !facts().ambiguous && !facts().unknown_store && !facts().sites.empty();
+    const bool any_hidden = has_cache && hidden_.find(facts());
+    if (has_cache && needs_streams(any_hidden)) return run_streams(n_threads, compute);
+    return run_graph(nodes, n, is_same, has_cache, any_hidden, n_threads, compute);
 }
 
 }  // namespace agq

@@ -14,6 +14,7 @@
 #include "prune/planned_graph.h"
 #include "prune/pruned_run.h"
 #include "prune/settings.h"
+#include "prune/stream_graph.h"
 #include "prune/waiting_tokens.h"
 
 namespace agq {
@@ -36,12 +37,16 @@ class pruner {
     ggml_status run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute);
 
   private:
-    void read_graph(ggml_tensor **nodes, int n);
+    void read_graph(ggml_tensor **nodes, int n, std::vector<token_dim> dims = {});
+    bool needs_streams(bool any_hidden);
+    ggml_status run_streams(int n_threads, const compute_fn &compute);
+    ggml_status run_graph(ggml_tensor **nodes, int n, bool repeated, bool has_cache, bool any_hidden, int n_threads,
+                          const compute_fn &compute);
     void group(bool has_cache);
-    bool divide(bool stores);
-    std::string choose_work(const ubatch_part &part, bool stores, part_work *work);
+    bool divide(bool may_wait);
+    std::string choose_work(const ubatch_part &part, bool may_wait, part_work *work);
     void warn_once(const std::string &obstacle);
-    ggml_status compute_open(const divided_ubatch *divided, bool stores, bool *any_hidden, const segment_fn &segment);
+    ggml_status compute_open(const divided_ubatch *divided, bool may_wait, bool *any_hidden, const segment_fn &segment);
     ggml_status run_divided(int n_threads, const segment_fn &segment);
     ggml_status run_whole(ggml_tensor **nodes, int n, bool repeated, bool any_hidden, bool has_cache,
                           const compute_fn &compute);
@@ -51,6 +56,8 @@ class pruner {
 
     // Of the latest graph.
     planned_graph graph_;
+    bool is_of_host_ = false;  ///< not of a single stream
+    stream_graph streams_;
     masked_graph masked_;
     enum class form : uint8_t { none, host, masked, divided } last_ = form::none;  ///< how it was computed
 

@@ -26,7 +26,8 @@ struct token_block {
     std::vector<float> queries;
     size_t query_floats = 0;
     std::vector<uint64_t> fingerprints;
-    std::vector<int32_t> cells;  ///< where the tokens were when they were computed
+    std::vector<int32_t> cells;   ///< where the tokens were when they were computed
+    int64_t first_of_stream = 0;  ///< number of the first cell of their stream
 };
 
 struct stored_token {

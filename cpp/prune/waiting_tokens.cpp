@@ -37,25 +37,50 @@ bool waiting_tokens::asks() {
     return asks_ == answer::yes;
 }
 
+bool waiting_tokens::may_begin_to_wait() {
+    const graph_facts &f = facts();
+    if (!f.out_ids || f.out_ids->ne[0] >= f.n_tokens() || f.kinds.size() != 1 || !f.positions || !asks()) return false;
+    if (f.positions->ne[0] != f.n_tokens()) return false;
+    const int32_t *positions = static_cast<const int32_t *>(f.positions->data);
+    const int32_t *out_ids = static_cast<const int32_t *>(f.out_ids->data);
+    for (int64_t t = 0; t < f.n_tokens(); ++t) {
+        if (positions[t] > 0 && std::find(out_ids, out_ids + f.out_ids->ne[0], t) == out_ids + f.out_ids->ne[0]) {
+            return true;
+        }
+    }
+    return false;
+}
+
 bool waiting_tokens::read_own(const std::vector<std::vector<int32_t>> &own_cells) {
     const graph_facts &f = facts();
     const int64_t n = f.n_tokens();
-    if (n == 0 || !asks() || !f.complete || f.kinds.size() != 1 || f.mask->ne[3] != 1 || !f.positions || !f.k_cells ||
-        f.positions->ne[0] != n || f.k_cells->ne[0] != n || f.mask->ne[1] != n) {
+    if (n == 0 || !asks() || !f.complete || f.kinds.size() != 1 || !f.positions || !f.k_cells ||
+        f.positions->ne[0] != n || f.k_cells->ne[0] != n || f.mask->ne[1] * f.mask->ne[3] != n) {
         return false;
     }
     int site = 0;
     // Keys of the first layer do not depend on the tokens in front.
     if (!find_site(f, first_layer_, &site).empty() || site < 1) return false;
+    const auto has_alibi = [](const attention_site &s) { return s.max_bias != 0; };
+    if (std::any_of(f.sites.begin(), f.sites.end(), has_alibi)) return false;
     site_ = static_cast<size_t>(site);
     keys_ = key_rows::of(f.sites[site_].cache);
     next_keys_ = key_rows::of(f.sites[site_ + 1].cache);
-    n_cells_ = root_of(f.sites[site_].cache)->ne[1];
-    for (const attention_site &s : f.sites) {
-        if (root_of(s.cache)->ne[2] != 1 || s.max_bias != 0) return false;  // streams of sequences; ALiBi
+    const ggml_tensor *cache = root_of(f.sites[site_].cache);
+    n_cells_ = cache->ne[1] * cache->ne[2];
+    if (f.mask->ne[3] == 1) {
+        // The cells of one stream may begin in the middle of the cache.
+        first_of_stream_ = cell_offset(f.sites[site_]);
+        if (own_cells[0].size() != static_cast<size_t>(n)) return false;
+        cells_ = own_cells[0];
+    } else {
+        first_of_stream_ = 0;
+        keys_.base = static_cast<const char *>(cache->data);
+        next_keys_.base = static_cast<const char *>(root_of(f.sites[site_ + 1].cache)->data);
+        const int64_t *indices = static_cast<const int64_t *>(f.k_cells->data);
+        if (std::any_of(indices, indices + n, [this](int64_t i) { return i < 0 || i >= n_cells_; })) return false;
+        cells_.assign(indices, indices + n);
     }
-    if (own_cells[0].size() != static_cast<size_t>(n)) return false;
-    cells_ = own_cells[0];
     const int32_t *positions = static_cast<const int32_t *>(f.positions->data);
     positions_.assign(positions, positions + n);
     ids_.clear();
@@ -70,7 +95,8 @@ bool waiting_tokens::read_own(const std::vector<std::vector<int32_t>> &own_cells
 bool waiting_tokens::is_needed(const token_block &block) const {
     const std::vector<char> mark = deferral_mark(next_keys_);
     for (size_t i = 0; i < block.cells.size(); ++i) {
-        const int32_t cell = block.cells[i];
+        // From the stream of this ubatch to that of the block.
+        const int64_t cell = block.first_of_stream - first_of_stream_ + block.cells[i];
         if (is_deferred(next_keys_, cell, mark) && token_fingerprint(keys_, cell) == block.fingerprints[i]) return true;
     }
     return false;
@@ -257,8 +283,9 @@ ggml_status waiting_tokens::run_shift(const std::function<ggml_status()> &comput
     std::vector<turned> all;
     std::unordered_set<uint64_t> unmoved;
     const std::vector<char> mark = deferral_mark(next_keys_);
-    for (int64_t c = 0; shift && c < n_cells_; ++c) {
-        const int32_t by = static_cast<const int32_t *>(shift->data)[c];
+    for (int64_t i = 0; shift && i < n_cells_; ++i) {
+        const int32_t by = static_cast<const int32_t *>(shift->data)[i];
+        const int64_t c = i - first_of_stream_;
         const uint64_t fingerprint = token_fingerprint(keys_, c);
         if (by == 0) {
             unmoved.insert(fingerprint);
@@ -298,6 +325,7 @@ void waiting_tokens::store_part(size_t first, size_t n, std::shared_ptr<token_bl
         return all.empty() ? all : std::vector<int32_t>(begin, begin + static_cast<std::ptrdiff_t>(n));
     };
     block->cells = slice(cells_);
+    block->first_of_stream = first_of_stream_;
     for (int32_t cell : block->cells) block->fingerprints.push_back(token_fingerprint(keys_, cell));
     store_.put(block, slice(positions_), slice(ids_));
 }

@@ -34,8 +34,13 @@ class waiting_tokens {
     bool is_empty() const { return store_.empty(); }
 
     /// Reads what the store needs to know of a ubatch, before the graph may use the memory of its inputs again. Returns
-    /// whether its tokens can be stored. Throws std::bad_alloc.
+    /// whether its tokens can be stored. If it has several streams, nothing else can be done with them. Throws
+    /// std::bad_alloc.
     bool read_own(const std::vector<std::vector<int32_t>> &own_cells);
+
+    /// Whether the host's graph of several streams has tokens that might wait: the logits of none are wanted, and it is
+    /// not the first token of its sequence, which all questions keep. Throws std::bad_alloc.
+    bool may_begin_to_wait();
 
     /// Prepares the store for the records of a ubatch that will be divided. Throws std::bad_alloc.
     void begin(ubatch_work *work);
@@ -87,8 +92,9 @@ class waiting_tokens {
     early_graph graph_;
     answer asks_ = answer::unknown;  ///< whether the cuts look at heads
     int first_layer_ = 0;            ///< the first pruning layer
-    key_rows keys_, next_keys_;      ///< of all cells, in the first pruning layer and the next one
-    int64_t n_cells_ = 0;
+    key_rows keys_, next_keys_;      ///< in the first pruning layer and the next one, from the stream's first cell on
+    int64_t n_cells_ = 0;            ///< of all streams
+    int64_t first_of_stream_ = 0;    ///< number of the first cell of this ubatch's stream
     bool has_warned_ = false;
 
     // The tokens of this ubatch.
