@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import architectures
+import llama_cpp.llama_cpp as api
 import low_level
 import numpy as np
 import pytest
 import tiny_models
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from low_level import GetModel, LowContext, LowModel, loaded_models, tokens
 
 import agq_gguf
@@ -245,3 +249,125 @@ def test_what_is_left_over_comes_later(model: GetModel, spec: str, flash: bool) 
     then = steps({s: len(prompt) for s, prompt in enumerate(PROMPTS)})
     second = [[Piece(0, tokens(70, 5), 133), Piece(2, tokens(90, 6), 204), Piece(3, [9], 99)], *steps({0: 203, 2: 294})]
     as_alone(model("llama", "f32"), SPECS[spec], [*SIDE_BY_SIDE, *then, *second], ATOL, flash=flash, **OWN)
+
+
+# What sequences have in common, and what a program does with them. All tokens may wait, but none is dropped, so a token
+# that is not seen where it should be, or by others, changes the logits.
+
+ALL = "1:t0,3:t0;score=heads;heads=1:0.1+1.2;heads=3:1.1;min=20"
+
+
+class Users:
+    """Three sequences in a context whose tokens wait and in one without pruning, which must agree."""
+
+    def __init__(self, model: LowModel, unified: bool, flash: bool = False) -> None:
+        self.contexts = [context(model, s, unified=unified, flash=flash, n_ubatch=90) for s in (ALL, "off")]
+        self.length = [0, 0, 0]
+        self._copied: set[int] = set()  # these may share cells, which have only one position
+        self._seed = 0
+
+    def __enter__(self) -> Users:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for c in self.contexts:
+            c.__exit__(None, None, None)
+
+    def batch(self, parts: Sequence[tuple[int, int, bool]]) -> None:
+        """`parts`: sequence, number of tokens, and whether the last one's logits are wanted."""
+        pieces = []
+        for sequence, n, asks in parts:
+            self._seed += 1
+            pieces.append(Piece(sequence, tokens(n, self._seed), self.length[sequence], asks))
+            self.length[sequence] += n
+        found, wanted = (run(c, *pieces) for c in self.contexts)
+        np.testing.assert_allclose(found, wanted, atol=ATOL, rtol=0)
+
+    def shift(self, sequence: int, by: int) -> None:
+        if sequence in self._copied:
+            return
+        for c in self.contexts:
+            api.llama_memory_seq_add(c.memory, sequence, 0, -1, by)
+        self.length[sequence] += by
+
+    def forget(self, sequence: int, begin: int) -> None:
+        for c in self.contexts:
+            assert api.llama_memory_seq_rm(c.memory, sequence, begin, -1)
+        self.length[sequence] = begin
+
+    def copy(self, source: int, to: int) -> None:
+        self.forget(to, 0)
+        for c in self.contexts:
+            api.llama_memory_seq_cp(c.memory, source, to, -1, -1)
+        self.length[to] = self.length[source]
+        self._copied |= {source, to}
+
+    def restore(self, sequence: int) -> None:
+        for c in self.contexts:
+            state = c.save(sequence)
+            api.llama_memory_seq_rm(c.memory, sequence, -1, -1)
+            c.restore(state, sequence)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_beginning_that_two_share(model: GetModel, unified: bool, flash: bool) -> None:
+    """It waits while its sequence is copied; then both ask in one batch, and choose from what is their own."""
+    with Users(model("llama", "f32"), unified, flash) as users:
+        users.batch([(0, 80, False), (2, 30, True)])
+        users.copy(0, 1)
+        users.batch([(0, 40, False), (2, 1, True)])
+        users.batch([(0, 30, True), (1, 35, True), (2, 1, True)])
+        users.batch([(0, 1, True), (1, 1, True), (2, 1, True)])
+    assert not any("pruning" in line for line in low_level.log)
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_positions_are_shifted(model: GetModel, unified: bool) -> None:
+    """Keys of one sequence turn while tokens of all wait."""
+    with Users(model("llama", "f32"), unified) as users:
+        users.batch([(0, 70, False), (1, 75, False), (2, 40, False)])
+        users.shift(1, 9)
+        users.batch([(1, 30, True), (2, 1, True)])
+        users.shift(0, 4)
+        users.batch([(0, 30, True), (1, 1, True), (2, 30, True)])
+    assert not any("pruning" in line for line in low_level.log)
+
+
+WORK = st.lists(
+    st.one_of(
+        st.tuples(st.just("batch"), st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=3, max_size=3)),
+        st.tuples(st.just("step"), st.just(None)),
+        st.tuples(st.just("shift"), st.tuples(st.integers(0, 2), st.integers(1, 20))),
+        st.tuples(st.just("forget"), st.tuples(st.integers(0, 2), st.integers(1, 50))),
+        st.tuples(st.just("copy"), st.sampled_from([(0, 1), (1, 2), (2, 0)])),
+        st.tuples(st.just("restore"), st.integers(0, 2)),
+    ),
+    min_size=2,
+    max_size=7,
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(work=WORK, order=st.permutations([0, 1, 2]), unified=st.booleans(), flash=st.booleans())
+def test_random_work(
+    model: GetModel, work: list[tuple[str, Any]], order: list[int], unified: bool, flash: bool
+) -> None:
+    with Users(model("llama", "f32"), unified, flash) as users:
+        users.batch([(0, 50, False), (1, 70, True), (2, 25, False)])
+        for what, how in work:
+            if max(users.length) > 220:
+                users.forget(int(np.argmax(users.length)), 30)
+            if what == "batch":
+                users.batch([(s, *how[s]) for s in order])
+            elif what == "step":
+                users.batch([(s, 1, True) for s in order])
+            elif what == "shift":
+                users.shift(*how)
+            elif what == "forget" and users.length[how[0]] > how[1]:
+                users.forget(how[0], users.length[how[0]] - how[1])
+            elif what == "copy":
+                users.copy(*how)
+            elif what == "restore":
+                users.restore(how)
+        users.batch([(s, 1, True) for s in order])

@@ -222,6 +222,8 @@ ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads
     const bool is_same = repeated && is_of_host_;
     if (!is_same) read_graph(nodes, n);
     is_of_host_ = true;
+    const bool is_generation = facts().out_ids && facts().out_ids->ne[0] >= facts().n_tokens();
+    if (!is_generation) waiting_.forget_marks();  // only steps of answers are sure to leave all marks as they are
     if (facts().sites.empty() && !waiting_.is_empty()) {
         last_ = form::host;
         return waiting_.run_shift([&] { return compute(nodes, n, repeated, {}); });

@@ -251,6 +251,7 @@ ggml_status waiting_tokens::compute(std::vector<int32_t> open, const segment_fn 
                 return status;
             }
         }
+        hidden_->find(facts());  // other sequences may see these tokens, too
     }
     return status_success;
 }
@@ -274,6 +275,7 @@ ggml_status waiting_tokens::run_shift(const std::function<ggml_status()> &comput
         const ggml_tensor *leaf = f.tensors[i];
         if (leaf->type == ggml_type_i32 && leaf->flags & ggml_flag_input && leaf->ne[0] == n_cells_) shift = leaf;
     }
+    // Cells that do not move are turned by nothing, which changes signs of zeros, and so marks, too.
     struct turned {
         int64_t cell;
         uint64_t fingerprint;
@@ -281,31 +283,25 @@ ggml_status waiting_tokens::run_shift(const std::function<ggml_status()> &comput
         bool is_deferred;
     };
     std::vector<turned> all;
-    std::unordered_set<uint64_t> unmoved;
     const std::vector<char> mark = deferral_mark(next_keys_);
     for (int64_t i = 0; shift && i < n_cells_; ++i) {
-        const int32_t by = static_cast<const int32_t *>(shift->data)[i];
         const int64_t c = i - first_of_stream_;
-        const uint64_t fingerprint = token_fingerprint(keys_, c);
-        if (by == 0) {
-            unmoved.insert(fingerprint);
-        } else {
-            all.push_back({c, fingerprint, by, is_deferred(next_keys_, c, mark)});
-        }
+        all.push_back({c, token_fingerprint(keys_, c), static_cast<const int32_t *>(shift->data)[i],
+                       is_deferred(next_keys_, c, mark)});
     }
     const ggml_status status = compute();
     if (status != status_success) return status;
+    std::unordered_set<uint64_t> still;
     for (const turned &t : all) {
         const uint64_t now = token_fingerprint(keys_, t.cell);
+        still.insert(now);
         if (now != t.fingerprint) store_.rename(t.fingerprint, now, t.shift);
         if (t.is_deferred) {
             std::memcpy(const_cast<char *>(next_keys_.row(t.cell, 0)), mark.data(), mark.size());
         }
     }
-    std::unordered_set<uint64_t> still;
-    for (const turned &t : all) still.insert(token_fingerprint(keys_, t.cell));
     for (const turned &t : all) {
-        if (unmoved.count(t.fingerprint) == 0 && still.count(t.fingerprint) == 0) store_.forget(t.fingerprint);
+        if (still.count(t.fingerprint) == 0) store_.forget(t.fingerprint);
     }
     return status;
 }

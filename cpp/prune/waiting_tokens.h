@@ -27,7 +27,7 @@ struct divided_ubatch {
 class waiting_tokens {
   public:
     /// Both are of the pruner; `hidden` are the hidden cells of the latest graph.
-    waiting_tokens(planned_graph *graph, const hidden_cells *hidden) : planned_(graph), hidden_(hidden) {}
+    waiting_tokens(planned_graph *graph, hidden_cells *hidden) : planned_(graph), hidden_(hidden) {}
     waiting_tokens(const waiting_tokens &) = delete;
     waiting_tokens &operator=(const waiting_tokens &) = delete;
 
@@ -56,7 +56,8 @@ class waiting_tokens {
     /// The cells of tokens that wait and are seen by a token that neither waits itself nor chooses among them. `ubatch`
     /// may be null, if it is computed as it is. Throws std::bad_alloc.
     std::vector<int32_t> find_open(const divided_ubatch *ubatch);
-    /// Computes the tokens of these cells without a choice. Throws std::bad_alloc.
+    /// Computes the tokens of these cells without a choice, and finds the cells that are still hidden. Throws
+    /// std::bad_alloc.
     ggml_status compute(std::vector<int32_t> open, const segment_fn &segment);
     /// Drops candidates that cannot be computed after all.
     void check_candidates(ubatch_work *work) const;
@@ -86,7 +87,7 @@ class waiting_tokens {
     const graph_facts &facts() const { return planned_->facts(); }
 
     planned_graph *planned_;
-    const hidden_cells *hidden_;
+    hidden_cells *hidden_;
     token_store store_;
     deferred_cells deferred_;
     early_graph graph_;
