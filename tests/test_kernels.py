@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = (
     "kernels_test", "attention_test", "paper_attention_test", "q8_test", "rows_test", "rounding_test", "mixed_test",
 )  # fmt: skip
-OTHERS = ("thread_choice_test", "fetch_tuner_test", "abi_fuzz")
+OTHERS = ("thread_choice_test", "fetch_tuner_test", "token_store_test", "abi_fuzz")
 
 
 @pytest.fixture(scope="module")

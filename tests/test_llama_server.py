@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import architectures
+import numpy as np
 import pytest
+import tiny_models
 from command_line import COMMAND, environment, heeding_interrupts, process
 from real_server import PEOPLE, ask, running_server, started_by
 
@@ -216,6 +218,45 @@ def test_several_people_at_once(served: str, llama_agq: Path) -> None:
         one.join()
     same = sum(answer.strip() == wanted.strip() for answer, wanted in zip(answers, alone, strict=True))
     assert all(len(answer) > 10 for answer in answers) and same >= PEOPLE - 1
+
+
+def first_tokens(url: str, prompts: list[list[str]], at_once: bool) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens of each answer, with the logarithm of their probability."""
+    answers: list[list[tuple[int, float]]] = [[] for _ in prompts]
+
+    def person(i: int) -> None:
+        body = {"prompt": " ".join(prompts[i]), "n_predict": 6, "temperature": 0, "n_probs": 1, "cache_prompt": False}
+        found = json.loads(ask(url, "/completion", body))["completion_probabilities"]
+        answers[i] = [(token["id"], token["logprob"]) for token in found]
+
+    people = [threading.Thread(target=person, args=(i,)) for i in range(len(prompts))]
+    for one in people:
+        one.start()
+        if not at_once:
+            one.join()
+    for one in people:
+        one.join()
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["--kv-unified", "--no-kv-unified"])
+def test_pruned_for_several_people(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets what it would get with the server for itself."""
+    # In F32, because 8-bit activations make more of the differences between kernels.
+    model = tiny_models.write_llama(tmp_path / "model.gguf", dtype="f32", n_layer=4, n_embd=256)
+    prompts = [np.random.default_rng(i).choice(tiny_models.WORDS, 100 + 9 * i).tolist() for i in range(4)]
+    found = {}
+    for prune in ("1:0.5;score=heads;heads=1:0.0+1.1", "off"):
+        monkeypatch.setenv("AGQ_PRUNE", prune)
+        with running_server(model, "-c", 256, "--slots", 4, "--", cache) as (url, _):
+            found[prune] = [first_tokens(url, prompts, at_once) for at_once in (False, True)]
+    (alone, together), (unpruned, _) = found.values()
+    for one, beside, whole in zip(alone, together, unpruned, strict=True):
+        assert len(one) == 6
+        assert [token for token, _ in beside] == [token for token, _ in one]
+        np.testing.assert_allclose([p for _, p in beside], [p for _, p in one], atol=0.01)
+        assert abs(one[0][1] - whole[0][1]) > 0.02  # tokens are dropped
 
 
 def completion(url: str, model: str) -> str:

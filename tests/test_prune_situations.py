@@ -226,7 +226,7 @@ def test_one_batch_for_several_sequences(model: LowModel, flash: bool, unified: 
         positions = [start + 3 + i for start in (150, 100, 60) for i in range(n)]
         pair.decode(tokens(3 * n, 8), sequence=[[i // n] for i in range(3 * n)], positions=positions)
         assert pair.largest_effect > 30 * ATOL
-    assert len(warnings()) <= 2  # a context each for the batch of 24: it is not pruned
+    assert warnings() == []
 
 
 def test_speculative_decoding(model: LowModel) -> None:
@@ -286,13 +286,10 @@ def test_off_several_sequences(model: LowModel) -> None:
     unpruned_with_one_warning(model, "several sequences", prompt_of(120, **options), n_seq=2)
 
 
-def test_off_several_streams(model: LowModel) -> None:
-    options = {
-        "sequence": [[i // 60] for i in range(120)],
-        "positions": [i % 60 for i in range(120)],
-        "outputs": [59, 119],
-    }
-    unpruned_with_one_warning(model, "several sequences", prompt_of(120, **options), n_seq=2, unified=False)
+def test_off_all_logits_of_several_streams(model: LowModel) -> None:
+    options = {"sequence": [[i // 80] for i in range(160)], "positions": [i % 80 for i in range(160)]}
+    work = prompt_of(160, **options, outputs=range(160))
+    unpruned_with_one_warning(model, "logits of all tokens", work, n_seq=2, unified=False, n_ctx=1024)
 
 
 def test_off_all_logits(model: LowModel) -> None:

@@ -19,7 +19,7 @@ std::string find_gap(const graph_facts &facts) {
     if (facts.ambiguous) return "the model has attention masks or inputs that pruning cannot tell apart";
     for (const attention_kind &kind : facts.kinds) {
         if (!kind.k_cells) return "layers share their K/V cache";
-        if (kind.mask->ne[3] != 1) return "the batch holds several sequences";
+        if (kind.mask->ne[3] != 1) return "the ubatch holds several streams of sequences";
     }
     for (size_t i = 0; i < facts.sites.size(); ++i) {
         if (facts.sites[i].last < 0) return "the output of an attention was not found";

@@ -12,10 +12,10 @@ int64_t cell_offset(const attention_site &site) {
            static_cast<int64_t>(site.cache->nb[1]);
 }
 
-int32_t first_position(const graph_facts &facts) {
+int32_t find_position(const graph_facts &facts, int64_t token) {
     int64_t most = 0;
     for (const attention_kind &kind : facts.kinds) {
-        most = std::max(most, mask_row(kind.mask, 0, 0).count_visible(kind.mask->ne[0]));
+        most = std::max(most, mask_row(kind.mask, token, 0).count_visible(kind.mask->ne[0]));
     }
     return static_cast<int32_t>(most) - 1;
 }
@@ -36,42 +36,67 @@ std::vector<int32_t> find_own_cells(const graph_facts &facts, const attention_ki
 
 namespace {
 
-/// A token that sees the previous token but not the next one is in the same sequence as the previous one. In some kinds
-/// of attention a window may hide the previous token. Returns empty if all tokens are in one sequence, or the reason.
-std::string find_disorder(const graph_facts &facts, const ubatch_facts &ubatch, int64_t tokens) {
-    for (int64_t t = 0; t + 1 < tokens; ++t) {
-        bool follows = false;
+/// Whether a token sees another one of the ubatch in some kind of attention. In other kinds a window may hide it.
+bool sees(const graph_facts &facts, const ubatch_facts &ubatch, int64_t token, int64_t other) {
+    for (size_t k = 0; k < facts.kinds.size(); ++k) {
+        if (!is_hidden(facts.kinds[k].mask, ubatch.cells[k][static_cast<size_t>(other)], token, 0)) return true;
+    }
+    return false;
+}
+
+/// Finds the parts. A token that sees the previous token but not the next one is in the sequence of the previous one.
+/// Returns the reason if tokens do not only look back, else empty.
+std::string find_parts(const graph_facts &facts, ubatch_facts *ubatch, int64_t tokens) {
+    ubatch->parts.clear();
+    for (int64_t t = 0; t < tokens; ++t) {
+        if (t == 0 || !sees(facts, *ubatch, t, t - 1)) ubatch->parts.emplace_back().first = t;
+        ++ubatch->parts.back().n;
+        if (t + 1 < tokens && sees(facts, *ubatch, t, t + 1)) return "attention is not causal";
         for (size_t k = 0; k < facts.kinds.size(); ++k) {
-            const ggml_tensor *mask = facts.kinds[k].mask;
-            const int32_t *cells = &ubatch.kinds[k].cells[static_cast<size_t>(t)];
-            follows = follows || !is_hidden(mask, cells[0], t + 1, 0);
-            if (follows && !is_hidden(mask, cells[1], t, 0)) return "attention is not causal";
+            if (is_hidden(facts.kinds[k].mask, ubatch->cells[k][static_cast<size_t>(t)], t, 0)) {
+                return "a token does not see itself";
+            }
         }
-        if (!follows) return "the batch holds several sequences";
     }
     return "";
 }
 
+/// Finds parts whose tokens are in a sequence of which other parts have tokens, too.
+void find_company(const graph_facts &facts, ubatch_facts *ubatch) {
+    for (ubatch_part &part : ubatch->parts) {
+        for (ubatch_part &other : ubatch->parts) {
+            if (&other == &part || (!part.is_alone && !other.is_alone)) continue;
+            for (int64_t t = other.first; t < other.end(); ++t) {
+                if (sees(facts, *ubatch, part.first, t) || sees(facts, *ubatch, part.last(), t)) {
+                    part.is_alone = other.is_alone = false;
+                    break;
+                }
+            }
+        }
+    }
+}
+
 /// Finds windows, and the first token of the sequence.
-void find_windows(const graph_facts &facts, ubatch_facts *ubatch, int64_t tokens) {
+void find_windows(const graph_facts &facts, const ubatch_facts &ubatch, ubatch_part *part) {
     std::vector<int64_t> seen;  // by kind: by the last token
+    part->views.assign(facts.kinds.size(), {});
     for (size_t k = 0; k < facts.kinds.size(); ++k) {
         const ggml_tensor *mask = facts.kinds[k].mask;
-        const mask_row first(mask, 0, 0), last(mask, tokens - 1, 0);
-        bool &has_window = ubatch->kinds[k].has_window;
+        const mask_row first(mask, part->first, 0), last(mask, part->last(), 0);
+        bool &has_window = part->views[k].has_window;
         for (int64_t c = 0; c < mask->ne[0] && !has_window; ++c) has_window = !first.hides(c) && last.hides(c);
         seen.push_back(last.count_visible(mask->ne[0]));
     }
     for (size_t k = 0; k < facts.kinds.size(); ++k) {
-        ubatch_cells &kind = ubatch->kinds[k];
-        if (kind.has_window || seen[k] < *std::max_element(seen.begin(), seen.end())) continue;
+        sequence_view &view = part->views[k];
+        if (view.has_window || seen[k] < *std::max_element(seen.begin(), seen.end())) continue;
         // The cache fills from its first cell, and the first cells of the sequence that are still there keep their
         // place.
         const ggml_tensor *mask = facts.kinds[k].mask;
         int64_t first = 0;
-        while (first < mask->ne[0] && is_hidden(mask, first, 0, 0)) ++first;
-        const bool is_later = ubatch->position > 0 && first < mask->ne[0];
-        kind.first_cell = is_later ? static_cast<int32_t>(first) : kind.cells[0];
+        while (first < mask->ne[0] && is_hidden(mask, first, part->first, 0)) ++first;
+        const bool is_later = part->position > 0 && first < mask->ne[0];
+        view.first_cell = is_later ? static_cast<int32_t>(first) : ubatch.cells[k][static_cast<size_t>(part->first)];
     }
 }
 
@@ -80,28 +105,35 @@ void find_windows(const graph_facts &facts, ubatch_facts *ubatch, int64_t tokens
 std::string read_ubatch(const graph_facts &facts, ubatch_facts *ubatch) {
     const int64_t tokens = facts.n_tokens();
     const int32_t *out_ids = static_cast<const int32_t *>(facts.out_ids->data);
-    if (facts.out_ids->ne[0] >= tokens) return "the logits of all tokens are requested";
     ubatch->wanted.assign(static_cast<size_t>(tokens), 0);
     for (int64_t i = 0; i < facts.out_ids->ne[0]; ++i) {
         if (out_ids[i] < 0 || out_ids[i] >= tokens) return "the graph requests logits of a token that it does not have";
         ubatch->wanted[static_cast<size_t>(out_ids[i])] = 1;
     }
-    ubatch->kinds.assign(facts.kinds.size(), {});
-    for (size_t k = 0; k < facts.kinds.size(); ++k) {
-        ubatch->kinds[k].cells = find_own_cells(facts, facts.kinds[k]);
-        if (static_cast<int64_t>(ubatch->kinds[k].cells.size()) != tokens) {
+    ubatch->cells.clear();
+    ubatch->parts.clear();
+    for (const attention_kind &kind : facts.kinds) {
+        ubatch->cells.push_back(find_own_cells(facts, kind));
+        if (static_cast<int64_t>(ubatch->cells.back().size()) != tokens) {
             return "the cell of a token is outside the attention mask";
         }
     }
-    std::string disorder = find_disorder(facts, *ubatch, tokens);
+    const std::string disorder = find_parts(facts, ubatch, tokens);
+    if (!disorder.empty()) ubatch->parts.clear();
+    if (facts.out_ids->ne[0] >= tokens) return "the logits of all tokens are requested";
     if (!disorder.empty()) return disorder;
+    find_company(facts, ubatch);
     ubatch->ids.clear();
     if (facts.tokens && facts.tokens->ne[0] == tokens) {
         const int32_t *ids = static_cast<const int32_t *>(facts.tokens->data);
         ubatch->ids.assign(ids, ids + tokens);
     }
-    ubatch->position = first_position(facts);
-    find_windows(facts, ubatch, tokens);
+    for (ubatch_part &part : ubatch->parts) {
+        const auto begin = ubatch->wanted.begin() + part.first;
+        part.is_wanted = std::all_of(begin, begin + part.n, [](uint8_t is) { return is != 0; });
+        part.position = find_position(facts, part.first);
+        if (!part.is_wanted) find_windows(facts, *ubatch, &part);
+    }
     return "";
 }
 

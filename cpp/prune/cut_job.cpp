@@ -37,7 +37,9 @@ void fill_ordered_row(const cut_job::ordered_mask &m, char *to_row, int32_t seen
 }
 
 void copy_record(const cut_job::pack &p, int64_t i) {
-    char *record = (*p.records)[static_cast<size_t>(i)] + p.offset;
+    char *record = (*p.records)[static_cast<size_t>(i)];
+    if (!record) return;
+    record += p.offset;
     for (int64_t b = 0; b < p.blocks; ++b) {
         char *in_tensor = p.tensor + static_cast<size_t>(b * p.rows + i) * p.bytes;
         char *in_record = record + static_cast<size_t>(b) * p.bytes;
@@ -90,7 +92,7 @@ void cut_node(ggml_tensor *, int ith, int nth, void *userdata) {
         const int64_t rows = static_cast<int64_t>(c.cells->size());
         for (int64_t i = rows * ith / nth; i < rows * (ith + 1) / nth; ++i) {
             for (int64_t j = 0; j < c.each; ++j) {
-                c.to[i * c.each + j] = (*c.cells)[static_cast<size_t>(i)] + j * c.step;
+                c.to[i * c.each + j] = c.first + (*c.cells)[static_cast<size_t>(i)] + j * c.step;
             }
         }
     }

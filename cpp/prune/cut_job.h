@@ -33,7 +33,8 @@ struct cut_job {
         const std::vector<uint8_t> *spared = nullptr;
     };
     /// Copies between a tensor with `rows` tokens and records of single tokens: block b of token i of the tensor stands
-    /// at `tensor + (b * rows + i) * bytes`, and in record i at `offset + b * bytes`.
+    /// at `tensor + (b * rows + i) * bytes`, and in record i at `offset + b * bytes`. Tokens whose record is null are
+    /// skipped.
     struct pack {
         char *tensor;
         size_t bytes, offset;
@@ -50,10 +51,10 @@ struct cut_job {
         const std::vector<int32_t> *cells;
         const std::vector<int32_t> *seen;
     };
-    /// Cell numbers for a store: `each` numbers a token, the j-th is its cell plus j times `step`.
+    /// Cell numbers for a store: `each` numbers a token, the j-th is `first` plus its cell plus j times `step`.
     struct cell_numbers {
         int64_t *to;
-        int64_t each, step;
+        int64_t first, each, step;
         const std::vector<int32_t> *cells;
     };
     /// Copies the queries of tokens `first` to `first + n - 1`: token t goes to `to + t * token_stride`, and its head h

@@ -16,13 +16,12 @@ class mark_reader {
     explicit mark_reader(const graph_facts &facts) : facts_(facts) {}
 
     bool is_marked(const dropped_cell &d) {
-        if (d.stream != 0) return false;
         if (layer_ != d.first_layer) {
             layer_ = d.first_layer;
             keys_ = key_rows::of(facts_.sites[static_cast<size_t>(layer_)].cache);
             mark_ = deferral_mark(keys_);
         }
-        return is_deferred(keys_, d.cell, mark_);
+        return is_deferred(keys_, d.cell, mark_, d.stream);
     }
 
   private:

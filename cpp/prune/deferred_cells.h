@@ -13,8 +13,7 @@ namespace agq {
 /// last one reads one mark in eight if there are many, and all as soon as one of them has changed.
 class deferred_cells {
   public:
-    /// The deferred ones of `hidden`, which are cells of the only kind of attention; those of other streams are
-    /// skipped. Throws std::bad_alloc.
+    /// The deferred ones of `hidden`, which are cells of the only kind of attention. Throws std::bad_alloc.
     const std::vector<int32_t> &find(const graph_facts &facts, const std::vector<dropped_cell> &hidden);
     /// The marks have been changed: the next scan reads all.
     void forget() {

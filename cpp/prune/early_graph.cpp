@@ -63,6 +63,7 @@ std::string early_graph::capture(const graph_facts &facts, const prune_plan &pla
         obstacle = "the host's graph cannot be copied";
     }
     if (obstacle.empty()) obstacle = find_needed(facts);
+    stream_ = obstacle.empty() ? stream_of(facts) : 0;
     if (!obstacle.empty()) nodes_.clear();
     return obstacle;
 }
@@ -134,6 +135,28 @@ std::string early_graph::find_needed(const graph_facts &facts) {
     return "";
 }
 
+/// Lets attentions read the keys and values of this stream.
+void early_graph::show_stream(int64_t stream) {
+    if (stream == stream_) return;
+    std::set<ggml_tensor *> views;
+    for (const attention_site &site : facts_.sites) {
+        const ggml_tensor *output = facts_.tensors[static_cast<size_t>(site.last)];
+        const bool is_flash = site.last == site.masked;
+        for (const ggml_tensor *t : {site.k, static_cast<const ggml_tensor *>(output->src[is_flash ? 2 : 0])}) {
+            // The cache itself is no node of the graph.
+            for (int i = facts_.number(t); i >= 0 && i < facts_.n_nodes; i = t ? facts_.number(t) : -1) {
+                if (is_view_op(t) && root_of(t)->op == host.op_none)
+                    views.insert(facts_.tensors[static_cast<size_t>(i)]);
+                t = t->src[0];
+            }
+        }
+    }
+    for (ggml_tensor *view : views) {
+        view->data = static_cast<char *>(view->data) + (stream - stream_) * static_cast<int64_t>(root_of(view)->nb[2]);
+    }
+    stream_ = stream;
+}
+
 bool early_graph::fits(const graph_facts &now) const {
     if (nodes_.empty() || !now.complete || now.sites.size() != facts_.sites.size()) return false;
     for (size_t s = 0; s < now.sites.size(); ++s) {
@@ -159,15 +182,15 @@ bool early_graph::reaches(const early_tokens &tokens) const {
                        [n_cells](int32_t cell) { return cell < n_cells; });
 }
 
-void early_graph::begin(const early_tokens &tokens) {
+void early_pass::begin(const early_tokens &tokens) {
     tokens_ = &tokens;
     pools_.clear();
     at_cut_.clear();
     for (const early_token &t : tokens.missing) at_cut_.push_back(const_cast<char *>(t.rows));
 }
 
-std::vector<int32_t> early_graph::order_of(const hidden_cells &hidden, int level,
-                                           const std::vector<int32_t> &alive) const {
+std::vector<int32_t> early_pass::order_of(const hidden_cells &hidden, int level,
+                                          const std::vector<int32_t> &alive) const {
     size_t n_cells = 0;
     for (int32_t cell : tokens_->cells) n_cells = std::max(n_cells, static_cast<size_t>(cell) + 1);
     std::vector<uint8_t> hides(n_cells, 0);
@@ -185,18 +208,26 @@ std::vector<int32_t> early_graph::order_of(const hidden_cells &hidden, int level
     return order;
 }
 
-ggml_status early_graph::run(size_t segment, const std::vector<int32_t> &alive, const hidden_cells &hidden,
-                             ggml_backend_buffer *buffer, const segment_fn &compute) {
+const float *early_pass::queries(int site, size_t back) const {
+    const auto found = queries_.find(site);
+    if (found == queries_.end() || back >= n_queries_) return nullptr;
+    return &found->second[(n_queries_ - 1 - back) * (found->second.size() / n_queries_)];
+}
+
+ggml_status early_graph::run(size_t segment, early_pass *pass, const std::vector<int32_t> &alive,
+                             const hidden_cells &hidden, ggml_backend_buffer *buffer, const segment_fn &compute) {
     if (alive.empty()) return status_success;
+    pass_ = pass;
+    show_stream(pass->tokens_->stream);
     for (ggml_tensor &t : tensors_) t.buffer = buffer;
     orders_.assign(static_cast<size_t>(hidden.levels()), {});
     for (size_t level = 0; level < orders_.size(); ++level) {
-        orders_[level] = order_of(hidden, static_cast<int>(level), alive);
+        orders_[level] = pass->order_of(hidden, static_cast<int>(level), alive);
     }
     std::vector<char *> next;
     if (segment < plan_.cuts.size()) {
         const size_t bytes = records_[segment].bytes;
-        char *pool = pools_.emplace_back(new char[alive.size() * bytes + 1]).get();
+        char *pool = pass->pools_.emplace_back(new char[alive.size() * bytes + 1]).get();
         for (size_t i = 0; i < alive.size(); ++i) next.push_back(pool + i * bytes);
     }
     // The last chunk is full, because its last tokens may observe the others.
@@ -211,7 +242,7 @@ ggml_status early_graph::run(size_t segment, const std::vector<int32_t> &alive, 
         const ggml_status status = run_chunk(segment, chunk, to, hidden, buffer, compute);
         if (status != status_success) return status;
     }
-    for (size_t i = 0; i < next.size(); ++i) at_cut_[static_cast<size_t>(alive[i])] = next[i];
+    for (size_t i = 0; i < next.size(); ++i) pass->at_cut_[static_cast<size_t>(alive[i])] = next[i];
     return status_success;
 }
 
@@ -225,8 +256,8 @@ ggml_status early_graph::run_chunk(size_t segment, const std::vector<int32_t> &c
     copy_.begin(&facts_, &plan_.dims, plan_.tokens, &arena_);
     cut_job before, after;
     add_inputs(segment, chunk, &before);
-    queries_.clear();
-    n_queries_ = std::min<size_t>(chunk.size(), observing_tokens);
+    pass_->queries_.clear();
+    pass_->n_queries_ = std::min<size_t>(chunk.size(), observing_tokens);
     std::deque<cut_job> observers;
     std::vector<ggml_tensor *> nodes = {nullptr};
     std::vector<ggml_tensor *> masks(orders_.size(), nullptr);
@@ -245,9 +276,9 @@ ggml_status early_graph::run_chunk(size_t segment, const std::vector<int32_t> &c
             const attention_site &at = facts_.sites[static_cast<size_t>(probe.site)];
             if (at.first != i) continue;
             const ggml_tensor *q = copy_.current(facts_.number(at.q));
-            std::vector<float> &to = queries_[probe.site];
-            to.resize(n_queries_ * static_cast<size_t>(q->ne[0] * q->ne[2]));
-            const int64_t kept = static_cast<int64_t>(n_queries_);
+            std::vector<float> &to = pass_->queries_[probe.site];
+            const int64_t kept = static_cast<int64_t>(pass_->n_queries_);
+            to.resize(static_cast<size_t>(kept * q->ne[0] * q->ne[2]));
             observers.emplace_back().observers.push_back({q, to.data(), n - kept, kept, q->ne[0] * q->ne[2], q->ne[0]});
             nodes.push_back(arena_.custom(cut_node, &observers.back(), buffer));
         }
@@ -261,40 +292,36 @@ ggml_status early_graph::run_chunk(size_t segment, const std::vector<int32_t> &c
     return compute(nodes.data(), static_cast<int>(nodes.size()), choices_);
 }
 
-const float *early_graph::queries(int site, size_t back) const {
-    const auto found = queries_.find(site);
-    if (found == queries_.end() || back >= n_queries_) return nullptr;
-    return &found->second[(n_queries_ - 1 - back) * (found->second.size() / n_queries_)];
-}
-
 /// Makes the tensors that cross the cut before the segment.
 void early_graph::add_inputs(size_t segment, const std::vector<int32_t> &chunk, cut_job *job) {
     const int64_t n = static_cast<int64_t>(chunk.size());
+    const early_tokens &tokens = *pass_->tokens_;
     std::vector<char *> &stored = pointers_.emplace_back(), &at_cut = pointers_.emplace_back();
     std::vector<int32_t> &cells = lists_.emplace_back();
     for (int32_t i : chunk) {
-        const early_token &token = tokens_->missing[static_cast<size_t>(i)];
+        const early_token &token = tokens.missing[static_cast<size_t>(i)];
         stored.push_back(const_cast<char *>(token.rows));
-        at_cut.push_back(at_cut_[static_cast<size_t>(i)]);
+        at_cut.push_back(pass_->at_cut_[static_cast<size_t>(i)]);
         cells.push_back(token.cell);
     }
     const std::vector<int> &crossing = plan_.cuts[segment - 1].crossing;
+    const int64_t n_cells = root_of(facts_.sites[0].cache)->ne[1];  // of a stream
     for (int number : crossing) {
         ggml_tensor *to = copy_.with_tokens(number, n);
         copy_.replace(number, to);
         switch (place_of(facts_, number)) {
             case place_input::position:
                 for (size_t i = 0; i < chunk.size(); ++i) {
-                    static_cast<int32_t *>(to->data)[i] = tokens_->missing[static_cast<size_t>(chunk[i])].position;
+                    static_cast<int32_t *>(to->data)[i] = tokens.missing[static_cast<size_t>(chunk[i])].position;
                 }
                 break;
             case place_input::key_cells:
-                job->numbers.push_back({static_cast<int64_t *>(to->data), 1, 0, &cells});
+                job->numbers.push_back({static_cast<int64_t *>(to->data), tokens.stream * n_cells, 1, 0, &cells});
                 break;
             case place_input::value_cells: {
                 const int64_t each = plan_.dims[static_cast<size_t>(number)].mult;
-                const int64_t step = root_of(facts_.sites[0].cache)->ne[1];
-                job->numbers.push_back({static_cast<int64_t *>(to->data), each, step, &cells});
+                job->numbers.push_back(
+                    {static_cast<int64_t *>(to->data), tokens.stream * n_cells * each, each, n_cells, &cells});
                 break;
             }
             case place_input::none:
@@ -318,16 +345,17 @@ void early_graph::add_inputs(size_t segment, const std::vector<int32_t> &chunk, 
 /// A mask in which each token of the chunk sees the tokens of `order` up to itself.
 ggml_tensor *early_graph::make_mask(const std::vector<int32_t> &chunk, const std::vector<int32_t> &order,
                                     cut_job *job) {
+    const early_tokens &tokens = *pass_->tokens_;
     const ggml_tensor *original = facts_.mask;
     const int64_t n = static_cast<int64_t>(chunk.size());
     std::vector<int32_t> &seen = lists_.emplace_back();
     for (int32_t i : chunk) {
-        const int32_t place = tokens_->missing[static_cast<size_t>(i)].place;
+        const int32_t place = tokens.missing[static_cast<size_t>(i)].place;
         seen.push_back(static_cast<int32_t>(std::upper_bound(order.begin(), order.end(), place) - order.begin()));
     }
     std::vector<int32_t> &cells = lists_.emplace_back();
     for (int32_t i = 0; i < seen.back(); ++i) {
-        cells.push_back(tokens_->cells[static_cast<size_t>(order[static_cast<size_t>(i)])]);
+        cells.push_back(tokens.cells[static_cast<size_t>(order[static_cast<size_t>(i)])]);
     }
     ggml_tensor *made = copy_.with_tokens(facts_.number(original), n);
     const bool is_f16 = original->type == ggml_type_f16;

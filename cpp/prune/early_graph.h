@@ -23,6 +23,28 @@ namespace agq {
 /// Computes a part of a graph. `choices` says which keys its attentions look at.
 using segment_fn = std::function<ggml_status(ggml_tensor **nodes, int n, const key_choices &choices)>;
 
+/// Tokens on their way through the layers.
+class early_pass {
+  public:
+    /// Begins with `tokens`, which must outlive the pass.
+    void begin(const early_tokens &tokens);
+    /// The tokens that attentions of a level see if `alive` are computed, as indices into the cells of `begin`,
+    /// ascending. Throws std::bad_alloc.
+    std::vector<int32_t> order_of(const hidden_cells &hidden, int level, const std::vector<int32_t> &alive) const;
+    /// The queries that the token before the last `back` of those run has at an attention of the latest segment,
+    /// [heads][head]; null if they were not kept.
+    const float *queries(int site, size_t back) const;
+
+  private:
+    friend class early_graph;
+
+    const early_tokens *tokens_ = nullptr;
+    std::vector<char *> at_cut_;  ///< by missing token: its record at the latest cut
+    std::deque<std::unique_ptr<char[]>> pools_;
+    std::map<int, std::vector<float>> queries_;  ///< of the last tokens in the latest segment, by site
+    size_t n_queries_ = 0;
+};
+
 class early_graph {
   public:
     /// Copies the graph, which `plan` must be able to cut. Returns the reason if it cannot be used, empty if it can.
@@ -38,23 +60,16 @@ class early_graph {
     /// The size of a token's record at the first cut; 0 if no graph is captured.
     size_t record_bytes() const { return records_.empty() ? 0 : records_[0].bytes; }
 
-    /// Begins with `tokens`, which must outlive the run.
-    void begin(const early_tokens &tokens);
     /// Computes what stands between the cut `segment - 1` and the next one (or the last layer's keys and values) for
-    /// tokens.missing[alive]: their keys and values, and their records at the next cut. Tokens that are hidden and not
-    /// among them stay hidden. `buffer`: any of the host's buffers for nodes. Throws std::bad_alloc.
-    ggml_status run(size_t segment, const std::vector<int32_t> &alive, const hidden_cells &hidden,
+    /// tokens.missing[alive] of a pass: their keys and values, and their records at the next cut. Tokens that are
+    /// hidden and not among them stay hidden. `buffer`: any of the host's buffers for nodes. Throws std::bad_alloc.
+    ggml_status run(size_t segment, early_pass *pass, const std::vector<int32_t> &alive, const hidden_cells &hidden,
                     ggml_backend_buffer *buffer, const segment_fn &compute);
-    /// The tokens that attentions of a level see if `alive` are computed, as indices into the cells of `begin`,
-    /// ascending. Throws std::bad_alloc.
-    std::vector<int32_t> order_of(const hidden_cells &hidden, int level, const std::vector<int32_t> &alive) const;
     size_t segments() const { return needed_.size(); }
-    /// The queries that the token before the last `back` of those run has at an attention of the latest segment,
-    /// [heads][head]; null if they were not kept.
-    const float *queries(int site, size_t back) const;
 
   private:
     std::string find_needed(const graph_facts &facts);
+    void show_stream(int64_t stream);
     ggml_status run_chunk(size_t segment, const std::vector<int32_t> &chunk, const std::vector<char *> &next,
                           const hidden_cells &hidden, ggml_backend_buffer *buffer, const segment_fn &compute);
     void add_inputs(size_t segment, const std::vector<int32_t> &chunk, cut_job *job);
@@ -64,6 +79,7 @@ class early_graph {
     std::vector<ggml_tensor *> nodes_;
     std::vector<const ggml_tensor *> weights_;  ///< leaves that are not copied; compared, not read
     std::vector<const void *> weight_data_;
+    int64_t stream_ = 0;  ///< the one that attentions read
     std::unique_ptr<char[]> memory_, constants_;
     size_t memory_size_ = 0;
     graph_facts facts_;
@@ -71,17 +87,13 @@ class early_graph {
     std::vector<token_record> records_;     ///< by cut
     std::vector<std::vector<int>> needed_;  ///< by segment; the first is empty
 
-    const early_tokens *tokens_ = nullptr;
-    std::vector<char *> at_cut_;  ///< by missing token: its record at the latest cut
-    std::deque<std::unique_ptr<char[]>> pools_;
+    early_pass *pass_ = nullptr;  ///< the one that runs
     tensor_arena arena_;
     graph_copy copy_;
     std::deque<std::vector<int32_t>> lists_;
     std::deque<std::vector<char *>> pointers_;
     key_choices choices_;
-    std::vector<std::vector<int32_t>> orders_;   ///< of this segment, by level
-    std::map<int, std::vector<float>> queries_;  ///< of the last tokens in this segment, by site
-    size_t n_queries_ = 0;
+    std::vector<std::vector<int32_t>> orders_;  ///< of this segment, by level
 };
 
 }  // namespace agq

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "graph/mask_view.h"
+#include "graph/ubatch.h"
 #include "prune/token_records.h"
 
 namespace agq {
@@ -29,8 +30,12 @@ std::vector<char> deferral_mark(const key_rows &keys) {
     return signs;
 }
 
-bool is_deferred(const key_rows &keys, int64_t cell, const std::vector<char> &mark) {
-    return std::memcmp(keys.row(cell, 0), mark.data(), mark.size()) == 0 && keys.is_zero(cell, 0);
+bool is_deferred(const key_rows &keys, int64_t cell, const std::vector<char> &mark, int64_t stream) {
+    return std::memcmp(keys.row(cell, stream), mark.data(), mark.size()) == 0 && keys.is_zero(cell, stream);
+}
+
+int64_t stream_of(const graph_facts &facts) {
+    return cell_offset(facts.sites[0]) / root_of(facts.sites[0].cache)->ne[1];
 }
 
 std::string find_value_obstacle(const graph_facts &facts, const std::vector<int32_t> &cells) {
@@ -50,7 +55,8 @@ std::string find_value_obstacle(const graph_facts &facts, const std::vector<int3
         const int64_t *numbers = static_cast<const int64_t *>(facts.tensors[i]->data);
         const int64_t each = facts.tensors[i]->ne[0] / n, step = root_of(facts.sites[0].cache)->ne[1];
         for (int64_t j = 0; j < each; ++j) {
-            if (numbers[j] != cells[0] + j * step) return "the cells of values are numbered in an unknown way";
+            if (numbers[j] != stream_of(facts) * step * each + cells[0] + j * step)
+                return "the cells of values are numbered in an unknown way";
         }
     }
     return "";
@@ -63,6 +69,7 @@ early_tokens find_early_tokens(const graph_facts &facts, int64_t row, const std:
         const stored_token *token;
     };
     early_tokens found;
+    found.stream = stream_of(facts);
     const mask_row mask(facts.mask, row, 0);
     const int64_t n_cells = facts.mask->ne[0];
     const key_rows keys = key_rows::of(facts.sites[site].cache), next = key_rows::of(facts.sites[site + 1].cache);

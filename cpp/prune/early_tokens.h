@@ -24,6 +24,7 @@ struct early_tokens {
     std::vector<int32_t> cells, positions;  ///< of all earlier tokens that are seen, by position
     std::vector<early_token> missing;       ///< by position
     bool is_known = true;                   ///< whether the store knows the position of every cell
+    int64_t stream = 0;                     ///< the part of the cache whose cells these are
 };
 
 /// A deferred token's row of keys, in the first layer without it, has a mark: all elements are zero, but some of the
@@ -31,7 +32,10 @@ struct early_tokens {
 /// cache. Tokens that a question has dropped have zeros without it. This returns the first bytes of a marked row.
 /// Throws std::bad_alloc.
 std::vector<char> deferral_mark(const key_rows &keys);
-bool is_deferred(const key_rows &keys, int64_t cell, const std::vector<char> &mark);
+bool is_deferred(const key_rows &keys, int64_t cell, const std::vector<char> &mark, int64_t stream = 0);
+
+/// The stream of the cache that a graph with one stream reads.
+int64_t stream_of(const graph_facts &facts);
 
 /// The reason why masks and cell numbers of this ubatch cannot be made from positions, empty if they can: the mask must
 /// only hide or show, and cells must be numbered as the inputs of this graph do. Throws std::bad_alloc.

@@ -60,28 +60,6 @@ void graph_copy::begin(const graph_facts *facts, const std::vector<token_dim> *d
     current_.assign(facts->tensors.size(), nullptr);
 }
 
-void graph_copy::shrink(ggml_tensor *copy, const ggml_tensor *original, token_dim dim, int64_t tokens_now) const {
-    copy->ne[dim.dim] = dim.mult * tokens_now;
-    if (!is_view_op(original)) {
-        make_contiguous(copy);
-        return;
-    }
-    // Strides that span all tokens shrink with their number, and so does the part of the offset that consists of such
-    // strides.
-    const size_t all = token_bytes(original, dim) * static_cast<size_t>(tokens_);
-    const size_t now = token_bytes(original, dim) * static_cast<size_t>(tokens_now);
-    for (int d = 0; d < 4; ++d) {
-        if (d != dim.dim && original->nb[d] >= all) copy->nb[d] = original->nb[d] / all * now;
-    }
-    const ggml_tensor *source = copy->src[0];
-    const size_t offset =
-        static_cast<size_t>(static_cast<char *>(original->data) - static_cast<char *>(original->src[0]->data));
-    const size_t moved = offset / all * now + offset % all;
-    copy->data = static_cast<char *>(source->data) + moved;
-    copy->view_src = source->view_src ? source->view_src : const_cast<ggml_tensor *>(source);
-    copy->view_offs = (source->view_src ? source->view_offs : 0) + moved;
-}
-
 ggml_tensor *graph_copy::node(int i, int64_t tokens_now, ggml_tensor *mask, int mask_slot) {
     ggml_tensor *original = facts_->tensors[static_cast<size_t>(i)];
     bool touched = mask != nullptr;
@@ -97,7 +75,7 @@ ggml_tensor *graph_copy::node(int i, int64_t tokens_now, ggml_tensor *mask, int 
     if (mask) copy->src[mask_slot] = mask;
     const bool moves = tokens_now != tokens_ || is_view_op(original);  // a view shows the replacement
     if (dims_ && moves && (*dims_)[static_cast<size_t>(i)]) {
-        shrink(copy, original, (*dims_)[static_cast<size_t>(i)], tokens_now);
+        shrink(copy, original, (*dims_)[static_cast<size_t>(i)], tokens_, tokens_now);
     }
     replace(i, copy);
     return copy;
@@ -110,7 +88,7 @@ ggml_tensor *graph_copy::aside(int i, int64_t tokens_now) {
         if (original->src[s]) copy->src[s] = current(facts_->number(original->src[s]));
     }
     if (const token_dim dim = (*dims_)[static_cast<size_t>(i)]) {
-        shrink(copy, original, dim, tokens_now);
+        shrink(copy, original, dim, tokens_, tokens_now);
         if (!is_view_op(original)) {
             copy->view_src = nullptr;
             copy->view_offs = 0;
@@ -147,6 +125,32 @@ ggml_tensor *graph_copy::with_tokens(int number, int64_t tokens_now) {
     make_contiguous(t);
     t->data = arena_->memory(host.ggml_nbytes(t));
     return t;
+}
+
+void shrink(ggml_tensor *copy, const ggml_tensor *original, token_dim dim, int64_t tokens, int64_t tokens_now) {
+    if (dim.by_stream) {
+        copy->ne[3] = 1;
+    } else {
+        copy->ne[dim.dim] = dim.mult * tokens_now;
+    }
+    if (!is_view_op(original)) {
+        make_contiguous(copy);
+        return;
+    }
+    // Strides that span all tokens shrink with their number, and so does the part of the offset that consists of such
+    // strides.
+    const size_t one = original->nb[dim.dim] * static_cast<size_t>(dim.mult);
+    const size_t all = one * static_cast<size_t>(tokens), now = one * static_cast<size_t>(tokens_now);
+    for (int d = 0; d < 4; ++d) {
+        if (d != dim.dim && original->nb[d] >= all) copy->nb[d] = original->nb[d] / all * now;
+    }
+    const ggml_tensor *source = copy->src[0];
+    const size_t offset =
+        static_cast<size_t>(static_cast<char *>(original->data) - static_cast<char *>(original->src[0]->data));
+    const size_t moved = offset / all * now + offset % all;
+    copy->data = static_cast<char *>(source->data) + moved;
+    copy->view_src = source->view_src ? source->view_src : const_cast<ggml_tensor *>(source);
+    copy->view_offs = (source->view_src ? source->view_offs : 0) + moved;
 }
 
 size_t token_bytes(const ggml_tensor *t, token_dim dim) {

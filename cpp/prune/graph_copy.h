@@ -60,14 +60,16 @@ class graph_copy {
                               const std::vector<int32_t> *rows) const;
 
   private:
-    void shrink(ggml_tensor *copy, const ggml_tensor *original, token_dim dim, int64_t tokens_now) const;
-
     const graph_facts *facts_ = nullptr;
     const std::vector<token_dim> *dims_ = nullptr;
     int64_t tokens_ = 0;
     tensor_arena *arena_ = nullptr;
     std::vector<ggml_tensor *> current_;  ///< by number; null: the original
 };
+
+/// Changes a copy of a node that counts `tokens` tokens to one of `tokens_now`. Its sources must be changed already. A
+/// node that counts them by stream becomes one of a single stream, with as many tokens.
+void shrink(ggml_tensor *copy, const ggml_tensor *original, token_dim dim, int64_t tokens, int64_t tokens_now);
 
 /// Bytes per token along the token dimension (all of its `mult` indices).
 size_t token_bytes(const ggml_tensor *t, token_dim dim);

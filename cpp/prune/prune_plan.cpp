@@ -70,7 +70,7 @@ bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prun
     const int state = stage.reuse || of_state ? find_state(facts, plan->dims, cut.at) : -1;
     if (stage.measure->find_obstacle) {
         const ggml_tensor *state_tensor = state < 0 ? nullptr : facts.tensors[static_cast<size_t>(state)];
-        plan->obstacle = stage.measure->find_obstacle({stage.layer, site, state_tensor, stage.direction});
+        plan->obstacle = stage.measure->find_obstacle({stage.layer, site, {}, state_tensor, stage.direction});
         if (!plan->obstacle.empty()) return false;
     }
     if (of_state) cut.at = cut.state = state;
@@ -86,8 +86,8 @@ bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prun
 
 }  // namespace
 
-prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage> &stages,
-                        const attention_kernel *kern) {
+prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage> &stages, const attention_kernel *kern,
+                        const std::vector<token_dim> &dims) {
     prune_plan plan;
     plan.obstacle = find_gap(facts);
     if (!plan.obstacle.empty()) return plan;
@@ -96,7 +96,12 @@ prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage>
         return plan;
     }
     plan.tokens = facts.n_tokens();
-    if (!trace_tokens(facts, plan.tokens, &plan.dims, &plan.obstacle)) return plan;
+    plan.dims = dims;
+    if (dims.empty() && !trace_tokens(facts, plan.tokens, &plan.dims, &plan.obstacle)) return plan;
+    if (plan.dims.size() != facts.tensors.size()) {
+        plan.obstacle = "the graph of a single sequence differs from that of several";
+        return plan;
+    }
     for (const prune_stage &stage : stages) {
         if (!plan_cut(facts, kern, stage, &plan)) return plan;
     }

@@ -39,7 +39,9 @@ struct prune_plan {
     std::string obstacle;           ///< why the graph cannot be pruned, empty if it can
 };
 
-/// Plans cuts for `stages` (ascending layers). `kern` may be null, which is an obstacle. Throws std::bad_alloc.
-prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage> &stages, const attention_kernel *kern);
+/// Plans cuts for `stages` (ascending layers). `kern` may be null, which is an obstacle. `dims`: what counts the
+/// tokens, if that is known already, else empty. Throws std::bad_alloc.
+prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage> &stages, const attention_kernel *kern,
+                        const std::vector<token_dim> &dims);
 
 }  // namespace agq

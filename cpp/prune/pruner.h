@@ -1,5 +1,5 @@
-// Token pruning (docs/pruning.md). For each graph of the host it decides how to run it: with ever fewer tokens, up to
-// the first pruning layer only, with masks that hide dropped tokens, or unchanged.
+// Token pruning (docs/pruning.md). For each graph of the host it decides how to run it: with ever fewer tokens, with
+// masks that hide dropped tokens, or unchanged. Each sequence of a ubatch is treated as if it were alone.
 #pragma once
 
 #include <functional>
@@ -8,17 +8,14 @@
 #include <string>
 #include <vector>
 
-#include "graph/ubatch.h"
 #include "nodes/sequence_groups.h"
-#include "prune/deferred_cells.h"
-#include "prune/early_graph.h"
-#include "prune/early_tokens.h"
 #include "prune/hidden_cells.h"
 #include "prune/masked_graph.h"
-#include "prune/prune_plan.h"
+#include "prune/planned_graph.h"
 #include "prune/pruned_run.h"
 #include "prune/settings.h"
-#include "prune/token_store.h"
+#include "prune/stream_graph.h"
+#include "prune/waiting_tokens.h"
 
 namespace agq {
 
@@ -26,7 +23,7 @@ namespace agq {
 class pruner {
   public:
     pruner(const attention_kernel *kern, prune_settings settings)
-        : kern_(kern), settings_(std::move(settings)), pruned_(kern) {}
+        : graph_(kern, std::move(settings)), pruned_(kern), waiting_(&graph_, &hidden_) {}
     pruner(const pruner &) = delete;
     pruner &operator=(const pruner &) = delete;
 
@@ -40,67 +37,37 @@ class pruner {
     ggml_status run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute);
 
   private:
-    void read_graph(ggml_tensor **nodes, int n);
-    void divide(bool has_cache);
-    std::vector<prune_stage> stages() const;
-    std::vector<prune_stage> recorded() const;
-    enum class work : uint8_t { keep, prune, defer };
-    void plan_once();
-    work decide(bool stores);
-    work choose_work(bool stores);
-    void warn_once(const std::string &obstacle);
-    ggml_status run_pruned(bool stores, int n_threads, const segment_fn &segment);
-    ggml_status run_deferred(const segment_fn &segment);
-    ggml_status run_whole(ggml_tensor **nodes, int n, bool repeated, bool any_hidden, bool counts,
+    void read_graph(ggml_tensor **nodes, int n, std::vector<token_dim> dims = {});
+    bool needs_streams(bool any_hidden);
+    ggml_status run_streams(int n_threads, const compute_fn &compute);
+    ggml_status run_graph(ggml_tensor **nodes, int n, bool repeated, bool has_cache, bool any_hidden, int n_threads,
                           const compute_fn &compute);
+    void group(bool has_cache);
+    bool divide(bool may_wait);
+    std::string choose_work(const ubatch_part &part, bool may_wait, part_work *work);
+    void warn_once(const std::string &obstacle);
+    ggml_status compute_open(const divided_ubatch *divided, bool may_wait, bool *any_hidden, const segment_fn &segment);
+    ggml_status run_divided(int n_threads, const segment_fn &segment);
+    ggml_status run_whole(ggml_tensor **nodes, int n, bool repeated, bool any_hidden, bool has_cache,
+                          const compute_fn &compute);
+    const graph_facts &facts() const { return graph_.facts(); }
 
-    // The store (prune/token_store.h).
-    bool asks();
-    bool read_own();
-    bool is_needed(const token_block &block) const;
-    std::string find_deferral_obstacle();
-    bool prepare_graph(const early_tokens &tokens);
-    const std::vector<int32_t> &seen_deferred();
-    size_t n_deferred() const;
-    void warn_of_lost(size_t seen, size_t computed);
-    ggml_status compute_deferred(std::vector<int32_t> open, const segment_fn &segment);
-    void defer_again(const early_tokens &tokens);
-    ggml_status run_shift(ggml_tensor **nodes, int n, bool repeated, const compute_fn &compute);
-    void store_own();
-
-    const attention_kernel *kern_;
-    const prune_settings settings_;
     std::set<std::string> warned_;
 
     // Of the latest graph.
-    graph_facts facts_;
-    prune_plan plan_;
-    bool is_planned_ = false;
+    planned_graph graph_;
+    bool is_of_host_ = false;  ///< not of a single stream
+    stream_graph streams_;
     masked_graph masked_;
-    enum class form : uint8_t { none, host, masked, pruned } last_ = form::none;  ///< how the latest graph was computed
+    enum class form : uint8_t { none, host, masked, divided } last_ = form::none;  ///< how it was computed
 
     hidden_cells hidden_;
     std::map<const ggml_tensor *, sequence_groups> groups_;  ///< by mask of the latest graph
     key_choices whole_;                                      ///< these groups
     std::vector<std::vector<int32_t>> own_cells_;            ///< by kind: column of each token; empty: unknown
     pruned_run pruned_;
-    ubatch_facts ubatch_;
-
-    enum class answer : uint8_t { unknown, no, yes } asks_ = answer::unknown;  ///< whether the cuts look at heads
-    int first_layer_ = 0;                                                      ///< the first pruning layer
-    token_store store_;
-    deferred_cells deferred_;
-    key_rows keys_, next_keys_;  ///< of all cells, in the first pruning layer and the next one
-    int64_t n_cells_ = 0;
-    bool has_warned_of_lost_ = false;
-    early_graph graph_;
-
-    // The tokens of this ubatch.
-    size_t site_ = 0;  ///< index of the attention of the first pruning layer
-    std::vector<int32_t> cells_, positions_, ids_;
-    std::shared_ptr<token_block> block_;
-    token_record record_;
-    early_work early_;
+    waiting_tokens waiting_;
+    divided_ubatch ubatch_;
 };
 
 }  // namespace agq

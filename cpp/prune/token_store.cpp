@@ -31,17 +31,18 @@ uint64_t token_fingerprint(const key_rows &keys, int64_t cell) {
     return all;
 }
 
-std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes,
+std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes, size_t others,
                                                      const std::function<bool(const token_block &)> &is_needed) {
-    const size_t bytes = n * row_bytes;
-    if (bytes > most_bytes) return nullptr;
+    const size_t bytes = n * row_bytes, wanted = bytes + others;
+    if (wanted > most_bytes) return nullptr;
     size_t free = most_bytes - bytes_, oldest = 0;
-    for (; free < bytes && oldest < blocks_.size(); ++oldest) {
+    for (; free < wanted && oldest < blocks_.size(); ++oldest) {
         const token_block &block = *blocks_[oldest];
         if (!block.rows) continue;
         if (is_needed(block)) return nullptr;
         free += block.fingerprints.size() * block.row_bytes;
     }
+    if (free < wanted) return nullptr;
     for (size_t i = 0; i < oldest; ++i) {
         token_block &block = *blocks_[i];
         if (block.rows) bytes_ -= block.fingerprints.size() * block.row_bytes;

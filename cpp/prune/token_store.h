@@ -26,7 +26,8 @@ struct token_block {
     std::vector<float> queries;
     size_t query_floats = 0;
     std::vector<uint64_t> fingerprints;
-    std::vector<int32_t> cells;  ///< where the tokens were when they were computed
+    std::vector<int32_t> cells;   ///< where the tokens were when they were computed
+    int64_t first_of_stream = 0;  ///< number of the first cell of their stream
 };
 
 struct stored_token {
@@ -51,8 +52,9 @@ class token_store {
     static constexpr size_t most_tokens = size_t{1} << 17;
 
     /// Makes room for rows of `n` tokens, which may drop rows of older tokens, but not of blocks for which `is_needed`
-    /// returns true. Returns null if there is no room. Throws std::bad_alloc.
-    std::shared_ptr<token_block> make_block(size_t n, size_t row_bytes,
+    /// returns true. `others`: the size of blocks that were made, but not yet put into the store. Returns null if there
+    /// is no room. Throws std::bad_alloc.
+    std::shared_ptr<token_block> make_block(size_t n, size_t row_bytes, size_t others,
                                             const std::function<bool(const token_block &)> &is_needed);
     /// Adds the tokens of a block, whose fingerprints and cells are set. Throws std::bad_alloc.
     void put(const std::shared_ptr<token_block> &block, const std::vector<int32_t> &positions,

@@ -103,18 +103,19 @@ void mixed_bits::begin_call(int n_threads) {
     if (node_ < 0) return;
     std::fill(four_.begin(), four_.end(), uint8_t{0});
     const attention_site &at = facts_.sites[static_cast<size_t>(site_)];
-    active_ = read_ubatch(facts_, &ubatch_).empty() && find_unseen(*settings_.measure, ubatch_, at).empty();
+    active_ = read_ubatch(facts_, &ubatch_).empty() && ubatch_.parts.size() == 1 && !ubatch_.parts[0].is_wanted &&
+              find_unseen(*settings_.measure, ubatch_.parts[0], at).empty();
     if (!active_) return;
+    const ubatch_part &part = ubatch_.parts[0];
     protected_ = ubatch_.wanted;
-    if (ubatch_.position == 0) protected_[0] = 1;
+    if (part.position == 0) protected_[0] = 1;
     const size_t last = std::min(static_cast<size_t>(settings_.measure->protected_last), protected_.size());
     std::fill(protected_.end() - static_cast<std::ptrdiff_t>(last), protected_.end(), uint8_t{1});
     score_tokens &tokens = meter_->tokens;
     tokens.rows.resize(static_cast<size_t>(tokens_));
     for (size_t i = 0; i < tokens.rows.size(); ++i) tokens.rows[i] = static_cast<int32_t>(i);
-    const ubatch_cells &own = ubatch_.kinds[static_cast<size_t>(at.kind)];
-    tokens.cells = own.cells;
-    tokens.first_cell = own.first_cell;
+    tokens.cells = ubatch_.cells[static_cast<size_t>(at.kind)];
+    tokens.first_cell = part.views[static_cast<size_t>(at.kind)].first_cell;
     score_source source;
     source.layer = settings_.layer;
     source.site = at;

@@ -17,26 +17,26 @@ struct parts {
     int64_t padded;
     size_t keys, queries, row, weights, mask;
 
-    explicit parts(const attention_job &job) {
-        const int64_t width = job.q->ne[0], n_keys = job.k->ne[1];
+    parts(const attention_job &job, int64_t n_keys) {
+        const int64_t width = job.q->ne[0];
         const auto round = [](size_t floats) { return (floats + 15) / 16 * 16; };
         padded = (n_keys + attention_keys - 1) / attention_keys * attention_keys;
         keys = static_cast<size_t>(padded * width);
         queries = round(static_cast<size_t>(weights_row_limit * width));
         row = round(static_cast<size_t>(width));
         weights = static_cast<size_t>(weights_row_limit * padded);
-        mask = round(static_cast<size_t>(weights_row_limit) * job.mask->nb[1] / sizeof(float) + 1);
+        mask = round(static_cast<size_t>(weights_row_limit * n_keys) * job.mask->nb[0] / sizeof(float) + 1);
     }
     size_t bytes() const { return (keys + queries + row + weights + mask) * sizeof(float); }
 };
 
 /// Packs all keys of a head for the kernel. `row` has room for one key.
-void pack_keys(const attention_job &job, int64_t head, float *row, float *packed) {
-    const int64_t width = job.k->ne[0], n = job.k->ne[1], blocks = (n + attention_keys - 1) / attention_keys;
+void pack_keys(const attention_job &job, const key_group &keys, int64_t head, float *row, float *packed) {
+    const int64_t width = job.k->ne[0], n = keys.n, blocks = (n + attention_keys - 1) / attention_keys;
     std::memset(packed + (blocks - 1) * width * attention_keys, 0,
                 sizeof(float) * static_cast<size_t>(width) * attention_keys);
     for (int64_t i = 0; i < n; ++i) {
-        const char *key = static_cast<const char *>(job.k->data) + static_cast<size_t>(i) * job.k->nb[1] +
+        const char *key = static_cast<const char *>(job.k->data) + static_cast<size_t>(keys.cell(i)) * job.k->nb[1] +
                           static_cast<size_t>(head) * job.k->nb[2];
         read_row(*job.kern, job.k, key, row, width);
         float *to = packed + i / attention_keys * width * attention_keys + i % attention_keys;
@@ -83,7 +83,9 @@ void attention_meter::add_rows(const weight_block &block, const int64_t *scales,
             for (int64_t j = 0; j < block.stride; ++j) total[j] += row[j] * scale;
         }
     }
-    for (size_t i = 0; i < tokens.cells.size(); ++i) (*sums)[i] += fixed_point(total[tokens.cells[i]]);
+    for (size_t i = 0; i < columns().size(); ++i) {
+        if (columns()[i] != no_column) (*sums)[i] += fixed_point(total[columns()[i]]);
+    }
 }
 
 void attention_meter::prepare(const score_source &source, int threads) {
@@ -94,10 +96,28 @@ void attention_meter::prepare(const score_source &source, int threads) {
 
 void weight_visitor::prepare(const score_source &source, int threads) {
     plan_weights(source.site, kern_, &attention_);
-    memory_.reserve(parts(attention_).bytes(), threads);
+    keys_ = source.keys;
+    if (keys_.n == 0) {
+        keys_.n = attention_.k->ne[1];
+        keys_.mask = static_cast<const char *>(attention_.mask->data);
+        keys_.mask_stride = attention_.mask->nb[1];
+    }
+    columns_.clear();
+    for (int32_t cell : tokens.cells) columns_.push_back(column_of(cell));
+    first_column_ = column_of(tokens.first_cell);
+    memory_.reserve(parts(attention_, keys_.n).bytes(), threads);
     visible_.assign(tokens.rows.size(), 0);
     first_seen_.assign(tokens.rows.size(), 0);
     next_.store(0, std::memory_order_relaxed);
+}
+
+int32_t weight_visitor::column_of(int32_t cell) const {
+    if (!keys_.cells) {
+        const int64_t column = cell - keys_.first_cell;
+        return column >= 0 && column < keys_.n ? static_cast<int32_t>(column) : no_column;
+    }
+    const int32_t *end = keys_.cells + keys_.n, *found = std::lower_bound(keys_.cells, end, cell);
+    return found != end && *found == cell ? static_cast<int32_t>(found - keys_.cells) : no_column;
 }
 
 void weight_visitor::run(int ith, int) {
@@ -108,12 +128,12 @@ void weight_visitor::run(int ith, int) {
     const int64_t block_tokens = std::max<int64_t>(1, weights_row_limit / group);
     const int64_t blocks = (n - begin + block_tokens - 1) / block_tokens;
 
-    const parts size(a);
+    const parts size(a, keys_.n);
     float *keys = static_cast<float *>(memory_.of(ith));
     float *queries = keys + size.keys, *row = queries + size.queries, *weights = row + size.row;
     char *mask = reinterpret_cast<char *>(weights + size.weights);
     float slopes[weights_row_limit];
-    const size_t mask_bytes = a.mask->nb[1];
+    const size_t mask_bytes = static_cast<size_t>(keys_.n) * a.mask->nb[0];
     const bool is_f16 = a.mask->type == ggml_type_f16;
     int64_t visible[weights_row_limit] = {};
 
@@ -123,24 +143,24 @@ void weight_visitor::run(int ith, int) {
         if (!wants(head * group, group)) continue;
         const int64_t n_tokens = std::min(block_tokens, n - first);
         if (packed != head) {
-            pack_keys(a, head, row, keys);
+            pack_keys(a, keys_, head, row, keys);
             read_slopes(a, head * group, group, slopes);
             packed = head;
         }
         for (int64_t t = 0; t < n_tokens; ++t) {
             const int64_t token = tokens.rows[static_cast<size_t>(first + t)];
             std::memcpy(mask + static_cast<size_t>(t) * mask_bytes,
-                        static_cast<const char *>(a.mask->data) + static_cast<size_t>(token) * mask_bytes, mask_bytes);
+                        keys_.mask + static_cast<size_t>(token - keys_.first_token) * keys_.mask_stride, mask_bytes);
             if (counted_ == visible_keys::always || (counted_ == visible_keys::once && head == 0)) {
-                visible[t] = mask_row(mask + static_cast<size_t>(t) * mask_bytes, is_f16).count_visible(a.k->ne[1]);
+                visible[t] = mask_row(mask + static_cast<size_t>(t) * mask_bytes, is_f16).count_visible(keys_.n);
             }
             if (head == 0) visible_[static_cast<size_t>(first + t)] = visible[t];
             if (head == 0 && counted_ == visible_keys::once) {
                 const mask_row seen(mask + static_cast<size_t>(t) * mask_bytes, is_f16);
-                const auto own = tokens.cells.begin() + first + t;
-                const auto from =
-                    std::partition_point(tokens.cells.begin(), own, [&seen](int32_t cell) { return seen.hides(cell); });
-                first_seen_[static_cast<size_t>(first + t)] = static_cast<size_t>(from - tokens.cells.begin());
+                const auto hides = [&seen](int32_t column) { return column == no_column || seen.hides(column); };
+                const auto own = columns_.begin() + first + t;
+                const auto from = std::partition_point(columns_.begin(), own, hides);
+                first_seen_[static_cast<size_t>(first + t)] = static_cast<size_t>(from - columns_.begin());
             }
             for (int64_t g = 0; g < group; ++g) {
                 const float *from = reinterpret_cast<const float *>(static_cast<const char *>(a.q->data) +
@@ -155,7 +175,7 @@ void weight_visitor::run(int ith, int) {
         args.group = static_cast<int>(group);
         args.head = static_cast<int>(width);
         args.q = queries;
-        args.n_keys = a.k->ne[1];
+        args.n_keys = keys_.n;
         args.keys = keys;
         args.mask = mask;
         args.mask_stride = mask_bytes;

@@ -52,6 +52,11 @@ class weight_visitor : public score_meter {
     /// Index of the first of `tokens` that is used as a query.
     int64_t first_query() const;
     const std::vector<int64_t> &visible() const { return visible_; }
+    /// Where the weights of each of tokens.cells stand in a row, and those of the sequence's first token; no_column if
+    /// no query sees that key.
+    const std::vector<int32_t> &columns() const { return columns_; }
+    int32_t first_column() const { return first_column_; }
+    static constexpr int32_t no_column = -1;
     /// By row, if keys are counted once per row: the first of `tokens` that it sees. It sees all from there to itself.
     const std::vector<size_t> &first_seen() const { return first_seen_; }
     int64_t query_heads() const { return attention_.q->ne[2]; }
@@ -60,7 +65,12 @@ class weight_visitor : public score_meter {
     const attention_kernel *kern_;
     const int last_queries_;
     const visible_keys counted_;
+    int32_t column_of(int32_t cell) const;
+
     attention_job attention_;  ///< queries, keys and mask of one stream; no values
+    key_group keys_;           ///< the keys that the queries see
+    std::vector<int32_t> columns_;
+    int32_t first_column_ = no_column;
     thread_memory memory_;
     std::vector<int64_t> visible_;  ///< number of keys that each row sees
     std::vector<size_t> first_seen_;

@@ -11,8 +11,9 @@ class first_meter : public attention_meter {
 
   private:
     void add(const weight_block &block, std::vector<int64_t> *sums) const override {
+        if (first_column() == no_column) return;
         for (int64_t r = 0; r < block.n_tokens * block.group; ++r) {
-            const float weight = block.weights[r * block.stride + tokens.first_cell];
+            const float weight = block.weights[r * block.stride + first_column()];
             (*sums)[static_cast<size_t>(block.first + r / block.group)] += fixed_point(weight);
         }
     }

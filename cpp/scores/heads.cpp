@@ -36,7 +36,8 @@ void head_probe::visit(const weight_block &block, int ith) {
             const float *row = block.weights + (t * block.group + member) * block.stride;
             // A NaN is not larger than anything, so it counts as 0.
             for (size_t i = 0; i < n; ++i) {
-                if (row[tokens.cells[i]] > largest[i]) largest[i] = row[tokens.cells[i]];
+                const int32_t column = columns()[i];
+                if (column != no_column && row[column] > largest[i]) largest[i] = row[column];
             }
         }
     }

@@ -12,8 +12,8 @@ class received_meter : public attention_meter {
   private:
     void add(const weight_block &block, std::vector<int64_t> *sums) const override {
         for (int64_t r = 0; r < block.n_tokens * block.group; ++r) {
-            const size_t token = static_cast<size_t>(block.first + r / block.group);
-            block.weights[r * block.stride + tokens.cells[token]] = 0;  // only later tokens count
+            const int32_t own = columns()[static_cast<size_t>(block.first + r / block.group)];
+            if (own != no_column) block.weights[r * block.stride + own] = 0;  // only later tokens count
         }
         add_rows(block, nullptr, sums);
     }

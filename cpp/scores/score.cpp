@@ -21,9 +21,9 @@ void measure_node(ggml_tensor *, int ith, int nth, void *userdata) {
     static_cast<score_meter *>(userdata)->run(ith, nth);
 }
 
-std::string find_unseen(const score &measure, const ubatch_facts &ubatch, const attention_site &site) {
-    const ubatch_cells &cells = ubatch.kinds[static_cast<size_t>(site.kind)];
-    if (!measure.looks_at_first || cells.first_cell != ubatch_cells::no_cell) return "";
+std::string find_unseen(const score &measure, const ubatch_part &part, const attention_site &site) {
+    const sequence_view &view = part.views[static_cast<size_t>(site.kind)];
+    if (!measure.looks_at_first || view.first_cell != sequence_view::no_cell) return "";
     return "the sliding window of layer " + std::to_string(site.layer) +
            " hides the first token, at which the score '" + measure.name + "' looks";
 }

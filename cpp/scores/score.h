@@ -13,6 +13,7 @@
 #include "graph/graph_facts.h"
 #include "graph/ubatch.h"
 #include "kernels/attention.h"
+#include "nodes/attention.h"
 
 namespace agq {
 
@@ -31,6 +32,7 @@ enum class score_input : uint8_t {
 struct score_source {
     int layer = 0;
     attention_site site;                 ///< the attention of the layer, with its current queries and mask
+    key_group keys;                      ///< the keys that the tokens see; n = 0: all of the mask
     const ggml_tensor *state = nullptr;  ///< F32 [channels, tokens]
     state_direction direction;           ///< from a list or the file; null if neither has one
 };
@@ -81,8 +83,8 @@ struct score {
 AGQ_SCORES(AGQ_DECLARE_SCORE)
 #undef AGQ_DECLARE_SCORE
 
-/// The reason why a score cannot be measured in this ubatch at an attention, empty if it can.
-std::string find_unseen(const score &measure, const ubatch_facts &ubatch, const attention_site &site);
+/// The reason why a score cannot be measured in a part of a ubatch at an attention, empty if it can.
+std::string find_unseen(const score &measure, const ubatch_part &part, const attention_site &site);
 
 /// The score of this name, or null.
 const score *find_score(const std::string &name);

@@ -1,0 +1,107 @@
+// Tokens that were computed up to the first cut and wait there for a question: the store of what is known of them, and
+// what becomes of them in each ubatch (docs/pruning-ubatches.md).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "graph/ubatch.h"
+#include "prune/deferred_cells.h"
+#include "prune/early_graph.h"
+#include "prune/early_tokens.h"
+#include "prune/hidden_cells.h"
+#include "prune/part_work.h"
+#include "prune/planned_graph.h"
+#include "prune/token_store.h"
+
+namespace agq {
+
+/// The parts of one ubatch, and what is done with them.
+struct divided_ubatch {
+    ubatch_facts facts;
+    ubatch_work work;
+};
+
+class waiting_tokens {
+  public:
+    /// Both are of the pruner; `hidden` are the hidden cells of the latest graph.
+    waiting_tokens(planned_graph *graph, hidden_cells *hidden) : planned_(graph), hidden_(hidden) {}
+    waiting_tokens(const waiting_tokens &) = delete;
+    waiting_tokens &operator=(const waiting_tokens &) = delete;
+
+    bool is_empty() const { return store_.empty(); }
+
+    /// Reads what the store needs to know of a ubatch, before the graph may use the memory of its inputs again. Returns
+    /// whether its tokens can be stored. If it has several streams, nothing else can be done with them. Throws
+    /// std::bad_alloc.
+    bool read_own(const std::vector<std::vector<int32_t>> &own_cells);
+
+    /// Whether the host's graph of several streams has tokens that might wait: the logits of none are wanted, and it is
+    /// not the first token of its sequence, which all questions keep. Throws std::bad_alloc.
+    bool may_begin_to_wait();
+
+    /// Prepares the store for the records of a ubatch that will be divided. Throws std::bad_alloc.
+    void begin(ubatch_work *work);
+    /// Lets a part wait for its question. Returns the reason why it cannot, empty if it can. Throws std::bad_alloc.
+    std::string defer(const ubatch_facts &ubatch, const ubatch_part &part, part_work *work);
+    /// Makes room for a part that may be pruned. Throws std::bad_alloc.
+    void reserve(const ubatch_part &part, part_work *work);
+    /// Finds the candidates that the parts choose from: tokens that wait, and those that a question may bring back. A
+    /// part that is too short with them becomes one that keeps its tokens. Call after all blocks are made. Throws
+    /// std::bad_alloc.
+    void find_candidates(divided_ubatch *ubatch);
+
+    /// The cells of tokens that wait and are seen by a token that neither waits itself nor chooses among them. `ubatch`
+    /// may be null, if it is computed as it is. Throws std::bad_alloc.
+    std::vector<int32_t> find_open(const divided_ubatch *ubatch);
+    /// Computes the tokens of these cells without a choice, and finds the cells that are still hidden. Throws
+    /// std::bad_alloc.
+    ggml_status compute(std::vector<int32_t> open, const segment_fn &segment);
+    /// Drops candidates that cannot be computed after all.
+    void check_candidates(ubatch_work *work) const;
+    /// Warns if cells are still open.
+    void warn_of_lost(const std::vector<int32_t> &open);
+    /// Marks may have been changed by others: the next search reads all.
+    void forget_marks() { deferred_.forget(); }
+
+    /// Undoes what an aborted run may have done to tokens that waited. Throws std::bad_alloc.
+    void defer_again(const early_tokens &tokens);
+    /// Runs a graph without attention. If it turns keys, because positions have changed, the store follows. Throws
+    /// std::bad_alloc.
+    ggml_status run_shift(const std::function<ggml_status()> &compute);
+    /// Stores the tokens of the ubatch, which have been computed. `ubatch`: if it was divided, else null. Throws
+    /// std::bad_alloc.
+    void store(const divided_ubatch *ubatch);
+
+  private:
+    enum class answer : uint8_t { unknown, no, yes };
+
+    bool asks();
+    bool is_needed(const token_block &block) const;
+    std::shared_ptr<token_block> make_block(const ubatch_part &part);
+    bool prepare_graph(const early_tokens &tokens);
+    void find_candidates_of(const divided_ubatch &ubatch, size_t index, part_work *work);
+    void store_part(size_t first, size_t n, std::shared_ptr<token_block> block);
+    const graph_facts &facts() const { return planned_->facts(); }
+
+    planned_graph *planned_;
+    hidden_cells *hidden_;
+    token_store store_;
+    deferred_cells deferred_;
+    early_graph graph_;
+    answer asks_ = answer::unknown;  ///< whether the cuts look at heads
+    int first_layer_ = 0;            ///< the first pruning layer
+    key_rows keys_, next_keys_;      ///< in the first pruning layer and the next one, from the stream's first cell on
+    int64_t n_cells_ = 0;            ///< of all streams
+    int64_t first_of_stream_ = 0;    ///< number of the first cell of this ubatch's stream
+    bool has_warned_ = false;
+
+    // The tokens of this ubatch.
+    size_t site_ = 0;  ///< index of the attention of the first pruning layer
+    std::vector<int32_t> cells_, positions_, ids_;
+    size_t row_bytes_ = 0, made_bytes_ = 0;  ///< of a record; of the blocks that were made
+};
+
+}  // namespace agq
