@@ -118,7 +118,7 @@ std::string read_ubatch(const graph_facts &facts, ubatch_facts *ubatch) {
             return "the cell of a token is outside the attention mask";
         }
     }
-    const std::string disorder = find_parts(facts, ubatch, tokens);
+    std::string disorder = find_parts(facts, ubatch, tokens);
     if (!disorder.empty()) ubatch->parts.clear();
     if (facts.out_ids->ne[0] >= tokens) return "the logits of all tokens are requested";
     if (!disorder.empty()) return disorder;
