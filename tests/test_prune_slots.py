@@ -168,7 +168,7 @@ def test_windows(model: GetModel, spec: str, full: bool) -> None:
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_prompt_beside_answers(model: GetModel, spec: str, flash: bool) -> None:
-    """Single tokens of some sequences stand before and behind the prompts of others; then come second turns."""
+    """A batch holds prompts and single tokens of answers, in any order. Later batches begin second turns."""
     batches = [
         [Piece(0, tokens(100, 0)), Piece(3, tokens(80, 1))],
         [Piece(0, [310], 100), Piece(1, tokens(140, 2)), Piece(3, [311], 80)],

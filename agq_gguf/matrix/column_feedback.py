@@ -18,7 +18,7 @@ from agq_gguf.matrix import kernels
 from agq_gguf.matrix.codebook import Codebook
 from agq_gguf.matrix.factor import inverse_factor, reordered
 
-_FEW = 32  # so many rows, or fewer, are too few for a library's products
+_FEW = 32  # so many rows, or fewer, are slow in a library's products; a kernel of ours multiplies them
 _MORE_DAMPING = 9  # times the damping, added where a first attempt to factor the Hessian fails
 
 
@@ -131,7 +131,7 @@ def _feed_back(weights: torch.Tensor, known: Correlations, codebook: Codebook) -
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales = torch.empty(len(rest) // GROUP_COLUMNS, rest.shape[1])
     few = known.coupled and rest.shape[1] <= _FEW
-    errors = torch.empty_like(rest) if few else rest
+    errors = torch.empty_like(rest if few else rest[:0])
     for g, inside in enumerate(known.upper_groups):
         begin, end = g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS
         here, columns = rest[begin:end], known.order[begin:end]
@@ -162,7 +162,7 @@ def _descend(
     restored = codebook.values[codes.int()] * scales.repeat_interleave(GROUP_COLUMNS, 0)
     slope = times(known.hessian, weights.T - restored)
     few = known.coupled and slope.shape[1] <= _FEW
-    changes = torch.zeros_like(slope) if few else slope  # since the slope was computed
+    changes = torch.zeros_like(slope if few else slope[:0])  # since the slope was computed
     for _ in range(sweeps):
         for g, inside in enumerate(known.hessian_groups):
             here = slice(g * GROUP_COLUMNS, (g + 1) * GROUP_COLUMNS)

@@ -131,9 +131,9 @@ class Sequential:
             inputs = nodes[use.node].inputs
             experts, rows, columns = nodes[inputs[0]].shape[1:]
             seen = self._n_tokens * (nodes[inputs[2]].shape[-1] if use.has_experts else 1)
-            weights, of_rows = experts * rows * columns, use.weight in self._sensitivity.grams
+            of_rows = use.weight in self._sensitivity.grams
             once, by_column = _BY_ROWS if of_rows else _BY_COLUMNS
-            feedback = weights * (once + by_column * columns)
+            feedback = experts * rows * columns * (once + by_column * columns)
             if of_rows:
                 side_by_side.append(feedback)
             else:
