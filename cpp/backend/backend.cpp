@@ -17,6 +17,7 @@
 
 #include "backend/graph_snapshot.h"
 #include "backend/shared_cores.h"
+#include "backend/weight_pages.h"
 #include "base/thread_value.h"
 #include "host/profile.h"
 #include "kernels/select.h"
@@ -142,6 +143,7 @@ struct backend_context {
           rewriter(settings.kern, device.chosen.fuse, device.chosen.take_all, settings.activations, settings.attention),
           pruning(settings.kern->attention, settings.pruning),
           may_prune(settings.pruning.given),
+          pages(device.chosen.huge_pages),
           cores(device.chosen.wait) {
         device.creating.begin(this);
     }
@@ -169,6 +171,7 @@ struct backend_context {
     bool may_prune;         ///< also set by the first AGQ4 tensor: stock models are not touched unless asked for
     int n_threads = 4;      ///< ggml's default, until the host sets it
     int inner_threads = 4;  ///< those of the inner backend
+    weight_pages pages;
     shared_cores cores;
     std::string last_error;  ///< so that a failing model is reported once, not once per token
 };
@@ -246,6 +249,7 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
         const bool has_agq4 = context.device.chosen.take_all || std::any_of(nodes, nodes + n, uses_agq4);
         context.may_prune = context.may_prune || has_agq4;
         if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
+        if (has_agq4 && !repeated) context.pages.move(nodes, n, context.n_threads);
         const watched_graph watched(context, nodes, n);
         int64_t computing = 0;  // nanoseconds spent in `compute`, which are not the pruner's own
         const auto compute_part = [&](ggml_tensor **part, int size, bool part_repeated, const key_choices &choices) {

@@ -21,6 +21,15 @@ options read_options() {
     } else if (wait != "auto") {
         result.error = "AGQ_WAIT must be auto, spin or sleep, got '" + wait + "'";
     }
+    const char *pages = std::getenv("AGQ_HUGE_PAGES");
+    const std::string huge_pages = pages ? pages : "auto";
+    if (huge_pages == "on") {
+        result.huge_pages = huge_pages_mode::on;
+    } else if (huge_pages == "off") {
+        result.huge_pages = huge_pages_mode::off;
+    } else if (huge_pages != "auto") {
+        result.error = "AGQ_HUGE_PAGES must be auto, on or off, got '" + huge_pages + "'";
+    }
     return result;
 }
 
