@@ -353,11 +353,11 @@ int main(int argc, char **argv) {
     bench_gemm(o, *row, 2048, 2048, 512, false, 8);
     bench_gemm(o, *row, 2048, 2048, 512, true, 4);
     bench_gemm(o, *row, 2048, 14336, 2048, true, 8);
-    for (int tokens : {13, 24, 32, 64, 128}) bench_gemm(o, *row, 5632, 2048, tokens, true, 8);
+    for (int tokens : {13, 16, 20, 24, 32, 64, 128}) bench_gemm(o, *row, 5632, 2048, tokens, true, 8);
     // Half tiles, and the next multiples of 128.
     for (int k : {576, 640, 2880, 2944}) bench_gemm(o, *row, 2048, k, 512, true, 8);
     for (int k : {576, 640, 2880, 2944}) bench_gemv(o, *row, k, 1);
-    for (int tokens : {1, 2, 4, 8, 12}) bench_gemv(o, *row, 2048, tokens);
+    for (int tokens : {1, 2, 4, 8, 12, 16, 24}) bench_gemv(o, *row, 2048, tokens);
     bench_gemv(o, *row, 5632, 1);
     for (int k : {640, 2048}) {
         for (int tokens : {1, 2, 4, 8, 16}) bench_q8(o, *row, k, tokens);

@@ -1,9 +1,10 @@
 // AVX-512 with VNNI: VPDPBUSD multiplies 16 rows x 4 columns of unsigned codebook bytes by 4 signed activations that
 // are broadcast to all rows.
 //
-// Two loops share the work:
+// Three loops share the work:
 //   stream_panel  one panel x 1..12 tokens, codes looked up on the way. For a single block of tokens, where reading the
 //                 weights from memory is the limit: it walks the tiles strictly in file order and prefetches ahead.
+//   stream_wide   the same for two blocks, 13..24 tokens, where arithmetic becomes the limit, too.
 //   pair_blocks   two panels x 1..12 tokens, 24 accumulators. For many tokens, where arithmetic is the limit: the first
 //                 block looks codes up on the way and keeps them in a scratch, which stays in L1 for the other blocks.
 #include <cstring>
@@ -154,6 +155,100 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
     }
 }
 
+// two blocks of tokens: one panel at a time, limited by memory speed or arithmetic
+
+/// Keeps the compiler from moving loads, stores and anything that depends on the two sums across this line.
+inline void stay_in_order(__m512i &a, __m512i &b) {
+#if defined(__GNUC__)
+    asm volatile("" : "+v"(a), "+v"(b) : : "memory");
+#else
+    (void)a, (void)b;
+#endif
+}
+
+/// Adds D * I of the last group to the sums of one token, and starts its next group with the first products.
+template <bool per_group>
+inline void turn_over(float *sum, __m512 d, __m512i &integers, const float *scale, int32_t bias, __m512i u,
+                      const int8_t *q) {
+    _mm512_store_ps(sum, add_group<per_group>(_mm512_load_ps(sum), d, integers, scale));
+    integers = dot_broadcast(_mm512_set1_epi32(bias), u, q);
+}
+
+/// What a block of two has read so far.
+struct block_position {
+    const int8_t *q;
+    const int32_t *bias;
+    const float *scale, *last_scale;  ///< of the group that begins, and of the one before it
+};
+
+/// dst[t][0 .. 15] of one panel for two blocks of tokens: a full one, then one of n.
+///
+/// There are 12 + n integer sums, so each waits long enough for its last product. The end of a group is interleaved
+/// with the beginning of the next one, token by token, as in pair_blocks.
+template <int n, bool per_group>
+void stream_wide(const gemm_args &args, const tile *panel, const activation_block blocks[2], float *const *dst,
+                 int row) {
+    const __m512i codebook = load_codebook(args.codebook);
+    const int groups = args.k / group_columns;
+    alignas(64) float sums[nr + n][16];
+    std::memset(sums, 0, sizeof sums);
+    __m512i integers_a[nr], integers_b[n];
+    AGQ_UNROLL
+    for (int t = 0; t < nr; t++) integers_a[t] = _mm512_setzero_si512();
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) integers_b[t] = _mm512_setzero_si512();
+    block_position a = {blocks[0].q, blocks[0].bias, blocks[0].scale, blocks[0].scale};
+    block_position b = {blocks[1].q, blocks[1].bias, blocks[1].scale, blocks[1].scale};
+    __m512 last_d = _mm512_setzero_ps();
+
+    for (int g = 0; g < groups; g++) {
+        const uint8_t (*codes)[64] = chunks_of(panel, groups, g);
+        prefetch_stream(codes[8], args.ahead);  // the line of scales that follows the codes
+        const __m512 d = widen(row_scales(panel, groups, g));
+        prefetch_stream(codes[0], args.ahead);
+        const chunk first = look_up(codes[0], codebook);
+        AGQ_UNROLL
+        for (int t = 0; t < nr; t++) {
+            turn_over<per_group>(sums[t], last_d, integers_a[t], a.last_scale + t, a.bias[t], first.low, a.q + 4 * t);
+            integers_a[t] = dot_broadcast(integers_a[t], first.high, a.q + 4 * (nr + t));
+        }
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) {
+            turn_over<per_group>(sums[nr + t], last_d, integers_b[t], b.last_scale + t, b.bias[t], first.low,
+                                 b.q + 4 * t);
+            integers_b[t] = dot_broadcast(integers_b[t], first.high, b.q + 4 * (n + t));
+        }
+        AGQ_UNROLL
+        for (int c = 1; c < 8; c++) {
+            stay_in_order(integers_a[0], integers_b[0]);
+            prefetch_stream(codes[c], args.ahead);
+            const chunk u = look_up(codes[c], codebook);
+            const int8_t *qa = a.q + 8 * nr * c, *qb = b.q + 8 * n * c;
+            AGQ_UNROLL
+            for (int t = 0; t < nr; t++) integers_a[t] = dot_broadcast(integers_a[t], u.low, qa + 4 * t);
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) integers_b[t] = dot_broadcast(integers_b[t], u.low, qb + 4 * t);
+            AGQ_UNROLL
+            for (int t = 0; t < nr; t++) integers_a[t] = dot_broadcast(integers_a[t], u.high, qa + 4 * (nr + t));
+            AGQ_UNROLL
+            for (int t = 0; t < n; t++) integers_b[t] = dot_broadcast(integers_b[t], u.high, qb + 4 * (n + t));
+        }
+        last_d = d;
+        a = {a.q + 64 * nr, a.bias + nr, a.scale + (per_group ? nr : 0), a.scale};
+        b = {b.q + 64 * n, b.bias + n, b.scale + (per_group ? n : 0), b.scale};
+    }
+    AGQ_UNROLL
+    for (int t = 0; t < nr; t++) {
+        const __m512 sum = add_group<per_group>(_mm512_load_ps(sums[t]), last_d, integers_a[t], a.last_scale + t);
+        _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(sum, _mm512_set1_ps(final_factor(args, blocks[0], t))));
+    }
+    AGQ_UNROLL
+    for (int t = 0; t < n; t++) {
+        const __m512 sum = add_group<per_group>(_mm512_load_ps(sums[nr + t]), last_d, integers_b[t], b.last_scale + t);
+        _mm512_storeu_ps(dst[nr + t] + row, _mm512_mul_ps(sum, _mm512_set1_ps(final_factor(args, blocks[1], t))));
+    }
+}
+
 // many tokens: two panels at a time, codes looked up once for many blocks
 
 /// A group of 64 columns of two panels, ready for pair_blocks: codebook bytes and scales.
@@ -240,15 +335,6 @@ inline void finish_pair(const float sums[2][16], const pair_group &w, __m512i fi
     const __m512 b = add_group<per_group>(_mm512_load_ps(sums[1]), _mm512_load_ps(w.d[1]), second, scale);
     _mm512_storeu_ps(out, _mm512_mul_ps(f, a));
     _mm512_storeu_ps(out + 16, _mm512_mul_ps(f, b));
-}
-
-/// Keeps the compiler from moving loads, stores and anything that depends on the two sums across this line.
-inline void stay_in_order(__m512i &a, __m512i &b) {
-#if defined(__GNUC__)
-    asm volatile("" : "+v"(a), "+v"(b) : : "memory");
-#else
-    (void)a, (void)b;
-#endif
 }
 
 /// The first products of a group: starts both sums of a token at its bias.
@@ -381,7 +467,9 @@ using pair_fn = void (*)(const gemm_args &, stored_codes, int, int, pair_operand
         name<5, __VA_ARGS__>, name<6, __VA_ARGS__>,  name<7, __VA_ARGS__>,  name<8, __VA_ARGS__>,  \
         name<9, __VA_ARGS__>, name<10, __VA_ARGS__>, name<11, __VA_ARGS__>, name<12, __VA_ARGS__>, \
     }
+using wide_fn = void (*)(const gemm_args &, const tile *, const activation_block[2], float *const *, int);
 constexpr stream_fn stream_table[2][nr] = {AGQ_BY_TOKENS(stream_panel, false), AGQ_BY_TOKENS(stream_panel, true)};
+constexpr wide_fn wide_table[2][nr] = {AGQ_BY_TOKENS(stream_wide, false), AGQ_BY_TOKENS(stream_wide, true)};
 constexpr pair_fn pair_table[2][nr] = {AGQ_BY_TOKENS(pair_blocks, false, stored_codes),
                                        AGQ_BY_TOKENS(pair_blocks, true, stored_codes)};
 #undef AGQ_BY_TOKENS
@@ -393,6 +481,13 @@ void multiply_panel(const gemm_args &args, int panel, int block_begin, int block
         const activation_block block = block_at<nr>(args, b);
         stream_table[args.per_group][block.n - 1](args, w, block, args.dst + b * nr, panel * panel_rows);
     }
+}
+
+/// One panel times two blocks, the first of which is full.
+void multiply_wide(const gemm_args &args, int panel, int block_begin) {
+    const tile *w = panel_at(args.weights, panel, args.k / group_columns);
+    const activation_block blocks[2] = {block_at<nr>(args, block_begin), block_at<nr>(args, block_begin + 1)};
+    wide_table[args.per_group][blocks[1].n - 1](args, w, blocks, args.dst + block_begin * nr, panel * panel_rows);
 }
 
 /// Two panels times some blocks: at least 2, so the first one is full, and at most scratch_blocks.
@@ -441,7 +536,9 @@ void gemm(const gemm_args &args) {
         const int begin = static_cast<int>(static_cast<int64_t>(blocks) * i / parts);
         const int end = static_cast<int>(static_cast<int64_t>(blocks) * (i + 1) / parts);
         int panel = 0;
-        if (end - begin > 1) {
+        if (end - begin == 2) {
+            for (; panel < args.panels; panel++) multiply_wide(args, panel, begin);
+        } else if (end - begin > 2) {
             for (; panel + 2 <= args.panels; panel += 2) multiply_pair(args, panel, begin, end);
         }
         for (; panel < args.panels; panel++) multiply_panel(args, panel, begin, end);
