@@ -353,7 +353,7 @@ int main(int argc, char **argv) {
     bench_gemm(o, *row, 2048, 2048, 512, false, 8);
     bench_gemm(o, *row, 2048, 2048, 512, true, 4);
     bench_gemm(o, *row, 2048, 14336, 2048, true, 8);
-    for (int tokens : {13, 16, 20, 24, 32, 64, 128}) bench_gemm(o, *row, 5632, 2048, tokens, true, 8);
+    for (int tokens : {8, 12, 13, 16, 20, 24, 32, 64, 128}) bench_gemm(o, *row, 5632, 2048, tokens, true, 8);
     // Half tiles, and the next multiples of 128.
     for (int k : {576, 640, 2880, 2944}) bench_gemm(o, *row, 2048, k, 512, true, 8);
     for (int k : {576, 640, 2880, 2944}) bench_gemv(o, *row, k, 1);

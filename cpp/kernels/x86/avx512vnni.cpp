@@ -2,9 +2,9 @@
 // are broadcast to all rows.
 //
 // Three loops share the work:
-//   stream_panel  one panel x 1..12 tokens, codes looked up on the way. For a single block of tokens, where reading the
+//   stream_panel  one panel x 1..11 tokens, codes looked up on the way. For a single block of tokens, where reading the
 //                 weights from memory is the limit: it walks the tiles strictly in file order and prefetches ahead.
-//   stream_wide   the same for two blocks, 13..24 tokens, where arithmetic becomes the limit, too.
+//   stream_wide   the same for 12..24 tokens, one or two blocks, where arithmetic becomes the limit, too.
 //   pair_blocks   two panels x 1..12 tokens, 24 accumulators. For many tokens, where arithmetic is the limit: the first
 //                 block looks codes up on the way and keeps them in a scratch, which stays in L1 for the other blocks.
 #include <cstring>
@@ -155,7 +155,7 @@ void stream_panel(const gemm_args &args, const tile *panel, const activation_blo
     }
 }
 
-// two blocks of tokens: one panel at a time, limited by memory speed or arithmetic
+// 12 to 24 tokens: one panel at a time, limited by memory speed or arithmetic
 
 /// Keeps the compiler from moving loads, stores and anything that depends on the two sums across this line.
 inline void stay_in_order(__m512i &a, __m512i &b) {
@@ -166,87 +166,97 @@ inline void stay_in_order(__m512i &a, __m512i &b) {
 #endif
 }
 
-/// Adds D * I of the last group to the sums of one token, and starts its next group with the first products.
-template <bool per_group>
-inline void turn_over(float *sum, __m512 d, __m512i &integers, const float *scale, int32_t bias, __m512i u,
-                      const int8_t *q) {
-    _mm512_store_ps(sum, add_group<per_group>(_mm512_load_ps(sum), d, integers, scale));
-    integers = dot_broadcast(_mm512_set1_epi32(bias), u, q);
-}
-
-/// What a block of two has read so far.
-struct block_position {
-    const int8_t *q;
-    const int32_t *bias;
-    const float *scale, *last_scale;  ///< of the group that begins, and of the one before it
-};
-
-/// dst[t][0 .. 15] of one panel for two blocks of tokens: a full one, then one of n.
-///
-/// There are 12 + n integer sums, so each waits long enough for its last product. The end of a group is interleaved
-/// with the beginning of the next one, token by token, as in pair_blocks.
+/// The sums of one panel and a block of n tokens, and what comes next in its activations.
 template <int n, bool per_group>
-void stream_wide(const gemm_args &args, const tile *panel, const activation_block blocks[2], float *const *dst,
-                 int row) {
-    const __m512i codebook = load_codebook(args.codebook);
-    const int groups = args.k / group_columns;
-    alignas(64) float sums[nr + n][16];
-    std::memset(sums, 0, sizeof sums);
-    __m512i integers_a[nr], integers_b[n];
-    AGQ_UNROLL
-    for (int t = 0; t < nr; t++) integers_a[t] = _mm512_setzero_si512();
-    AGQ_UNROLL
-    for (int t = 0; t < n; t++) integers_b[t] = _mm512_setzero_si512();
-    block_position a = {blocks[0].q, blocks[0].bias, blocks[0].scale, blocks[0].scale};
-    block_position b = {blocks[1].q, blocks[1].bias, blocks[1].scale, blocks[1].scale};
-    __m512 last_d = _mm512_setzero_ps();
-
-    for (int g = 0; g < groups; g++) {
-        const uint8_t (*codes)[64] = chunks_of(panel, groups, g);
-        prefetch_stream(codes[8], args.ahead);  // the line of scales that follows the codes
-        const __m512 d = widen(row_scales(panel, groups, g));
-        prefetch_stream(codes[0], args.ahead);
-        const chunk first = look_up(codes[0], codebook);
+class block_sums {
+  public:
+    block_sums(const activation_block &block, float (*sums)[16])
+        : q_(block.q), bias_(block.bias), scale_(block.scale), last_scale_(block.scale), sums_(sums) {
         AGQ_UNROLL
-        for (int t = 0; t < nr; t++) {
-            turn_over<per_group>(sums[t], last_d, integers_a[t], a.last_scale + t, a.bias[t], first.low, a.q + 4 * t);
-            integers_a[t] = dot_broadcast(integers_a[t], first.high, a.q + 4 * (nr + t));
-        }
+        for (int t = 0; t < n; t++) integers_[t] = _mm512_setzero_si512();
+    }
+
+    /// Adds D * I of the last group, and starts the next one with the products of its first chunk.
+    AGQ_INLINE void turn_over(__m512 last_d, const chunk &u) {
         AGQ_UNROLL
         for (int t = 0; t < n; t++) {
-            turn_over<per_group>(sums[nr + t], last_d, integers_b[t], b.last_scale + t, b.bias[t], first.low,
-                                 b.q + 4 * t);
-            integers_b[t] = dot_broadcast(integers_b[t], first.high, b.q + 4 * (n + t));
+            _mm512_store_ps(sums_[t], added(t, last_d));
+            integers_[t] = dot_broadcast(_mm512_set1_epi32(bias_[t]), u.low, q_ + 4 * t);
+            integers_[t] = dot_broadcast(integers_[t], u.high, q_ + 4 * (n + t));
         }
+    }
+    /// The products of the low or the high columns of chunk c.
+    AGQ_INLINE void multiply(int c, bool high, __m512i u) {
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) integers_[t] = dot_broadcast(integers_[t], u, q_ + 8 * n * c + 4 * (high * n + t));
+    }
+    AGQ_INLINE void end_group() {
+        stay_in_order(integers_[0], integers_[n - 1]);
+        q_ += group_columns * n;
+        bias_ += n;
+        last_scale_ = scale_;
+        if (per_group) scale_ += n;
+    }
+    /// Adds the last group, and writes dst[t][row ...].
+    AGQ_INLINE void finish(const gemm_args &args, const activation_block &block, __m512 last_d, float *const *dst,
+                           int row) const {
+        AGQ_UNROLL
+        for (int t = 0; t < n; t++) {
+            const __m512 factor = _mm512_set1_ps(final_factor(args, block, t));
+            _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(added(t, last_d), factor));
+        }
+    }
+    AGQ_INLINE void stay() { stay_in_order(integers_[0], integers_[n - 1]); }
+
+  private:
+    AGQ_INLINE __m512 added(int t, __m512 d) const {
+        return add_group<per_group>(_mm512_load_ps(sums_[t]), d, integers_[t], last_scale_ + t);
+    }
+
+    const int8_t *q_;
+    const int32_t *bias_;
+    const float *scale_, *last_scale_;  ///< of the group that comes next, and of the one before it
+    __m512i integers_[n];               ///< of the group before, complete but not added yet
+    float (*sums_)[16];
+};
+
+/// dst[t][0 .. 15] of one panel for a block of n tokens and, if `more` is not 0, one of `more` tokens.
+///
+/// There are so many integer sums that each waits long enough for its last product. The end of a group is interleaved
+/// with the beginning of the next one, token by token, as in pair_blocks.
+template <int n, int more, bool per_group>
+void stream_wide(const gemm_args &args, const tile *panel, const activation_block *blocks, float *const *dst, int row) {
+    const __m512i codebook = load_codebook(args.codebook);
+    const int groups = args.k / group_columns;
+    alignas(64) float sums[n + more][16];
+    std::memset(sums, 0, sizeof sums);
+    block_sums<n, per_group> a(blocks[0], sums);
+    block_sums<more ? more : 1, per_group> b(blocks[more ? 1 : 0], sums + (more ? n : 0));  // not used if `more` is 0
+    __m512 last_d = _mm512_setzero_ps();
+    for (int g = 0; g < groups; g++) {
+        const uint8_t (*codes)[64] = chunks_of(panel, groups, g);
+        const __m512 d = widen(row_scales(panel, groups, g));
+        prefetch_stream(codes[8], args.ahead);  // the scales, where they follow the codes
+        prefetch_stream(codes[0], args.ahead);
+        const chunk first = look_up(codes[0], codebook);
+        a.turn_over(last_d, first);
+        if (more) b.turn_over(last_d, first);
         AGQ_UNROLL
         for (int c = 1; c < 8; c++) {
-            stay_in_order(integers_a[0], integers_b[0]);
+            a.stay();
             prefetch_stream(codes[c], args.ahead);
             const chunk u = look_up(codes[c], codebook);
-            const int8_t *qa = a.q + 8 * nr * c, *qb = b.q + 8 * n * c;
-            AGQ_UNROLL
-            for (int t = 0; t < nr; t++) integers_a[t] = dot_broadcast(integers_a[t], u.low, qa + 4 * t);
-            AGQ_UNROLL
-            for (int t = 0; t < n; t++) integers_b[t] = dot_broadcast(integers_b[t], u.low, qb + 4 * t);
-            AGQ_UNROLL
-            for (int t = 0; t < nr; t++) integers_a[t] = dot_broadcast(integers_a[t], u.high, qa + 4 * (nr + t));
-            AGQ_UNROLL
-            for (int t = 0; t < n; t++) integers_b[t] = dot_broadcast(integers_b[t], u.high, qb + 4 * (n + t));
+            a.multiply(c, false, u.low);
+            if (more) b.multiply(c, false, u.low);
+            a.multiply(c, true, u.high);
+            if (more) b.multiply(c, true, u.high);
         }
         last_d = d;
-        a = {a.q + 64 * nr, a.bias + nr, a.scale + (per_group ? nr : 0), a.scale};
-        b = {b.q + 64 * n, b.bias + n, b.scale + (per_group ? n : 0), b.scale};
+        a.end_group();
+        if (more) b.end_group();
     }
-    AGQ_UNROLL
-    for (int t = 0; t < nr; t++) {
-        const __m512 sum = add_group<per_group>(_mm512_load_ps(sums[t]), last_d, integers_a[t], a.last_scale + t);
-        _mm512_storeu_ps(dst[t] + row, _mm512_mul_ps(sum, _mm512_set1_ps(final_factor(args, blocks[0], t))));
-    }
-    AGQ_UNROLL
-    for (int t = 0; t < n; t++) {
-        const __m512 sum = add_group<per_group>(_mm512_load_ps(sums[nr + t]), last_d, integers_b[t], b.last_scale + t);
-        _mm512_storeu_ps(dst[nr + t] + row, _mm512_mul_ps(sum, _mm512_set1_ps(final_factor(args, blocks[1], t))));
-    }
+    a.finish(args, blocks[0], last_d, dst, row);
+    if (more) b.finish(args, blocks[1], last_d, dst + n, row);
 }
 
 // many tokens: two panels at a time, codes looked up once for many blocks
@@ -460,26 +470,35 @@ void pair_blocks(const gemm_args &args, source codes, int groups, int blocks, pa
 
 using stream_fn = void (*)(const gemm_args &, const tile *, const activation_block &, float *const *, int);
 using pair_fn = void (*)(const gemm_args &, stored_codes, int, int, pair_operands, pair_sums *);
+using wide_fn = void (*)(const gemm_args &, const tile *, const activation_block *, float *const *, int);
 
-#define AGQ_BY_TOKENS(name, ...)                                                                   \
-    {                                                                                              \
-        name<1, __VA_ARGS__>, name<2, __VA_ARGS__>,  name<3, __VA_ARGS__>,  name<4, __VA_ARGS__>,  \
-        name<5, __VA_ARGS__>, name<6, __VA_ARGS__>,  name<7, __VA_ARGS__>,  name<8, __VA_ARGS__>,  \
-        name<9, __VA_ARGS__>, name<10, __VA_ARGS__>, name<11, __VA_ARGS__>, name<12, __VA_ARGS__>, \
-    }
-using wide_fn = void (*)(const gemm_args &, const tile *, const activation_block[2], float *const *, int);
-constexpr stream_fn stream_table[2][nr] = {AGQ_BY_TOKENS(stream_panel, false), AGQ_BY_TOKENS(stream_panel, true)};
-constexpr wide_fn wide_table[2][nr] = {AGQ_BY_TOKENS(stream_wide, false), AGQ_BY_TOKENS(stream_wide, true)};
+template <int n, bool per_group>
+constexpr wide_fn two_blocks = stream_wide<nr, n, per_group>;
+
+#define AGQ_BELOW_12(name, ...)                                                                                        \
+    name<1, __VA_ARGS__>, name<2, __VA_ARGS__>, name<3, __VA_ARGS__>, name<4, __VA_ARGS__>, name<5, __VA_ARGS__>,      \
+        name<6, __VA_ARGS__>, name<7, __VA_ARGS__>, name<8, __VA_ARGS__>, name<9, __VA_ARGS__>, name<10, __VA_ARGS__>, \
+        name<11, __VA_ARGS__>
+#define AGQ_BY_TOKENS(name, ...) {AGQ_BELOW_12(name, __VA_ARGS__), name<12, __VA_ARGS__>}
+constexpr stream_fn stream_table[2][nr - 1] = {{AGQ_BELOW_12(stream_panel, false)}, {AGQ_BELOW_12(stream_panel, true)}};
+constexpr wide_fn full_block[2] = {stream_wide<nr, 0, false>, stream_wide<nr, 0, true>};
+constexpr wide_fn two_table[2][nr] = {AGQ_BY_TOKENS(two_blocks, false), AGQ_BY_TOKENS(two_blocks, true)};
 constexpr pair_fn pair_table[2][nr] = {AGQ_BY_TOKENS(pair_blocks, false, stored_codes),
                                        AGQ_BY_TOKENS(pair_blocks, true, stored_codes)};
 #undef AGQ_BY_TOKENS
+#undef AGQ_BELOW_12
 
 /// One panel times all blocks.
 void multiply_panel(const gemm_args &args, int panel, int block_begin, int block_end) {
     const tile *w = panel_at(args.weights, panel, args.k / group_columns);
     for (int b = block_begin; b < block_end; b++) {
         const activation_block block = block_at<nr>(args, b);
-        stream_table[args.per_group][block.n - 1](args, w, block, args.dst + b * nr, panel * panel_rows);
+        float *const *dst = args.dst + b * nr;
+        if (block.n == nr) {
+            full_block[args.per_group](args, w, &block, dst, panel * panel_rows);
+        } else {
+            stream_table[args.per_group][block.n - 1](args, w, block, dst, panel * panel_rows);
+        }
     }
 }
 
@@ -487,7 +506,7 @@ void multiply_panel(const gemm_args &args, int panel, int block_begin, int block
 void multiply_wide(const gemm_args &args, int panel, int block_begin) {
     const tile *w = panel_at(args.weights, panel, args.k / group_columns);
     const activation_block blocks[2] = {block_at<nr>(args, block_begin), block_at<nr>(args, block_begin + 1)};
-    wide_table[args.per_group][blocks[1].n - 1](args, w, blocks, args.dst + block_begin * nr, panel * panel_rows);
+    two_table[args.per_group][blocks[1].n - 1](args, w, blocks, args.dst + block_begin * nr, panel * panel_rows);
 }
 
 /// Two panels times some blocks: at least 2, so the first one is full, and at most scratch_blocks.
