@@ -153,6 +153,26 @@ def test_what_is_slow(
     monkeypatch.setattr(doctor, "available_cpus", lambda: cpus)
     monkeypatch.setattr(doctor, "kernels", lambda: kernels)
     monkeypatch.setattr(doctor, "measure_speed", lambda n, seconds: Speed(n, 1e9, 1e9, share))
+    monkeypatch.setattr(doctor, "_has_huge_pages", lambda: True)
+    monkeypatch.delenv("AGQ_HUGE_PAGES", raising=False)
     found = doctor.diagnose(threads=threads).slow
     assert len(found) == len(reasons)
     assert all(re.search(wanted, text) for wanted, text in zip(reasons, found, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has transparent huge pages")
+def test_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = tmp_path / "enabled"
+    monkeypatch.setattr(doctor, "_HUGE_PAGES", setting)
+
+    def about_pages() -> list[str]:
+        return [reason for reason in doctor.diagnose(seconds=0).slow if "huge pages" in reason]
+
+    missing = about_pages()
+    assert len(missing) == 1 and str(setting) in missing[0]
+    setting.write_text("always madvise [never]\n")
+    assert about_pages() == missing
+    setting.write_text("always [madvise] never\n")
+    assert about_pages() == []
+    monkeypatch.setenv("AGQ_HUGE_PAGES", "off")
+    assert len(about_pages()) == 1

@@ -23,6 +23,7 @@ from agq_gguf.runtime.machine import Kernel, Processor, Speed, kernels, measure_
 _PACKAGES = ("llama-cpp-python", "xllamacpp", "gguf", "numpy", "torch")
 _OURS = ("GGML_BACKEND_PATH", "LD_PRELOAD", "LLAMA_CPP_LIB_PATH")  # and all that begin with AGQ_, but for the key
 _SECRET = "AGQ_API_KEY"
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _BUSY = 0.9  # a smaller share of the CPUs than this means that others use them, too
 
 
@@ -198,6 +199,14 @@ def _proofs(library: ctypes.CDLL) -> list[Proof]:
     return proofs
 
 
+def _has_huge_pages() -> bool:
+    """Whether Linux puts memory into huge pages for programs that ask for them, as the plugin does for weights."""
+    try:
+        return "[never]" not in _HUGE_PAGES.read_text(encoding="ascii")
+    except OSError:
+        return False
+
+
 def _slow(cpus: AvailableCpus, found: list[Kernel], threads: int, speed: Speed | None) -> list[str]:
     """What makes models slow here, or would with wrong settings."""
     reasons = []
@@ -220,6 +229,10 @@ def _slow(cpus: AvailableCpus, found: list[Kernel], threads: int, speed: Speed |
         )
     if cpus.cores is not None and cpus.cores < min(threads, cpus.allowed):
         reasons.append(f"{cpus.allowed} CPUs are threads of {cpus.cores} cores; try {cpus.cores} threads")
+    if sys.platform == "linux" and not _has_huge_pages():
+        reasons.append(f"the system gives no huge pages, in which weights are read faster ({_HUGE_PAGES})")
+    elif os.environ.get("AGQ_HUGE_PAGES") == "off":
+        reasons.append("AGQ_HUGE_PAGES is off; weights are read faster from huge pages")
     if speed is not None and threads <= cpus.threads and speed.cpu_share < _BUSY:
         reasons.append(
             f"other work uses the CPUs: the threads ran {speed.cpu_share:.0%} of the time; the speeds above are too low"
