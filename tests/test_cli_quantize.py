@@ -19,6 +19,7 @@ from agq_gguf import errors
 from agq_gguf.cli.options import parse_size
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization import options
 from agq_gguf.quantization.options import QuantizeOptions
 
 
@@ -63,6 +64,23 @@ def test_calibration_tokens_bound_the_text(small: Path, words_file: Path, tmp_pa
     with open_gguf(target) as reader:
         tokens = int(re.findall(r"(\d+) tokens", reader.get("agq.calibration"))[0])
     assert 0 < tokens <= 600
+
+
+def test_small_models_get_more_tokens(
+    small: Path, words_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, best = QuantizeOptions(quality="fast"), QuantizeOptions(quality="best")
+    sizes = (1_000_000, 268_000_000, 494_000_000, 8_000_000_000)
+    assert [fast.tokens_for(n) for n in sizes] == [98304, 74626, 40485, 32768]
+    assert best.tokens_for(1_000_000) == 32768
+    assert QuantizeOptions(calibration_tokens=512).tokens_for(8_000_000_000) == 512
+
+    monkeypatch.setattr(options, "TOKENS", 400)
+    monkeypatch.setattr(options, "SMALL_TOKENS", 800)
+    target = tmp_path / "out.gguf"
+    run("quantize", small, target, "--calibration", words_file, "-t", 1, "--quiet")
+    with open_gguf(target) as reader:
+        assert 400 < int(re.findall(r"(\d+) tokens", reader.get("agq.calibration"))[0]) <= 800
 
 
 def test_dry_run_as_json(small: Path, words_file: Path, tmp_path: Path) -> None:

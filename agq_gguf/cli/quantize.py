@@ -89,8 +89,14 @@ def quantize(
         typer.Option("--keep-norms", help="Do not change the norms, so that LoRA adapters for the source still fit."),
     ] = False,
     calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=64, help="Maximum number of calibration tokens.")
-    ] = 32768,
+        int | None,
+        typer.Option(
+            "--calibration-tokens",
+            min=64,
+            help="Maximum number of calibration tokens. Default: 32768, up to 98304 for models of less than 0.6 "
+            "billion weights unless --quality is best.",
+        ),
+    ] = None,
     tune: Annotated[
         bool,
         typer.Option(
@@ -163,7 +169,7 @@ def quantize(
         target_bpw=target_bpw,
         threads=threads,
         memory=memory,
-        calibration_tokens=calibration_tokens,
+        calibration_tokens=calibration_tokens or 0,
         tune=tune,
         split_size=split_size or 0,
         allow_requantize=allow_requantize,

@@ -77,6 +77,8 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
     with Model(source) as model:
         model.require_logits()
         check_length(model, setup.text)
+        options = next((c.options for c in setup.candidates if c.options), QuantizeOptions())
+        tokens = options.tokens_for(model.n_params)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -88,7 +90,6 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
     def weights_importance() -> dict[str, NDArray[np.float32]]:
         if setup.calibration is None:
             return {}
-        tokens = next((c.options for c in setup.candidates if c.options), QuantizeOptions()).calibration_tokens
         return importance(source, setup.calibration, max_tokens=tokens, threads=setup.threads, progress=progress)
 
     judged: list[tuple[Candidate, Path, Evaluation]] = []

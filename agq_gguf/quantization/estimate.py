@@ -43,14 +43,15 @@ def estimate(plans: Sequence[TensorPlan], options: QuantizeOptions, *, calibrate
     memory = _PROGRAM + max(statistics, 0) + _COPIES * largest
     speed = _operations_per_second()
     seconds = _PER_WEIGHT * sum(tensor.n_elements for tensor in ours) / max(threads, 1)
+    weights = sum(plan.source.n_elements for plan in plans)
+    tokens = options.tokens_for(weights)
     if calibrated:
-        tokens = options.calibration_tokens
-        seconds += _FORWARD * passes * 2 * tokens * sum(plan.source.n_elements for plan in plans) / speed
+        seconds += _FORWARD * passes * 2 * tokens * weights / speed
     if feedback:
         inputs = {(layer_of(tensor.name), tensor.shape[-1]): tensor.n_matrices for tensor in ours}
         for (_, columns), experts in inputs.items():
             if count := hessians_that_fit(columns, experts, options.memory):
-                seconds += (2 * options.calibration_tokens * columns**2 + count * columns**3) / speed
+                seconds += (2 * tokens * columns**2 + count * columns**3) / speed
         sweeps = 1 + 2 * options.matrix.sweeps
         seconds += sum(sweeps * tensor.n_elements * tensor.shape[-1] for tensor in ours) / speed
     return Estimate(seconds * (_BEST if options.quality == "best" else 1), memory, disk)

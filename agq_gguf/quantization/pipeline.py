@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,8 @@ def _quantize_file(
 ) -> Report:
     with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
         source.prepare(reader, options)
+        weights = sum(tensor.n_elements for tensor in reader.tensors.values())
+        options = replace(options, calibration_tokens=options.tokens_for(weights))
         if imatrix is not None:
             imatrix.check(reader)
         check_writable(dst)
