@@ -8,10 +8,8 @@
 
 namespace agq {
 
-/// All results are written to memory: what the host's nodes would write, but for the order of experts not chosen.
-struct expert_choice {
-    static constexpr int most = 64;  ///< chosen experts
-
+/// What is read and written.
+struct expert_choice_tensors {
     const ggml_tensor *scores = nullptr;   ///< [experts, tokens]
     const ggml_tensor *sorted = nullptr;   ///< [experts, tokens], numbers of experts; only the chosen ones are in order
     const ggml_tensor *ids = nullptr;      ///< [chosen, tokens], the first ones of `sorted`
@@ -22,8 +20,13 @@ struct expert_choice {
     const ggml_tensor *sum = nullptr;      ///< [1, tokens]
     const ggml_tensor *clamped = nullptr;  ///< [1, tokens], the sum within the limits
     const ggml_tensor *shares = nullptr;   ///< [chosen, tokens]
-    float least = 0, greatest = 0;
+};
 
+/// All results are written to memory: what the host's nodes would write, but for the order of experts not chosen.
+struct expert_choice : expert_choice_tensors {
+    static constexpr int most = 64;  ///< chosen experts
+
+    float least = 0, greatest = 0;  ///< limits of the sum
     std::atomic<int64_t> next{0};
 };
 

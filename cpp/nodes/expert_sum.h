@@ -9,15 +9,19 @@
 
 namespace agq {
 
-struct expert_sum {
-    static constexpr int most = 64;  ///< experts of a token
-
+/// What is read and written, but for the result.
+struct expert_sum_tensors {
     const ggml_tensor *outputs = nullptr;   ///< [columns, experts of a token, tokens]
     const ggml_tensor *bias = nullptr;      ///< [columns, experts], or null
     const ggml_tensor *ids = nullptr;       ///< [experts of a token, tokens], for the bias
     const ggml_tensor *weights = nullptr;   ///< [1, experts of a token, tokens]
     const ggml_tensor *weighted = nullptr;  ///< where the weighed outputs go, or null
-    const ggml_tensor *result = nullptr;    ///< [columns, tokens]
+};
+
+struct expert_sum : expert_sum_tensors {
+    static constexpr int most = 64;  ///< experts of a token
+
+    const ggml_tensor *result = nullptr;  ///< [columns, tokens]
     const row_kernel *kern = nullptr;
     std::atomic<int64_t> next{0};
 };

@@ -135,14 +135,7 @@ activation_set *graph_rewriter::add_set(ggml_tensor *node, ggml_tensor *x, ggml_
 
 void graph_rewriter::add_expert_choice(ggml_tensor *node, const expert_choice_match &match) {
     expert_choice &c = expert_choices_.emplace_back();
-    c.scores = match.scores;
-    c.sorted = match.sorted;
-    c.ids = match.ids;
-    c.values = match.values;
-    c.weights = match.weights;
-    c.sum = match.sum;
-    c.clamped = match.clamped;
-    c.shares = match.shares;
+    static_cast<expert_choice_tensors &>(c) = match;
     if (c.clamped) {
         std::memcpy(&c.least, c.clamped->op_params, sizeof(c.least));
         std::memcpy(&c.greatest, c.clamped->op_params + 1, sizeof(c.greatest));
@@ -154,11 +147,7 @@ void graph_rewriter::add_expert_choice(ggml_tensor *node, const expert_choice_ma
 
 void graph_rewriter::add_expert_sum(ggml_tensor *node, const expert_sum_match &match) {
     expert_sum &s = expert_sums_.emplace_back();
-    s.outputs = match.outputs;
-    s.bias = match.bias;
-    s.ids = match.ids;
-    s.weights = match.weights;
-    s.weighted = match.weighted;
+    static_cast<expert_sum_tensors &>(s) = match;
     s.result = node;
     s.kern = kern_->rows;
     ggml_tensor *args[2] = {const_cast<ggml_tensor *>(s.outputs), const_cast<ggml_tensor *>(s.weights)};

@@ -65,8 +65,8 @@ std::vector<expert_sum_match> find_expert_sums(ggml_tensor **nodes, int n) {
         if (additions.empty()) continue;
         const int last = additions.back();
         const bool needed = (weighted->flags & ggml_flag_output) || !graph.is_over(weighted, last);
-        expert_sum_match match = {
-            weighted->src[0], nullptr, nullptr, weighted->src[1], needed ? weighted : nullptr, {i}};
+        expert_sum_match match = {{weighted->src[0], nullptr, nullptr, weighted->src[1], needed ? weighted : nullptr},
+                                  {i}};
         const ggml_tensor *biased = weighted->src[0];
         const int at = graph.position(biased);
         if (at >= 0 && biased->op == host.op_add_id && at == graph.before(i) && graph.is_private(biased, i) &&
@@ -153,7 +153,7 @@ std::vector<expert_choice_match> find_expert_choices(ggml_tensor **nodes, int n)
             values->ne[2] != scores->ne[1] || values->ne[3] != 1) {
             continue;
         }
-        expert_choice_match match = {scores, sorted, ids, values, weights, nullptr, nullptr, nullptr, {i, at}};
+        expert_choice_match match = {{scores, sorted, ids, values, weights, nullptr, nullptr, nullptr}, {i, at}};
         match_shares(graph, nodes, &match);
         if (scores->ne[1] > 1 && !tokens_are_independent(match)) continue;
         found.push_back(std::move(match));

@@ -10,8 +10,7 @@
 namespace agq {
 
 /// Nodes that weigh and add the outputs of a token's experts.
-struct expert_sum_match {
-    const ggml_tensor *outputs, *bias, *ids, *weights, *weighted;  ///< as in expert_sum
+struct expert_sum_match : expert_sum_tensors {
     std::vector<int> replaced;  ///< indices of nodes, ascending; the last one has the result
 };
 
@@ -19,10 +18,8 @@ struct expert_sum_match {
 std::vector<expert_sum_match> find_expert_sums(ggml_tensor **nodes, int n);
 
 /// Nodes that choose experts and get their weights.
-struct expert_choice_match {
-    const ggml_tensor *scores, *sorted, *ids, *values, *weights;              ///< as in expert_choice
-    const ggml_tensor *sum = nullptr, *clamped = nullptr, *shares = nullptr;  ///< the same
-    std::vector<int> replaced;                                                ///< indices of nodes, ascending
+struct expert_choice_match : expert_choice_tensors {
+    std::vector<int> replaced;  ///< indices of nodes, ascending
 };
 
 /// Finds ARGSORT of scores, GET_ROWS of the first ones' values, and perhaps SUM_ROWS, CLAMP and DIV by the sum.
