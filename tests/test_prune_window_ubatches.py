@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import architectures
 import llama_cpp.llama_cpp as api
 import low_level
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from low_level import GetModel, LowModel, loaded_models, tokens
+from test_prune_slots import WORK, Users, do_work
 from test_prune_ubatches import ATOL, FLASH_ATOL, Both, assert_close, forget
 
 import agq_gguf
@@ -317,3 +321,11 @@ def test_a_part_is_removed(model: GetModel, full: bool) -> None:
         both.run(tokens(200, 4))
         both.decode(tokens(70, 5), 200)
     assert warnings() == []
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(work=WORK, order=st.permutations([0, 1, 2]), unified=st.booleans(), full=st.booleans())
+def test_random_work(model: GetModel, work: list[tuple[str, Any]], order: list[int], unified: bool, full: bool) -> None:
+    """Three sequences, whose cells of windows are soon used again if caches are small."""
+    with Users(model("gemma3"), unified, spec=ALL + ";min=20", full=full) as users:
+        do_work(users, work, order)

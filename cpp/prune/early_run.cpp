@@ -1,6 +1,6 @@
 // The part of early_graph that computes tokens.
 #include <algorithm>
-#include <cstring>
+#include <type_traits>
 
 #include "prune/early_graph.h"
 

@@ -69,9 +69,9 @@ namespace {
 /// The places of tokens in one kind of attention.
 class window_search {
   public:
-    window_search(const graph_facts &facts, const waiting_sites &sites, const std::vector<const stored_token *> &tokens,
-                  size_t kind)
-        : facts_(facts), sites_(sites), tokens_(tokens), kind_(kind) {
+    window_search(const graph_facts &facts, const waiting_sites &sites, const token_store &store,
+                  const std::vector<const stored_token *> &tokens, size_t kind)
+        : facts_(facts), sites_(sites), store_(store), tokens_(tokens), kind_(kind) {
         keys_ = key_rows::of(facts.sites[static_cast<size_t>(sites.keys[kind])].cache);
         next_ = key_rows::of(facts.sites[static_cast<size_t>(sites.next[kind])].cache);
         window_.cells.assign(tokens.size(), -1);
@@ -83,9 +83,9 @@ class window_search {
     /// Finds cells that the row sees, and others in which a token still is where it was computed.
     void find_cells(int64_t row, const std::vector<int32_t> &own, const std::vector<uint8_t> &is_missing) {
         const ggml_tensor *mask = facts_.kinds[kind_].mask;
-        std::unordered_map<uint64_t, size_t> place_of;
+        std::unordered_map<int32_t, size_t> place_of;  // by position
         for (size_t i = 0; i < tokens_.size(); ++i) {
-            if (tokens_[i]) place_of.emplace(fingerprint(i), i);
+            if (tokens_[i]) place_of.emplace(tokens_[i]->position, i);
         }
         const attention_site &site = facts_.sites[static_cast<size_t>(sites_.keys[kind_])];
         const int64_t n_cells = root_of(site.cache)->ne[1], offset = cell_offset(site);
@@ -95,7 +95,8 @@ class window_search {
         for (int64_t c = 0; c < mask->ne[0]; ++c) {
             if (sees.hides(c) || is_taken[static_cast<size_t>(c)]) continue;
             is_taken[static_cast<size_t>(c)] = 1;
-            const auto found = place_of.find(token_fingerprint(keys_, c));
+            const stored_token *token = store_.find(kind_, token_fingerprint(keys_, c));
+            const auto found = token ? place_of.find(token->position) : place_of.end();
             if (found != place_of.end()) window_.cells[found->second] = static_cast<int32_t>(c);
         }
         const std::vector<char> mark = deferral_mark(next_);
@@ -104,7 +105,9 @@ class window_search {
             const token_block &block = *tokens_[i]->block;
             const int64_t c = block.first_of_stream[kind_] + block.cells[kind_][tokens_[i]->index] - offset;
             if (c < 0 || c >= n_cells || is_taken[static_cast<size_t>(c)]) continue;
-            if (token_fingerprint(keys_, c) != fingerprint(i)) continue;
+            const stored_token *there = store_.find(kind_, token_fingerprint(keys_, c));
+            if (!there || there->block != tokens_[i]->block || there->index != tokens_[i]->index) continue;
+            if (there->position != tokens_[i]->position) continue;
             // It may be the same token of another sequence, so it is only written to if it waits.
             if (is_missing[i] && !is_deferred(next_, c, mark)) continue;
             is_taken[static_cast<size_t>(c)] = 1;
@@ -147,10 +150,9 @@ class window_search {
     early_window take() { return std::move(window_); }
 
   private:
-    uint64_t fingerprint(size_t i) const { return tokens_[i]->block->fingerprints[kind_][tokens_[i]->index]; }
-
     const graph_facts &facts_;
     const waiting_sites &sites_;
+    const token_store &store_;
     const std::vector<const stored_token *> &tokens_;
     const size_t kind_;
     key_rows keys_, next_;
@@ -168,7 +170,7 @@ bool is_gone_at_first_cut(const graph_facts &facts, const waiting_sites &sites, 
 
 /// Finds how other kinds of attention see the tokens. Takes missing ones away whose windows are not known.
 void find_windows(const graph_facts &facts, int64_t row, const std::vector<std::vector<int32_t>> &own,
-                  const waiting_sites &sites, const std::vector<const stored_token *> &tokens,
+                  const waiting_sites &sites, const token_store &store, const std::vector<const stored_token *> &tokens,
                   const std::vector<int32_t> &border_of_cell, early_tokens *found) {
     std::vector<uint8_t> is_missing(tokens.size(), 0), waits(tokens.size(), 0);
     for (const early_token &token : found->missing) {
@@ -176,7 +178,7 @@ void find_windows(const graph_facts &facts, int64_t row, const std::vector<std::
         waits[static_cast<size_t>(token.place)] = token.is_deferred;
     }
     for (size_t k = 0; k < facts.kinds.size(); ++k) {
-        window_search search(facts, sites, tokens, k);
+        window_search search(facts, sites, store, tokens, k);
         search.find_cells(row, own[k], is_missing);
         for (size_t i = 0; i < tokens.size(); ++i) {
             const int32_t border = border_of_cell[static_cast<size_t>(found->cells[i])];
@@ -239,7 +241,7 @@ early_tokens find_early_tokens(const graph_facts &facts, int64_t row, const std:
         found.missing.push_back({s.cell, s.position, s.token->id, place, s.token->rows(), s.token->queries(),
                                  is_deferred(next, s.cell, mark)});
     }
-    if (facts.kinds.size() > 1) find_windows(facts, row, own, sites, tokens, border_of_cell, &found);
+    if (facts.kinds.size() > 1) find_windows(facts, row, own, sites, store, tokens, border_of_cell, &found);
     return found;
 }
 

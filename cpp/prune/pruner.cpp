@@ -206,7 +206,7 @@ ggml_status pruner::run_graph(ggml_tensor **nodes, int n, bool repeated, bool ha
     if (any_hidden && facts().complete) status = compute_open(divided, may_wait, &any_hidden, segment);
     if (status != status_success) return status;
     if (divided) {
-        waiting_.check_candidates(&ubatch_.work);
+        waiting_.check_candidates(&ubatch_);
         status = run_divided(n_threads, segment);
     } else {
         status = run_whole(nodes, n, repeated, any_hidden, has_cache, compute);

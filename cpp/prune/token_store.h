@@ -25,6 +25,7 @@ struct kept_window {
     int end_site = 0;              ///< index of the first attention of the kind in which the token is missing
     std::unique_ptr<char[]> rows;  ///< of attentions in front of it, one behind another
     int64_t stream = 0, cell = 0;  ///< where they came from
+    bool may_move = true;          ///< unless the keys of another kind have shown that the token keeps its position
 };
 
 /// Tokens that were computed together, and perhaps their rows of all tensors that cross the first cut. Vectors of

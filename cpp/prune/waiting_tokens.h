@@ -63,7 +63,7 @@ class waiting_tokens {
     /// std::bad_alloc.
     ggml_status compute(std::vector<int32_t> open, const segment_fn &segment);
     /// Drops candidates that cannot be computed after all.
-    void check_candidates(ubatch_work *work) const;
+    void check_candidates(divided_ubatch *ubatch) const;
     /// Warns if cells are still open.
     void warn_of_lost(const std::vector<int32_t> &open);
     /// Marks may have been changed by others: the next search reads all.
@@ -91,6 +91,7 @@ class waiting_tokens {
     std::vector<kept_window *> find_kept_as_they_are(size_t kind);
     void find_distances(const early_tokens &before, const ubatch_part &part, token_block *block) const;
     bool is_needed(const token_block &block) const;
+    int64_t find_row(const std::vector<int32_t> &cells) const;
     std::shared_ptr<token_block> make_block(const ubatch_part &part, size_t window_bytes);
     bool prepare_graph(const early_tokens &tokens);
     void find_candidates_of(const divided_ubatch &ubatch, size_t index, part_work *work);
@@ -106,6 +107,7 @@ class waiting_tokens {
     std::vector<int> layers_;        ///< the pruning layers
     int known_kind_ = -1;            ///< the kind of attention that has no window, once that is known
     bool has_warned_ = false;
+    bool has_computed_ = false;  ///< whether tokens that waited were computed without a choice in this ubatch
 
     // Of this graph. Vectors are by kind of attention.
     waiting_sites sites_;

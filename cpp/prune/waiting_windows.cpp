@@ -94,20 +94,23 @@ std::string waiting_tokens::find_kept(const early_tokens &before, const ubatch_p
 }
 
 /// What was kept of a kind and is still in its cells, so that it can be read again after positions have changed. The
-/// rest is forgotten.
+/// rest is forgotten, unless it does not change.
 std::vector<kept_window *> waiting_tokens::find_kept_as_they_are(size_t kind) {
     std::vector<kept_window *> found;
     for (const std::shared_ptr<token_block> &block : store_.blocks()) {
         std::vector<std::shared_ptr<kept_window>> still;
         for (std::shared_ptr<kept_window> &window : block->windows) {
-            bool is_same = true;
+            bool is_same = true, may_move = window->may_move;
             if (static_cast<size_t>(window->kind) == kind) {
                 for_kept_rows(*window, [&](const cell_rows &rows, const char *record) {
                     is_same = is_same && std::memcmp(rows.keys(window->cell), record, rows.key_bytes()) == 0;
                 });
                 if (is_same) found.push_back(window.get());
+                window->may_move = true;
+            } else {
+                window->may_move = false;
             }
-            if (is_same) still.push_back(std::move(window));
+            if (is_same || !may_move) still.push_back(std::move(window));
         }
         block->windows.swap(still);
     }
@@ -159,6 +162,8 @@ ggml_status waiting_tokens::run_shift(const std::function<ggml_status()> &comput
         const stored_token *token = store_.find(kind, t.fingerprint);
         for (size_t k = 0; token && t.shift != 0 && k < turns_.size(); ++k) {
             if (!turns_[k] && k != kind) store_.move(k, *token, t.shift);
+            const auto its = token->kept(k);
+            if (its && k != kind) its->may_move = true;
         }
         if (now != t.fingerprint) store_.rename(kind, t.fingerprint, now, t.shift);
         if (t.is_deferred) std::memcpy(const_cast<char *>(next.row(t.cell, 0)), mark.data(), mark.size());
