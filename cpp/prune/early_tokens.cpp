@@ -113,6 +113,16 @@ class window_search {
             is_taken[static_cast<size_t>(c)] = 1;
             window_.cells[i] = static_cast<int32_t>(c);
         }
+        // Tokens that wait may have been copied or restored to other cells.
+        for (int64_t c = 0; c < n_cells; ++c) {
+            if (is_taken[static_cast<size_t>(c)] || !is_deferred(next_, c, mark)) continue;
+            const stored_token *there = store_.find(kind_, token_fingerprint(keys_, c));
+            const auto found = there ? place_of.find(there->position) : place_of.end();
+            if (found == place_of.end()) continue;
+            const size_t i = found->second;
+            const bool is_same = there->block == tokens_[i]->block && there->index == tokens_[i]->index;
+            if (is_same && is_missing[i] && window_.cells[i] < 0) window_.cells[i] = static_cast<int32_t>(c);
+        }
     }
 
     /// Finds the attentions that have a token. `is_gone`: whether none of them has it.
