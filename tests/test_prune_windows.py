@@ -255,14 +255,15 @@ def test_heads_of_both_kinds(model: GetModel, heads: str) -> None:
         assert fate[1:100] == [1] * 99
 
 
-def test_a_ubatch_cannot_wait_for_its_question(model: GetModel) -> None:
+def test_a_low_layer_cannot_wait_for_its_question(model: GetModel) -> None:
+    """More of this is in test_prune_window_ubatches.py."""
     m = model("gemma3")
     spec = "1:0.5;score=heads;heads=1:1.0"
     with m.context(spec, n_ubatch=100) as context:
         context.decode(tokens(200))
     fate = agq_gguf.last_pruned()
     assert fate[:100] == [-1] * 100 and sum(layer >= 0 for layer in fate) == 50
-    assert len(warnings()) == 1 and "with several attention masks" in warnings()[0]
+    assert len(warnings()) == 1 and "layers with and without a sliding window" in warnings()[0]
 
 
 # the independent forward

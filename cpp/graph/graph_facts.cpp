@@ -9,6 +9,7 @@ namespace agq {
 namespace {
 
 constexpr char cache_prefix[] = "cache_k_l";
+constexpr char value_cache_prefix[] = "cache_v_l";
 constexpr char mask_name[] = "attn_inp_kq_mask";
 constexpr char positions_name[] = "inp_pos";
 constexpr char k_cells_name[] = "attn_inp_k_idxs";
@@ -25,7 +26,9 @@ const char *role_of(const ggml_tensor *node, int slot) {
     if (slot != 1 || leaf->op != host.op_none || !(leaf->flags & ggml_flag_input)) return nullptr;
     if (node->op == host.op_set_rows) {
         const ggml_tensor *root = root_of(node);
-        return begins(root, cache_prefix) ? k_cells_name : begins(root, "cache_v_l") ? "attn_inp_v_idxs" : nullptr;
+        return begins(root, cache_prefix)         ? k_cells_name
+               : begins(root, value_cache_prefix) ? "attn_inp_v_idxs"
+                                                  : nullptr;
     }
     // ggml gives tensors without a name a number.
     if (leaf->name[0] != 0 && !begins(leaf, "leaf_")) return nullptr;
@@ -124,13 +127,29 @@ void graph_facts::find_input(const ggml_tensor *node, int slot) {
 
 void graph_facts::find_store(const ggml_tensor *node) {
     const ggml_tensor *cache = root_of(node);
-    if (node->op != host.op_set_rows || !begins(cache, cache_prefix)) return;
+    if (node->op != host.op_set_rows) return;
+    if (begins(cache, value_cache_prefix)) value_stores_.emplace_back(cache, node->src[1]);
+    if (!begins(cache, cache_prefix)) return;
     // The cells written by this graph must be known. Otherwise they would be mistaken for those of dropped tokens.
     if (input_name(node->src[1]) == k_cells_name) {
         stores_.emplace_back(cache, node->src[1]);
     } else {
         unknown_store = true;
     }
+}
+
+/// Finds the cache of values that an attention reads.
+void graph_facts::find_values(attention_site *site) {
+    if (site->last < 0) return;
+    const ggml_tensor *output = tensors[static_cast<size_t>(site->last)];
+    const ggml_tensor *values = output->src[site->last == site->masked ? 2 : 0];
+    // With a binary32 cache, flash attention reads a binary16 copy.
+    for (int step = 0; step < 3 && values; ++step) {
+        values = root_of(values);
+        if (values->op == host.op_none) break;
+        values = values->src[0];
+    }
+    if (values && values->op == host.op_none && begins(values, value_cache_prefix)) site->values = values;
 }
 
 /// Sorts the sites by their masks.
@@ -140,13 +159,18 @@ void graph_facts::find_kinds() {
         const auto same = [&site](const attention_kind &k) { return k.mask == site.mask; };
         const auto found = std::find_if(kinds.begin(), kinds.end(), same);
         site.kind = static_cast<int>(found - kinds.begin());
-        if (found == kinds.end()) kinds.push_back({site.mask, nullptr, static_cast<int>(s)});
+        if (found == kinds.end()) kinds.push_back({site.mask, nullptr, static_cast<int>(s), nullptr});
         const ggml_tensor *&cells = kinds[static_cast<size_t>(site.kind)].k_cells;
         for (const auto &[cache, its_cells] : stores_) {
             if (cache != root_of(site.cache)) continue;
             ambiguous = ambiguous || (cells && cells != its_cells);
             cells = its_cells;
             site.is_stored = true;
+        }
+        find_values(&site);
+        const ggml_tensor *&places = kinds[static_cast<size_t>(site.kind)].v_cells;
+        for (const auto &[cache, its_places] : value_stores_) {
+            if (cache == site.values) places = its_places;
         }
     }
     const auto has = [this](const ggml_tensor *m, const ggml_tensor *c) {

@@ -22,7 +22,8 @@ struct attention_site : attention_operands {
     int kind = 0;            ///< index into graph_facts::kinds
     bool is_known = false;   ///< whether the operands determine the weights
     bool is_stored = false;  ///< whether this graph stores keys to its cache
-    const ggml_tensor *cache = nullptr;  ///< the keys as a view of the cache; k may be a converted copy of it
+    const ggml_tensor *cache = nullptr;   ///< the keys as a view of the cache; k may be a converted copy of it
+    const ggml_tensor *values = nullptr;  ///< the whole cache of values; null if it was not found
 };
 
 /// Attentions with the same mask. Their caches have the same cells. Models with sliding windows have two kinds.
@@ -30,6 +31,7 @@ struct attention_kind {
     const ggml_tensor *mask = nullptr;
     const ggml_tensor *k_cells = nullptr;  ///< the input that names the cells of stored keys; null: none are stored
     int site = 0;                          ///< the first attention of this kind
+    const ggml_tensor *v_cells = nullptr;  ///< the input that names the places of stored values, likewise
 };
 
 class graph_facts {
@@ -73,12 +75,14 @@ class graph_facts {
     void find_store(const ggml_tensor *node);
     void find_site(int i);
     void find_kinds();
+    void find_values(attention_site *site);
 
     std::unordered_map<const ggml_tensor *, int> numbers_;
     std::unordered_map<const ggml_tensor *, const char *> roles_;  ///< names of inputs that are recognized by their use
     std::vector<const ggml_tensor *> masks_;                       ///< all inputs that are masks
     /// By key cache that is written: the input that names the cells.
     std::vector<std::pair<const ggml_tensor *, const ggml_tensor *>> stores_;
+    std::vector<std::pair<const ggml_tensor *, const ggml_tensor *>> value_stores_;  ///< likewise
 };
 
 /// Whether the tensor has exactly this name.

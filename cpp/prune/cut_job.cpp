@@ -26,13 +26,13 @@ void copy_mask_row(const cut_job::mask &m, const char *from_row, char *to_row, b
 }
 
 template <typename Element>
-void fill_ordered_row(const cut_job::ordered_mask &m, char *to_row, int32_t seen, Element hidden) {
+void fill_ordered_row(const cut_job::ordered_mask &m, char *to_row, int32_t from, int32_t seen, Element hidden) {
     Element *to = reinterpret_cast<Element *>(to_row);
     std::fill_n(to, m.n_columns, hidden);
     if (m.columns_only) {
-        std::fill_n(to, seen, Element{});
+        std::fill(to + from, to + seen, Element{});
     } else {
-        for (int32_t i = 0; i < seen; ++i) to[(*m.cells)[static_cast<size_t>(i)]] = Element{};
+        for (int32_t i = from; i < seen; ++i) to[(*m.cells)[static_cast<size_t>(i)]] = Element{};
     }
 }
 
@@ -81,10 +81,11 @@ void cut_node(ggml_tensor *, int ith, int nth, void *userdata) {
         for (int64_t i = rows * ith / nth; i < rows * (ith + 1) / nth; ++i) {
             char *to = m.to + static_cast<size_t>(i) * m.stride;
             const int32_t seen = (*m.seen)[static_cast<size_t>(i)];
+            const int32_t first = m.from ? (*m.from)[static_cast<size_t>(i)] : 0;
             if (m.is_f16) {
-                fill_ordered_row<uint16_t>(m, to, seen, hidden_f16);
+                fill_ordered_row<uint16_t>(m, to, first, seen, hidden_f16);
             } else {
-                fill_ordered_row<float>(m, to, seen, -INFINITY);
+                fill_ordered_row<float>(m, to, first, seen, -INFINITY);
             }
         }
     }

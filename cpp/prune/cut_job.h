@@ -42,7 +42,8 @@ struct cut_job {
         const std::vector<char *> *records;
         bool to_tensor;
     };
-    /// A mask in which row i sees the first `seen[i]` of `cells`. With `columns_only`, it has only these columns.
+    /// A mask in which row i sees the first `seen[i]` of `cells`, from number `from[i]` on (null: from 0). With
+    /// `columns_only`, it has only these columns.
     struct ordered_mask {
         char *to;
         size_t stride;
@@ -50,6 +51,7 @@ struct cut_job {
         bool is_f16, columns_only;
         const std::vector<int32_t> *cells;
         const std::vector<int32_t> *seen;
+        const std::vector<int32_t> *from = nullptr;
     };
     /// Cell numbers for a store: `each` numbers a token, the j-th is `first` plus its cell plus j times `step`.
     struct cell_numbers {

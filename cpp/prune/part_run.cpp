@@ -22,15 +22,14 @@ size_t query_floats(const run_input &in, int end) {
     return static_cast<size_t>(floats);
 }
 
-/// The places of `cells` among the keys that are seen.
-std::vector<int32_t> columns_of(const key_group &keys, const std::vector<int32_t> &cells) {
-    std::vector<int32_t> columns;
-    columns.reserve(cells.size());
-    for (int32_t cell : cells) {
-        const int32_t *found = keys.cells ? std::lower_bound(keys.cells, keys.cells + keys.n, cell) : nullptr;
-        columns.push_back(static_cast<int32_t>(found ? found - keys.cells : cell - keys.first_cell));
+/// The place of a cell among the keys that are seen, or -1.
+int32_t column_of(const key_group &keys, int32_t cell) {
+    if (!keys.cells) {
+        const int64_t column = cell - keys.first_cell;
+        return cell >= 0 && column >= 0 && column < keys.n ? static_cast<int32_t>(column) : -1;
     }
-    return columns;
+    const int32_t *end = keys.cells + keys.n, *found = std::lower_bound(keys.cells, end, cell);
+    return found != end && *found == cell ? static_cast<int32_t>(found - keys.cells) : -1;
 }
 
 }  // namespace
@@ -71,7 +70,9 @@ void part_run::set_tokens(const run_input &in, int kind, int64_t first_row, scor
     tokens.rows.resize(alive_.size());
     tokens.positions.resize(alive_.size());
     tokens.cells.clear();
-    for (int32_t i : early_alive_) tokens.cells.push_back(work_->tokens.missing[static_cast<size_t>(i)].cell);
+    for (int32_t i : early_alive_) {
+        tokens.cells.push_back(work_->tokens.cell_of(kind, work_->tokens.missing[static_cast<size_t>(i)].place));
+    }
     for (size_t i = 0; i < alive_.size(); ++i) {
         tokens.rows[i] = in.mask_only ? alive_[i] : static_cast<int32_t>(first_row) + static_cast<int32_t>(i);
         tokens.cells.push_back(own[static_cast<size_t>(alive_[i])]);
@@ -113,8 +114,14 @@ void part_run::add_observers(const run_input &in, int site, score_source *source
         if (site > in.plan.cuts[0].site) return early_.queries(site, back);
         return token_at(back).queries ? token_at(back).queries + offset : nullptr;
     };
+    const int kind = in.facts.sites[static_cast<size_t>(site)].kind;
+    const auto is_seen = [&](size_t back) {
+        return column_of(source->keys, early.cell_of(kind, token_at(back).place)) >= 0;
+    };
     size_t n_more = 0;
-    while (n_own + n_more < observing_tokens && n_more < early_alive_.size() && queries_of(n_more)) ++n_more;
+    while (n_own + n_more < observing_tokens && n_more < early_alive_.size() && queries_of(n_more) && is_seen(n_more)) {
+        ++n_more;
+    }
     if (n_more == 0) return;
     const int64_t rows = static_cast<int64_t>(n_more + n_own), width = q->ne[0], heads = q->ne[2];
     const size_t stride = static_cast<size_t>(source->keys.n) * source->site.mask->nb[0];
@@ -125,22 +132,31 @@ void part_run::add_observers(const run_input &in, int site, score_source *source
     all->data = to->arena.memory(host.ggml_nbytes(all));
     char *seen = to->arena.memory(stride * static_cast<size_t>(rows));
     // What earlier tokens see follows from positions; cells of this ubatch come later.
-    std::vector<int32_t> cells, counts;
-    const std::vector<int32_t> order = early_.order_of(in.hidden, in.hidden.level(site), early_alive_);
-    for (int32_t i : order) cells.push_back(early.cells[static_cast<size_t>(i)]);
+    std::vector<int32_t> columns, counts, firsts, order;
+    for (int32_t place : early_.order_of(in.hidden, kind, site, early_alive_)) {
+        // Tokens that have left the part's window are not among the keys.
+        const int32_t column = column_of(source->keys, early.cell_of(kind, place));
+        if (column < 0) continue;
+        order.push_back(place);
+        columns.push_back(column);
+    }
     for (size_t row = 0; row < n_more; ++row) {
         const size_t back = n_more - 1 - row;
-        const auto end = std::upper_bound(order.begin(), order.end(), token_at(back).place);
+        const int32_t place = token_at(back).place;
+        const auto end = std::upper_bound(order.begin(), order.end(), place);
         counts.push_back(static_cast<int32_t>(end - order.begin()));
+        const int32_t first =
+            kind == early.kind ? 0 : early.windows[static_cast<size_t>(kind)].first[static_cast<size_t>(place)];
+        firsts.push_back(static_cast<int32_t>(std::lower_bound(order.begin(), order.end(), first) - order.begin()));
         for (int64_t h = 0; h < heads; ++h) {
             std::memcpy(row_address(all, static_cast<int64_t>(row), h, 0), queries_of(back) + h * width,
                         sizeof(float) * static_cast<size_t>(width));
         }
     }
     cut_job &job = to->jobs.emplace_back();
-    job.ordered_masks.push_back({seen, stride, source->keys.n, is_f16, false,
-                                 &to->lists.emplace_back(columns_of(source->keys, cells)),
-                                 &to->lists.emplace_back(std::move(counts))});
+    job.ordered_masks.push_back(
+        {seen, stride, source->keys.n, is_f16, false, &to->lists.emplace_back(std::move(columns)),
+         &to->lists.emplace_back(std::move(counts)), &to->lists.emplace_back(std::move(firsts))});
     const int64_t first_row = meter->tokens.rows[0];
     std::vector<int32_t> &own = to->lists.emplace_back(meter->tokens.rows);
     for (int32_t &row : own) row -= static_cast<int32_t>(source->keys.first_token);

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "graph/mask_view.h"
+#include "prune/cell_clears.h"
 
 namespace agq {
 
@@ -88,15 +89,9 @@ void pruned_run::add_record(const run_input &in, cut_job *job) {
     if (std::any_of(records_.begin(), records_.end(), is_there)) {
         pack_tokens(in.work.record, copy_, rows_, records_, false, job);
     }
-    const size_t first = static_cast<size_t>(in.plan.cuts[0].site) + 1;
     for (const part_run *part : parts_) {
-        for (size_t s = first; part->defers() && s < in.facts.sites.size(); ++s) {
-            const key_rows rows = key_rows::of(in.facts.sites[s].cache);
-            const std::vector<char> *mark = s == first ? &in.work.mark : nullptr;
-            for (int64_t t = part->part().first; t < part->part().end(); ++t) {
-                const char *row = rows.row(in.ubatch.cells[0][static_cast<size_t>(t)], 0);
-                job->clears.push_back({const_cast<char *>(row), rows.row_bytes, mark});
-            }
+        if (part->defers()) {
+            mark_deferred(in.facts, in.ubatch, part->part(), in.plan.cuts[0].site, in.work.mark, job);
         }
     }
 }
@@ -153,8 +148,9 @@ std::vector<int32_t> pruned_run::hidden_at(const run_input &in, int level) const
     for (int32_t token : gone_) hide.push_back(own[static_cast<size_t>(token)]);
     if (in.hidden.cells(level).empty()) return hide;
     for (const part_run *part : parts_) {
+        const early_tokens &early = part->work().tokens;
         for (int32_t i : part->early_alive()) {
-            computed.push_back(part->work().tokens.missing[static_cast<size_t>(i)].cell);
+            computed.push_back(early.cell_of(in.hidden.kind(level), early.missing[static_cast<size_t>(i)].place));
         }
     }
     std::sort(computed.begin(), computed.end());
@@ -344,28 +340,12 @@ void pruned_run::choose(const prune_cut &cut, const run_input &in, bool is_first
     alive_.swap(still);
 }
 
-void pruned_run::add_clears(const run_input &in, const prune_cut &cut) {
-    for (size_t s = static_cast<size_t>(cut.site) + 1; s < in.facts.sites.size(); ++s) {
-        const key_rows rows = key_rows::of(in.facts.sites[s].cache);
-        const std::vector<int32_t> &cells = in.ubatch.cells[static_cast<size_t>(in.facts.sites[s].kind)];
-        for (int32_t token : gone_now_) {
-            const char *row = rows.row(cells[static_cast<size_t>(token)], 0);
-            job_.clears.push_back({const_cast<char *>(row), rows.row_bytes});
-        }
-    }
-}
-
 /// Prepares the copies for the segment after the cut.
 void pruned_run::apply_cut(const run_input &in, const prune_cut &cut) {
     if (&cut == &in.plan.cuts[0]) {
-        // Candidates that a question did not choose are no longer deferred, but dropped.
-        const key_rows rows = key_rows::of(in.facts.sites[static_cast<size_t>(cut.site) + 1].cache);
         for (const part_run *part : parts_) {
-            const std::vector<early_token> &candidates = part->work().tokens.missing;
-            for (size_t i = 0; i < candidates.size(); ++i) {
-                if (!candidates[i].is_deferred || part->layer_of_early()[i] < 0) continue;
-                job_.clears.push_back({const_cast<char *>(rows.row(candidates[i].cell, 0)), rows.row_bytes});
-            }
+            const early_tokens &early = part->work().tokens;
+            if (!early.missing.empty()) unmark_dropped(in.facts, early, part->layer_of_early(), &job_);
         }
     }
     if (cut.stage.reuse && !gone_now_.empty()) {
@@ -373,7 +353,7 @@ void pruned_run::apply_cut(const run_input &in, const prune_cut &cut) {
         copy_states(cut.states, copy_, rows_, to_.lists.emplace_back(left_), &states_, &to_.arena, &job_,
                     &first_nodes_);
     } else {
-        add_clears(in, cut);
+        clear_dropped(in.facts, in.ubatch, cut.site, gone_now_, &job_);
     }
     if (in.mask_only || static_cast<int64_t>(kept_.size()) == rows_) return;
     const std::vector<int32_t> &kept = to_.lists.emplace_back(kept_);

@@ -46,7 +46,6 @@ class pruned_run {
     ggml_status run_segment(const run_input &in, size_t segment, const segment_fn &compute);
     void choose(const prune_cut &cut, const run_input &in, bool is_first);
     void apply_cut(const run_input &in, const prune_cut &cut);
-    void add_clears(const run_input &in, const prune_cut &cut);
     void spread_last_states(const run_input &in) const;
 
     const attention_kernel *kern_;

@@ -9,7 +9,6 @@ namespace agq {
 
 namespace {
 
-const char *const several_masks = "in models with several attention masks (sliding windows) no ubatch can wait for it";
 const char *const all_wanted = "the logits of all tokens are requested";
 const char *const several_places =
     "several sequences of a batch share tokens, or the tokens of one do not stand side by side";
@@ -101,9 +100,7 @@ std::string pruner::choose_work(const ubatch_part &part, bool may_wait, part_wor
         if (may_wait) waiting_.reserve(part, work);
         return "";
     }
-    const std::string obstacle = may_wait                   ? waiting_.defer(ubatch_.facts, part, work)
-                                 : facts().kinds.size() > 1 ? several_masks
-                                                            : "this kind of ubatch cannot wait for it";
+    const std::string obstacle = may_wait ? waiting_.defer(ubatch_.facts, part, work) : waiting_.obstacle();
     if (obstacle.empty()) return "";
     return "a ubatch does not end its prompt, the score 'heads' needs the question at the end, and " + obstacle +
            "; set n_batch and n_ubatch to the length of the prompts";
@@ -209,7 +206,7 @@ ggml_status pruner::run_graph(ggml_tensor **nodes, int n, bool repeated, bool ha
     if (any_hidden && facts().complete) status = compute_open(divided, may_wait, &any_hidden, segment);
     if (status != status_success) return status;
     if (divided) {
-        waiting_.check_candidates(&ubatch_.work);
+        waiting_.check_candidates(&ubatch_);
         status = run_divided(n_threads, segment);
     } else {
         status = run_whole(nodes, n, repeated, any_hidden, has_cache, compute);

@@ -37,8 +37,12 @@ token_record record_of(const graph_facts &facts, const std::vector<token_dim> &d
 void pack_tokens(const token_record &record, const graph_copy &copy, int64_t rows, const std::vector<char *> &records,
                  bool to_tensors, cut_job *job);
 
-/// Whether an input holds positions or cell numbers.
-enum class place_input : uint8_t { none, position, key_cells, value_cells };
+/// Whether an input holds positions or cell numbers, and of which kind of attention.
+struct place_input {
+    enum class of : uint8_t { none, position, key_cells, value_cells };
+    of what = of::none;
+    int kind = 0;
+};
 place_input place_of(const graph_facts &facts, int number);
 
 }  // namespace agq

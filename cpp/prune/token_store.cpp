@@ -31,59 +31,75 @@ uint64_t token_fingerprint(const key_rows &keys, int64_t cell) {
     return all;
 }
 
-std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes, size_t others,
+std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes, size_t window_bytes, size_t others,
                                                      const std::function<bool(const token_block &)> &is_needed) {
-    const size_t bytes = n * row_bytes, wanted = bytes + others;
+    const size_t bytes = n * row_bytes, wanted = bytes + window_bytes + others;
     if (wanted > most_bytes) return nullptr;
     size_t free = most_bytes - bytes_, oldest = 0;
     for (; free < wanted && oldest < blocks_.size(); ++oldest) {
         const token_block &block = *blocks_[oldest];
         if (!block.rows) continue;
         if (is_needed(block)) return nullptr;
-        free += block.fingerprints.size() * block.row_bytes;
+        free += block.bytes();
     }
     if (free < wanted) return nullptr;
     for (size_t i = 0; i < oldest; ++i) {
         token_block &block = *blocks_[i];
-        if (block.rows) bytes_ -= block.fingerprints.size() * block.row_bytes;
-        block.rows.reset();
+        bytes_ -= block.bytes();
+        block.forget_rows();
     }
     auto fresh = std::make_shared<token_block>();
     fresh->row_bytes = row_bytes;
+    fresh->window_bytes = window_bytes;
     if (bytes > 0) fresh->rows.reset(new char[bytes]);
     return fresh;
 }
 
 void token_store::forget_oldest() {
     const token_block &block = *blocks_.front();
-    for (uint64_t fingerprint : block.fingerprints) {
-        const auto found = tokens_.find(fingerprint);
-        if (found != tokens_.end() && found->second.block.get() == &block) tokens_.erase(found);
+    for (size_t kind = 0; kind < block.fingerprints.size(); ++kind) {
+        for (uint64_t fingerprint : block.fingerprints[kind]) {
+            const auto found = tokens_[kind].find(fingerprint);
+            if (found != tokens_[kind].end() && found->second.block.get() == &block) tokens_[kind].erase(found);
+        }
     }
-    if (block.rows) bytes_ -= block.fingerprints.size() * block.row_bytes;
+    bytes_ -= block.bytes();
     blocks_.pop_front();
 }
 
 void token_store::put(const std::shared_ptr<token_block> &block, const std::vector<int32_t> &positions,
                       const std::vector<int32_t> &ids) {
     blocks_.push_back(block);
-    if (block->rows) bytes_ += block->fingerprints.size() * block->row_bytes;
-    for (size_t i = 0; i < block->fingerprints.size(); ++i) {
-        stored_token &token = tokens_[block->fingerprints[i]];
-        // Another cell may hold the same token and need the rows.
-        if (token.block && token.rows() && !block->rows) continue;
-        token = {positions[i], ids.empty() ? -1 : ids[i], block, i};
+    bytes_ += block->bytes();
+    if (tokens_.size() < block->fingerprints.size()) tokens_.resize(block->fingerprints.size());
+    for (size_t kind = 0; kind < block->fingerprints.size(); ++kind) {
+        for (size_t i = 0; i < block->fingerprints[kind].size(); ++i) {
+            stored_token &token = tokens_[kind][block->fingerprints[kind][i]];
+            // Another cell may hold the same token and need the rows.
+            if (token.block && token.rows() && !block->rows) continue;
+            const stored_token fresh = {positions[i], ids.empty() ? -1 : ids[i], block, i};
+            for (size_t k = 0; token.block && k < block->fingerprints.size(); ++k) {
+                if (const auto kept = token.kept(k)) fresh.keep(k, kept);
+            }
+            token = fresh;
+        }
     }
-    while (tokens_.size() > most_tokens && blocks_.size() > 1) forget_oldest();
+    while (!tokens_.empty() && tokens_[0].size() > most_tokens && blocks_.size() > 1) forget_oldest();
 }
 
-void token_store::rename(uint64_t old, uint64_t fingerprint, int32_t shift) {
-    const auto found = tokens_.find(old);
-    if (found == tokens_.end()) return;
+void token_store::rename(size_t kind, uint64_t old, uint64_t fingerprint, int32_t shift) {
+    if (kind >= tokens_.size()) return;
+    const auto found = tokens_[kind].find(old);
+    if (found == tokens_[kind].end()) return;
     stored_token renamed = found->second;
     renamed.position += shift;
-    renamed.block->fingerprints[renamed.index] = fingerprint;
-    tokens_[fingerprint] = std::move(renamed);
+    renamed.block->fingerprints[kind][renamed.index] = fingerprint;
+    tokens_[kind][fingerprint] = std::move(renamed);
+}
+
+void token_store::move(size_t kind, const stored_token &by, int32_t shift) {
+    const auto found = tokens_[kind].find(by.block->fingerprints[kind][by.index]);
+    if (found != tokens_[kind].end() && found->second.block == by.block) found->second.position += shift;
 }
 
 }  // namespace agq

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "graph/ubatch.h"
+#include "prune/cell_rows.h"
 #include "prune/deferred_cells.h"
 #include "prune/early_graph.h"
 #include "prune/early_tokens.h"
@@ -32,6 +33,8 @@ class waiting_tokens {
     waiting_tokens &operator=(const waiting_tokens &) = delete;
 
     bool is_empty() const { return store_.empty(); }
+    /// Why no token of the latest graph can wait, or empty.
+    const std::string &obstacle() const { return obstacle_; }
 
     /// Reads what the store needs to know of a ubatch, before the graph may use the memory of its inputs again. Returns
     /// whether its tokens can be stored. If it has several streams, nothing else can be done with them. Throws
@@ -60,7 +63,7 @@ class waiting_tokens {
     /// std::bad_alloc.
     ggml_status compute(std::vector<int32_t> open, const segment_fn &segment);
     /// Drops candidates that cannot be computed after all.
-    void check_candidates(ubatch_work *work) const;
+    void check_candidates(divided_ubatch *ubatch) const;
     /// Warns if cells are still open.
     void warn_of_lost(const std::vector<int32_t> &open);
     /// Marks may have been changed by others: the next search reads all.
@@ -79,8 +82,17 @@ class waiting_tokens {
     enum class answer : uint8_t { unknown, no, yes };
 
     bool asks();
+    int find_kind();
+    std::string find_sites();
+    early_tokens find_early(int64_t row, size_t row_bytes) const;
+    std::string find_kept(const early_tokens &before, const ubatch_part &part, token_block *kept);
+    template <typename Function>
+    void for_kept_rows(const kept_window &window, const Function &each) const;
+    std::vector<kept_window *> find_kept_as_they_are(size_t kind);
+    void find_distances(const early_tokens &before, const ubatch_part &part, token_block *block) const;
     bool is_needed(const token_block &block) const;
-    std::shared_ptr<token_block> make_block(const ubatch_part &part);
+    int64_t find_row(const std::vector<int32_t> &cells) const;
+    std::shared_ptr<token_block> make_block(const ubatch_part &part, size_t window_bytes);
     bool prepare_graph(const early_tokens &tokens);
     void find_candidates_of(const divided_ubatch &ubatch, size_t index, part_work *work);
     void store_part(size_t first, size_t n, std::shared_ptr<token_block> block);
@@ -92,15 +104,30 @@ class waiting_tokens {
     deferred_cells deferred_;
     early_graph graph_;
     answer asks_ = answer::unknown;  ///< whether the cuts look at heads
-    int first_layer_ = 0;            ///< the first pruning layer
-    key_rows keys_, next_keys_;      ///< in the first pruning layer and the next one, from the stream's first cell on
-    int64_t n_cells_ = 0;            ///< of all streams
-    int64_t first_of_stream_ = 0;    ///< number of the first cell of this ubatch's stream
+    std::vector<int> layers_;        ///< the pruning layers
+    int known_kind_ = -1;            ///< the kind of attention that has no window, once that is known
     bool has_warned_ = false;
+    bool has_computed_ = false;  ///< whether tokens that waited were computed without a choice in this ubatch
+
+    // Of this graph. Vectors are by kind of attention.
+    waiting_sites sites_;
+    std::vector<key_rows> keys_, next_keys_;  ///< at sites_.keys and sites_.next, from the stream's first cell on
+    std::vector<const void *> roots_;         ///< the memory of the cache at sites_.keys
+    std::vector<bool> turns_;                 ///< whether keys depend on positions
+    std::vector<int64_t> n_cells_;            ///< of all streams
+    std::vector<int64_t> first_of_stream_;    ///< number of the first cell of this ubatch's stream
+    std::string obstacle_;                    ///< why no token can wait
+
+    /// The layers of which keys and values are kept for windows, of the graph that kept them first.
+    struct kept_layer {
+        int site, kind;
+        std::vector<cell_rows> rows;  ///< by stream
+    };
+    std::vector<kept_layer> kept_layers_;
 
     // The tokens of this ubatch.
-    size_t site_ = 0;  ///< index of the attention of the first pruning layer
-    std::vector<int32_t> cells_, positions_, ids_;
+    std::vector<std::vector<int32_t>> cells_;
+    std::vector<int32_t> positions_, ids_;
     size_t row_bytes_ = 0, made_bytes_ = 0;  ///< of a record; of the blocks that were made
 };
 

@@ -18,17 +18,20 @@ void check(bool good, const char *what) {
 constexpr size_t tokens = 64, row_bytes = token_store::most_bytes / 4 / tokens;  // four blocks fill the store
 
 /// A block that was made, or null if there is no room.
-std::shared_ptr<token_block> make(token_store *store, const token_block *needed, size_t others = 0) {
-    return store->make_block(tokens, row_bytes, others,
+std::shared_ptr<token_block> make(token_store *store, const token_block *needed, size_t others = 0,
+                                  size_t windows = 0) {
+    return store->make_block(tokens, row_bytes, windows, others,
                              [needed](const token_block &block) { return &block == needed; });
 }
 
 /// Puts a block into the store; its tokens have the numbers from `first` on.
 void put(token_store *store, const std::shared_ptr<token_block> &block, uint64_t first) {
     std::vector<int32_t> positions;
+    block->fingerprints.resize(1);
+    block->cells.resize(1);
     for (size_t i = 0; i < tokens; ++i) {
-        block->fingerprints.push_back(first + i);
-        block->cells.push_back(static_cast<int32_t>(i));
+        block->fingerprints[0].push_back(first + i);
+        block->cells[0].push_back(static_cast<int32_t>(i));
         positions.push_back(static_cast<int32_t>(i));
     }
     store->put(block, positions, {});
@@ -46,7 +49,7 @@ int main() {
         put(&store, blocks.back(), 1000 * i);
     }
     const auto has_rows = [&](uint64_t number) {
-        const agq::stored_token *token = store.find(number);
+        const agq::stored_token *token = store.find(0, number);
         return token && token->rows();
     };
     check(has_rows(0) && has_rows(3063), "all four blocks are there");
@@ -60,10 +63,11 @@ int main() {
     const std::shared_ptr<token_block> fifth = make(&store, blocks[1].get());
     check(fifth != nullptr, "the oldest block makes room");
     check(!has_rows(0) && has_rows(1000), "only its rows leave");
-    check(store.find(0) && store.find(0)->position == 0, "its tokens are still known");
+    check(store.find(0, 0) && store.find(0, 0)->position == 0, "its tokens are still known");
+    check(!make(&store, nullptr, 0, token_store::most_bytes), "keys and values of windows count, too");
     if (fifth) put(&store, fifth, 4000);
-    check(has_rows(4000) && store.find(4063)->position == 63, "the new block is there");
-    check(!store.make_block(tokens, token_store::most_bytes, 0, [](const token_block &) { return false; }),
+    check(has_rows(4000) && store.find(0, 4063)->position == 63, "the new block is there");
+    check(!store.make_block(tokens, token_store::most_bytes, 0, 0, [](const token_block &) { return false; }),
           "a block that is larger than the store");
 
     if (failures == 0) std::printf("ok\n");
