@@ -360,7 +360,7 @@ WORK = st.lists(
 def do_work(users: Users, work: list[tuple[str, Any]], order: list[int]) -> None:
     users.batch([(0, 50, False), (1, 70, True), (2, 25, False)])
     for what, how in work:
-        if max(users.length) > 220:
+        if max(users.length) > 190:  # a batch of 60 more must fit into 256 cells
             users.forget(int(np.argmax(users.length)), 30)
         if what == "batch":
             users.batch([(s, *how[s]) for s in order])
