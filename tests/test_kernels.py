@@ -77,7 +77,8 @@ def test_streams_of_weights_are_prefetched(build: Path) -> None:
         ["objdump", "-d", "-C", "--no-show-raw-insn", str(build / "kernels_test")],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    functions = re.findall(r"^[0-9a-f]+ <([^\n]*stream_(?:panel|wide)<[^\n]*)>:\n(.*?)^$", code, re.MULTILINE | re.DOTALL)
+    pattern = r"^[0-9a-f]+ <([^\n]*stream_(?:panel|wide)<[^\n]*)>:\n(.*?)^$"
+    functions = re.findall(pattern, code, re.MULTILINE | re.DOTALL)
     counts = {name: body.count("prefetch") for name, body in functions}
     assert len(counts) == 48  # 1 to 24 tokens, with one scale for a token and one for each group
     # A group of 64 columns has 8 chunks, each on a line of its own, and every line is fetched into two caches.

@@ -45,7 +45,7 @@ void weight_pages::move(ggml_tensor *const *nodes, int n, int n_threads) {
     static std::mutex one_at_a_time;  // contexts of one model would copy the same matrices
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     const auto begun = std::chrono::steady_clock::now();
-    const huge_pages_result result = move_to_huge_pages(std::move(ranges), n_threads, always);
+    const huge_pages_result result = move_to_huge_pages(ranges, n_threads, always);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begun;
     if (result.copied > 0) {
         char time[32];

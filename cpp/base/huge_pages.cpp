@@ -105,6 +105,17 @@ std::vector<span> within(const mapping &m, const std::vector<span> &sorted) {
     return found;
 }
 
+/// Starts another thread; false if the system gives none.
+template <typename Work>
+bool start(std::vector<std::thread> *threads, const Work &work) {
+    try {
+        threads->emplace_back(work);
+        return true;
+    } catch (const std::exception &) {
+        return false;
+    }
+}
+
 void copy(const span &from, void *to, int n_threads) {
     std::atomic<uintptr_t> next{0};
     const auto work = [&] {
@@ -116,9 +127,7 @@ void copy(const span &from, void *to, int n_threads) {
         }
     };
     std::vector<std::thread> others;
-    try {
-        for (int i = 1; i < n_threads; ++i) others.emplace_back(work);
-    } catch (const std::exception &) {  // fewer threads, then
+    while (static_cast<int>(others.size()) + 1 < n_threads && start(&others, work)) {
     }
     work();
     for (std::thread &other : others) other.join();
@@ -163,7 +172,7 @@ std::string replace_all(const std::vector<span> &parts, int n_threads, size_t *c
 
 }  // namespace
 
-huge_pages_result move_to_huge_pages(std::vector<memory_range> ranges, int n_threads, bool always) {
+huge_pages_result move_to_huge_pages(const std::vector<memory_range> &ranges, int n_threads, bool always) {
     huge_pages_result result;
     if (!has_huge_pages()) {
         result.obstacle = "the system gives none (/sys/kernel/mm/transparent_hugepage/enabled)";
@@ -214,7 +223,7 @@ huge_pages_result move_to_huge_pages(std::vector<memory_range> ranges, int n_thr
 
 namespace agq {
 
-huge_pages_result move_to_huge_pages(std::vector<memory_range>, int, bool) {
+huge_pages_result move_to_huge_pages(const std::vector<memory_range> &, int, bool) {
     return {0, 0, "only Linux has them here"};
 }
 

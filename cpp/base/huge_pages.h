@@ -26,6 +26,6 @@ struct huge_pages_result {
 /// Moves what these ranges of readable memory hold, rounded to whole huge pages, with `n_threads` threads. Other
 /// threads may read the memory meanwhile. Unless `always` is set, it leaves files where they are if less than a
 /// quarter of the memory would remain available. Throws std::bad_alloc.
-huge_pages_result move_to_huge_pages(std::vector<memory_range> ranges, int n_threads, bool always);
+huge_pages_result move_to_huge_pages(const std::vector<memory_range> &ranges, int n_threads, bool always);
 
 }  // namespace agq
