@@ -12,6 +12,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as api
 import numpy as np
+import pytest
 import tiny_models
 from numpy.typing import NDArray
 
@@ -226,3 +227,14 @@ def loaded_models(folder: Path, write: Callable[[str, Path], object], usual: str
     yield get
     for model in loaded.values():
         model.close()
+
+
+def models_fixture(write: Callable[[str, Path], object], usual: str) -> Any:
+    """A fixture of a module: the function of `loaded_models`."""
+
+    @pytest.fixture(scope="module")
+    def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
+        with loaded_models(tmp_path_factory.mktemp("models"), write, usual) as get:
+            yield get
+
+    return model

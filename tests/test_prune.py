@@ -9,7 +9,7 @@ import low_level
 import numpy as np
 import pytest
 import tiny_models
-from low_level import GetModel, LowContext, LowModel, loaded_models
+from low_level import GetModel, LowContext, LowModel, models_fixture
 
 import agq_gguf
 from agq_gguf.errors import InputError
@@ -25,10 +25,7 @@ def _write(arch: str, path: Path) -> None:
     getattr(tiny_models, f"write_{arch}")(path, dtype="f32", n_layer=LAYERS, seed=3)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
-    with loaded_models(tmp_path_factory.mktemp("prune"), _write, "agq4") as get:
-        yield get
+model = models_fixture(_write, "agq4")
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:

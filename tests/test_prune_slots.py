@@ -5,7 +5,7 @@ A program with slots puts the prompts of some users and single tokens of others 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 import tiny_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from low_level import GetModel, LowContext, LowModel, loaded_models, tokens
+from low_level import GetModel, LowContext, LowModel, models_fixture, tokens
 
 import agq_gguf
 
@@ -43,15 +43,7 @@ SPECS = {
 ATOL = 0.02
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
-    with loaded_models(tmp_path_factory.mktemp("slots"), lambda arch, path: WRITERS[arch](path), "agq4") as get:
-        yield get
-
-
-@pytest.fixture(autouse=True)
-def _fresh_log() -> None:
-    low_level.log.clear()
+model = models_fixture(lambda arch, path: WRITERS[arch](path), "agq4")
 
 
 @dataclass

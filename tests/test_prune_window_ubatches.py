@@ -5,7 +5,7 @@ With `swa_full` off, the cells of windows are used again while tokens wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from low_level import GetModel, LowModel, loaded_models, tokens
+from low_level import GetModel, LowModel, models_fixture, tokens
 from test_prune_slots import WORK, Users, do_work
 from test_prune_ubatches import ATOL, FLASH_ATOL, Both, assert_close, forget
 
@@ -40,15 +40,7 @@ CUTS = {
 ALL = "2:t0,4:t0;score=heads;heads=2:1.0+1.2;heads=4:3.1"  # tokens wait, but no question drops any
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
-    with loaded_models(tmp_path_factory.mktemp("windows"), lambda arch, path: WRITERS[arch](path), "f32") as get:
-        yield get
-
-
-@pytest.fixture(autouse=True)
-def _fresh_log() -> None:
-    low_level.log.clear()
+model = models_fixture(lambda arch, path: WRITERS[arch](path), "f32")
 
 
 def warnings() -> list[str]:

@@ -7,7 +7,7 @@ left the window. Both must go on as a context that only hides the dropped tokens
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import low_level
 import numpy as np
 import pytest
 from architectures import parts
-from low_level import GetModel, LowContext, LowModel, loaded_models, tokens
+from low_level import GetModel, LowContext, LowModel, models_fixture, tokens
 from reference_pruning import PrunedReference, Rule
 from reference_windows import WindowedModel
 from test_prune_reference import relative, spec_of
@@ -44,15 +44,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
-    with loaded_models(tmp_path_factory.mktemp("windows"), lambda arch, path: WRITERS[arch](path), "f32") as get:
-        yield get
-
-
-@pytest.fixture(autouse=True)
-def _fresh_log() -> None:
-    low_level.log.clear()
+model = models_fixture(lambda arch, path: WRITERS[arch](path), "f32")
 
 
 def run(model: LowModel, prune: str, n: int = 200, decode: int = 3, **options: object) -> tuple[np.ndarray, list[int]]:
