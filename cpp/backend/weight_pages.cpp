@@ -47,9 +47,13 @@ void weight_pages::move(ggml_tensor *const *nodes, int n, int n_threads) {
     const auto begun = std::chrono::steady_clock::now();
     const huge_pages_result result = move_to_huge_pages(ranges, n_threads, always);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begun;
+    char time[32];
+    std::snprintf(time, sizeof(time), "%.2f s", seconds.count());
+    if (result.collapsed > 0) {
+        log_line(log_info, "joined the pages of " + megabytes(result.collapsed) + " of weights into huge pages (" +
+                               time + "); AGQ_HUGE_PAGES=off leaves them as they are");
+    }
     if (result.copied > 0) {
-        char time[32];
-        std::snprintf(time, sizeof(time), "%.2f s", seconds.count());
         log_line(log_info, "copied " + megabytes(result.copied) + " of weights from the mapped file into huge pages (" +
                                time + "); AGQ_HUGE_PAGES=off leaves them in the file");
     }
