@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp.llama_cpp as api
 import low_level
@@ -37,24 +38,37 @@ def assert_close(found: np.ndarray, wanted: np.ndarray, atol: float = ATOL) -> N
     np.testing.assert_allclose(found, wanted, atol=atol, rtol=0)
 
 
+def assert_same_choice(
+    model: LowModel, cut: str, prompt: list[int], ubatches: Sequence[int], dropped: range, least: float, **options: Any
+) -> None:
+    """The same tokens leave, and the same logits come, in ubatches of all these sizes; the first one is one call.
+
+    So many tokens leave in one call, and the logits of the prompt then differ from the unpruned ones by `least` or
+    more.
+    """
+    atol = FLASH_ATOL if options["flash"] else ATOL
+    n = len(prompt)
+    with model.context("off", **options) as context:
+        unpruned = context.decode(prompt)
+    wanted, fate = np.empty(0), list[int]()
+    for ubatch in ubatches:
+        with model.context(cut, n_ubatch=ubatch, **options) as context:
+            logits = [context.decode(prompt)]
+            now = agq_gguf.last_pruned()
+            logits += [context.decode([7 + i], n + i) for i in range(3)]
+        if ubatch == ubatches[0]:
+            wanted, fate = np.array(logits), now
+            assert len(fate) == n and sum(layer >= 0 for layer in fate) in dropped
+            assert np.abs(unpruned - wanted[0]).max() > least
+        assert now == fate
+        assert_close(np.array(logits), wanted, atol)
+
+
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("cut", CUTS)
 def test_same_choice_as_in_one_call(model: LowModel, cut: str, flash: bool) -> None:
-    prompt, atol = tokens(300), FLASH_ATOL if flash else ATOL
-    with model.context("off", flash=flash) as context:
-        unpruned = context.decode(prompt)
-    wanted, fate = np.empty(0), list[int]()
-    for ubatch in (512, 150, 128, 100, 64, 59, 48):  # 59 and 48 leave 5 and 12 tokens for the last one
-        with model.context(CUTS[cut], n_ubatch=ubatch, flash=flash) as context:
-            logits = [context.decode(prompt)]
-            now = agq_gguf.last_pruned()
-            logits += [context.decode([7 + i], 300 + i) for i in range(3)]
-        if ubatch == 512:
-            wanted, fate = np.array(logits), now
-            assert len(fate) == 300 and 100 < sum(layer >= 0 for layer in fate) < 250
-            assert np.abs(unpruned - wanted[0]).max() > 100 * ATOL
-        assert now == fate
-        assert_close(np.array(logits), wanted, atol)
+    ubatches = (512, 150, 128, 100, 64, 59, 48)  # 59 and 48 leave 5 and 12 tokens for the last one
+    assert_same_choice(model, CUTS[cut], tokens(300), ubatches, range(101, 250), 100 * ATOL, flash=flash)
     assert low_level.log == []
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from low_level import GetModel, LowModel, models_fixture, tokens
 from test_prune_slots import WORK, Users, do_work
-from test_prune_ubatches import ATOL, FLASH_ATOL, Both, assert_close, forget
+from test_prune_ubatches import ATOL, FLASH_ATOL, Both, assert_close, assert_same_choice, forget
 
 import agq_gguf
 
@@ -51,22 +51,11 @@ def warnings() -> list[str]:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("cut", CUTS)
 def test_same_choice_as_in_one_call(model: GetModel, cut: str, full: bool, flash: bool) -> None:
-    m, prompt, atol = model("gemma3"), tokens(480), FLASH_ATOL if flash else ATOL
-    options = {"n_ctx": 768, "flash": flash, "swa_full": full}
-    with m.context("off", **options) as context:
-        unpruned = context.decode(prompt)
-    wanted, fate = np.empty(0), list[int]()
-    for ubatch in (512, 256, 128, 100, 64, 40, 59):  # 59 leaves 8 tokens for the last one
-        with m.context(CUTS[cut], n_ubatch=ubatch, **options) as context:
-            logits = [context.decode(prompt)]
-            now = agq_gguf.last_pruned()
-            logits += [context.decode([7 + i], 480 + i) for i in range(3)]
-        if ubatch == 512:
-            wanted, fate = np.array(logits), now
-            assert len(fate) == 480 and 100 < sum(layer >= 0 for layer in fate) < 450
-            assert np.abs(unpruned - wanted[0]).max() > 50 * ATOL
-        assert now == fate
-        assert_close(np.array(logits), wanted, atol)
+    ubatches = (512, 256, 128, 100, 64, 40, 59)  # 59 leaves 8 tokens for the last one
+    assert_same_choice(
+        model("gemma3"), CUTS[cut], tokens(480), ubatches, range(101, 450), 50 * ATOL,
+        flash=flash, n_ctx=768, swa_full=full,
+    )  # fmt: skip
     assert warnings() == []
 
 

@@ -7,29 +7,31 @@
 
 namespace agq {
 
+namespace {
+
+/// Reads a variable that is one of three words into `*mode`; `words` are those of the modes 0, 1 and 2, and the first
+/// one is the default. Any other value is an error.
+template <typename Mode>
+void read_mode(const char *variable, const char *const (&words)[3], Mode *mode, std::string *error) {
+    const char *given = std::getenv(variable);
+    for (int i = 0; i < 3; ++i) {
+        if (std::string(given ? given : words[0]) != words[i]) continue;
+        *mode = static_cast<Mode>(i);
+        return;
+    }
+    *error =
+        std::string(variable) + " must be " + words[0] + ", " + words[1] + " or " + words[2] + ", got '" + given + "'";
+}
+
+}  // namespace
+
 options read_options() {
     options result;
     if (const char *isa = std::getenv("AGQ_FORCE_ISA")) result.force_isa = isa;
     if (const char *fuse = std::getenv("AGQ_FUSE")) result.fuse = std::string(fuse) != "0";
     if (const char *all = std::getenv("AGQ_TAKE_ALL")) result.take_all = std::string(all) == "1";
-    const char *given = std::getenv("AGQ_WAIT");
-    const std::string wait = given ? given : "auto";
-    if (wait == "spin") {
-        result.wait = wait_mode::spin;
-    } else if (wait == "sleep") {
-        result.wait = wait_mode::sleep;
-    } else if (wait != "auto") {
-        result.error = "AGQ_WAIT must be auto, spin or sleep, got '" + wait + "'";
-    }
-    const char *pages = std::getenv("AGQ_HUGE_PAGES");
-    const std::string huge_pages = pages ? pages : "auto";
-    if (huge_pages == "on") {
-        result.huge_pages = huge_pages_mode::on;
-    } else if (huge_pages == "off") {
-        result.huge_pages = huge_pages_mode::off;
-    } else if (huge_pages != "auto") {
-        result.error = "AGQ_HUGE_PAGES must be auto, on or off, got '" + huge_pages + "'";
-    }
+    read_mode("AGQ_WAIT", {"auto", "spin", "sleep"}, &result.wait, &result.error);
+    read_mode("AGQ_HUGE_PAGES", {"auto", "on", "off"}, &result.huge_pages, &result.error);
     return result;
 }
 

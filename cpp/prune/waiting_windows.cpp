@@ -71,6 +71,7 @@ std::string waiting_tokens::find_kept(const early_tokens &before, const ubatch_p
             if (window.end_site[i] <= sites_.next[k]) continue;  // no layer has it
             const size_t sure = static_cast<size_t>(sites_.kind);
             const stored_token *token = store_.find(sure, token_fingerprint(keys_[sure], before.cells[i]));
+            if (!token) return unknown_window;
             std::shared_ptr<kept_window> its = token->kept(k);
             if (!its || its->end_site != window.end_site[i]) {
                 if (window.cells[i] < 0) return unknown_window;

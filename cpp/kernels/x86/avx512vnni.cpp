@@ -191,7 +191,7 @@ class block_sums {
         for (int t = 0; t < n; t++) integers_[t] = dot_broadcast(integers_[t], u, q_ + 8 * n * c + 4 * (high * n + t));
     }
     AGQ_INLINE void end_group() {
-        stay_in_order(integers_[0], integers_[n - 1]);
+        stay();
         q_ += group_columns * n;
         bias_ += n;
         last_scale_ = scale_;
