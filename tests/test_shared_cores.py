@@ -28,10 +28,21 @@ for _ in range(50):  # threads that were told to end take a moment where others 
 print(min(counts))
 """
 
+# Ends without freeing its context.
+LEAVING_PROGRAM = """
+import sys
+import agq_gguf
+from agq_gguf.runtime.model import Batch, Model
 
-def run(model: Path, wait: str) -> subprocess.CompletedProcess[str]:
+agq_gguf.register()
+context = Model(sys.argv[1]).context(64, threads=2)
+context.decode(Batch(list(range(3, 30))))
+"""
+
+
+def run(model: Path, wait: str, program: str = PROGRAM) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model)],
+        [sys.executable, "-c", program, str(model)],
         capture_output=True, text=True, check=False, timeout=120, env=environment(AGQ_WAIT=wait),
     )  # fmt: skip
 
@@ -45,6 +56,12 @@ def test_waiting_threads_sleep_and_answers_stay(llama_agq: Path) -> None:
     # The team that makes OpenMP spin briefly: one thread that holds it, and one for each CPU.
     assert int(lines["sleep"][0]) >= int(lines["spin"][0]) + 2
     assert int(lines["sleep"][2]) <= int(lines["spin"][2])  # it is gone with the context
+
+
+@pytest.mark.parametrize("wait", ["spin", "sleep"])
+def test_a_process_may_end_with_its_context_open(llama_agq: Path, wait: str) -> None:
+    result = run(llama_agq, wait, LEAVING_PROGRAM)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_wrong_value_is_refused(llama_agq: Path) -> None:

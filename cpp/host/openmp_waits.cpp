@@ -61,9 +61,10 @@ class crowd {
     int wanted_ = 0;
 };
 
+/// Never destroyed: a process may end while contexts that want the thread are still there.
 crowd &the_crowd() {
-    static crowd one;
-    return one;
+    static crowd *one = new crowd;
+    return *one;
 }
 
 }  // namespace
