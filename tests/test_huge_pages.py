@@ -13,18 +13,21 @@ from command_line import environment
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has transparent huge pages")
 
 # Prints logits in hexadecimal digits and how many bytes of the process's memory are mapped from the model's file; in
-# the second line the same of a second context in another thread. Options: "no-mmap", "locked".
+# the second line the same of a second context in another thread. Options: "no-mmap", "locked", "large" (contexts with
+# several MB of keys and values).
 PROGRAM = """
 import ctypes, logging, sys, threading
 import agq_gguf
 from agq_gguf.runtime.model import Batch, Model
+
+cells = 32768 if "large" in sys.argv else 64
 
 def mapped(path):
     lines = [line.split() for line in open("/proc/self/maps") if line.rstrip().endswith(path)]
     return sum(int(end, 16) - int(begin, 16) for begin, end in (line[0].split("-") for line in lines))
 
 def answer(model):
-    with model.context(64, threads=2) as context:
+    with model.context(cells, threads=2) as context:
         batch = Batch(list(range(3, 30)))
         context.decode(batch)
         print(context.logits(batch).tobytes().hex(), mapped(sys.argv[1]), flush=True)
@@ -82,6 +85,17 @@ def test_small_models_stay_in_the_file(llama_agq: Path, in_file: tuple[str, int]
 
 def test_without_a_mapped_file(llama_agq: Path, in_file: tuple[str, int]) -> None:
     assert read(run(llama_agq, "no-mmap", AGQ_HUGE_PAGES="on")) == (in_file[0], 0)
+
+
+def test_keys_and_values(llama_agq: Path, in_file: tuple[str, int]) -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    result = run(llama_agq, "large")
+    assert read(result) == in_file
+    # Each of the two contexts renews its own.
+    assert result.stderr.count("keys and values get huge pages") == (2 if "[madvise]" in setting else 0)
+    result = run(llama_agq, "large", AGQ_HUGE_PAGES="off")
+    assert read(result) == in_file
+    assert "keys and values" not in result.stderr
 
 
 def test_locked_memory_stays(llama_agq: Path, in_file: tuple[str, int]) -> None:

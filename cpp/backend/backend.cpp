@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "backend/cache_pages.h"
 #include "backend/graph_snapshot.h"
 #include "backend/shared_cores.h"
 #include "backend/weight_pages.h"
@@ -144,6 +145,7 @@ struct backend_context {
           pruning(settings.kern->attention, settings.pruning),
           may_prune(settings.pruning.given),
           pages(device.chosen.huge_pages),
+          caches(device.chosen.huge_pages),
           cores(device.chosen.wait) {
         device.creating.begin(this);
     }
@@ -172,6 +174,7 @@ struct backend_context {
     int n_threads = 4;      ///< ggml's default, until the host sets it
     int inner_threads = 4;  ///< those of the inner backend
     weight_pages pages;
+    cache_pages caches;
     shared_cores cores;
     std::string last_error;  ///< so that a failing model is reported once, not once per token
 };
@@ -249,7 +252,10 @@ ggml_status backend_graph_compute(ggml_backend *backend, ggml_cgraph *graph) {
         const bool has_agq4 = context.device.chosen.take_all || std::any_of(nodes, nodes + n, uses_agq4);
         context.may_prune = context.may_prune || has_agq4;
         if (!context.may_prune && !profile_enabled()) return host.ggml_backend_graph_compute(context.cpu, graph);
-        if (has_agq4 && !repeated) context.pages.move(nodes, n, context.n_threads);
+        if (has_agq4 && !repeated) {
+            context.pages.move(nodes, n, context.n_threads);
+            context.caches.renew(nodes, n);
+        }
         const watched_graph watched(context, nodes, n);
         int64_t computing = 0;  // nanoseconds spent in `compute`, which are not the pruner's own
         const auto compute_part = [&](ggml_tensor **part, int size, bool part_repeated, const key_choices &choices) {

@@ -21,6 +21,7 @@ namespace agq {
 namespace {
 
 constexpr uintptr_t huge = uintptr_t{2} << 20;     // bytes; other sizes are left alone, see `has_huge_pages`
+constexpr uintptr_t small = 4096;                  // bytes of an ordinary page
 constexpr uintptr_t piece = uintptr_t{256} << 20;  // what is copied before it takes the file's place: bounds the memory
 constexpr int advise_huge = 14, collapse = 25;     // MADV_HUGEPAGE, and MADV_COLLAPSE of Linux 6.1
 
@@ -73,6 +74,13 @@ bool has_huge_pages() {
            bytes == huge;
 }
 
+/// Whether all memory gets huge pages, if there are any.
+bool has_huge_pages_anyway() {
+    std::ifstream enabled("/sys/kernel/mm/transparent_hugepage/enabled");
+    std::string setting;
+    return std::getline(enabled, setting) && setting.find("[always]") != std::string::npos;
+}
+
 /// Files of memory file systems are in memory already, and a copy would take it twice.
 bool is_in_memory(const std::string &path) {
     constexpr long tmpfs = 0x01021994, ramfs = 0x858458f6, hugetlbfs = 0x958458f6;
@@ -88,6 +96,16 @@ bool has_locked_memory() {
         if (line.rfind("VmLck:", 0) == 0) return line.find_first_of("123456789") != std::string::npos;
     }
     return false;
+}
+
+std::vector<span> sorted_spans(const std::vector<memory_range> &ranges) {
+    std::vector<span> sorted;
+    for (const memory_range &range : ranges) {
+        const auto begin = reinterpret_cast<uintptr_t>(range.data);
+        if (range.size > 0) sorted.push_back({begin, begin + range.size});
+    }
+    std::sort(sorted.begin(), sorted.end(), [](const span &a, const span &b) { return a.begin < b.begin; });
+    return sorted;
 }
 
 /// The ranges within a mapping, rounded outward to huge pages but not beyond it, and joined where they touch.
@@ -170,6 +188,23 @@ std::string replace_all(const std::vector<span> &parts, int n_threads, size_t *c
     return "";
 }
 
+bool is_zero(const span &memory) {
+    const char *bytes = static_cast<const char *>(memory.data());
+    // Each byte equals the one before it, and the first one is zero.
+    return bytes[0] == 0 && std::memcmp(bytes, bytes + 1, memory.size() - 1) == 0;
+}
+
+/// Gives whole huge pages of zeros back to the system. Returns their bytes.
+size_t renew(const span &whole) {
+    if (madvise(whole.data(), whole.size(), advise_huge) != 0) return 0;
+    size_t renewed = 0;
+    for (uintptr_t begin = whole.begin; begin < whole.end; begin += huge) {
+        const span page = {begin, begin + huge};
+        if (is_zero(page) && madvise(page.data(), page.size(), MADV_DONTNEED) == 0) renewed += page.size();
+    }
+    return renewed;
+}
+
 }  // namespace
 
 huge_pages_result move_to_huge_pages(const std::vector<memory_range> &ranges, int n_threads, bool always) {
@@ -178,13 +213,7 @@ huge_pages_result move_to_huge_pages(const std::vector<memory_range> &ranges, in
         result.obstacle = "the system gives none (/sys/kernel/mm/transparent_hugepage/enabled)";
         return result;
     }
-    std::vector<span> sorted;
-    for (const memory_range &range : ranges) {
-        const auto begin = reinterpret_cast<uintptr_t>(range.data);
-        if (range.size > 0) sorted.push_back({begin, begin + range.size});
-    }
-    std::sort(sorted.begin(), sorted.end(), [](const span &a, const span &b) { return a.begin < b.begin; });
-
+    const std::vector<span> sorted = sorted_spans(ranges);
     std::vector<span> of_files;
     for (const mapping &m : read_mappings()) {
         const std::vector<span> parts = within(m, sorted);
@@ -217,6 +246,27 @@ huge_pages_result move_to_huge_pages(const std::vector<memory_range> &ranges, in
     return result;
 }
 
+size_t renew_in_huge_pages(const std::vector<memory_range> &ranges) {
+    if (!has_huge_pages() || has_huge_pages_anyway() || has_locked_memory()) return 0;
+    std::vector<span> joined;
+    for (const span &range : sorted_spans(ranges)) {
+        if (!joined.empty() && range.begin < joined.back().end + small) {
+            joined.back().end = std::max(joined.back().end, range.end);
+        } else {
+            joined.push_back(range);
+        }
+    }
+    size_t renewed = 0;
+    for (const mapping &m : read_mappings()) {
+        if (!m.is_anonymous() || m.permissions != "rw-p") continue;
+        for (const span &part : joined) {
+            const span whole = {up(std::max(part.begin, m.memory.begin)), down(std::min(part.end, m.memory.end))};
+            if (whole.begin < whole.end) renewed += renew(whole);
+        }
+    }
+    return renewed;
+}
+
 }  // namespace agq
 
 #else
@@ -225,6 +275,10 @@ namespace agq {
 
 huge_pages_result move_to_huge_pages(const std::vector<memory_range> &, int, bool) {
     return {0, 0, "only Linux has them here"};
+}
+
+size_t renew_in_huge_pages(const std::vector<memory_range> &) {
+    return 0;
 }
 
 }  // namespace agq

@@ -1,4 +1,4 @@
-// Moves read-only memory from small pages into huge ones, in place.
+// Moves memory from small pages into huge ones, in place.
 //
 // Weights are used from the mapped file, whose pages have 4 KiB. Processors look ahead within a page only, and look up
 // the address of each page anew. In pages of 2 MiB the same weights are read faster. Linux gives such pages to memory
@@ -27,5 +27,11 @@ struct huge_pages_result {
 /// threads may read the memory meanwhile. Unless `always` is set, it leaves files where they are if less than a
 /// quarter of the memory would remain available. Throws std::bad_alloc.
 huge_pages_result move_to_huge_pages(const std::vector<memory_range> &ranges, int n_threads, bool always);
+
+/// Lets memory that holds nothing but zeros be in huge pages: it is returned to the system, which gives it anew, filled
+/// with zeros, when it is used. The ranges belong to the caller, and no other thread writes to them meanwhile. Ranges
+/// with a gap of less than a small page are treated as one, provided that the gap holds zeros, too. Returns how many
+/// bytes will be in huge pages.
+size_t renew_in_huge_pages(const std::vector<memory_range> &ranges);
 
 }  // namespace agq

@@ -116,7 +116,7 @@ void leaves_what_it_must_not_move() {
     if (syscall(SYS_mlock, locked, 4096) == 0) {  // sanitizers replace mlock by nothing
         const auto result = agq::move_to_huge_pages({{file.data, file.size}}, 2, true);
         check(result.copied == 0 && !result.obstacle.empty(), "moved although memory is locked");
-        munlock(locked, 4096);
+        syscall(SYS_munlock, locked, 4096);
     }
     const int shared = memfd_create("model", 0);
     if (shared >= 0 && ftruncate(shared, 4 * huge) == 0) {
@@ -132,6 +132,42 @@ void leaves_what_it_must_not_move() {
     writable[0] = 8;  // it can still be written
     munmap(writable, 4 * huge);
     check(agq::move_to_huge_pages({}, 2, true).copied == 0, "moved nothing");
+}
+
+void renews_empty_memory_only() {
+    std::ifstream enabled("/sys/kernel/mm/transparent_hugepage/enabled");
+    std::string setting;
+    std::getline(enabled, setting);
+    const bool given_anyway = setting.find("[always]") != std::string::npos;
+    constexpr size_t size = 12 * huge;
+    void *mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const auto start = (reinterpret_cast<uintptr_t>(mapped) + huge - 1) / huge * huge;  // the 11 pages from here on
+    char *data = static_cast<char *>(mapped) + (start - reinterpret_cast<uintptr_t>(mapped));
+    std::memset(mapped, 0, size);
+    data[0] = 1;                // not in a range
+    data[5 * huge - 1] = 2;     // the last byte of a page
+    data[7 * huge] = 3;         // the first one of a page
+    data[9 * huge + 2000] = 4;  // between two ranges
+    // The first page is not whole, and neither is the last one. Pages 4, 7 and 9 are not empty.
+    const size_t renewed = agq::renew_in_huge_pages(
+        {{data + 9 * huge + 4000, huge}, {data + 1, 9 * huge + 1000}, {data + 2 * huge, 100}, {data, 0}});
+    check(renewed == (given_anyway ? 0 : 6 * huge), "renewed " + std::to_string(renewed));
+    size_t sum = 0;
+    for (size_t i = 0; i < 11 * huge; ++i) sum += static_cast<size_t>(data[i]);
+    check(sum == 10 && data[0] == 1 && data[5 * huge - 1] == 2 && data[7 * huge] == 3 && data[9 * huge + 2000] == 4,
+          "changed memory that is not empty");
+    std::memset(data, 5, 11 * huge);
+    check(data[3 * huge] == 5, "renewed memory cannot be written");
+    munmap(mapped, size);
+
+    // A file's pages would come back with the content of the file.
+    const int file = memfd_create("cache", 0);
+    if (file < 0 || ftruncate(file, 4 * huge) != 0 || pwrite(file, "text", 4, 2 * huge) != 4) return;
+    char *copy = static_cast<char *>(mmap(nullptr, 4 * huge, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0));
+    std::memset(copy, 0, 4 * huge);
+    check(agq::renew_in_huge_pages({{copy, 4 * huge}}) == 0 && copy[2 * huge] == 0, "renewed a file");
+    munmap(copy, 4 * huge);
+    close(file);
 }
 
 void reads_the_state_of_memory() {
@@ -154,6 +190,7 @@ int main() {
     }
     moves_ranges_while_they_are_read();
     leaves_what_it_must_not_move();
+    renews_empty_memory_only();
     std::printf("%d wrong\n", failures);
     return failures ? 1 : 0;
 }
