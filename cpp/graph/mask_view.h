@@ -20,6 +20,10 @@ class mask_row {
                    mask->type == ggml_type_f16) {}
     mask_row(const char *row, bool is_f16) : row_(row), is_f16_(is_f16) {}
 
+    /// Where the entry of a cell is.
+    const char *at(int64_t cell) const {
+        return row_ + static_cast<size_t>(cell) * (is_f16_ ? sizeof(uint16_t) : sizeof(float));
+    }
     bool hides(int64_t cell) const {
         if (is_f16_) return reinterpret_cast<const uint16_t *>(row_)[cell] == hidden_f16;
         return reinterpret_cast<const float *>(row_)[cell] == -INFINITY;

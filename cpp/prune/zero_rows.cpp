@@ -9,7 +9,8 @@ namespace agq {
 
 namespace {
 
-constexpr size_t prefetch_distance = 24;  // in rows; each is a separate cache line, and not in the cache
+constexpr size_t prefetch_distance = 64;  // in rows; each is a separate cache line, and not in the cache
+constexpr int64_t rows_ahead = 16;        // of a mask; each begins in another page
 constexpr int64_t max_block = 256;        // elements in the largest block of a stock type
 
 using to_float_fn = void (*)(const void *, float *, int64_t);
@@ -39,11 +40,24 @@ bool is_16_bit(int type) {
     return type == ggml_type_f16 || type == ggml_type_bf16;
 }
 
-bool is_visible_to_any(const ggml_tensor *mask, int64_t cell, int64_t stream) {
-    for (int64_t token = mask->ne[1]; token-- > 0;) {
-        if (!is_hidden(mask, cell, token, stream)) return true;
+/// Removes the cells from `begin` on that no token sees. Reads the mask row by row, as it lies in memory.
+void remove_hidden(const ggml_tensor *mask, int64_t stream, size_t begin, std::vector<dropped_cell> *cells) {
+    std::vector<uint8_t> seen(cells->size() - begin, 0);
+    size_t left = seen.size();
+    for (int64_t token = mask->ne[1]; token-- > 0 && left > 0;) {
+        const mask_row row(mask, token, stream);
+        prefetch(mask_row(mask, std::max<int64_t>(token - rows_ahead, 0), stream).at((*cells)[begin].cell));
+        for (size_t i = 0; i < seen.size(); ++i) {
+            if (seen[i] || row.hides((*cells)[begin + i].cell)) continue;
+            seen[i] = 1;
+            --left;
+        }
     }
-    return false;
+    size_t end = begin;
+    for (size_t i = 0; i < seen.size(); ++i) {
+        if (seen[i]) (*cells)[end++] = (*cells)[begin + i];
+    }
+    cells->resize(end);
 }
 
 }  // namespace
@@ -107,14 +121,13 @@ int32_t zero_row_scanner::find_border(const std::vector<key_rows> &layers, int64
 }
 
 /// Rows are far apart, and usually not in the cache.
-void zero_row_scanner::prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint,
-                                     bool both) const {
+void zero_row_scanner::prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint) {
     if (hint < 0 || static_cast<size_t>(hint) >= layers.size()) {
         prefetch(layers.back().row(cell, stream));
         return;
     }
     prefetch(layers[static_cast<size_t>(hint)].row(cell, stream));
-    if (both && hint > 0) prefetch(layers[static_cast<size_t>(hint) - 1].row(cell, stream));
+    if (hint > 0) prefetch(layers[static_cast<size_t>(hint) - 1].row(cell, stream));
 }
 
 /// Whether the cells to check are those of the last scan plus one, in the same cache: one token was decoded.
@@ -132,34 +145,51 @@ bool zero_row_scanner::is_one_step_on(const std::vector<key_rows> &layers) {
     return result;
 }
 
-/// Checks the candidates. With `sampled`, only one cell in eight is checked fully; returns false as soon as one has
-/// changed.
-bool zero_row_scanner::scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream,
-                                   bool sampled) {
+/// Whether the candidates are what the last scan found, as far as the rows tell that are read here: one row of each
+/// candidate, and a second one of one in eight. Nothing in the loops depends on what was read, so the processor waits
+/// for many rows at once.
+bool zero_row_scanner::is_as_before(const std::vector<key_rows> &layers, int64_t stream, const int32_t *hints) const {
+    bool differs = false;
+    const auto rows_of = [&](int32_t hint) -> const key_rows & {
+        return hint < 0 ? layers.back() : layers[static_cast<size_t>(hint)];
+    };
+    const size_t n = candidates_.size();
+    for (size_t i = 0; i < n; ++i) {
+        const int32_t ahead = candidates_[std::min(i + prefetch_distance, n - 1)];
+        prefetch(rows_of(hints[ahead]).row(ahead, stream));
+        const int32_t cell = candidates_[i], hint = hints[cell];
+        differs |= rows_of(hint).may_be_zero(cell, stream) != (hint >= 0);
+    }
+    for (const int32_t cell : candidates_) {
+        const int32_t hint = hints[cell];
+        if (hint <= 0 || (cell + turn_) % 8 != 0) continue;
+        differs |= layers[static_cast<size_t>(hint) - 1].may_be_zero(cell, stream);
+    }
+    return !differs;
+}
+
+/// Checks the candidates.
+void zero_row_scanner::scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream,
+                                   int32_t *hints) {
     const key_rows &last = layers.back();
-    const size_t base = static_cast<size_t>(stream * mask->ne[0]);
-    const bool one_token = mask->ne[1] == 1;
-    const auto closely = [&](int32_t cell) { return !sampled || (cell + turn_) % 8 == 0; };
+    const size_t begin = found_.size();
     for (size_t i = 0; i < candidates_.size(); ++i) {
         if (i + prefetch_distance < candidates_.size()) {
             const int32_t ahead = candidates_[i + prefetch_distance];
-            prefetch_rows(layers, ahead, stream, hints_[base + static_cast<size_t>(ahead)], closely(ahead));
+            prefetch_rows(layers, ahead, stream, hints[ahead]);
         }
         const int32_t c = candidates_[i];
-        int32_t &hint = hints_[base + static_cast<size_t>(c)];
+        int32_t &hint = hints[c];
         if (hint < 0 && !last.may_be_zero(c, stream)) continue;
-        const bool as_before = sampled && hint >= 0 && !closely(c)
-                                   ? layers[static_cast<size_t>(hint)].may_be_zero(c, stream)
-                                   : is_border(layers, c, stream, hint);
-        if (!as_before) {
-            if (sampled) return false;
+        if (!is_border(layers, c, stream, hint)) {
             hint = -1;
             if (!last.is_zero(c, stream)) continue;
             hint = find_border(layers, c, stream);
         }
-        if (one_token || is_visible_to_any(mask, c, stream)) found_.push_back({static_cast<int32_t>(stream), c, hint});
+        found_.push_back({static_cast<int32_t>(stream), c, hint});
     }
-    return true;
+    // The candidates of a single token are the cells that it sees.
+    if (mask->ne[1] > 1) remove_hidden(mask, stream, begin, &found_);
 }
 
 const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_rows> &layers, const ggml_tensor *mask,
@@ -183,10 +213,13 @@ const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_ro
             n += !(one_token && row.hides(c)) && !(skipped && skipped[c]);
         }
         candidates_.resize(n);
-        const bool sampled = is_one_step_on(layers) && one_token && streams == 1;
-        if (!scan_stream(layers, mask, s, sampled)) {
-            found_.clear();
-            scan_stream(layers, mask, s, false);
+        int32_t *hints = &hints_[static_cast<size_t>(s * cells)];
+        if (is_one_step_on(layers) && one_token && streams == 1 && is_as_before(layers, s, hints)) {
+            for (const int32_t c : candidates_) {
+                if (hints[c] >= 0) found_.push_back({static_cast<int32_t>(s), c, hints[c]});
+            }
+        } else {
+            scan_stream(layers, mask, s, hints);
         }
     }
     return found_;

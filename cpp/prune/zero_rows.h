@@ -29,14 +29,13 @@ struct key_rows {
     /// Quick check of the first bytes: if false, the row is certainly not zero.
     bool may_be_zero(int64_t cell, int64_t stream) const {
         const char *p = row(cell, stream);
-        uint64_t word;
-        std::memcpy(&word, p, sizeof(word));
-        if (word & magnitude) return false;
-        for (int i = 1; i < head_words; ++i) {
+        uint64_t any = 0;
+        for (int i = 0; i < head_words; ++i) {
+            uint64_t word;
             std::memcpy(&word, p + sizeof(word) * static_cast<size_t>(i), sizeof(word));
-            if (word & magnitude) return false;
+            any |= word & magnitude;
         }
-        return true;
+        return any == 0;
     }
 };
 
@@ -61,10 +60,10 @@ class zero_row_scanner {
   private:
     static bool is_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t layer);
     static int32_t find_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream);
-    void prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint,
-                       bool both) const;
+    static void prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint);
     bool is_one_step_on(const std::vector<key_rows> &layers);
-    bool scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream, bool sampled);
+    bool is_as_before(const std::vector<key_rows> &layers, int64_t stream, const int32_t *hints) const;
+    void scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream, int32_t *hints);
 
     std::vector<dropped_cell> found_;
     std::vector<int32_t> hints_;  ///< first_layer by stream and cell in the last scan; -1: not dropped
