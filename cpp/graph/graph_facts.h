@@ -26,6 +26,10 @@ struct attention_site : attention_operands {
     const ggml_tensor *values = nullptr;  ///< the whole cache of values; null if it was not found
 };
 
+/// How many positions a token has in models with M-RoPE: time, row and column of an image, and one more. The input
+/// holds all tokens' first positions, then all their second ones, and so on.
+constexpr int64_t position_sections = 4;
+
 /// Attentions with the same mask. Their caches have the same cells. Models with sliding windows have two kinds.
 struct attention_kind {
     const ggml_tensor *mask = nullptr;

@@ -91,7 +91,7 @@ std::string waiting_tokens::find_sites() {
 bool waiting_tokens::may_begin_to_wait() {
     const graph_facts &f = facts();
     if (!f.out_ids || f.out_ids->ne[0] >= f.n_tokens() || !f.positions || !asks()) return false;
-    if (f.positions->ne[0] != f.n_tokens()) return false;
+    if (!has_text_positions(f)) return false;
     const int32_t *positions = static_cast<const int32_t *>(f.positions->data);
     const int32_t *out_ids = static_cast<const int32_t *>(f.out_ids->data);
     for (int64_t t = 0; t < f.n_tokens(); ++t) {
@@ -107,7 +107,7 @@ bool waiting_tokens::read_own(const std::vector<std::vector<int32_t>> &own_cells
     const int64_t n = f.n_tokens();
     obstacle_ = "this kind of ubatch cannot wait for it";
     has_computed_ = false;
-    if (n == 0 || !asks() || !f.complete || !f.positions || f.positions->ne[0] != n) return false;
+    if (n == 0 || !asks() || !f.complete || !f.positions || !has_text_positions(f)) return false;
     for (size_t k = 0; k < f.kinds.size(); ++k) {
         const attention_kind &kind = f.kinds[k];
         if (!kind.k_cells || kind.k_cells->ne[0] != n || kind.mask->ne[1] * kind.mask->ne[3] != n) return false;

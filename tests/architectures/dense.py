@@ -177,11 +177,21 @@ def write_llama31(path: Path | str) -> Path:
     return m.ends()
 
 
-def write_qwen2vl(path: Path | str) -> Path:
+def write_qwen2vl(path: Path | str, *, layers: int = LAYERS) -> Path:
     """Qwen2-VL: positions in sections."""
-    m = Layered(path, "qwen2vl", rms(), ROPE, {"rope.dimension_sections": [4, 6, 6, 0]})
+    m = Layered(path, "qwen2vl", rms(), ROPE, {"rope.dimension_sections": [4, 6, 6, 0]}, layers=layers)
     for block in m.blocks:
         m.attention(block, bias=True)
+        m.gated(block)
+    return m.ends()
+
+
+def write_qwen3vl(path: Path | str, *, layers: int = LAYERS) -> Path:
+    """Qwen3-VL: sections in another order, norms on queries and keys, parts of an image that are added in layer 0."""
+    keys: Keys = {"rope.dimension_sections": [6, 5, 5, 0], "n_deepstack_layers": 1}
+    m = Layered(path, "qwen3vl", heads(64), rms(), keys, layers=layers, pre="qwen2")
+    for block in m.blocks:
+        m.attention(block, head=64, qk_norm=True)
         m.gated(block)
     return m.ends()
 
