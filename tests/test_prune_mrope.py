@@ -128,8 +128,8 @@ def run_image(context: LowContext, at: int, width: int = parts.E) -> None:
     """
     n, rng = SIDE * SIDE, np.random.default_rng(4)
     rows, columns = (side.ravel() for side in np.mgrid[:SIDE, :SIDE])
-    positions = np.array([np.zeros(n), rows, columns, np.zeros(n)]) + [[at], [at], [at], [0]]
-    positions = positions.astype(np.int32)
+    positions = np.array([np.zeros(n), rows, columns, np.zeros(n)], np.int32)
+    positions[:3] += at
     content = rng.normal(0, 1, (n, width)).astype(np.float32)
     sequence = (ctypes.c_int32 * 1)(0)
     integers = ctypes.POINTER(ctypes.c_int32)

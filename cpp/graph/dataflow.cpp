@@ -154,6 +154,7 @@ token_dim trace_lookup(const operands &x) {
 
 token_dim trace_product(const operands &x) {
     const token_dim a = x.src[0], b = x.src[1];
+    if (a && a == b && a.dim >= 2 && !a.by_stream) return x.like(a);  // a matrix for each token
     if (a || b.dim < 1 || x.src[2] || (b.dim >= 2 && x.node->src[0]->ne[b.dim] != 1)) return {};
     return x.like(b);
 }
@@ -222,7 +223,9 @@ bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t toke
     *dim = {};
     const std::string name = facts.input_name(leaf);
     int wanted = -1;
-    if (name == "inp_tokens" || name == "inp_pos" || name == "attn_inp_k_idxs") wanted = 0;
+    if (name == "inp_tokens" || name == "inp_layer_tokens" || name == "inp_pos" || name == "attn_inp_k_idxs") {
+        wanted = 0;
+    }
     if (name == "inp_embd" || name == "attn_inp_kq_mask") wanted = 1;
     if (name == "inp_attn_scale" || name == "attn_scale") wanted = 2;
     const int64_t streams = facts.mask ? facts.mask->ne[3] : 1;

@@ -45,7 +45,7 @@ const float *early_pass::queries(int site, size_t back) const {
 
 ggml_status early_graph::run(size_t segment, early_pass *pass, const std::vector<int32_t> &alive,
                              const hidden_cells &hidden, ggml_backend_buffer *buffer, const segment_fn &compute) {
-    if (alive.empty()) return status_success;
+    if (alive.empty() || needed_[segment].empty()) return status_success;
     pass_ = pass;
     side_.show(pass->tokens_->kind, pass->tokens_->stream);
     for (ggml_tensor &t : tensors_) t.buffer = buffer;
