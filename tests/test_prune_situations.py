@@ -352,7 +352,7 @@ def test_parts_see_no_dropped_tokens(model: LowModel) -> None:
     ("write", "reason"),
     [
         (architectures.DECODERS["mamba"], "no causal K/V cache"),
-        (architectures.write_gemma3n, "pruning does not support the graph's input"),
+        (architectures.FIELD["lfm2"], "pruning does not support the graph's input"),
     ],
 )
 def test_off_architectures(write: Callable[[Path], Path], reason: str, tmp_path: Path) -> None:

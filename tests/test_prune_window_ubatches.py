@@ -35,6 +35,7 @@ CUTS = {
     "layer with a window": "2:0.5;score=heads;heads=2:1.0+1.2;reach=3",
     "two cuts": "2:0.4,4:0.5;score=heads;heads=2:1.1+1.2;heads=4:3.1+3.2;reach=3;keep=40;overlap=3",
     "neighbours": "2:0.3,3:0.5;score=heads;heads=2:1.1+1.2;heads=3:3.1;reach=3",
+    "no full layer between": "3:0.3,4:0.5;score=heads;heads=3:1.0+3.1;heads=4:1.1+1.2;reach=3",
     "threshold": "3:t0.9;score=heads;heads=3:1.1+3.2;reach=5",
 }
 ALL = "2:t0,4:t0;score=heads;heads=2:1.0+1.2;heads=4:3.1"  # tokens wait, but no question drops any

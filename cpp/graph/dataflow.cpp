@@ -57,6 +57,7 @@ family family_of(int op) {
                  {"NORM", family::rowwise},
                  {"RMS_NORM", family::rowwise},
                  {"L2_NORM", family::rowwise},
+                 {"PAD", family::rowwise},
                  {"SUM_ROWS", family::rowwise},
                  {"MEAN", family::rowwise},
                  {"ARGSORT", family::rowwise},
@@ -153,6 +154,7 @@ token_dim trace_lookup(const operands &x) {
 
 token_dim trace_product(const operands &x) {
     const token_dim a = x.src[0], b = x.src[1];
+    if (a && a == b && a.dim >= 2 && !a.by_stream) return x.like(a);  // a matrix for each token
     if (a || b.dim < 1 || x.src[2] || (b.dim >= 2 && x.node->src[0]->ne[b.dim] != 1)) return {};
     return x.like(b);
 }
@@ -188,8 +190,10 @@ token_dim trace_node(const operands &x) {
             return a.dim == 1 && a.mult == 1 && !b && !x.src[2] && x.src[3] == a && !x.src[4]
                        ? x.result(2, 1, a.by_stream)
                        : token_dim{};
-        case family::rope:
-            return a == token_dim{2, 1} && b == token_dim{0, 1} && !x.src[2] ? x.result(2, 1) : token_dim{};
+        case family::rope: {
+            const bool has_positions = b == token_dim{0, 1} || b == token_dim{0, 1, false, position_sections};
+            return a == token_dim{2, 1} && has_positions && !x.src[2] ? x.result(2, 1) : token_dim{};
+        }
         case family::soft_max:
             return trace_soft_max(x);
         case family::concat:
@@ -219,7 +223,9 @@ bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t toke
     *dim = {};
     const std::string name = facts.input_name(leaf);
     int wanted = -1;
-    if (name == "inp_tokens" || name == "inp_pos" || name == "attn_inp_k_idxs") wanted = 0;
+    if (name == "inp_tokens" || name == "inp_layer_tokens" || name == "inp_pos" || name == "attn_inp_k_idxs") {
+        wanted = 0;
+    }
     if (name == "inp_embd" || name == "attn_inp_kq_mask") wanted = 1;
     if (name == "inp_attn_scale" || name == "attn_scale") wanted = 2;
     const int64_t streams = facts.mask ? facts.mask->ne[3] : 1;
@@ -227,11 +233,14 @@ bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t toke
         *dim = {1, 1, true};
         return true;
     }
+    if (name == "inp_pos" && leaf->ne[0] == position_sections * tokens) {
+        *dim = {0, 1, false, position_sections};
+        return true;
+    }
     if (wanted >= 0) {
         *dim = {wanted, 1};
         if (leaf->ne[wanted] == tokens) return true;
-        *reason = name == "inp_pos" ? "positions have several dimensions (M-RoPE)"
-                                    : "the ubatch holds several streams of sequences";
+        if (name != "inp_pos") *reason = "the ubatch holds several streams of sequences";
         return false;
     }
     if (name == "attn_inp_v_idxs") {
@@ -240,7 +249,8 @@ bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t toke
     }
     const bool harmless = name == "out_ids" || name == "attn_inp_k_rot" || name == "attn_inp_v_rot";
     if (!(leaf->flags & ggml_flag_input) || harmless) return true;
-    *reason = "pruning does not support the graph's input '" + name + "'";
+    *reason = name == "embd" ? "the ubatch holds embeddings instead of tokens, as those of an image"
+                             : "pruning does not support the graph's input '" + name + "'";
     return false;
 }
 

@@ -15,10 +15,13 @@ struct token_dim {
     int dim = -1;  ///< -1: the tensor does not depend on the number of tokens
     int64_t mult = 1;
     bool by_stream = false;  ///< the dimension counts the tokens of one stream, and dimension 3 the streams
+    /// The dimension counts all tokens as many times, one section behind another: ne[dim] == sections * (number of
+    /// tokens). Positions of M-RoPE are stored so.
+    int64_t sections = 1;
 
     explicit operator bool() const { return dim >= 0; }
     bool operator==(const token_dim &other) const {
-        return dim == other.dim && mult == other.mult && by_stream == other.by_stream;
+        return dim == other.dim && mult == other.mult && by_stream == other.by_stream && sections == other.sections;
     }
 };
 

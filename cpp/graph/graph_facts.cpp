@@ -14,6 +14,7 @@ constexpr char mask_name[] = "attn_inp_kq_mask";
 constexpr char positions_name[] = "inp_pos";
 constexpr char k_cells_name[] = "attn_inp_k_idxs";
 constexpr char out_ids_name[] = "out_ids";
+constexpr char block_prefix[] = "blk.";
 
 bool begins(const ggml_tensor *t, const char *prefix) {
     return std::strncmp(t->name, prefix, std::strlen(prefix)) == 0;
@@ -35,7 +36,20 @@ const char *role_of(const ggml_tensor *node, int slot) {
     if (node->op == host.op_rope) return positions_name;
     if (node->op != host.op_get_rows) return nullptr;
     if (node->src[0]->op != host.op_none) return out_ids_name;
+    if (is_named(node->src[0], "per_layer_token_embd.weight")) return "inp_layer_tokens";
     return is_named(node->src[0], "position_embd.weight") ? positions_name : nullptr;
+}
+
+/// The layer whose weights the queries are made with, or -1.
+int layer_of_queries(const ggml_tensor *q) {
+    constexpr int most_steps = 32;
+    for (int step = 0; step < most_steps && q; ++step, q = q->src[0]) {
+        for (const ggml_tensor *src : q->src) {
+            const int layer = src && src->op == host.op_none ? block_of(src) : -1;
+            if (layer >= 0) return layer;
+        }
+    }
+    return -1;
 }
 
 bool is_mask(const ggml_tensor *t) {
@@ -72,6 +86,10 @@ const ggml_tensor *find_cache(const ggml_tensor *keys) {
 
 int cache_layer(const ggml_tensor *cache) {
     return std::atoi(root_of(cache)->name + sizeof(cache_prefix) - 1);
+}
+
+int block_of(const ggml_tensor *t) {
+    return begins(t, block_prefix) ? std::atoi(t->name + sizeof(block_prefix) - 1) : -1;
 }
 
 void graph_facts::read(ggml_tensor **nodes, int n) {
@@ -193,7 +211,10 @@ void graph_facts::find_site(int i) {
         static_cast<attention_operands &>(site) = found;
         site.cache = find_cache(found.k);
         if (!site.cache || !is_mask(found.mask)) return;
-        site.layer = cache_layer(site.cache);
+        const auto shares = [&site](const attention_site &s) { return root_of(s.cache) == root_of(site.cache); };
+        const auto owner = std::find_if(sites.begin(), sites.end(), shares);
+        site.owner = static_cast<int>(owner - sites.begin());
+        site.layer = owner == sites.end() ? cache_layer(site.cache) : layer_of_queries(found.q);
         site.first = number(found.scores);
         site.masked = i;
         if (found.scores == node) site.last = i;

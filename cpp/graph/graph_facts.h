@@ -14,7 +14,8 @@ namespace agq {
 
 /// One attention over the K/V cache.
 struct attention_site : attention_operands {
-    int layer = -1;
+    int layer = -1;          ///< of the model; attentions of several layers may read one cache
+    int owner = 0;           ///< index of the first attention that reads its cache: its own, unless layers share it
     int first = -1;          ///< the node that reads queries and keys: the flash node, or the product of both
     int masked = -1;         ///< the node that takes the mask: the flash node, or the soft-max
     int last = -1;           ///< the node of the output: the flash node, or the product with the values
@@ -25,6 +26,10 @@ struct attention_site : attention_operands {
     const ggml_tensor *cache = nullptr;   ///< the keys as a view of the cache; k may be a converted copy of it
     const ggml_tensor *values = nullptr;  ///< the whole cache of values; null if it was not found
 };
+
+/// How many positions a token has in models with M-RoPE: time, row and column of an image, and one more. The input
+/// holds all tokens' first positions, then all their second ones, and so on.
+constexpr int64_t position_sections = 4;
 
 /// Attentions with the same mask. Their caches have the same cells. Models with sliding windows have two kinds.
 struct attention_kind {
@@ -48,8 +53,10 @@ class graph_facts {
     std::vector<ggml_tensor *> tensors;  ///< by number
     std::vector<int> last_use;           ///< by number: the last node that reads the tensor, or -1
     std::vector<attention_site> sites;   ///< in graph order
-    bool complete = false;               ///< whether all sources are leaves or nodes of this graph
-    bool is_part = false;                ///< whether the result is in another graph of the host, not in this one
+    /// Whether an attention has a cache of its own. If layers share one, it belongs to the first of them.
+    bool owns_cache(size_t site) const { return sites[site].owner == static_cast<int>(site); }
+    bool complete = false;  ///< whether all sources are leaves or nodes of this graph
+    bool is_part = false;   ///< whether the result is in another graph of the host, not in this one
 
     std::vector<attention_kind> kinds;  ///< in the order of their first sites
 
@@ -97,7 +104,10 @@ const ggml_tensor *root_of(const ggml_tensor *t);
 /// The view of the key cache that `keys` is or was converted from, or null.
 const ggml_tensor *find_cache(const ggml_tensor *keys);
 
-/// The layer of a view of the key cache.
+/// The layer of a view of the key cache: the first one that reads it.
 int cache_layer(const ggml_tensor *cache);
+
+/// The layer N of a tensor whose name begins with `blk.N.`, or -1.
+int block_of(const ggml_tensor *t);
 
 }  // namespace agq

@@ -18,12 +18,17 @@ std::string find_gap(const graph_facts &facts) {
     if (facts.sites.empty() || !facts.k_cells) return "the model has no causal K/V cache";
     if (facts.ambiguous) return "the model has attention masks or inputs that pruning cannot tell apart";
     for (const attention_kind &kind : facts.kinds) {
-        if (!kind.k_cells) return "layers share their K/V cache";
+        if (!kind.k_cells) return "the model reads the K/V cache of another one";
         if (kind.mask->ne[3] != 1) return "the ubatch holds several streams of sequences";
     }
     for (size_t i = 0; i < facts.sites.size(); ++i) {
-        if (facts.sites[i].last < 0) return "the output of an attention was not found";
-        if (i > 0 && facts.sites[i].layer <= facts.sites[i - 1].layer) return "layers share their K/V cache";
+        const attention_site &site = facts.sites[i];
+        if (site.last < 0) return "the output of an attention was not found";
+        if (!site.is_stored) return "a layer reads a K/V cache that the graph does not store to";
+        if (site.kind != facts.sites[static_cast<size_t>(site.owner)].kind) {
+            return "layers with and without a sliding window share a K/V cache";
+        }
+        if (i > 0 && site.layer <= facts.sites[i - 1].layer) return "it is not known which layer an attention is in";
     }
     return "";
 }

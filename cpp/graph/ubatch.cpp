@@ -34,6 +34,16 @@ std::vector<int32_t> find_own_cells(const graph_facts &facts, const attention_ki
     return cells;
 }
 
+bool has_text_positions(const graph_facts &facts) {
+    const int64_t n = facts.n_tokens();
+    if (!facts.positions || facts.positions->ne[0] == n) return true;
+    if (facts.positions->ne[0] != position_sections * n) return false;
+    const int32_t *first = static_cast<const int32_t *>(facts.positions->data);
+    const auto is_zero = [](int32_t position) { return position == 0; };
+    return std::equal(first, first + n, first + n) && std::equal(first, first + n, first + 2 * n) &&
+           std::all_of(first + 3 * n, first + 4 * n, is_zero);
+}
+
 namespace {
 
 /// Whether a token sees another one of the ubatch in some kind of attention. In other kinds a window may hide it.
@@ -122,6 +132,7 @@ std::string read_ubatch(const graph_facts &facts, ubatch_facts *ubatch) {
     if (!disorder.empty()) ubatch->parts.clear();
     if (facts.out_ids->ne[0] >= tokens) return "the logits of all tokens are requested";
     if (!disorder.empty()) return disorder;
+    if (!has_text_positions(facts)) return "the ubatch holds tokens of an image (positions of M-RoPE that differ)";
     find_company(facts, ubatch);
     ubatch->ids.clear();
     if (facts.tokens && facts.tokens->ne[0] == tokens) {

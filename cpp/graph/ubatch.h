@@ -38,6 +38,10 @@ struct ubatch_facts {
     std::vector<ubatch_part> parts;  ///< these cover all tokens
 };
 
+/// Whether each token has one position. With M-RoPE, tokens of text have the same one in the first three sections and 0
+/// in the last; those of images differ. The inputs must be filled in.
+bool has_text_positions(const graph_facts &facts);
+
 /// Reads the inputs of a graph that has no obstacle. The host has filled them in. Returns empty, or the reason why no
 /// token of this ubatch can be dropped; the parts may be found all the same. Throws std::bad_alloc.
 std::string read_ubatch(const graph_facts &facts, ubatch_facts *ubatch);

@@ -4,13 +4,14 @@ namespace agq {
 
 namespace {
 
-/// Calls `each(rows, kind, is_first)` for the attentions behind a cut; is_first: of its kind.
+/// Calls `each(rows, kind, is_first, site)` for the caches of the layers behind a cut; is_first: of its kind.
 template <typename Function>
 void for_layers_behind(const graph_facts &facts, int cut, const Function &each) {
     std::vector<uint8_t> is_known(facts.kinds.size(), 0);
     for (size_t s = static_cast<size_t>(cut) + 1; s < facts.sites.size(); ++s) {
+        if (!facts.owns_cache(s)) continue;
         const size_t kind = static_cast<size_t>(facts.sites[s].kind);
-        each(key_rows::of(facts.sites[s].cache), kind, is_known[kind] == 0);
+        each(key_rows::of(facts.sites[s].cache), kind, is_known[kind] == 0, static_cast<int>(s));
         is_known[kind] = 1;
     }
 }
@@ -23,17 +24,17 @@ void add(const key_rows &rows, int32_t cell, const std::vector<char> *mark, cut_
 
 void mark_deferred(const graph_facts &facts, const ubatch_facts &ubatch, const ubatch_part &part, int first_cut,
                    const std::vector<char> &mark, cut_job *job) {
-    for_layers_behind(facts, first_cut, [&](const key_rows &rows, size_t kind, bool is_first) {
+    for_layers_behind(facts, first_cut, [&](const key_rows &rows, size_t kind, bool is_first, int) {
         for (int64_t t = part.first; t < part.end(); ++t) {
             add(rows, ubatch.cells[kind][static_cast<size_t>(t)], is_first ? &mark : nullptr, job);
         }
     });
 }
 
-void unmark_dropped(const graph_facts &facts, const early_tokens &early, const std::vector<int32_t> &layer_of_early,
-                    cut_job *job) {
-    for_layers_behind(facts, early.first_cut, [&](const key_rows &rows, size_t kind, bool is_first) {
-        for (size_t i = 0; is_first && i < early.missing.size(); ++i) {
+void unmark_dropped(const graph_facts &facts, const early_tokens &early, int cut,
+                    const std::vector<int32_t> &layer_of_early, cut_job *job) {
+    for_layers_behind(facts, early.first_cut, [&](const key_rows &rows, size_t kind, bool is_first, int site) {
+        for (size_t i = 0; is_first && site > cut && i < early.missing.size(); ++i) {
             if (!early.missing[i].is_deferred || layer_of_early[i] < 0) continue;
             const int32_t cell = early.cell_of(static_cast<int>(kind), early.missing[i].place);
             if (cell >= 0) add(rows, cell, nullptr, job);
@@ -43,7 +44,7 @@ void unmark_dropped(const graph_facts &facts, const early_tokens &early, const s
 
 void clear_dropped(const graph_facts &facts, const ubatch_facts &ubatch, int cut, const std::vector<int32_t> &tokens,
                    cut_job *job) {
-    for_layers_behind(facts, cut, [&](const key_rows &rows, size_t kind, bool) {
+    for_layers_behind(facts, cut, [&](const key_rows &rows, size_t kind, bool, int) {
         for (int32_t token : tokens) add(rows, ubatch.cells[kind][static_cast<size_t>(token)], nullptr, job);
     });
 }

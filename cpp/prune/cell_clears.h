@@ -15,10 +15,11 @@ namespace agq {
 void mark_deferred(const graph_facts &facts, const ubatch_facts &ubatch, const ubatch_part &part, int first_cut,
                    const std::vector<char> &mark, cut_job *job);
 
-/// Candidates that a question did not choose at the first cut are no longer deferred, but dropped. Throws
-/// std::bad_alloc.
-void unmark_dropped(const graph_facts &facts, const early_tokens &early, const std::vector<int32_t> &layer_of_early,
-                    cut_job *job);
+/// Candidates that a question did not choose at this cut or an earlier one are no longer deferred, but dropped, also in
+/// kinds of attention that have no layer between the first cut and this one. `cut` is the index of its attention.
+/// Throws std::bad_alloc.
+void unmark_dropped(const graph_facts &facts, const early_tokens &early, int cut,
+                    const std::vector<int32_t> &layer_of_early, cut_job *job);
 
 /// Tokens of the ubatch that were dropped at the cut after this attention. Throws std::bad_alloc.
 void clear_dropped(const graph_facts &facts, const ubatch_facts &ubatch, int cut, const std::vector<int32_t> &tokens,

@@ -45,7 +45,7 @@ const float *early_pass::queries(int site, size_t back) const {
 
 ggml_status early_graph::run(size_t segment, early_pass *pass, const std::vector<int32_t> &alive,
                              const hidden_cells &hidden, ggml_backend_buffer *buffer, const segment_fn &compute) {
-    if (alive.empty()) return status_success;
+    if (alive.empty() || needed_[segment].empty()) return status_success;
     pass_ = pass;
     side_.show(pass->tokens_->kind, pass->tokens_->stream);
     for (ggml_tensor &t : tensors_) t.buffer = buffer;
@@ -166,8 +166,11 @@ void early_graph::add_inputs(size_t segment, const std::vector<int32_t> &chunk, 
         const int64_t n_cells = root_of(facts_.sites[static_cast<size_t>(facts_.kinds[kind].site)].cache)->ne[1];
         switch (input.what) {
             case place_input::of::position:
-                for (size_t i = 0; i < chunk.size(); ++i) {
-                    static_cast<int32_t *>(to->data)[i] = tokens.missing[static_cast<size_t>(chunk[i])].position;
+                for (int64_t i = 0; i < to->ne[0]; ++i) {
+                    // Tokens of text have 0 in the last section of M-RoPE.
+                    const bool is_last_section = i / n == position_sections - 1;
+                    const size_t token = static_cast<size_t>(chunk[static_cast<size_t>(i % n)]);
+                    static_cast<int32_t *>(to->data)[i] = is_last_section ? 0 : tokens.missing[token].position;
                 }
                 break;
             case place_input::of::key_cells:

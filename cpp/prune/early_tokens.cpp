@@ -133,7 +133,7 @@ class window_search {
             int32_t end = static_cast<int32_t>(facts_.sites.size());
             for (int32_t s = end - 1; s > sites_.cuts[0]; --s) {
                 const attention_site &site = facts_.sites[static_cast<size_t>(s)];
-                if (static_cast<size_t>(site.kind) != kind_) continue;
+                if (static_cast<size_t>(site.kind) != kind_ || !facts_.owns_cache(static_cast<size_t>(s))) continue;
                 if (!key_rows::of(site.cache).is_zero(window_.cells[i], 0)) break;
                 end = s;
             }
@@ -173,7 +173,11 @@ class window_search {
 bool is_gone_at_first_cut(const graph_facts &facts, const waiting_sites &sites, int32_t border) {
     if (border <= sites.cuts[0]) return true;
     int before = border - 1;
-    while (before >= 0 && facts.sites[static_cast<size_t>(before)].kind != sites.kind) --before;
+    const auto has_border = [&](int s) {
+        const size_t site = static_cast<size_t>(s);
+        return facts.sites[site].kind == sites.kind && facts.owns_cache(site);
+    };
+    while (before >= 0 && !has_border(before)) --before;
     const auto in_gap = [&](int cut) { return cut >= before && cut < border; };
     return sites.cuts[0] >= before && std::count_if(sites.cuts.begin(), sites.cuts.end(), in_gap) == 1;
 }

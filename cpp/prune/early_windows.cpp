@@ -5,12 +5,13 @@
 
 namespace agq {
 
-/// The attentions of a kind that a segment runs.
+/// The attentions of a kind that a segment runs, and that have a cache of their own.
 std::vector<int> early_graph::sites_of(size_t segment, int kind) const {
     std::vector<int> found;
     const int last = segment < plan_.cuts.size() ? plan_.cuts[segment].site : static_cast<int>(facts_.sites.size()) - 1;
     for (int s = plan_.cuts[segment - 1].site + 1; s <= last; ++s) {
-        if (facts_.sites[static_cast<size_t>(s)].kind == kind) found.push_back(s);
+        const size_t site = static_cast<size_t>(s);
+        if (facts_.sites[site].kind == kind && facts_.owns_cache(site)) found.push_back(s);
     }
     return found;
 }
@@ -40,6 +41,7 @@ void early_graph::begin_windows(size_t segment, const std::vector<int32_t> &aliv
             }
         }
     }
+    for (size_t s = 0; s < orders_.size(); ++s) orders_[s] = orders_[static_cast<size_t>(facts_.sites[s].owner)];
 }
 
 /// The cell of a token in the side cache.
@@ -79,7 +81,8 @@ void early_graph::read_rows(int kind, size_t place, int site, char *record) cons
     }
     const char *kept = window.kept[place]->rows.get();
     for (int s = plan_.cuts[0].site + 1; s < site; ++s) {
-        if (facts_.sites[static_cast<size_t>(s)].kind == kind) kept += side_.rows(s).bytes();
+        const size_t at = static_cast<size_t>(s);
+        if (facts_.sites[at].kind == kind && facts_.owns_cache(at)) kept += side_.rows(s).bytes();
     }
     std::copy_n(kept, side_.rows(site).bytes(), record);
 }

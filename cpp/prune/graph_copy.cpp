@@ -106,7 +106,7 @@ cut_job::gather graph_copy::gather_of(int number, const ggml_tensor *from, ggml_
     g.from = static_cast<const char *>(from->data);
     g.to = static_cast<char *>(to->data);
     g.bytes = token_bytes(from, dim);
-    g.blocks = 1;
+    g.blocks = dim.sections;
     for (int d = dim.dim + 1; d < 4; ++d) g.blocks *= from->ne[d];
     g.source_rows = source_rows;
     g.rows = rows;
@@ -121,7 +121,7 @@ ggml_tensor *graph_copy::with_tokens(int number, int64_t tokens_now) {
     std::fill_n(t->src, ggml_max_src, nullptr);
     t->view_src = nullptr;
     t->view_offs = 0;
-    t->ne[dim.dim] = dim.mult * tokens_now;
+    t->ne[dim.dim] = dim.mult * dim.sections * tokens_now;
     make_contiguous(t);
     t->data = arena_->memory(host.ggml_nbytes(t));
     return t;

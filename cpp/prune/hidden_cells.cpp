@@ -46,7 +46,7 @@ bool hidden_cells::find(const graph_facts &facts) {
     const bool all_stored = std::all_of(facts.sites.begin(), facts.sites.end(), is_stored);
     if (facts.complete && ordered) {
         for (int k = 0; k < n_kinds; ++k) find_in_whole(facts, k);
-    } else if (!facts.complete || !all_stored) {  // else layers share their caches, and such models are not pruned
+    } else if (!facts.complete || !all_stored) {  // else it is not known which layers share a cache
         find_in_part(facts);
     }
     return n_levels_ > n_kinds;
@@ -65,7 +65,7 @@ void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
     layers_.clear();
     std::vector<int32_t> sites;  // of this kind
     for (size_t s = 0; s < facts.sites.size(); ++s) {
-        if (facts.sites[s].kind != kind) continue;
+        if (facts.sites[s].kind != kind || !facts.owns_cache(s)) continue;
         sites.push_back(static_cast<int32_t>(s));
         layers_.push_back(key_rows::of(facts.sites[s].cache));
     }
@@ -83,6 +83,9 @@ void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
         if (end == borders.begin()) continue;
         level_of_site_[static_cast<size_t>(sites[i])] = n_levels_ + static_cast<int>(end - borders.begin()) - 1;
     }
+    for (size_t s = 0; s < facts.sites.size(); ++s) {
+        if (facts.sites[s].kind == kind) level_of_site_[s] = level_of_site_[static_cast<size_t>(facts.sites[s].owner)];
+    }
     for (int32_t border : borders) {
         std::vector<dropped_cell> &cells = new_level(kind);
         if (border == borders.back()) {
@@ -92,7 +95,8 @@ void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
                 if (d.first_layer <= border) cells.push_back(d);
             }
         }
-        if (facts.kinds.size() == 1) continue;  // an index among the layers of the kind is that of the attention
+        // If these are all attentions, an index among them is that of the attention.
+        if (sites.size() == facts.sites.size()) continue;
         for (dropped_cell &d : cells) d.first_layer = sites[static_cast<size_t>(d.first_layer)];
     }
 }

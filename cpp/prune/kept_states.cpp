@@ -87,6 +87,7 @@ std::string plan_states(const graph_facts &facts, const std::vector<token_dim> &
         gathered.insert(state);
     }
     for (size_t s = static_cast<size_t>(site) + 1; s < facts.sites.size(); ++s) {
+        if (!facts.owns_cache(s)) continue;  // it stores nothing
         const std::vector<int> stores = stores_between(facts, facts.sites[s - 1].last + 1, facts.sites[s].first);
         walk to_stores(facts, dims, at);
         for (int store : stores) to_stores.sources_of(store);

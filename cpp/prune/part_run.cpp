@@ -42,6 +42,7 @@ void part_run::begin(const run_input &in, size_t index) {
     std::iota(alive_.begin(), alive_.end(), static_cast<int32_t>(part_->first));
     early_alive_.resize(work_->tokens.missing.size());
     std::iota(early_alive_.begin(), early_alive_.end(), 0);
+    early_before_.clear();
     layer_of_token_.assign(alive_.size(), -1);
     layer_of_early_.assign(early_alive_.size(), -1);
     importance_.clear();
@@ -133,7 +134,9 @@ void part_run::add_observers(const run_input &in, int site, score_source *source
     char *seen = to->arena.memory(stride * static_cast<size_t>(rows));
     // What earlier tokens see follows from positions; cells of this ubatch come later.
     std::vector<int32_t> columns, counts, firsts, order;
-    for (int32_t place : early_.order_of(in.hidden, kind, site, early_alive_)) {
+    const attention_site &at = in.facts.sites[static_cast<size_t>(site)];
+    const std::vector<int32_t> &with_keys = early_alive_after(cuts_before_cache(in.plan, at));
+    for (int32_t place : early_.order_of(in.hidden, kind, at.owner, with_keys)) {
         // Tokens that have left the part's window are not among the keys.
         const int32_t column = column_of(source->keys, early.cell_of(kind, place));
         if (column < 0) continue;
@@ -274,7 +277,8 @@ void part_run::choose(const run_input &in, const prune_cut &cut) {
             (is_early ? early_still : still).push_back(token);
         }
     }
-    early_alive_.swap(early_still);
+    early_before_.push_back(std::move(early_alive_));
+    early_alive_ = std::move(early_still);
     alive_.swap(still);
 }
 

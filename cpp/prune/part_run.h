@@ -46,6 +46,10 @@ class part_run {
     const std::vector<int32_t> &alive() const { return alive_; }
     /// Candidates of earlier ubatches that are not dropped, ascending.
     const std::vector<int32_t> &early_alive() const { return early_alive_; }
+    /// The same after so many cuts.
+    const std::vector<int32_t> &early_alive_after(size_t cuts) const {
+        return cuts < early_before_.size() ? early_before_[cuts] : early_alive_;
+    }
     early_pass &early() { return early_; }
 
     /// Adds the node that measures the score of a cut. `source` has the queries of all tokens that are left in the
@@ -93,6 +97,7 @@ class part_run {
     const part_work *work_ = nullptr;
     early_pass early_;
     std::vector<int32_t> alive_, early_alive_, layer_of_token_, layer_of_early_;
+    std::vector<std::vector<int32_t>> early_before_;  ///< by cut: early_alive_ in front of it
     std::map<int, std::vector<float>> importance_;
     std::map<attention_head, std::vector<float>> head_weights_;
 };

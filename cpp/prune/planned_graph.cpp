@@ -1,8 +1,6 @@
 #include "prune/planned_graph.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "format/attributes.h"
 
@@ -13,8 +11,8 @@ namespace {
 /// Reads the pruning record of a layer's weight. Returns false if there is none. Damaged attributes are reported by the
 /// products that use them.
 bool read_record(const ggml_tensor *weights, prune_stage *stage) {
-    if (weights->type != ggml_type_id || std::strncmp(weights->name, "blk.", 4) != 0 || !weights->data ||
-        weights->view_src || !is_shape(weights->ne[1], weights->ne[0])) {
+    if (weights->type != ggml_type_id || block_of(weights) < 0 || !weights->data || weights->view_src ||
+        !is_shape(weights->ne[1], weights->ne[0])) {
         return false;
     }
     const tile *tiles = static_cast<const tile *>(weights->data);
@@ -22,7 +20,7 @@ bool read_record(const ggml_tensor *weights, prune_stage *stage) {
     std::string ignored;
     const auto attributes = parse_attributes(tiles, weights->ne[1], weights->ne[0], &ignored);
     if (!attributes || !attributes->prunes) return false;
-    stage->layer = std::atoi(weights->name + 4);
+    stage->layer = block_of(weights);
     stage->rule.value = attributes->prune_threshold;
     stage->measure = find_score(attributes->prune_score);
     if (!stage->measure) return false;

@@ -86,6 +86,11 @@ bool plan_cut(const graph_facts &facts, const attention_kernel *kern, const prun
 
 }  // namespace
 
+size_t cuts_before_cache(const prune_plan &plan, const attention_site &site) {
+    const auto is_before = [&site](const prune_cut &cut) { return cut.site < site.owner; };
+    return static_cast<size_t>(std::count_if(plan.cuts.begin(), plan.cuts.end(), is_before));
+}
+
 prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage> &stages, const attention_kernel *kern,
                         const std::vector<token_dim> &dims) {
     prune_plan plan;

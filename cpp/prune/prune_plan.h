@@ -39,6 +39,10 @@ struct prune_plan {
     std::string obstacle;           ///< why the graph cannot be pruned, empty if it can
 };
 
+/// How many cuts stand in front of the first attention that reads this one's cache. Tokens that leave later have keys
+/// there, so all layers that share the cache see them.
+size_t cuts_before_cache(const prune_plan &plan, const attention_site &site);
+
 /// Plans cuts for `stages` (ascending layers). `kern` may be null, which is an obstacle. `dims`: what counts the
 /// tokens, if that is known already, else empty. Throws std::bad_alloc.
 prune_plan plan_pruning(const graph_facts &facts, const std::vector<prune_stage> &stages, const attention_kernel *kern,

@@ -36,6 +36,7 @@ void pruned_run::begin(const run_input &in) {
     job_ = {};
     first_nodes_.clear();
     gone_.clear();
+    gone_ends_.assign(1, 0);
     rows_ = in.plan.tokens;
     copy_.begin(&in.facts, &in.plan.dims, in.plan.tokens, &to_.arena);
     const size_t n_parts = in.ubatch.parts.size();
@@ -110,13 +111,14 @@ const key_group *pruned_run::group_of(const run_input &in, const ggml_tensor *ma
 /// The mask of an attention in this segment: for the tokens in the graph, with dropped tokens hidden.
 ggml_tensor *pruned_run::mask_of(const run_input &in, int site) {
     const int level = in.hidden.level(site);
-    ggml_tensor *&made = masks_[static_cast<size_t>(level)];
+    const size_t cuts = cuts_before_cache(in.plan, in.facts.sites[static_cast<size_t>(site)]);
+    ggml_tensor *&made = masks_[{level, cuts}];
     if (!made) {
         const ggml_tensor *original = in.facts.sites[static_cast<size_t>(site)].mask;
         const auto has_group = [&](const part_run *part) { return group_of(in, original, *part) != nullptr; };
-        const bool as_it_is = in.hidden.cells(level).empty() && gone_.empty() && rows_ == in.plan.tokens &&
+        const bool as_it_is = in.hidden.cells(level).empty() && static_cast<int64_t>(alive_.size()) == in.plan.tokens &&
                               std::all_of(parts_.begin(), parts_.end(), has_group);
-        made = as_it_is ? const_cast<ggml_tensor *>(original) : make_mask(in, level);
+        made = as_it_is ? const_cast<ggml_tensor *>(original) : make_mask(in, level, cuts);
     }
     return made;
 }
@@ -141,15 +143,15 @@ std::vector<int32_t> pruned_run::visible_cells(const run_input &in, int kind, co
     return cells;
 }
 
-/// The cells that attentions of a level must not see.
-std::vector<int32_t> pruned_run::hidden_at(const run_input &in, int level) const {
+/// The cells that attentions of a level must not see, if so many cuts stand in front of their cache.
+std::vector<int32_t> pruned_run::hidden_at(const run_input &in, int level, size_t cuts) const {
     const std::vector<int32_t> &own = in.ubatch.cells[static_cast<size_t>(in.hidden.kind(level))];
     std::vector<int32_t> hide, computed;
-    for (int32_t token : gone_) hide.push_back(own[static_cast<size_t>(token)]);
+    for (size_t i = 0; i < gone_ends_[cuts]; ++i) hide.push_back(own[static_cast<size_t>(gone_[i])]);
     if (in.hidden.cells(level).empty()) return hide;
     for (const part_run *part : parts_) {
         const early_tokens &early = part->work().tokens;
-        for (int32_t i : part->early_alive()) {
+        for (int32_t i : part->early_alive_after(cuts)) {
             computed.push_back(early.cell_of(in.hidden.kind(level), early.missing[static_cast<size_t>(i)].place));
         }
     }
@@ -160,10 +162,10 @@ std::vector<int32_t> pruned_run::hidden_at(const run_input &in, int level) const
     return hide;
 }
 
-ggml_tensor *pruned_run::make_mask(const run_input &in, int level) {
+ggml_tensor *pruned_run::make_mask(const run_input &in, int level, size_t cuts) {
     const int kind = in.hidden.kind(level);
     const ggml_tensor *original = in.facts.kinds[static_cast<size_t>(kind)].mask;
-    const std::vector<int32_t> &hide = to_.lists.emplace_back(hidden_at(in, level));
+    const std::vector<int32_t> &hide = to_.lists.emplace_back(hidden_at(in, level, cuts));
     ggml_tensor *made = copy_.with_tokens(in.facts.number(original), rows_);
     cut_job::mask m = {};
     m.from = static_cast<const char *>(original->data);
@@ -257,7 +259,7 @@ ggml_status pruned_run::run_segment(const run_input &in, size_t segment, const s
     const bool is_last = segment == cuts.size();
     const int begin = segment == 0 ? 0 : cuts[segment - 1].at + 1;
     const int end = is_last ? in.facts.n_nodes : cuts[segment].at + 1;
-    masks_.assign(static_cast<size_t>(in.hidden.levels()), nullptr);
+    masks_.clear();
     to_.begin_segment();
     std::vector<ggml_tensor *> &nodes = to_.nodes;
     nodes.push_back(nullptr);  // reserved for the node that makes the copies
@@ -337,16 +339,15 @@ void pruned_run::choose(const prune_cut &cut, const run_input &in, bool is_first
         }
     }
     if (!cut.stage.reuse) gone_.insert(gone_.end(), gone_now_.begin(), gone_now_.end());
+    gone_ends_.push_back(gone_.size());
     alive_.swap(still);
 }
 
 /// Prepares the copies for the segment after the cut.
 void pruned_run::apply_cut(const run_input &in, const prune_cut &cut) {
-    if (&cut == &in.plan.cuts[0]) {
-        for (const part_run *part : parts_) {
-            const early_tokens &early = part->work().tokens;
-            if (!early.missing.empty()) unmark_dropped(in.facts, early, part->layer_of_early(), &job_);
-        }
+    for (const part_run *part : parts_) {
+        const early_tokens &early = part->work().tokens;
+        if (!early.missing.empty()) unmark_dropped(in.facts, early, cut.site, part->layer_of_early(), &job_);
     }
     if (cut.stage.reuse && !gone_now_.empty()) {
         states_.begin(&in.facts, &in.plan.dims, in.plan.tokens, &to_.arena);

@@ -4,6 +4,8 @@
 
 #include <deque>
 #include <functional>
+#include <map>
+#include <utility>
 #include <vector>
 
 #include "nodes/attention.h"
@@ -35,8 +37,8 @@ class pruned_run {
     int64_t n_rows(const run_input &in, const part_run &part) const;
     void add_record(const run_input &in, cut_job *job);
     ggml_tensor *mask_of(const run_input &in, int site);
-    ggml_tensor *make_mask(const run_input &in, int level);
-    std::vector<int32_t> hidden_at(const run_input &in, int level) const;
+    ggml_tensor *make_mask(const run_input &in, int level, size_t cuts);
+    std::vector<int32_t> hidden_at(const run_input &in, int level, size_t cuts) const;
     std::vector<int32_t> visible_cells(const run_input &in, int kind, const part_run &part,
                                        const std::vector<int32_t> &hidden) const;
     const key_group *group_of(const run_input &in, const ggml_tensor *mask, const part_run &part) const;
@@ -58,10 +60,11 @@ class pruned_run {
     cut_job job_;                             ///< of the next segment
     std::vector<char *> records_;             ///< where to store that of each token of the ubatch, or null
     key_choices choices_;                     ///< by the masks of this run
-    std::vector<ggml_tensor *> masks_;        ///< of this segment, by level; null: not made yet
-    int64_t rows_ = 0;                        ///< tokens in the graph; with mask_only all
-    std::vector<int32_t> alive_;              ///< tokens that are not dropped, ascending
+    std::map<std::pair<int, size_t>, ggml_tensor *> masks_;  ///< of this segment, by level and cuts before the cache
+    int64_t rows_ = 0;                                       ///< tokens in the graph; with mask_only all
+    std::vector<int32_t> alive_;                             ///< tokens that are not dropped, ascending
     std::vector<int32_t> gone_;      ///< dropped tokens that leave no keys, in the order in which they were dropped
+    std::vector<size_t> gone_ends_;  ///< how many there were after so many cuts
     std::vector<int32_t> kept_;      ///< at the latest cut: indices into the previous alive_
     std::vector<int32_t> left_;      ///< dropped at the latest cut, likewise
     std::vector<int32_t> gone_now_;  ///< these as tokens of the ubatch

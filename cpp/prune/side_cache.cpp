@@ -13,7 +13,7 @@ std::string side_cache::make(const graph_facts &copied, int first_cut, int kind,
     layers_.resize(copied.sites.size());
     for (size_t s = static_cast<size_t>(first_cut) + 1; copied.kinds.size() > 1 && s < copied.sites.size(); ++s) {
         const attention_site &site = copied.sites[s];
-        if (site.kind == kind) continue;
+        if (site.kind == kind || !copied.owns_cache(s)) continue;
         const cell_rows rows = cell_rows::of(copied, site, stream);
         if (!rows.is_usable()) return "the values of an attention with a window were not found";
         const size_t n = static_cast<size_t>(room(site.kind));

@@ -61,6 +61,14 @@ bool stream_graph::begin() {
     return true;
 }
 
+/// Puts a stream's part of each section side by side; `first` is that of the first section.
+char *stream_graph::join_sections(const char *first, const ggml_tensor *leaf, token_dim dim) {
+    const size_t all = static_cast<size_t>(tokens_) * token_bytes(leaf, dim), own = all / static_cast<size_t>(streams_);
+    char *joined = arena_.memory(own * static_cast<size_t>(dim.sections));
+    for (size_t s = 0; s < static_cast<size_t>(dim.sections); ++s) std::memcpy(joined + s * own, first + s * all, own);
+    return joined;
+}
+
 /// Gives a stream its part of each input.
 void stream_graph::replace_inputs(int64_t stream) {
     const int64_t each = tokens_ / streams_;
@@ -75,7 +83,8 @@ void stream_graph::replace_inputs(int64_t stream) {
             copy->ne[3] = 1;
         } else if (dim) {
             copy->data = inputs_[i] + static_cast<size_t>(stream * each) * token_bytes(leaf, dim);
-            copy->ne[dim.dim] = dim.mult * each;
+            copy->ne[dim.dim] = dim.mult * dim.sections * each;
+            if (dim.sections > 1) copy->data = join_sections(static_cast<const char *>(copy->data), leaf, dim);
         } else if (leaf == facts_.out_ids) {
             const int32_t *ids = reinterpret_cast<const int32_t *>(inputs_[i]);
             int32_t *own = reinterpret_cast<int32_t *>(arena_.memory(sizeof(int32_t) * static_cast<size_t>(each) + 1));

@@ -39,6 +39,7 @@ class stream_graph {
         std::vector<char> rows;  ///< of the streams so far
     };
 
+    char *join_sections(const char *first, const ggml_tensor *leaf, token_dim dim);
     void replace_inputs(int64_t stream);
     ggml_tensor *make_node(int i, int64_t stream);
 

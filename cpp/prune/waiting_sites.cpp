@@ -73,6 +73,15 @@ std::string waiting_tokens::find_sites() {
     for (int s = 0; s < static_cast<int>(f.sites.size()); ++s) {
         const attention_site &site = f.sites[static_cast<size_t>(s)];
         const size_t kind = static_cast<size_t>(site.kind);
+        if (!f.owns_cache(static_cast<size_t>(s))) {
+            // What tokens that wait see there must be computed for them, too, or in the cache of the host.
+            const auto is_between = [&](int cut) { return site.owner <= cut && cut < s; };
+            const auto cut = std::find_if(sites_.cuts.begin(), sites_.cuts.end(), is_between);
+            if (cut != sites_.cuts.end() && (cut == sites_.cuts.begin() || s <= sites_.cuts.back())) {
+                return "a layer behind a pruning layer reads the K/V cache of one in front of it";
+            }
+            continue;
+        }
         if (s <= sites_.cuts[0]) sites_.keys[kind] = s;
         if (s > sites_.cuts[0] && sites_.next[kind] < 0) sites_.next[kind] = s;
         if (site.kind == sites_.kind) sites_.last = s;
@@ -81,9 +90,10 @@ std::string waiting_tokens::find_sites() {
     for (size_t k = 0; k < f.kinds.size(); ++k) {
         // Keys of the first layer do not depend on the tokens in front.
         if (sites_.keys[k] >= 1 && sites_.next[k] >= 0) continue;
-        return f.kinds.size() == 1 ? "layer 0 cannot be the first pruning layer"
-                                   : "layers with and without a sliding window must both come after layer 0 up to the "
-                                     "first pruning layer, and both behind it";
+        return f.kinds.size() == 1
+                   ? "the first pruning layer must not be layer 0, and one with a K/V cache must follow it"
+                   : "layers with and without a sliding window, and with a K/V cache of their own, must both "
+                     "come after layer 0 up to the first pruning layer, and both behind it";
     }
     return "";
 }
@@ -91,7 +101,7 @@ std::string waiting_tokens::find_sites() {
 bool waiting_tokens::may_begin_to_wait() {
     const graph_facts &f = facts();
     if (!f.out_ids || f.out_ids->ne[0] >= f.n_tokens() || !f.positions || !asks()) return false;
-    if (f.positions->ne[0] != f.n_tokens()) return false;
+    if (!has_text_positions(f)) return false;
     const int32_t *positions = static_cast<const int32_t *>(f.positions->data);
     const int32_t *out_ids = static_cast<const int32_t *>(f.out_ids->data);
     for (int64_t t = 0; t < f.n_tokens(); ++t) {
@@ -107,7 +117,7 @@ bool waiting_tokens::read_own(const std::vector<std::vector<int32_t>> &own_cells
     const int64_t n = f.n_tokens();
     obstacle_ = "this kind of ubatch cannot wait for it";
     has_computed_ = false;
-    if (n == 0 || !asks() || !f.complete || !f.positions || f.positions->ne[0] != n) return false;
+    if (n == 0 || !asks() || !f.complete || !f.positions || !has_text_positions(f)) return false;
     for (size_t k = 0; k < f.kinds.size(); ++k) {
         const attention_kind &kind = f.kinds[k];
         if (!kind.k_cells || kind.k_cells->ne[0] != n || kind.mask->ne[1] * kind.mask->ne[3] != n) return false;

@@ -19,7 +19,7 @@ bool is_deferred_token(const early_token &token) {
     return token.is_deferred;
 }
 
-const char *const unknown_tokens = "the cache holds tokens that this context has not computed";
+const char *const unknown_tokens = "the cache holds tokens that this context has not computed, or an image";
 
 template <typename Predicate>
 void erase_if(std::vector<early_token> *tokens, const Predicate &is_out) {
@@ -165,9 +165,9 @@ void waiting_tokens::check_candidates(divided_ubatch *ubatch) const {
 std::vector<int32_t> waiting_tokens::find_open(const divided_ubatch *ubatch) {
     const int kind = find_kind();
     const ggml_tensor *mask = facts().kinds[static_cast<size_t>(kind)].mask;
-    int last = static_cast<int>(facts().sites.size()) - 1;
-    while (facts().sites[static_cast<size_t>(last)].kind != kind) --last;
-    std::vector<int32_t> open = deferred_.find(facts(), hidden_->cells(hidden_->level(last)));
+    size_t last = facts().sites.size() - 1;
+    while (facts().sites[last].kind != kind || !facts().owns_cache(last)) --last;
+    std::vector<int32_t> open = deferred_.find(facts(), hidden_->cells(hidden_->level(static_cast<int>(last))));
     if (!ubatch) return open;
     std::vector<uint8_t> is_open(static_cast<size_t>(mask->ne[0]), 0);
     for (size_t p = 0; p < ubatch->facts.parts.size() && !open.empty(); ++p) {
@@ -240,6 +240,7 @@ ggml_status waiting_tokens::compute(std::vector<int32_t> open, const segment_fn 
 void waiting_tokens::defer_again(const early_tokens &tokens) {
     if (tokens.missing.empty()) return;
     for (size_t s = static_cast<size_t>(tokens.first_cut) + 1; s < facts().sites.size(); ++s) {
+        if (!facts().owns_cache(s)) continue;
         const key_rows rows = key_rows::of(facts().sites[s].cache);
         const int kind = facts().sites[s].kind;
         const bool is_first = static_cast<int>(s) == sites_.next[static_cast<size_t>(kind)];

@@ -52,6 +52,7 @@ std::string waiting_tokens::find_kept(const early_tokens &before, const ubatch_p
     if (f.kinds.size() == 1) return "";
     kept_layers_.clear();
     for (size_t s = static_cast<size_t>(sites_.cuts[0]) + 1; s < f.sites.size(); ++s) {
+        if (!f.owns_cache(s)) continue;
         kept_layer &layer = kept_layers_.emplace_back();
         layer.site = static_cast<int>(s);
         layer.kind = f.sites[s].kind;

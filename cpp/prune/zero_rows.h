@@ -1,5 +1,5 @@
 // Finds dropped tokens in the K/V cache. If a row of keys is all zeros in a layer, that cell's token was dropped before
-// this layer and is missing in all later ones.
+// this layer and is missing in the caches of all later ones.
 #pragma once
 
 #include <cstdint>

@@ -15,7 +15,17 @@ from pathlib import Path
 import tiny_models
 
 from architectures import dense, encoders, experts, recurrent
-from architectures.dense import write_cohere2, write_gemma2, write_gemma3, write_gemma3n, write_phi3, write_qwen3
+from architectures.dense import (
+    write_cohere2,
+    write_gemma2,
+    write_gemma3,
+    write_gemma3n,
+    write_gemma4,
+    write_phi3,
+    write_qwen2vl,
+    write_qwen3,
+    write_qwen3vl,
+)
 from architectures.encoders import write_gemma_embedding, write_t5
 from architectures.experts import (
     write_deepseek2,
@@ -38,14 +48,17 @@ __all__ = [
     "write_gemma2",
     "write_gemma3",
     "write_gemma3n",
+    "write_gemma4",
     "write_gemma_embedding",
     "write_glm4moe",
     "write_gpt_oss",
     "write_llama4",
     "write_mixtral",
     "write_phi3",
+    "write_qwen2vl",
     "write_qwen3",
     "write_qwen3moe",
+    "write_qwen3vl",
     "write_rwkv7",
     "write_t5",
 ]
@@ -87,7 +100,7 @@ GRAPHS: Writers = {
     "smollm3": dense.write_smollm3,
     "llama31": dense.write_llama31,
     "yarn": dense.write_yarn,
-    "qwen2vl": dense.write_qwen2vl,
+    "qwen2vl": write_qwen2vl,
     "stablelm": dense.write_stablelm,
     "phi2": dense.write_phi2,
     "gptneox": dense.write_gptneox,

@@ -18,7 +18,6 @@ from architectures.parts import (
     LAYERS,
     ROPE,
     VOCAB,
-    WINDOW,
     YARN,
     E,
     Keys,
@@ -58,19 +57,60 @@ def write_gemma3(path: Path | str, *, tied: bool = True, layers: int = LAYERS, w
     return _write_gemma(path, "gemma3", tied=tied, layers=layers, window=window)
 
 
-def write_gemma3n(path: Path | str) -> Path:
-    """Gemma 3n: an embedding for each layer, alternating updates (AltUp), low-rank residuals (LAuReL)."""
+def _layer_embeddings(m: Layered, own: int) -> None:
+    """An embedding of `own` channels for each layer."""
+    m.embedding("per_layer_token_embd", VOCAB, own * m.layers)
+    m.matrix("per_layer_model_proj", own * m.layers, E)
+    m.norm("per_layer_proj_norm", own, outliers=False)
+
+
+def write_gemma4(path: Path | str, *, layers: int = 4, shared: int = 2, window: int = 16) -> Path:
+    """Gemma 4: as Gemma 3n, but with one residual stream.
+
+    Every second layer has a window. The last `shared` layers have no keys and values of their own.
+    """
+    own = 128
+    keys: Keys = {
+        "attention.key_length_swa": HEAD, "attention.value_length_swa": HEAD, "attention.sliding_window": window,
+        "attention.sliding_window_pattern": [i % 2 == 0 for i in range(layers)], "attention.shared_kv_layers": shared,
+        "embedding_length_per_layer_input": own, "final_logit_softcapping": 30.0,
+    }  # fmt: skip
+    m = Layered(path, "gemma4", heads(), rms(), keys, layers=layers, pre="spm")
+    m.writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, HEAD // 2).astype(np.float32))
+    _layer_embeddings(m, own)
+    for i, block in enumerate(m.blocks):
+        m.norm(block + "attn_norm", E)
+        m.matrix(block + "attn_q", HEADS * HEAD, E, gain=0.5)
+        # There is no other scale of the scores.
+        m.values(block + "attn_q_norm.weight", HEAD, mean=HEAD**-0.5, spread=0.02)
+        if i < layers - shared:
+            m.matrix(block + "attn_k", KV * HEAD, E, gain=0.5)
+            m.matrix(block + "attn_v", KV * HEAD, E, gain=0.5)
+            m.norms(block, "attn_k_norm", size=HEAD)
+        m.matrix(block + "attn_output", E, HEADS * HEAD, gain=0.5)
+        m.gated(block)
+        m.norms(block, "post_attention_norm", "post_ffw_norm", "post_norm")
+        m.matrix(block + "inp_gate", own, E)
+        m.matrix(block + "proj", E, own)
+        m.values(block + "layer_output_scale.weight", 1, mean=1.0)
+    return m.ends(tied=True)
+
+
+def write_gemma3n(path: Path | str, *, layers: int = LAYERS, window: int = 16) -> Path:
+    """Gemma 3n: an embedding for each layer, alternating updates (AltUp), low-rank residuals (LAuReL).
+
+    Layers from 20 on read the cache of layer 18 or, if they have no window, 19.
+    """
     own, inputs = 256, 4
     keys: Keys = {
         "embedding_length_per_layer_input": own, "altup.active_idx": 0, "altup.num_inputs": inputs,
         "attention.shared_kv_layers": 0,
     }  # fmt: skip
-    m = Layered(path, "gemma3n", heads(), rms(), WINDOW, keys, dtype="f16", pre="spm")
+    windows: Keys = {"attention.sliding_window": window}
+    m = Layered(path, "gemma3n", heads(), rms(), windows, keys, dtype="f16", layers=layers, pre="spm")
     m.matrix("altup_proj", inputs - 1, E, E)
     m.matrix("altup_unembd_proj", inputs - 1, E, E)
-    m.embedding("per_layer_token_embd", VOCAB, own * LAYERS)
-    m.matrix("per_layer_model_proj", own * LAYERS, E)
-    m.norm("per_layer_proj_norm", own, outliers=False)
+    _layer_embeddings(m, own)
     for block in m.blocks:
         m.attention(block, qk_norm=True)
         m.gated(block)
@@ -177,11 +217,21 @@ def write_llama31(path: Path | str) -> Path:
     return m.ends()
 
 
-def write_qwen2vl(path: Path | str) -> Path:
+def write_qwen2vl(path: Path | str, *, layers: int = LAYERS) -> Path:
     """Qwen2-VL: positions in sections."""
-    m = Layered(path, "qwen2vl", rms(), ROPE, {"rope.dimension_sections": [4, 6, 6, 0]})
+    m = Layered(path, "qwen2vl", rms(), ROPE, {"rope.dimension_sections": [4, 6, 6, 0]}, layers=layers)
     for block in m.blocks:
         m.attention(block, bias=True)
+        m.gated(block)
+    return m.ends()
+
+
+def write_qwen3vl(path: Path | str, *, layers: int = LAYERS) -> Path:
+    """Qwen3-VL: sections in another order, norms on queries and keys, parts of an image that are added in layer 0."""
+    keys: Keys = {"rope.dimension_sections": [6, 5, 5, 0], "n_deepstack_layers": 1}
+    m = Layered(path, "qwen3vl", heads(64), rms(), keys, layers=layers, pre="qwen2")
+    for block in m.blocks:
+        m.attention(block, head=64, qk_norm=True)
         m.gated(block)
     return m.ends()
 
