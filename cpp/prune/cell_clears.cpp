@@ -17,7 +17,15 @@ void for_layers_behind(const graph_facts &facts, int cut, const Function &each) 
 }
 
 void add(const key_rows &rows, int32_t cell, const std::vector<char> *mark, cut_job *job) {
-    job->clears.push_back({const_cast<char *>(rows.row(cell, 0)), rows.row_bytes, mark});
+    char *row = const_cast<char *>(rows.row(cell, 0));
+    if (!mark && !job->clears.empty()) {  // neighbours are cleared together
+        cut_job::zeros &last = job->clears.back();
+        if (!last.begin && last.at + last.bytes == row) {
+            last.bytes += rows.row_bytes;
+            return;
+        }
+    }
+    job->clears.push_back({row, rows.row_bytes, mark});
 }
 
 }  // namespace
