@@ -81,6 +81,24 @@ def test_the_most_per_byte_comes_first() -> None:
         types(4.2)
 
 
+def test_a_large_step_may_come_first() -> None:
+    """The small steps save more per byte, but leave too little room for the table, and more of the budget unused."""
+    plans = plans_of(table=1280, a=128, b=128)
+    damage_of = {
+        "table": {"agq4": 9.0, "q8_0": 0.0},
+        "a": {"agq4": 1.0, "q8_0": 0.0},
+        "b": {"agq4": 1.1, "q8_0": 0.0},
+    }
+
+    def types(target: float) -> list[str]:
+        chosen = knapsack.choose(plans, damage_of, target)
+        assert knapsack.bits_per_weight(chosen) <= target
+        return [plan.type_name for plan in chosen]
+
+    assert types(4.25 + 4.25 * 11 / 12) == ["q8_0", "agq4", "q8_0"]
+    assert types(4.25 + 4.25 * 9 / 12) == ["agq4", "q8_0", "q8_0"]
+
+
 def test_types_that_do_not_fit_are_not_offered() -> None:
     wide, narrow = plans_of(wide=128)[0], TensorPlan(Tensor("narrow", "f16", (128, 128), 0, 1), "agq4", "")
     kept = TensorPlan(Tensor("norm", "f32", (128,), 0, 1), "f32", "one-dimensional")
@@ -165,6 +183,19 @@ def test_a_target_is_met_and_helps(quality: str, llama_f16: Path, words: str, tm
     few, more = run(least + 0.01), run(least + 1)
     assert few[0] == pytest.approx(least) and "q8_0" not in few[2] and "q8_0" in more[2]
     assert more[0] > least + 0.5 and more[1] < 0.8 * few[1]
+
+
+def test_best_with_nothing_but_tables(
+    llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget that gives every matrix Q8_0 leaves `best` the table; its two streams would hold all logits."""
+    monkeypatch.setattr("agq_gguf.quantization.best.run.Sequential", lambda *args, **more: pytest.fail("no stages"))
+    options = QuantizeOptions(
+        quality="best", target_bpw=8.4, output_type="q8_0", embedding_type="agq4", threads=1, context=64,
+        calibration_tokens=512,
+    )  # fmt: skip
+    report = quantize(llama_f16, tmp_path / "out.gguf", calibration=[words], options=options)
+    assert [t.name for t in report.tensors if t.type_name == "agq4"] == ["token_embd.weight"]
 
 
 @pytest.mark.parametrize("guide", ["text", "imatrix", "nothing"])

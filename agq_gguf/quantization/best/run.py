@@ -101,6 +101,8 @@ class BestRun:
             table = _table(executor.weight(name), name, sensitivity, options)
             stored[name] = restored(table.matrix, Rounder(table.matrix.parameters, table.matrix.codes.shape[1]))
             finish(name, [table])
+        if not plan.stages:  # a budget may give every other matrix a larger type
+            return Outcome({}, notes)
         run = Sequential(
             executor, plan, batches, sensitivity, options, stored=stored, pairs=self.pairs, movable=self._are_plain,
             room=memory // 8,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from agq_gguf.errors import InputError
@@ -16,6 +17,7 @@ from agq_gguf.quantization.type_plan import TensorPlan
 # feedback. q8_0 loses almost nothing, so larger types are never needed.
 LADDER = (TYPE_NAME, "q6_K", "q8_0")
 REASON = "sensitive"
+_LARGE = 20  # a step of more than this part of the budget is large
 
 
 def open_types(plans: Iterable[TensorPlan], may_choose: Mapping[str, bool]) -> dict[str, tuple[str, ...]]:
@@ -36,34 +38,62 @@ def bits_per_weight(plans: Iterable[TensorPlan]) -> float:
     return 8 * sum(t.n_bytes for t in placed) / sum(t.n_elements for t in placed)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A larger type for a tensor, after `order` smaller steps of the same tensor."""
+
+    name: str
+    order: int
+    type_name: str
+    n_bytes: int
+    gain: float  # the cost that it saves
+
+
 def choose(plans: list[TensorPlan], damage: Mapping[str, Mapping[str, float]], target: float) -> list[TensorPlan]:
     """Plans of at most `target` bits per weight with the least sum of `damage` (tensor -> type -> cost).
 
     `plans` have the smallest types; tensors without an entry in `damage` keep them. Takes the step that saves most per
-    byte first, until none fits. Raises InputError if the smallest plans exceed the target.
+    byte first, until none fits. A large step that did not fit, most often a table's, is also tried as the first one.
+    Raises InputError if the smallest plans exceed the target.
     """
     least = bits_per_weight(plans)
     if least > target + 1e-9:
         raise InputError(f"the target must be at least {least:.3f} bits per weight for this model, got {target:g}")
     room = (target - least) * sum(plan.source.n_elements for plan in plans) / 8
-    steps = []
+    steps: list[_Step] = []
     for plan in plans:
         costs = damage.get(plan.source.name, {})
         sizes = {t: layout([(plan.source.name, t, plan.source.shape)])[0].n_bytes for t in costs}
         hull = _hull([(sizes[t], costs[t], t) for t in LADDER if t in costs])
         for order, (low, high) in enumerate(pairwise(hull)):
-            n_bytes, gain = high[0] - low[0], low[1] - high[1]
-            steps.append((-gain / n_bytes, plan.source.name, order, n_bytes, high[2]))
-    chosen: dict[str, str] = {}
-    taken: dict[str, int] = {}
-    for _, name, order, n_bytes, type_name in sorted(steps):
-        if order == taken.get(name, 0) and n_bytes <= room:
-            room -= n_bytes
-            chosen[name], taken[name] = type_name, order + 1
+            steps.append(_Step(plan.source.name, order, high[2], high[0] - low[0], low[1] - high[1]))
+    steps.sort(key=lambda step: (-step.gain / step.n_bytes, step.name, step.order))
+    taken = _take(steps, room)
+    done = set(taken)
+    large = [step for step in steps if step not in done and room / _LARGE < step.n_bytes <= room]
+    found = [taken, *(_take([*_up_to(step, steps), *steps], room) for step in large)]
+    chosen = {step.name: step.type_name for step in max(found, key=lambda taken: sum(step.gain for step in taken))}
     return [
         replace(plan, type_name=chosen[plan.source.name], reason=REASON) if plan.source.name in chosen else plan
         for plan in plans
     ]
+
+
+def _take(steps: Iterable[_Step], room: float) -> list[_Step]:
+    """The steps that fit into `room` bytes, in the order in which they are tried."""
+    taken: list[_Step] = []
+    reached: Counter[str] = Counter()
+    for step in steps:
+        if step.order == reached[step.name] and step.n_bytes <= room:
+            room -= step.n_bytes
+            reached[step.name] += 1
+            taken.append(step)
+    return taken
+
+
+def _up_to(last: _Step, steps: Iterable[_Step]) -> list[_Step]:
+    """A step with those of the same tensor that come before it."""
+    return sorted((s for s in steps if s.name == last.name and s.order <= last.order), key=lambda s: s.order)
 
 
 def _hull(points: list[tuple[int, float, str]]) -> list[tuple[int, float, str]]:
