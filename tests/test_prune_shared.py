@@ -84,6 +84,18 @@ def test_pruned_equals_masked(model: GetModel, arch: str, spec: str, flash: bool
     assert warnings() == []
 
 
+@pytest.mark.parametrize("spec", ["4:0.5", CUTS["one"]])
+def test_rotated_queries(tmp_path: Path, spec: str) -> None:
+    """The host rotates the queries of heads of 64 channels if the cache is quantized."""
+    path = architectures.write_gemma4(tmp_path / "m.gguf", layers=10, shared=4, window=WINDOW, head=64)
+    with LowModel(path) as m:
+        pruned, fate = run(m, spec, cache="q8_0", flash=True)
+        masked, _ = run(m, f"mask,{spec}", cache="q8_0", flash=True)
+        assert warnings() == []
+        assert sum(layer >= 0 for layer in fate) > 50
+        assert_close(pruned, masked)
+
+
 @pytest.mark.parametrize(("arch", "last"), [("gemma4", 5), ("gemma3n", 19)])
 def test_behind_the_last_cache_nothing_is_lost(model: GetModel, arch: str, last: int) -> None:
     """All keys and values are there, so almost all tokens may leave. One layer earlier that is not so."""

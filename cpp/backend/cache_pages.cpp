@@ -14,6 +14,7 @@ void cache_pages::renew(ggml_tensor *const *nodes, int n) {
     for (int i = 0; i < n; ++i) {
         if (nodes[i]->op != host.op_set_rows) continue;
         const ggml_tensor *cache = root_of(nodes[i]);
+        if (cache->op != host.op_none) continue;  // a value of the graph: experts are chosen with this operation, too
         if (cache->data && seen_.insert(cache->data).second) ranges.push_back({cache->data, host.ggml_nbytes(cache)});
     }
     if (ranges.empty()) return;

@@ -74,7 +74,7 @@ bool has_huge_pages() {
            bytes == huge;
 }
 
-/// Whether all memory gets huge pages, if there are any.
+/// Whether the system gives huge pages without being asked.
 bool has_huge_pages_anyway() {
     std::ifstream enabled("/sys/kernel/mm/transparent_hugepage/enabled");
     std::string setting;

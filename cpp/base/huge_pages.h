@@ -4,6 +4,8 @@
 // the address of each page anew. In pages of 2 MiB the same weights are read faster. Linux gives such pages to memory
 // that belongs to no file. So the content is copied there, and the copy takes the place of the mapping at the same
 // addresses. Who made the mapping can unmap it as before.
+//
+// Empty memory that is to be written, as that of keys and values, is given back instead, and comes anew in huge pages.
 #pragma once
 
 #include <cstddef>

@@ -43,11 +43,14 @@ const char *role_of(const ggml_tensor *node, int slot) {
 /// The layer whose weights the queries are made with, or -1.
 int layer_of_queries(const ggml_tensor *q) {
     constexpr int most_steps = 32;
-    for (int step = 0; step < most_steps && q; ++step, q = q->src[0]) {
+    for (int step = 0; step < most_steps && q; ++step) {
         for (const ggml_tensor *src : q->src) {
             const int layer = src && src->op == host.op_none ? block_of(src) : -1;
             if (layer >= 0) return layer;
         }
+        // With a quantized cache the host rotates queries: an input of its own times the queries.
+        const bool is_rotated = q->src[0] && q->src[0]->op == host.op_none && q->src[1];
+        q = is_rotated ? q->src[1] : q->src[0];
     }
     return -1;
 }

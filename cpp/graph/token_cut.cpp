@@ -18,7 +18,7 @@ std::string find_gap(const graph_facts &facts) {
     if (facts.sites.empty() || !facts.k_cells) return "the model has no causal K/V cache";
     if (facts.ambiguous) return "the model has attention masks or inputs that pruning cannot tell apart";
     for (const attention_kind &kind : facts.kinds) {
-        if (!kind.k_cells) return "the model reads the K/V cache of another one";
+        if (!kind.k_cells) return "the model reads the K/V cache of another model";
         if (kind.mask->ne[3] != 1) return "the ubatch holds several streams of sequences";
     }
     for (size_t i = 0; i < facts.sites.size(); ++i) {

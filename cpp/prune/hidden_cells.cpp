@@ -95,7 +95,7 @@ void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
                 if (d.first_layer <= border) cells.push_back(d);
             }
         }
-        // If these are all attentions, an index among them is that of the attention.
+        // If every attention is in `sites`, an index needs no translation.
         if (sites.size() == facts.sites.size()) continue;
         for (dropped_cell &d : cells) d.first_layer = sites[static_cast<size_t>(d.first_layer)];
     }

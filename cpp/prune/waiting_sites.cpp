@@ -91,7 +91,7 @@ std::string waiting_tokens::find_sites() {
         // Keys of the first layer do not depend on the tokens in front.
         if (sites_.keys[k] >= 1 && sites_.next[k] >= 0) continue;
         return f.kinds.size() == 1
-                   ? "the first pruning layer must not be layer 0, and one with a K/V cache must follow it"
+                   ? "the first pruning layer must not be layer 0, and a layer with its own K/V cache must follow it"
                    : "layers with and without a sliding window, and with a K/V cache of their own, must both "
                      "come after layer 0 up to the first pruning layer, and both behind it";
     }

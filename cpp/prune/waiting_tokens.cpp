@@ -19,7 +19,7 @@ bool is_deferred_token(const early_token &token) {
     return token.is_deferred;
 }
 
-const char *const unknown_tokens = "the cache holds tokens that this context has not computed, or an image";
+const char *const unknown_tokens = "the cache holds tokens that this context has not computed, or tokens of an image";
 
 template <typename Predicate>
 void erase_if(std::vector<early_token> *tokens, const Predicate &is_out) {

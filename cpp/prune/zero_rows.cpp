@@ -145,25 +145,26 @@ bool zero_row_scanner::is_one_step_on(const std::vector<key_rows> &layers) {
     return result;
 }
 
-/// Whether the candidates are what the last scan found, as far as the rows tell that are read here: one row of each
-/// candidate, and a second one of one in eight. Nothing in the loops depends on what was read, so the processor waits
-/// for many rows at once.
+/// Whether the candidates still look as the last scan found them. Reads one row of each, and a second row of one in
+/// eight. Nothing in the loops depends on what was read, so the processor waits for many rows at once.
 bool zero_row_scanner::is_as_before(const std::vector<key_rows> &layers, int64_t stream, const int32_t *hints) const {
-    bool differs = false;
+    const int32_t n_layers = static_cast<int32_t>(layers.size());
+    // The hint of a candidate that is new may be outdated.
     const auto rows_of = [&](int32_t hint) -> const key_rows & {
-        return hint < 0 ? layers.back() : layers[static_cast<size_t>(hint)];
+        return hint >= 0 && hint < n_layers ? layers[static_cast<size_t>(hint)] : layers.back();
     };
+    bool differs = false;
     const size_t n = candidates_.size();
     for (size_t i = 0; i < n; ++i) {
         const int32_t ahead = candidates_[std::min(i + prefetch_distance, n - 1)];
         prefetch(rows_of(hints[ahead]).row(ahead, stream));
         const int32_t cell = candidates_[i], hint = hints[cell];
-        differs |= rows_of(hint).may_be_zero(cell, stream) != (hint >= 0);
+        differs |= rows_of(hint).may_be_zero(cell, stream) != (hint >= 0) || hint >= n_layers;
     }
     for (const int32_t cell : candidates_) {
         const int32_t hint = hints[cell];
         if (hint <= 0 || (cell + turn_) % 8 != 0) continue;
-        differs |= layers[static_cast<size_t>(hint) - 1].may_be_zero(cell, stream);
+        differs |= rows_of(hint - 1).may_be_zero(cell, stream);
     }
     return !differs;
 }

@@ -64,30 +64,30 @@ def _layer_embeddings(m: Layered, own: int) -> None:
     m.norm("per_layer_proj_norm", own, outliers=False)
 
 
-def write_gemma4(path: Path | str, *, layers: int = 4, shared: int = 2, window: int = 16) -> Path:
+def write_gemma4(path: Path | str, *, layers: int = 4, shared: int = 2, window: int = 16, head: int = HEAD) -> Path:
     """Gemma 4: as Gemma 3n, but with one residual stream.
 
     Every second layer has a window. The last `shared` layers have no keys and values of their own.
     """
     own = 128
     keys: Keys = {
-        "attention.key_length_swa": HEAD, "attention.value_length_swa": HEAD, "attention.sliding_window": window,
+        "attention.key_length_swa": head, "attention.value_length_swa": head, "attention.sliding_window": window,
         "attention.sliding_window_pattern": [i % 2 == 0 for i in range(layers)], "attention.shared_kv_layers": shared,
         "embedding_length_per_layer_input": own, "final_logit_softcapping": 30.0,
     }  # fmt: skip
-    m = Layered(path, "gemma4", heads(), rms(), keys, layers=layers, pre="spm")
-    m.writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, HEAD // 2).astype(np.float32))
+    m = Layered(path, "gemma4", heads(head), rms(), keys, layers=layers, pre="spm")
+    m.writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, head // 2).astype(np.float32))
     _layer_embeddings(m, own)
     for i, block in enumerate(m.blocks):
         m.norm(block + "attn_norm", E)
-        m.matrix(block + "attn_q", HEADS * HEAD, E, gain=0.5)
+        m.matrix(block + "attn_q", HEADS * head, E, gain=0.5)
         # There is no other scale of the scores.
-        m.values(block + "attn_q_norm.weight", HEAD, mean=HEAD**-0.5, spread=0.02)
+        m.values(block + "attn_q_norm.weight", head, mean=head**-0.5, spread=0.02)
         if i < layers - shared:
-            m.matrix(block + "attn_k", KV * HEAD, E, gain=0.5)
-            m.matrix(block + "attn_v", KV * HEAD, E, gain=0.5)
-            m.norms(block, "attn_k_norm", size=HEAD)
-        m.matrix(block + "attn_output", E, HEADS * HEAD, gain=0.5)
+            m.matrix(block + "attn_k", KV * head, E, gain=0.5)
+            m.matrix(block + "attn_v", KV * head, E, gain=0.5)
+            m.norms(block, "attn_k_norm", size=head)
+        m.matrix(block + "attn_output", E, HEADS * head, gain=0.5)
         m.gated(block)
         m.norms(block, "post_attention_norm", "post_ffw_norm", "post_norm")
         m.matrix(block + "inp_gate", own, E)

@@ -17,7 +17,7 @@ from agq_gguf.quantization.type_plan import TensorPlan
 # feedback. q8_0 loses almost nothing, so larger types are never needed.
 LADDER = (TYPE_NAME, "q6_K", "q8_0")
 REASON = "sensitive"
-_LARGE = 20  # a step of more than this part of the budget is large
+_LARGE = 20  # a step of more than 1 / 20 of the budget is large
 
 
 def open_types(plans: Iterable[TensorPlan], may_choose: Mapping[str, bool]) -> dict[str, tuple[str, ...]]:
@@ -50,7 +50,7 @@ class _Step:
 
 
 def choose(plans: list[TensorPlan], damage: Mapping[str, Mapping[str, float]], target: float) -> list[TensorPlan]:
-    """Plans of at most `target` bits per weight with the least sum of `damage` (tensor -> type -> cost).
+    """Plans of at most `target` bits per weight with a low sum of `damage` (tensor -> type -> cost).
 
     `plans` have the smallest types; tensors without an entry in `damage` keep them. Takes the step that saves most per
     byte first, until none fits. A large step that did not fit, most often a table's, is also tried as the first one.
