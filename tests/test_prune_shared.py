@@ -116,9 +116,10 @@ def test_a_cache_shows_who_had_left_before_it(tmp_path: Path) -> None:
     The values of layer 5 are zeros here, so it does not matter who is in the other cache.
     """
     path = WRITERS["gemma4"](tmp_path / "m.gguf")
-    values = next(t for t in gguf.GGUFReader(path, "r+").tensors if t.name == "blk.5.attn_v.weight")
+    reader = gguf.GGUFReader(path, "r+")
+    values = next(t for t in reader.tensors if t.name == "blk.5.attn_v.weight")
     values.data[:] = 0
-    values.data.base.flush()
+    reader.data.flush()
     with LowModel(path) as m:
         whole, _ = run(m, "off")
         for layer, changes in ((3, True), (4, False)):
