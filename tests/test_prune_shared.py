@@ -17,9 +17,10 @@ import low_level
 import numpy as np
 import pytest
 from low_level import GetModel, LowModel, models_fixture, tokens
-from test_prune_situations import ATOL, Pair, forget
+from test_prune_situations import ATOL, Pair, forget, shift_twice
 from test_prune_slots import SIDE_BY_SIDE, as_alone, steps
 from test_prune_ubatches import Both, assert_close, assert_same_choice
+from test_prune_windows import assert_restored
 
 import agq_gguf
 
@@ -111,7 +112,7 @@ def test_behind_the_last_cache_nothing_is_lost(model: GetModel, arch: str, last:
 
 
 def test_a_cache_shows_who_had_left_before_it(tmp_path: Path) -> None:
-    """Tokens that leave behind layer 4 are still in its cache, which layers with a window read.
+    """Tokens that are dropped after layer 4 are still in its cache, which layers with a window read.
 
     The values of layer 5 are zeros here, so it does not matter who is in the other cache.
     """
@@ -154,33 +155,14 @@ def test_generation_beyond_the_window(model: GetModel, arch: str, full: bool, fl
 @pytest.mark.parametrize("cache", ["f32", "f16"])  # the host cannot shift a quantized cache of this model
 def test_context_shift(model: GetModel, cache: str) -> None:
     with Pair(model("gemma4"), "1:0.3,4:0.4;min=16", cache=cache) as pair:
-        pair.decode(tokens(200))
-        for _ in range(2):
-            pair.each(forget(8, 40))
-            pair.each(lambda c: api.llama_memory_seq_add(c.memory, 0, 40, -1, -32))
-            pair.decode([5], 168)
-            pair.each(forget(168, -1))
-            pair.decode(tokens(32, 4), 168)
-        pair.decode([5], 200)
+        shift_twice(pair)
         assert pair.largest_effect > 20 * ATOL
 
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_save_and_restore(model: GetModel, whole: bool, full: bool) -> None:
-    sequence = None if whole else 0
-    options = {"cache": "f32", "swa_full": full, "n_ubatch": 96}
-    m = model("gemma4")
-    with m.context("1:0.5,4:0.3;min=16", **options) as pruned, m.context("off", **options) as other:
-        pruned.decode(tokens(300))
-        state = pruned.save(sequence)
-        wanted = [pruned.decode([7 + i], 300 + i) for i in range(4)]
-        other.restore(state, sequence)
-        found = [other.decode([7 + i], 300 + i) for i in range(4)]  # hidden although pruning is off here
-        np.testing.assert_allclose(found, wanted, atol=ATOL, rtol=0)
-        with m.context("off", **options) as plain:
-            plain.decode(tokens(300))
-            assert np.abs(plain.decode([7], 300) - wanted[0]).max() > 20 * ATOL
+    assert_restored(model("gemma4"), "1:0.5,4:0.3;min=16", None if whole else 0, full)
 
 
 @pytest.mark.parametrize("unified", [False, True])

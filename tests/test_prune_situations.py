@@ -147,18 +147,23 @@ def test_prefix_is_used_again(model: LowModel) -> None:
         assert pair.largest_effect > 30 * ATOL
 
 
+def shift_twice(pair: Pair) -> None:
+    """Reads a prompt, and twice forgets a part of it, moves the rest there and goes on."""
+    pair.decode(tokens(200))
+    for _ in range(2):
+        pair.each(forget(8, 40))
+        pair.each(lambda c: api.llama_memory_seq_add(c.memory, 0, 40, -1, -32))
+        pair.decode([5], 168)
+        pair.each(forget(168, -1))
+        pair.decode(tokens(32, 4), 168)
+    pair.decode([5], 200)
+
+
 @pytest.mark.parametrize("cache", ["f16", "q8_0", "q4_0"])
 def test_context_shift(model: LowModel, cache: str) -> None:
     """Positions move, and with them the keys: zero rows become rows of minus zero, or other bytes."""
     with Pair(model, cache=cache, flash=True) as pair:
-        pair.decode(tokens(200))
-        for _ in range(2):
-            pair.each(forget(8, 40))
-            pair.each(lambda c: api.llama_memory_seq_add(c.memory, 0, 40, -1, -32))
-            pair.decode([5], len_after := 168)
-            pair.each(forget(len_after, -1))
-            pair.decode(tokens(32, 4), 168)
-        pair.decode([5], 200)
+        shift_twice(pair)
         assert pair.largest_effect > 30 * ATOL
 
 

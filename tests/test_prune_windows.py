@@ -113,10 +113,13 @@ def test_little_is_left_of_a_window(model: GetModel, arch: str) -> None:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_save_and_restore(model: GetModel, whole: bool, full: bool) -> None:
-    sequence = None if whole else 0
+    assert_restored(model("gemma3"), "1:0.5;min=16", None if whole else 0, full)
+
+
+def assert_restored(m: LowModel, prune: str, sequence: int | None, full: bool) -> None:
+    """A saved state hides what was dropped, also in a context that held other tokens and does not prune."""
     options = {"cache": "f32", "swa_full": full, "n_ubatch": 96}
-    m = model("gemma3")
-    with m.context("1:0.5;min=16", **options) as pruned, m.context("off", **options) as other:
+    with m.context(prune, **options) as pruned, m.context("off", **options) as other:
         pruned.decode(tokens(300))
         state = pruned.save(sequence)
         wanted = [pruned.decode([7 + i], 300 + i) for i in range(4)]

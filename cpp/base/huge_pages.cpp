@@ -64,21 +64,25 @@ std::vector<mapping> read_mappings() {
     return found;
 }
 
+/// The system's setting, the valid word of which is in brackets; empty if there is none.
+std::string huge_pages_setting() {
+    std::ifstream enabled("/sys/kernel/mm/transparent_hugepage/enabled");
+    std::string setting;
+    std::getline(enabled, setting);
+    return setting;
+}
+
 /// Whether the system may give huge pages of the size that is expected here.
 bool has_huge_pages() {
-    const std::string folder = "/sys/kernel/mm/transparent_hugepage/";
-    std::ifstream enabled(folder + "enabled"), size(folder + "hpage_pmd_size");
-    std::string setting;
+    std::ifstream size("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size");
     uintptr_t bytes = 0;
-    return std::getline(enabled, setting) && setting.find("[never]") == std::string::npos && size >> bytes &&
-           bytes == huge;
+    const std::string setting = huge_pages_setting();
+    return !setting.empty() && setting.find("[never]") == std::string::npos && size >> bytes && bytes == huge;
 }
 
 /// Whether the system gives huge pages without being asked.
 bool has_huge_pages_anyway() {
-    std::ifstream enabled("/sys/kernel/mm/transparent_hugepage/enabled");
-    std::string setting;
-    return std::getline(enabled, setting) && setting.find("[always]") != std::string::npos;
+    return huge_pages_setting().find("[always]") != std::string::npos;
 }
 
 /// Files of memory file systems are in memory already, and a copy would take it twice.
