@@ -180,7 +180,7 @@ def test_text_behind_an_image_does_not_wait(model: GetModel) -> None:
     assert fate[n_before : n_before + 60] == [-1] * 60
     assert 10 < sum(layer >= 0 for layer in fate[n_before + 60 :]) <= 34
     assert len(warnings()) == 2
-    assert "those of an image" in warnings()[0] and "or an image" in warnings()[1]
+    assert "those of an image" in warnings()[0] and "or tokens of an image" in warnings()[1]
     assert np.abs(found[0] - found[1]).max() > 20 * ATOL
 
 
