@@ -282,7 +282,7 @@ bool trace(const graph_facts &facts, int64_t tokens, int64_t streams, bool ends_
         bool any = false;
         for (int s = 0; s < ggml_max_src; ++s) {
             if (!x.node->src[s]) continue;
-            x.src[s] = (*dims)[static_cast<size_t>(facts.number(x.node->src[s]))];
+            x.src[s] = (*dims)[static_cast<size_t>(facts.source(static_cast<int>(i), s))];
             any = any || x.src[s];
         }
         if (!any || (ends_at_exits && is_exit(x, facts))) continue;

@@ -104,8 +104,11 @@ void graph_facts::read(ggml_tensor **nodes, int n) {
     numbers_.reserve(2 * count + 16);
     for (int i = 0; i < n; ++i) numbers_.emplace(nodes[i], i);
     last_use.assign(count, -1);
+    sources_.resize(count);
     for (int i = 0; i < n; ++i) {
         for (int slot = 0; slot < ggml_max_src; ++slot) {
+            int &source = sources_[static_cast<size_t>(i)][static_cast<size_t>(slot)];
+            source = -1;
             ggml_tensor *src = nodes[i]->src[slot];
             if (!src) continue;
             const auto [entry, is_new] = numbers_.emplace(src, static_cast<int>(tensors.size()));
@@ -115,7 +118,8 @@ void graph_facts::read(ggml_tensor **nodes, int n) {
                 if (src->op != host.op_none) complete = false;
                 find_input(nodes[i], slot);
             }
-            last_use[static_cast<size_t>(entry->second)] = i;
+            source = entry->second;
+            last_use[static_cast<size_t>(source)] = i;
         }
         find_store(nodes[i]);
         if (nodes[i]->flags & ggml_flag_output) is_part = false;

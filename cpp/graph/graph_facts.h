@@ -1,6 +1,7 @@
 // What the pruning pass needs to know about a graph: numbers for its tensors, its inputs, and where its attentions are.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
@@ -49,6 +50,8 @@ class graph_facts {
         const auto found = numbers_.find(t);
         return found == numbers_.end() ? -1 : found->second;
     }
+    /// Number of a node's source, -1 if it has none in that slot.
+    int source(int node, int slot) const { return sources_[static_cast<size_t>(node)][static_cast<size_t>(slot)]; }
     int n_nodes = 0;
     std::vector<ggml_tensor *> tensors;  ///< by number
     std::vector<int> last_use;           ///< by number: the last node that reads the tensor, or -1
@@ -85,6 +88,7 @@ class graph_facts {
     void find_values(attention_site *site);
 
     std::unordered_map<const ggml_tensor *, int> numbers_;
+    std::vector<std::array<int, ggml_max_src>> sources_;           ///< by node
     std::unordered_map<const ggml_tensor *, const char *> roles_;  ///< names of inputs that are recognized by their use
     std::vector<const ggml_tensor *> masks_;                       ///< all inputs that are masks
     /// By key cache that is written: the input that names the cells.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "host/host.h"
 
@@ -28,9 +29,13 @@ class mask_row {
         if (is_f16_) return reinterpret_cast<const uint16_t *>(row_)[cell] == hidden_f16;
         return reinterpret_cast<const float *>(row_)[cell] == -INFINITY;
     }
-    /// Sets `seen[c]` for every visible cell.
-    void mark_visible(int64_t n, uint8_t *seen) const {
-        for (int64_t c = 0; c < n; ++c) seen[c] = seen[c] | !hides(c);
+    /// Sets `seen[c]` for every visible cell from `begin` to `end`.
+    void mark_visible(int64_t begin, int64_t end, uint8_t *seen) const {
+        if (is_f16_) {
+            mark_other<uint16_t>(begin, end, hidden_f16, seen);
+        } else {
+            mark_other<float>(begin, end, -INFINITY, seen);
+        }
     }
     /// How many of the first `n` cells are visible.
     int64_t count_visible(int64_t n) const {
@@ -45,10 +50,26 @@ class mask_row {
         for (int64_t i = 0; i < n; ++i) count += row[i] != hidden;
         return count;
     }
+    template <typename Element>
+    void mark_other(int64_t begin, int64_t end, Element hidden, uint8_t *seen) const {
+        const Element *row = reinterpret_cast<const Element *>(row_);
+        for (int64_t i = begin; i < end; ++i) seen[i] = static_cast<uint8_t>(seen[i] | (row[i] != hidden));
+    }
 
     const char *row_;
     bool is_f16_;
 };
+
+/// Writes the numbers of marked cells to `cells`.
+inline void list_marked(const std::vector<uint8_t> &marked, std::vector<int32_t> *cells) {
+    cells->resize(marked.size());
+    int32_t *next = cells->data();
+    for (size_t c = 0; c < marked.size(); ++c) {
+        *next = static_cast<int32_t>(c);
+        next += marked[c] != 0;
+    }
+    cells->resize(static_cast<size_t>(next - cells->data()));
+}
 
 inline bool is_hidden(const ggml_tensor *mask, int64_t cell, int64_t token, int64_t stream) {
     return mask_row(mask, token, stream).hides(cell);

@@ -180,6 +180,16 @@ void packed_worker::run(const attention_part &part, int64_t unit, float *dst) {
 
 }  // namespace
 
+int32_t key_group::column_of(int32_t cell, int64_t next) const {
+    if (!cells) {
+        const int64_t column = cell - first_cell;
+        return cell >= 0 && column >= 0 && column < n ? static_cast<int32_t>(column) : no_column;
+    }
+    if (next >= 0 && next < n && cells[next] == cell) return static_cast<int32_t>(next);
+    const int32_t *end = cells + n, *found = std::lower_bound(cells, end, cell);
+    return found != end && *found == cell ? static_cast<int32_t>(found - cells) : no_column;
+}
+
 void read_row(const attention_kernel &kern, const ggml_tensor *t, const char *from, float *to, int64_t n) {
     if (t->type == ggml_type_f32) {
         std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));

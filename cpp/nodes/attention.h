@@ -28,6 +28,9 @@ struct key_group {
     size_t mask_stride = 0;
 
     int64_t cell(int64_t key) const { return cells ? cells[key] : first_cell + key; }
+    static constexpr int32_t no_column = -1;
+    /// The place of a cell among the keys, or no_column. `next`: where it probably is.
+    int32_t column_of(int32_t cell, int64_t next = 0) const;
 };
 
 /// All tokens of a graph, in groups; by the mask of its attentions. New ones are made for each call. A mask that is

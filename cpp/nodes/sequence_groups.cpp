@@ -26,6 +26,13 @@ difference compare(const char *before, const char *after, int64_t n, Element hid
     return found;
 }
 
+template <typename Element>
+void gather(const char *row, const std::vector<int32_t> &cells, char *to) {
+    const Element *from = reinterpret_cast<const Element *>(row);
+    Element *next = reinterpret_cast<Element *>(to);
+    for (int32_t c : cells) *next++ = from[c];
+}
+
 }  // namespace
 
 bool sequence_groups::continues(const ggml_tensor *mask, const char *stream_rows, int64_t token,
@@ -38,14 +45,25 @@ bool sequence_groups::continues(const ggml_tensor *mask, const char *stream_rows
     return found.common > 0 && found.added <= 1 && found.lost <= 1;
 }
 
+/// Marks the cells that any of these tokens sees.
+void sequence_groups::mark_seen(const ggml_tensor *mask, const char *rows, int64_t first, int64_t end) {
+    const auto row = [&](int64_t token) {
+        return mask_row(rows + static_cast<size_t>(token) * mask->nb[1], mask->type == ggml_type_f16);
+    };
+    seen_.assign(static_cast<size_t>(mask->ne[0]), 0);
+    // The first and the last token usually see all that those between them see. Reading a whole mask takes long.
+    row(first).mark_visible(0, mask->ne[0], seen_.data());
+    if (end - first == 1) return;
+    row(end - 1).mark_visible(0, mask->ne[0], seen_.data());
+    const int64_t begin_rest = std::find(seen_.begin(), seen_.end(), 0) - seen_.begin();
+    const int64_t end_rest = seen_.rend() - std::find(seen_.rbegin(), seen_.rend(), 0);
+    for (int64_t t = first + 1; t < end - 1; ++t) row(t).mark_visible(begin_rest, end_rest, seen_.data());
+}
+
 void sequence_groups::add(const ggml_tensor *mask, const char *rows, int64_t stream, int64_t first, int64_t end) {
-    const bool is_f16 = mask->type == ggml_type_f16;
     const size_t element = mask->nb[0];
     const char *at = rows + static_cast<size_t>(first) * mask->nb[1];
-    seen_.assign(static_cast<size_t>(mask->ne[0]), 0);
-    for (int64_t t = first; t < end; ++t) {
-        mask_row(rows + static_cast<size_t>(t) * mask->nb[1], is_f16).mark_visible(mask->ne[0], seen_.data());
-    }
+    mark_seen(mask, rows, first, end);
     const size_t number = groups_.size();
     key_group &group = groups_.emplace_back();
     group.stream = stream;
@@ -55,10 +73,7 @@ void sequence_groups::add(const ggml_tensor *mask, const char *rows, int64_t str
     group.mask_stride = mask->nb[1];
     while (cells_.size() <= number) cells_.emplace_back();
     std::vector<int32_t> &cells = cells_[number];
-    cells.clear();
-    for (size_t c = 0; c < seen_.size(); ++c) {
-        if (seen_[c]) cells.push_back(static_cast<int32_t>(c));
-    }
+    list_marked(seen_, &cells);
     if (cells.empty()) cells.push_back(0);  // all rows become 0
     group.n = static_cast<int64_t>(cells.size());
     group.first_cell = cells.front();
@@ -71,12 +86,13 @@ void sequence_groups::add(const ggml_tensor *mask, const char *rows, int64_t str
     while (masks_.size() <= number) masks_.emplace_back();
     std::vector<char> &columns = masks_[number];
     columns.resize(group.mask_stride * static_cast<size_t>(group.n_tokens));
-    char *to = columns.data();
     for (int64_t t = first; t < end; ++t) {
         const char *row = rows + static_cast<size_t>(t) * mask->nb[1];
-        for (int32_t c : cells) {
-            std::memcpy(to, row + static_cast<size_t>(c) * element, element);
-            to += element;
+        char *to = columns.data() + static_cast<size_t>(t - first) * group.mask_stride;
+        if (mask->type == ggml_type_f16) {
+            gather<uint16_t>(row, cells, to);
+        } else {
+            gather<float>(row, cells, to);
         }
     }
     group.mask = columns.data();

@@ -20,6 +20,7 @@ class sequence_groups {
                                        const int32_t *own_cells);
 
   private:
+    void mark_seen(const ggml_tensor *mask, const char *rows, int64_t first, int64_t end);
     void add(const ggml_tensor *mask, const char *rows, int64_t stream, int64_t first, int64_t end);
     bool continues(const ggml_tensor *mask, const char *stream_rows, int64_t token, const int32_t *own_cells) const;
 

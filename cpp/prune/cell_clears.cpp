@@ -17,15 +17,25 @@ void for_layers_behind(const graph_facts &facts, int cut, const Function &each) 
 }
 
 void add(const key_rows &rows, int32_t cell, const std::vector<char> *mark, cut_job *job) {
-    char *row = const_cast<char *>(rows.row(cell, 0));
-    if (!mark && !job->clears.empty()) {  // neighbours are cleared together
-        cut_job::zeros &last = job->clears.back();
-        if (!last.begin && last.at + last.bytes == row) {
-            last.bytes += rows.row_bytes;
-            return;
+    job->clears.push_back({const_cast<char *>(rows.row(cell, 0)), rows.row_bytes, mark});
+}
+
+/// Cells that are neighbours.
+struct cell_run {
+    int32_t first, n;
+};
+
+std::vector<cell_run> find_runs(const std::vector<int32_t> &tokens, const std::vector<int32_t> &cell_of) {
+    std::vector<cell_run> runs;
+    for (int32_t token : tokens) {
+        const int32_t cell = cell_of[static_cast<size_t>(token)];
+        if (!runs.empty() && runs.back().first + runs.back().n == cell) {
+            ++runs.back().n;
+        } else {
+            runs.push_back({cell, 1});
         }
     }
-    job->clears.push_back({row, rows.row_bytes, mark});
+    return runs;
 }
 
 }  // namespace
@@ -52,8 +62,18 @@ void unmark_dropped(const graph_facts &facts, const early_tokens &early, int cut
 
 void clear_dropped(const graph_facts &facts, const ubatch_facts &ubatch, int cut, const std::vector<int32_t> &tokens,
                    cut_job *job) {
+    std::vector<std::vector<cell_run>> runs;
+    runs.reserve(ubatch.cells.size());
+    for (const std::vector<int32_t> &cells : ubatch.cells) runs.push_back(find_runs(tokens, cells));
     for_layers_behind(facts, cut, [&](const key_rows &rows, size_t kind, bool, int) {
-        for (int32_t token : tokens) add(rows, ubatch.cells[kind][static_cast<size_t>(token)], nullptr, job);
+        for (const cell_run &run : runs[kind]) {
+            if (rows.row_stride == rows.row_bytes) {
+                const size_t bytes = rows.row_bytes * static_cast<size_t>(run.n);
+                job->clears.push_back({const_cast<char *>(rows.row(run.first, 0)), bytes});
+                continue;
+            }
+            for (int32_t i = 0; i < run.n; ++i) add(rows, run.first + i, nullptr, job);
+        }
     });
 }
 

@@ -10,25 +10,33 @@ namespace {
 
 constexpr size_t one_in = 8, few = 64;
 
-/// Reads the marks of one layer after another.
+/// Reads the marks of the layers behind the cuts. There are few of these.
 class mark_reader {
   public:
     explicit mark_reader(const graph_facts &facts) : facts_(facts) {}
 
     bool is_marked(const dropped_cell &d) {
-        if (layer_ != d.first_layer) {
-            layer_ = d.first_layer;
-            keys_ = key_rows::of(facts_.sites[static_cast<size_t>(layer_)].cache);
-            mark_ = deferral_mark(keys_);
-        }
-        return is_deferred(keys_, d.cell, mark_, d.stream);
+        const layer_marks &layer = marks_of(d.first_layer);
+        return is_deferred(layer.keys, d.cell, layer.mark, d.stream);
     }
 
   private:
+    struct layer_marks {
+        int32_t layer;
+        key_rows keys;
+        std::vector<char> mark;
+    };
+
+    const layer_marks &marks_of(int32_t layer) {
+        for (const layer_marks &known : layers_) {
+            if (known.layer == layer) return known;
+        }
+        const key_rows keys = key_rows::of(facts_.sites[static_cast<size_t>(layer)].cache);
+        return layers_.emplace_back(layer_marks{layer, keys, deferral_mark(keys)});
+    }
+
     const graph_facts &facts_;
-    std::vector<char> mark_;
-    key_rows keys_;
-    int32_t layer_ = -1;
+    std::vector<layer_marks> layers_;
 };
 
 }  // namespace

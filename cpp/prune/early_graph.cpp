@@ -96,12 +96,12 @@ std::string early_graph::find_needed(const graph_facts &facts) {
             const int i = open.back();
             open.pop_back();
             if (!needed.insert(i).second) continue;
-            for (const ggml_tensor *src : facts_.tensors[static_cast<size_t>(i)]->src) {
-                const int number = src ? facts_.number(src) : -1;
+            for (int slot = 0; slot < ggml_max_src; ++slot) {
+                const int number = facts_.source(i, slot);
                 if (number < 0 || number >= facts_.n_nodes) continue;
                 const bool is_given = number < begin && plan_.dims[static_cast<size_t>(number)];
                 if (is_given) continue;
-                const bool is_of_cache = root_of(src)->op == host.op_none;
+                const bool is_of_cache = root_of(facts_.tensors[static_cast<size_t>(number)])->op == host.op_none;
                 if (number < begin && !is_of_cache) return "a node before the cut does not depend on the tokens";
                 if (number >= begin) open.push_back(number);
             }

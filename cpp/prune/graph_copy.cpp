@@ -66,7 +66,7 @@ ggml_tensor *graph_copy::node(int i, int64_t tokens_now, ggml_tensor *mask, int 
     ggml_tensor *sources[ggml_max_src] = {};
     for (int s = 0; s < ggml_max_src; ++s) {
         if (!original->src[s]) continue;
-        sources[s] = current(facts_->number(original->src[s]));
+        sources[s] = current(facts_->source(i, s));
         touched = touched || sources[s] != original->src[s];
     }
     if (!touched) return original;
@@ -85,7 +85,7 @@ ggml_tensor *graph_copy::aside(int i, int64_t tokens_now) {
     const ggml_tensor *original = facts_->tensors[static_cast<size_t>(i)];
     ggml_tensor *copy = arena_->copy(original);
     for (int s = 0; s < ggml_max_src; ++s) {
-        if (original->src[s]) copy->src[s] = current(facts_->number(original->src[s]));
+        if (original->src[s]) copy->src[s] = current(facts_->source(i, s));
     }
     if (const token_dim dim = (*dims_)[static_cast<size_t>(i)]) {
         shrink(copy, original, dim, tokens_, tokens_now);

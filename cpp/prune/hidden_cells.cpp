@@ -69,7 +69,9 @@ void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
         sites.push_back(static_cast<int32_t>(s));
         layers_.push_back(key_rows::of(facts.sites[s].cache));
     }
-    const std::vector<dropped_cell> &found = scanners_[k].scan(layers_, facts.kinds[k].mask, in_flight_[k]);
+    if (sites.empty()) return;
+    const int32_t least = sites.front() == 0 ? 1 : 0;  // no cut stands in front of the model's first attention
+    const std::vector<dropped_cell> &found = scanners_[k].scan(layers_, facts.kinds[k].mask, in_flight_[k], least);
     if (found.empty()) return;
     std::vector<int32_t> borders;
     for (const dropped_cell &d : found) {
@@ -91,9 +93,13 @@ void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
         if (border == borders.back()) {
             cells.assign(found.begin(), found.end());
         } else {
+            cells.resize(found.size());
+            size_t n = 0;
             for (const dropped_cell &d : found) {
-                if (d.first_layer <= border) cells.push_back(d);
+                cells[n] = d;
+                n += d.first_layer <= border;
             }
+            cells.resize(n);
         }
         // If every attention is in `sites`, an index needs no translation.
         if (sites.size() == facts.sites.size()) continue;
@@ -115,7 +121,7 @@ void hidden_cells::find_in_part(const graph_facts &facts) {
         layers_ = {key_rows::of(site.cache)};
         static const std::vector<uint8_t> nothing;
         const std::vector<dropped_cell> &found =
-            scanners_[k].scan(layers_, facts.kinds[k].mask, written_here ? in_flight_[k] : nothing);
+            scanners_[k].scan(layers_, facts.kinds[k].mask, written_here ? in_flight_[k] : nothing, 0);
         if (found.empty()) continue;
         level_of_site_[s] = n_levels_;
         new_level(site.kind) = found;

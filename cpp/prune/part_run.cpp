@@ -22,16 +22,6 @@ size_t query_floats(const run_input &in, int end) {
     return static_cast<size_t>(floats);
 }
 
-/// The place of a cell among the keys that are seen, or -1.
-int32_t column_of(const key_group &keys, int32_t cell) {
-    if (!keys.cells) {
-        const int64_t column = cell - keys.first_cell;
-        return cell >= 0 && column >= 0 && column < keys.n ? static_cast<int32_t>(column) : -1;
-    }
-    const int32_t *end = keys.cells + keys.n, *found = std::lower_bound(keys.cells, end, cell);
-    return found != end && *found == cell ? static_cast<int32_t>(found - keys.cells) : -1;
-}
-
 }  // namespace
 
 void part_run::begin(const run_input &in, size_t index) {
@@ -117,7 +107,7 @@ void part_run::add_observers(const run_input &in, int site, score_source *source
     };
     const int kind = in.facts.sites[static_cast<size_t>(site)].kind;
     const auto is_seen = [&](size_t back) {
-        return column_of(source->keys, early.cell_of(kind, token_at(back).place)) >= 0;
+        return source->keys.column_of(early.cell_of(kind, token_at(back).place)) != key_group::no_column;
     };
     size_t n_more = 0;
     while (n_own + n_more < observing_tokens && n_more < early_alive_.size() && queries_of(n_more) && is_seen(n_more)) {
@@ -138,8 +128,8 @@ void part_run::add_observers(const run_input &in, int site, score_source *source
     const std::vector<int32_t> &with_keys = early_alive_after(cuts_before_cache(in.plan, at));
     for (int32_t place : early_.order_of(in.hidden, kind, at.owner, with_keys)) {
         // Tokens that have left the part's window are not among the keys.
-        const int32_t column = column_of(source->keys, early.cell_of(kind, place));
-        if (column < 0) continue;
+        const int32_t column = source->keys.column_of(early.cell_of(kind, place));
+        if (column == key_group::no_column) continue;
         order.push_back(place);
         columns.push_back(column);
     }

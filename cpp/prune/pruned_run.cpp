@@ -127,19 +127,16 @@ ggml_tensor *pruned_run::mask_of(const run_input &in, int site) {
 std::vector<int32_t> pruned_run::visible_cells(const run_input &in, int kind, const part_run &part,
                                                const std::vector<int32_t> &hidden) const {
     const ggml_tensor *mask = in.facts.kinds[static_cast<size_t>(kind)].mask;
-    const size_t n = static_cast<size_t>(mask->ne[0]);
-    std::vector<uint8_t> seen(n, 0);
+    std::vector<uint8_t> seen(static_cast<size_t>(mask->ne[0]), 0);
     const std::vector<sequence_view> &views = part.part().views;
     if (views.empty() || views[static_cast<size_t>(kind)].has_window) {
-        for (int32_t token : part.alive()) mask_row(mask, token, 0).mark_visible(mask->ne[0], seen.data());
+        for (int32_t token : part.alive()) mask_row(mask, token, 0).mark_visible(0, mask->ne[0], seen.data());
     } else {
-        mask_row(mask, part.part().last(), 0).mark_visible(mask->ne[0], seen.data());  // no token sees more
+        mask_row(mask, part.part().last(), 0).mark_visible(0, mask->ne[0], seen.data());  // no token sees more
     }
     for (int32_t cell : hidden) seen[static_cast<size_t>(cell)] = 0;
     std::vector<int32_t> cells;
-    for (size_t cell = 0; cell < n; ++cell) {
-        if (seen[cell]) cells.push_back(static_cast<int32_t>(cell));
-    }
+    list_marked(seen, &cells);
     return cells;
 }
 

@@ -111,7 +111,7 @@ ggml_tensor *stream_graph::make_node(int i, int64_t stream) {
     ggml_tensor *sources[ggml_max_src] = {};
     for (int s = 0; s < ggml_max_src; ++s) {
         if (!original->src[s]) continue;
-        sources[s] = now_[static_cast<size_t>(facts_.number(original->src[s]))];
+        sources[s] = now_[static_cast<size_t>(facts_.source(i, s))];
         touched = touched || sources[s] != original->src[s];
     }
     if (!touched) return original;

@@ -1,6 +1,7 @@
 #include "prune/token_store.h"
 
 #include <cstring>
+#include <utility>
 
 namespace agq {
 
@@ -73,15 +74,17 @@ void token_store::put(const std::shared_ptr<token_block> &block, const std::vect
     bytes_ += block->bytes();
     if (tokens_.size() < block->fingerprints.size()) tokens_.resize(block->fingerprints.size());
     for (size_t kind = 0; kind < block->fingerprints.size(); ++kind) {
+        const size_t wanted = tokens_[kind].size() + block->fingerprints[kind].size();
+        if (block->fingerprints[kind].size() > 1) tokens_[kind].reserve(wanted);
         for (size_t i = 0; i < block->fingerprints[kind].size(); ++i) {
             stored_token &token = tokens_[kind][block->fingerprints[kind][i]];
             // Another cell may hold the same token and need the rows.
             if (token.block && token.rows() && !block->rows) continue;
-            const stored_token fresh = {positions[i], ids.empty() ? -1 : ids[i], block, i};
+            stored_token fresh = {positions[i], ids.empty() ? -1 : ids[i], block, i};
             for (size_t k = 0; token.block && k < block->fingerprints.size(); ++k) {
                 if (const auto kept = token.kept(k)) fresh.keep(k, kept);
             }
-            token = fresh;
+            token = std::move(fresh);
         }
     }
     while (!tokens_.empty() && tokens_[0].size() > most_tokens && blocks_.size() > 1) forget_oldest();

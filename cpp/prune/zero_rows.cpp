@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "graph/mask_view.h"
 
@@ -42,16 +43,22 @@ bool is_16_bit(int type) {
 
 /// Removes the cells from `begin` on that no token sees. Reads the mask row by row, as it lies in memory.
 void remove_hidden(const ggml_tensor *mask, int64_t stream, size_t begin, std::vector<dropped_cell> *cells) {
+    const dropped_cell *of_stream = cells->data() + begin;
     std::vector<uint8_t> seen(cells->size() - begin, 0);
-    size_t left = seen.size();
-    for (int64_t token = mask->ne[1]; token-- > 0 && left > 0;) {
+    std::vector<size_t> left(seen.size());  // those that no token has been found to see
+    std::iota(left.begin(), left.end(), size_t{0});
+    for (int64_t token = mask->ne[1]; token-- > 0 && !left.empty();) {
         const mask_row row(mask, token, stream);
-        prefetch(mask_row(mask, std::max<int64_t>(token - rows_ahead, 0), stream).at((*cells)[begin].cell));
-        for (size_t i = 0; i < seen.size(); ++i) {
-            if (seen[i] || row.hides((*cells)[begin + i].cell)) continue;
-            seen[i] = 1;
-            --left;
+        const mask_row ahead(mask, std::max<int64_t>(token - rows_ahead, 0), stream);
+        prefetch(ahead.at(of_stream[left.front()].cell));
+        prefetch(ahead.at(of_stream[left.back()].cell));
+        size_t n_left = 0;
+        for (const size_t i : left) {
+            seen[i] = !row.hides(of_stream[i].cell);
+            left[n_left] = i;
+            n_left += !seen[i];
         }
+        left.resize(n_left);
     }
     size_t end = begin;
     for (size_t i = 0; i < seen.size(); ++i) {
@@ -149,29 +156,29 @@ bool zero_row_scanner::is_one_step_on(const std::vector<key_rows> &layers) {
 /// eight. Nothing in the loops depends on what was read, so the processor waits for many rows at once.
 bool zero_row_scanner::is_as_before(const std::vector<key_rows> &layers, int64_t stream, const int32_t *hints) const {
     const int32_t n_layers = static_cast<int32_t>(layers.size());
-    // The hint of a candidate that is new may be outdated.
+    // Without a hint (-1), the last layer is read; likewise if a hint is outdated, as that of a new candidate may be.
     const auto rows_of = [&](int32_t hint) -> const key_rows & {
-        return hint >= 0 && hint < n_layers ? layers[static_cast<size_t>(hint)] : layers.back();
+        return layers[std::min(static_cast<uint32_t>(hint), static_cast<uint32_t>(n_layers - 1))];
     };
+    const auto has_turn = [&](int32_t cell, int32_t hint) { return hint > 0 && (cell + turn_) % 8 == 0; };
     bool differs = false;
     const size_t n = candidates_.size();
     for (size_t i = 0; i < n; ++i) {
         const int32_t ahead = candidates_[std::min(i + prefetch_distance, n - 1)];
         prefetch(rows_of(hints[ahead]).row(ahead, stream));
+        if (has_turn(ahead, hints[ahead])) prefetch(rows_of(hints[ahead] - 1).row(ahead, stream));
         const int32_t cell = candidates_[i], hint = hints[cell];
         differs |= rows_of(hint).may_be_zero(cell, stream) != (hint >= 0) || hint >= n_layers;
     }
     for (const int32_t cell : candidates_) {
-        const int32_t hint = hints[cell];
-        if (hint <= 0 || (cell + turn_) % 8 != 0) continue;
-        differs |= rows_of(hint - 1).may_be_zero(cell, stream);
+        if (has_turn(cell, hints[cell])) differs |= rows_of(hints[cell] - 1).may_be_zero(cell, stream);
     }
     return !differs;
 }
 
 /// Checks the candidates.
 void zero_row_scanner::scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream,
-                                   int32_t *hints) {
+                                   int32_t least_layer, int32_t *hints) {
     const key_rows &last = layers.back();
     const size_t begin = found_.size();
     for (size_t i = 0; i < candidates_.size(); ++i) {
@@ -187,16 +194,15 @@ void zero_row_scanner::scan_stream(const std::vector<key_rows> &layers, const gg
             if (!last.is_zero(c, stream)) continue;
             hint = find_border(layers, c, stream);
         }
-        found_.push_back({static_cast<int32_t>(stream), c, hint});
+        if (hint >= least_layer) found_.push_back({static_cast<int32_t>(stream), c, hint});
     }
     // The candidates of a single token are the cells that it sees.
     if (mask->ne[1] > 1) remove_hidden(mask, stream, begin, &found_);
 }
 
 const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_rows> &layers, const ggml_tensor *mask,
-                                                        const std::vector<uint8_t> &skip) {
+                                                        const std::vector<uint8_t> &skip, int32_t least_layer) {
     found_.clear();
-    if (layers.empty()) return found_;
     const int64_t cells = mask->ne[0], streams = mask->ne[3];
     const size_t total = static_cast<size_t>(cells * streams);
     if (streams > 1 && cells != hinted_cells_) hints_.clear();  // the cells are numbered differently now
@@ -217,10 +223,10 @@ const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_ro
         int32_t *hints = &hints_[static_cast<size_t>(s * cells)];
         if (is_one_step_on(layers) && one_token && streams == 1 && is_as_before(layers, s, hints)) {
             for (const int32_t c : candidates_) {
-                if (hints[c] >= 0) found_.push_back({static_cast<int32_t>(s), c, hints[c]});
+                if (hints[c] >= least_layer) found_.push_back({static_cast<int32_t>(s), c, hints[c]});
             }
         } else {
-            scan_stream(layers, mask, s, hints);
+            scan_stream(layers, mask, s, least_layer, hints);
         }
     }
     return found_;

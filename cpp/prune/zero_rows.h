@@ -52,10 +52,11 @@ struct dropped_cell {
 class zero_row_scanner {
   public:
     /// All dropped cells that are visible in `mask` ([cell, token, 1, stream]), by stream and cell. `layers` are
-    /// ascending. Skips cells for which `skip[stream * cells + cell]` is set; `skip` may be empty. Throws
-    /// std::bad_alloc.
+    /// ascending, and at least one. Skips cells for which `skip[stream * cells + cell]` is set; `skip` may be empty.
+    /// `least_layer`: the first layer from which a token can be missing; cells that are zero before it are empty.
+    /// Throws std::bad_alloc.
     const std::vector<dropped_cell> &scan(const std::vector<key_rows> &layers, const ggml_tensor *mask,
-                                          const std::vector<uint8_t> &skip);
+                                          const std::vector<uint8_t> &skip, int32_t least_layer);
 
   private:
     static bool is_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t layer);
@@ -63,7 +64,8 @@ class zero_row_scanner {
     static void prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint);
     bool is_one_step_on(const std::vector<key_rows> &layers);
     bool is_as_before(const std::vector<key_rows> &layers, int64_t stream, const int32_t *hints) const;
-    void scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream, int32_t *hints);
+    void scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream, int32_t least_layer,
+                     int32_t *hints);
 
     std::vector<dropped_cell> found_;
     std::vector<int32_t> hints_;  ///< first_layer by stream and cell in the last scan; -1: not dropped

@@ -103,21 +103,14 @@ void weight_visitor::prepare(const score_source &source, int threads) {
         keys_.mask_stride = attention_.mask->nb[1];
     }
     columns_.clear();
-    for (int32_t cell : tokens.cells) columns_.push_back(column_of(cell));
-    first_column_ = column_of(tokens.first_cell);
+    for (int32_t cell : tokens.cells) {
+        columns_.push_back(keys_.column_of(cell, columns_.empty() ? 0 : columns_.back() + 1));
+    }
+    first_column_ = keys_.column_of(tokens.first_cell);
     memory_.reserve(parts(attention_, keys_.n).bytes(), threads);
     visible_.assign(tokens.rows.size(), 0);
     first_seen_.assign(tokens.rows.size(), 0);
     next_.store(0, std::memory_order_relaxed);
-}
-
-int32_t weight_visitor::column_of(int32_t cell) const {
-    if (!keys_.cells) {
-        const int64_t column = cell - keys_.first_cell;
-        return column >= 0 && column < keys_.n ? static_cast<int32_t>(column) : no_column;
-    }
-    const int32_t *end = keys_.cells + keys_.n, *found = std::lower_bound(keys_.cells, end, cell);
-    return found != end && *found == cell ? static_cast<int32_t>(found - keys_.cells) : no_column;
 }
 
 void weight_visitor::run(int ith, int) {

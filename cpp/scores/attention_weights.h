@@ -56,7 +56,7 @@ class weight_visitor : public score_meter {
     /// no query sees that key.
     const std::vector<int32_t> &columns() const { return columns_; }
     int32_t first_column() const { return first_column_; }
-    static constexpr int32_t no_column = -1;
+    static constexpr int32_t no_column = key_group::no_column;
     /// By row, if keys are counted once per row: the first of `tokens` that it sees. It sees all from there to itself.
     const std::vector<size_t> &first_seen() const { return first_seen_; }
     int64_t query_heads() const { return attention_.q->ne[2]; }
@@ -65,7 +65,6 @@ class weight_visitor : public score_meter {
     const attention_kernel *kern_;
     const int last_queries_;
     const visible_keys counted_;
-    int32_t column_of(int32_t cell) const;
 
     attention_job attention_;  ///< queries, keys and mask of one stream; no values
     key_group keys_;           ///< the keys that the queries see

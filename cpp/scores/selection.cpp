@@ -28,16 +28,16 @@ std::vector<int32_t> choose_dropped(const drop_rule &rule, const std::vector<flo
 
 std::vector<float> spread(const std::vector<float> &importance, int reach) {
     if (reach == 0) return importance;
-    const int64_t n = static_cast<int64_t>(importance.size());
-    std::vector<float> best(importance);
-    for (int64_t i = 0; i < n; ++i) {
-        float &own = best[static_cast<size_t>(i)];
-        if (std::isnan(own)) continue;
-        const int64_t end = std::min<int64_t>(n, i + reach + 1);
-        for (int64_t j = std::max<int64_t>(0, i - reach); j < end; ++j) {
-            own = std::fmax(own, importance[static_cast<size_t>(j)]);  // if one is NaN, fmax returns the other
-        }
+    const auto larger = [](float a, float b) { return a < b ? b : a; };
+    std::vector<float> values(importance), best(importance.size());
+    for (float &value : values) value = std::isnan(value) ? -INFINITY : value;  // it is not spread
+    best = values;
+    const size_t n = values.size();
+    for (size_t distance = 1; distance <= static_cast<size_t>(reach) && distance < n; ++distance) {
+        for (size_t i = distance; i < n; ++i) best[i] = larger(best[i], values[i - distance]);
+        for (size_t i = distance; i < n; ++i) best[i - distance] = larger(best[i - distance], values[i]);
     }
+    for (size_t i = 0; i < n; ++i) best[i] = std::isnan(importance[i]) ? NAN : best[i];
     return best;
 }
 
