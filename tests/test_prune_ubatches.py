@@ -34,6 +34,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LowModel]:
         yield low
 
 
+@pytest.fixture(scope="module")
+def agq4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LowModel]:
+    low = LowModel(low_level.quick_agq4(tmp_path_factory.mktemp("agq4"), 6))
+    yield low
+    low.close()
+
+
 def assert_close(found: np.ndarray, wanted: np.ndarray, atol: float = ATOL) -> None:
     np.testing.assert_allclose(found, wanted, atol=atol, rtol=0)
 
@@ -93,6 +100,21 @@ def test_architectures(name: str, flash: bool, tmp_path: Path) -> None:
     assert sum(layer >= 0 for layer in results[0][1]) == 100
     assert results[1][1] == results[0][1]
     assert_close(results[1][0], results[0][0], FLASH_ATOL if flash else ATOL)
+
+
+@pytest.mark.parametrize(("flash", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")])
+@pytest.mark.parametrize("cut", ["off", *CUTS])
+def test_same_bits_as_in_one_call(cut: str, flash: bool, cache: str, agq4: LowModel) -> None:
+    """With AGQ4 matrices, states do not depend on how a prompt is cut into ubatches.
+
+    Unpruned, that holds if none has fewer than 16 tokens, which attend to keys without packing them.
+    """
+    prompt, results = tokens(300), []
+    for ubatch in (512, 150, 128, 100, 64, 88, 40, *([] if cut == "off" else [59, 33])):
+        with agq4.context(CUTS.get(cut, cut), n_ubatch=ubatch, threads=2, flash=flash, cache=cache) as context:
+            results.append([context.decode(prompt), context.decode([7], 300)])
+    for found in results[1:]:
+        np.testing.assert_array_equal(found, results[0])
 
 
 def test_settings_of_the_file(tmp_path: Path) -> None:

@@ -260,6 +260,10 @@ size_t attention_bytes(const attention_job &job) {
     return suits_few(job, job.tokens()) ? few_bytes(job) : std::max(few_bytes(job), parts(job).total());
 }
 
+size_t packed_attention_bytes(const attention_job &job) {
+    return parts(job).total();
+}
+
 void begin_attention(attention_job *planned, const std::vector<key_group> *groups, int threads) {
     attention_job &job = *planned;
     job.next.store(0, std::memory_order_relaxed);
@@ -280,7 +284,7 @@ void begin_attention(attention_job *planned, const std::vector<key_group> *group
     size_t floats = 0;
     int64_t least_units = 0;
     for (attention_part &part : job.parts) {
-        part.few = suits_few(job, part.keys.n_tokens);
+        part.few = !part.keys.packs && suits_few(job, part.keys.n_tokens);
         part.units = part.few ? few_chunks(job, part.keys) : heads;
         part.partial = floats;
         if (part.few) floats += static_cast<size_t>(few_partial_floats(job, part.keys));

@@ -26,6 +26,8 @@ struct key_group {
     int64_t n = 0;
     const char *mask = nullptr;  ///< of the first token: the columns of these cells, side by side, in the mask's type
     size_t mask_stride = 0;
+    /// Whether the keys are packed even for few tokens, whose results are then the same as beside more tokens.
+    bool packs = false;
 
     int64_t cell(int64_t key) const { return cells ? cells[key] : first_cell + key; }
     static constexpr int32_t no_column = -1;
@@ -76,8 +78,11 @@ struct attention_job : attention_operands {
 /// false and sets `*error` to a message.
 bool parse_attention_option(const std::string &text, const attention_kernel **kern, std::string *error);
 
-/// Scratch memory in bytes that a job needs in each thread.
+/// Scratch memory in bytes that a job needs in each thread, if no group `packs`.
 size_t attention_bytes(const attention_job &job);
+
+/// The same if all groups do.
+size_t packed_attention_bytes(const attention_job &job);
 
 /// Prepares a call. `groups` covers all tokens; null: one group for each stream, which sees all cells. Throws
 /// std::bad_alloc.

@@ -235,6 +235,7 @@ ggml_tensor *early_graph::make_mask(const std::vector<int32_t> &chunk, int kind,
     std::sort(sorted.begin(), sorted.end());
     if (sorted != cells) return made;
     key_group &choice = choices_[made].emplace_back();
+    choice.packs = true;
     choice.n_tokens = n;
     choice.cells = sorted.data();
     choice.n = static_cast<int64_t>(sorted.size());

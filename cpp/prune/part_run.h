@@ -42,6 +42,10 @@ class part_run {
     bool chooses() const { return work_->what == part_work::kind::prune && !alive_.empty(); }
     bool defers() const { return work_->what == part_work::kind::defer; }
 
+    /// Whether its attentions pack their keys. Otherwise the prompt's results, and with them the choice of tokens,
+    /// would depend on how many of its tokens are in one ubatch.
+    bool packs() const { return work_->what != part_work::kind::keep; }
+
     /// Tokens of the ubatch that are not dropped, ascending.
     const std::vector<int32_t> &alive() const { return alive_; }
     /// Candidates of earlier ubatches that are not dropped, ascending.

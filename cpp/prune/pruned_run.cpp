@@ -12,6 +12,13 @@ namespace agq {
 ggml_status pruned_run::run(const run_input &in, const key_choices &whole, const segment_fn &compute) {
     begin(in);
     choices_ = whole;
+    for (auto &[mask, groups] : choices_) {
+        for (key_group &group : groups) {
+            const auto is_group = [&](const part_run *part) { return part->part().first == group.first_token; };
+            const auto part = std::find_if(parts_.begin(), parts_.end(), is_group);
+            group.packs = part != parts_.end() && (*part)->packs();
+        }
+    }
     const size_t n_cuts = in.plan.cuts.size();
     for (size_t segment = 0; segment <= n_cuts; ++segment) {
         for (part_run *part : parts_) {
@@ -200,6 +207,7 @@ ggml_tensor *pruned_run::make_mask(const run_input &in, int level, size_t cuts) 
         key_group &choice = groups.emplace_back();
         choice.first_token = first;
         choice.n_tokens = n;
+        choice.packs = part->packs();
         choice.cells = cells.data();
         choice.n = static_cast<int64_t>(cells.size());
         choice.mask_stride = cells.size() * original->nb[0];

@@ -56,7 +56,6 @@ ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, 
             return nullptr;
         }
     }
-    scratch_.reserve(thread_bytes_, n_threads);
     mixed_.begin_call(n_threads);
     for (activation_set &s : sets_) s.next.store(0, std::memory_order_relaxed);
     for (product &p : products_) p.next.store(0, std::memory_order_relaxed);
@@ -67,10 +66,17 @@ ggml_cgraph *graph_rewriter::rewrite(ggml_tensor **nodes, int n, bool repeated, 
         p.next_token.store(0, std::memory_order_relaxed);
         p.next_rows.store(0, std::memory_order_relaxed);
     }
+    size_t thread_bytes = thread_bytes_;
     for (attention_job &a : attentions_) {
         const auto choice = choices.find(a.mask);
-        begin_attention(&a, choice == choices.end() ? nullptr : &choice->second, n_threads);
+        const std::vector<key_group> *groups = choice == choices.end() ? nullptr : &choice->second;
+        begin_attention(&a, groups, n_threads);
+        const auto packs = [](const key_group &group) { return group.packs; };
+        if (groups && std::any_of(groups->begin(), groups->end(), packs)) {
+            thread_bytes = std::max(thread_bytes, packed_attention_bytes(a));
+        }
     }
+    scratch_.reserve(thread_bytes, n_threads);
     return graph_;
 }
 

@@ -1,9 +1,9 @@
 // Attention for AVX-512 with VNNI: both products in 16-bit integers (VPDPWSSD, twice as fast as binary32), everything
 // between them in binary32.
 //
-// The weights of 64 keys are relative to the row's largest one among them. They become integers whose sum is at most
-// 131000. Values are at most 16383, and 131000 * 16383 is below 2^31. The header explains how the other operands are
-// scaled.
+// The weights of 64 keys, times the scales of their values, are relative to the row's largest one among them. They
+// become integers whose sum is at most 131000. Values are at most 16383, and 131000 * 16383 is below 2^31. The header
+// explains how the other operands are scaled.
 //
 // Running softmax over blocks of 64 keys ("Online normalizer calculation for softmax", Milakov and Gimelshein, 2018;
 // FlashAttention, Dao et al., 2022), with powers of two instead of e. Six rows at a time go through all three steps of
@@ -182,9 +182,11 @@ inline __m512 reduce_rows(const __m512 (&x)[8]) {
     return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_setzero_pd(), _mm256_castps_pd(all), 0));
 }
 
-/// Scores of R rows, starting at `row`, with the first 16 C keys of the block, and their weights.
+/// Scores of R rows, starting at `row`, with the first 16 C keys of the block, and their weights, which include the
+/// scales of the values.
 template <int R, int C, bool biased>
-void weigh(const attention_args &args, const row_state &state, int row, const key_header *keys, tile_weights *out) {
+void weigh(const attention_args &args, const row_state &state, int row, const block_header *keys,
+           const block_header *values, tile_weights *out) {
     const int pairs = channel_pairs(args.head_qk);
     const int32_t *b = reinterpret_cast<const int32_t *>(keys + 1);
     alignas(64) float scores[R][16 * C];
@@ -217,7 +219,7 @@ void weigh(const attention_args &args, const row_state &state, int row, const ke
     __m512 tops = reduce_rows<maximum>(best);
     if (!biased) tops = _mm512_mul_ps(tops, _mm512_loadu_ps(state.q_scale + row));
     constexpr int batch = R % 2 == 0 ? 2 : 1;
-    __m512 sums[8];
+    __m512 sums[8], scaled_sums[8];
     AGQ_UNROLL
     for (int r = 0; r < R; r += batch) {
         __m512 x[batch * C];
@@ -234,12 +236,19 @@ void weigh(const attention_args &args, const row_state &state, int row, const ke
         AGQ_UNROLL
         for (int i = 0; i < batch * C; ++i) {
             const int at = r + i / C;
+            const __m512 scaled = _mm512_mul_ps(x[i], _mm512_load_ps(values->scale + 16 * (i % C)));
             sums[at] = i % C == 0 ? x[i] : _mm512_add_ps(sums[at], x[i]);
-            _mm512_store_ps(scores[at] + 16 * (i % C), x[i]);
+            scaled_sums[at] = i % C == 0 ? scaled : _mm512_add_ps(scaled_sums[at], scaled);
+            best[at] = i % C == 0 ? scaled : _mm512_max_ps(best[at], scaled);
+            _mm512_store_ps(scores[at] + 16 * (i % C), scaled);
         }
     }
     AGQ_UNROLL
-    for (int r = R; r < 8; ++r) sums[r] = sums[0];
+    for (int r = R; r < 8; ++r) {
+        sums[r] = sums[0];
+        scaled_sums[r] = scaled_sums[0];
+        best[r] = best[0];
+    }
 
     // The new maximum of each row, and the factors for the previous output and for this block.
     constexpr __mmask16 lanes = (1 << R) - 1;
@@ -250,8 +259,11 @@ void weigh(const attention_args &args, const row_state &state, int row, const ke
     // block is left out depends on the other rows of the tile.
     relative[0] = _mm512_mask_mov_ps(relative[0], _mm512_cmp_ps_mask(before, after, _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
     const __m512 totals = reduce_rows<total>(sums);
-    const __m512 bounded = _mm512_div_ps(_mm512_set1_ps(weight_sum_limit), totals);
-    const __m512 units = _mm512_min_ps(bounded, _mm512_set1_ps(weight_limit));
+    const __m512 tiny = _mm512_set1_ps(0x1p-100f);  // so that the limits stay finite if all values are zero
+    const __m512 scaled_totals = _mm512_max_ps(reduce_rows<total>(scaled_sums), tiny);
+    const __m512 scaled_tops = _mm512_max_ps(reduce_rows<maximum>(best), tiny);
+    const __m512 units = _mm512_min_ps(_mm512_div_ps(_mm512_set1_ps(weight_sum_limit), scaled_totals),
+                                       _mm512_div_ps(_mm512_set1_ps(weight_limit), scaled_tops));
     const __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(state.sum + row), relative[0]);
     _mm512_mask_storeu_ps(state.sum + row, lanes, _mm512_fmadd_ps(totals, relative[1], sum));
     _mm512_mask_storeu_ps(state.maximum + row, lanes, after);
@@ -273,8 +285,7 @@ void weigh(const attention_args &args, const row_state &state, int row, const ke
 
 /// Adds the values of the block's first `pairs` pairs of keys to C registers of the outputs of R rows.
 template <int R, int C>
-void add_values(const tile_weights &tile, int pairs, const float *scales, const int32_t *values, int head_v,
-                float *out) {
+void add_values(const tile_weights &tile, int pairs, const int32_t *values, int head_v, float *out) {
     __m512i integers[R][C];
     multiply<R, C>(reinterpret_cast<const int32_t *>(tile.weight), attention_keys / 2, values, head_v, pairs, integers);
     AGQ_UNROLL
@@ -284,31 +295,30 @@ void add_values(const tile_weights &tile, int pairs, const float *scales, const 
         for (int j = 0; j < C; ++j) {
             float *to = out + r * head_v + 16 * j;
             const __m512 before = _mm512_mul_ps(_mm512_load_ps(to), old_scale);
-            const __m512 scale = _mm512_mul_ps(_mm512_load_ps(scales + 16 * j), factor);
-            _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(integers[r][j]), scale, before));
+            _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(integers[r][j]), factor, before));
         }
     }
 }
 
-using weigh_fn = void (*)(const attention_args &, const row_state &, int, const key_header *, tile_weights *);
+using weigh_fn = void (*)(const attention_args &, const row_state &, int, const block_header *, const block_header *,
+                          tile_weights *);
 
 /// R rows and one block; only the first `columns` registers of keys are used.
 template <int R>
-void attend_tile(const attention_args &args, const row_state &state, int row, const char *keys, const char *values,
-                 int columns, bool biased) {
+void attend_tile(const attention_args &args, const row_state &state, int row, const block_header *keys,
+                 const block_header *values, int columns, bool biased) {
     static constexpr weigh_fn table[2][4] = {
         {weigh<R, 1, false>, weigh<R, 2, false>, weigh<R, 3, false>, weigh<R, 4, false>},
         {weigh<R, 1, true>, weigh<R, 2, true>, weigh<R, 3, true>, weigh<R, 4, true>}};
     tile_weights tile;
-    table[biased][columns - 1](args, state, row, reinterpret_cast<const key_header *>(keys), &tile);
+    table[biased][columns - 1](args, state, row, keys, values, &tile);
     const int head_v = args.head_v, pairs = 8 * columns;
-    const float *scales = reinterpret_cast<const float *>(values + sizeof(value_header));
-    const int32_t *data = reinterpret_cast<const int32_t *>(scales + head_v);
+    const int32_t *data = reinterpret_cast<const int32_t *>(values + 1);
     float *out = state.out + static_cast<int64_t>(row) * head_v;
     int d = 0;
-    for (; d + 64 <= head_v; d += 64) add_values<R, 4>(tile, pairs, scales + d, data + d, head_v, out + d);
-    for (; d + 32 <= head_v; d += 32) add_values<R, 2>(tile, pairs, scales + d, data + d, head_v, out + d);
-    for (; d < head_v; d += 16) add_values<R, 1>(tile, pairs, scales + d, data + d, head_v, out + d);
+    for (; d + 64 <= head_v; d += 64) add_values<R, 4>(tile, pairs, data + d, head_v, out + d);
+    for (; d + 32 <= head_v; d += 32) add_values<R, 2>(tile, pairs, data + d, head_v, out + d);
+    for (; d < head_v; d += 16) add_values<R, 1>(tile, pairs, data + d, head_v, out + d);
 }
 
 /// Reads a token's mask for the block of keys that begins at `first`; keys past the last are hidden.
@@ -346,11 +356,10 @@ void mark_bad(const attention_args &args, const row_state &state, uint64_t keys)
     }
 }
 
-void attend_block(const attention_args &args, const row_state &state, const char *keys, const char *values) {
+void attend_block(const attention_args &args, const row_state &state, const block_header *keys,
+                  const block_header *values) {
     const int rows = args.n_tokens * args.group;
-    const uint64_t bad =
-        reinterpret_cast<const key_header *>(keys)->bad | reinterpret_cast<const value_header *>(values)->bad;
-    if (bad) mark_bad(args, state, bad);
+    if (const uint64_t bad = keys->bad | values->bad) mark_bad(args, state, bad);
     for (int row = 0; row < rows;) {
         const int left = rows - row, n = left >= tile_rows ? tile_rows : left >= 2 ? 2 : 1;
         int columns = 0;
@@ -385,7 +394,8 @@ void attend(const attention_args &args) {
     const char *keys = static_cast<const char *>(args.keys), *values = static_cast<const char *>(args.values);
     for (int64_t first = 0; first < args.n_keys; first += attention_keys) {
         for (int t = 0; t < args.n_tokens; ++t) read_mask(args, state, t, first);
-        attend_block(args, state, keys, values);
+        attend_block(args, state, reinterpret_cast<const block_header *>(keys),
+                     reinterpret_cast<const block_header *>(values));
         keys += key_bytes(args.head_qk);
         values += value_bytes(head_v);
     }

@@ -2,8 +2,9 @@
 // layout.
 //
 // A query or key vector is converted to integers with one scale, so that its Euclidean norm stays below 46000. By the
-// Cauchy-Schwarz inequality all products then fit 32 bits. A vector of 64 ordinary values keeps 14 bits. The values of
-// 64 keys keep 14 bits of the largest one in the channel. Keys and values in the cache have 11 bits.
+// Cauchy-Schwarz inequality all products then fit 32 bits. A vector of 64 ordinary values keeps 14 bits. A value vector
+// keeps 14 bits of its largest element, with one scale, too. Keys and values in the cache have 11 bits. No scale
+// depends on other tokens, so a result does not depend on what its query does not see.
 //
 // Everything is in an anonymous namespace, because the one file that includes this is compiled with its own flags.
 #pragma once
@@ -20,16 +21,11 @@ namespace {
 constexpr float norm_limit = 46000.0f, element_limit = 32767.0f;
 constexpr float value_limit = 16383.0f;
 
-/// Begins a packed block of keys. Then follows [head_qk / 2, rounded up][64 keys][2 channels] int16.
-struct key_header {
+/// Begins a packed block. Then follow int16: of keys [head_qk / 2, rounded up][64 keys][2 channels], of values [32
+/// pairs of keys][head_v][2 keys].
+struct block_header {
     float scale[attention_keys];
-    uint64_t bad;  ///< bit i: key i is not finite, and stored as zeros
-    char filler[56];
-};
-
-/// Begins a packed block of values. Then follow float scale[head_v] and int16 [32 pairs of keys][head_v][2 keys].
-struct value_header {
-    uint64_t bad;
+    uint64_t bad;  ///< bit i: the vector of key i is not finite, and stored as zeros
     char filler[56];
 };
 
@@ -42,20 +38,19 @@ int channel_pairs(int head_qk) {
 }
 
 size_t key_bytes(int head_qk) {
-    return sizeof(key_header) + static_cast<size_t>(channel_pairs(head_qk)) * attention_keys * 4;
+    return sizeof(block_header) + static_cast<size_t>(channel_pairs(head_qk)) * attention_keys * 4;
 }
 
 size_t value_bytes(int head_v) {
-    return sizeof(value_header) + static_cast<size_t>(head_v) * (sizeof(float) + 2 * attention_keys);
+    return sizeof(block_header) + static_cast<size_t>(head_v) * 2 * attention_keys;
 }
 
 __mmask16 first_lanes(int n) {
     return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1 << n) - 1);
 }
 
-/// Writes n floats as 16-bit integers, padded to `pairs` pairs, and returns their scale. If a float is not finite,
-/// returns NaN and writes zeros.
-float quantize_vector(const float *x, int n, int pairs, int16_t *to) {
+/// The largest magnitude of n floats: NaN if one is not finite, 0 if all are tiny.
+float largest_of(const float *x, int n) {
     __m512i largest = _mm512_setzero_si512();
     for (int i = 0; i < n; i += 16) {
         // Without the sign, the bits sort like the values, with NaN above all.
@@ -65,9 +60,17 @@ float quantize_vector(const float *x, int n, int pairs, int16_t *to) {
     const int top = _mm512_reduce_max_epi32(largest);
     float amax;
     std::memcpy(&amax, &top, sizeof amax);
-    if (top >= 0x7F800000 || amax < 0x1p-100f) {
+    if (top >= 0x7F800000) return NAN;
+    return amax < 0x1p-100f ? 0.0f : amax;
+}
+
+/// Writes n floats as 16-bit integers, padded to `pairs` pairs, and returns their scale. If a float is not finite,
+/// returns NaN and writes zeros.
+float quantize_vector(const float *x, int n, int pairs, int16_t *to) {
+    const float amax = largest_of(x, n);
+    if (!(amax > 0)) {
         std::memset(to, 0, static_cast<size_t>(pairs) * 4);
-        return amax < 0x1p-100f ? 0.0f : NAN;
+        return amax;
     }
     __m512 squares = _mm512_setzero_ps();
     const __m512 inverse = _mm512_set1_ps(1.0f / amax);
@@ -87,7 +90,7 @@ float quantize_vector(const float *x, int n, int pairs, int16_t *to) {
 }
 
 void pack_keys(const float *rows, int n, int head_qk, void *packed) {
-    key_header *header = static_cast<key_header *>(packed);
+    block_header *header = static_cast<block_header *>(packed);
     int32_t *to = reinterpret_cast<int32_t *>(header + 1);
     const int pairs = channel_pairs(head_qk);
     std::memset(header, 0, sizeof(*header));
@@ -106,36 +109,30 @@ void pack_keys(const float *rows, int n, int head_qk, void *packed) {
 }
 
 void pack_values(const float *rows, int n, int head_v, void *packed) {
-    value_header *header = static_cast<value_header *>(packed);
-    float *scales = reinterpret_cast<float *>(header + 1);
-    int32_t *to = reinterpret_cast<int32_t *>(scales + head_v);
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    block_header *header = static_cast<block_header *>(packed);
+    int32_t *to = reinterpret_cast<int32_t *>(header + 1);
     std::memset(header, 0, sizeof(*header));
-    for (int i = 0; i < n; ++i) {
-        __mmask16 infinite = 0;
-        for (int d = 0; d < head_v; d += 16) {
-            const __m512i bits =
-                _mm512_and_si512(_mm512_loadu_si512(rows + static_cast<int64_t>(i) * head_v + d), magnitude);
-            infinite |= _mm512_cmpge_epi32_mask(bits, _mm512_set1_epi32(0x7F800000));
+    if (n < attention_keys) std::memset(to, 0, static_cast<size_t>(head_v) * 2 * attention_keys);
+    for (int pair = 0; 2 * pair < n; ++pair, to += head_v) {
+        __m512 factor[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        const float *x[2] = {rows + static_cast<int64_t>(2 * pair) * head_v, nullptr};
+        x[1] = 2 * pair + 1 < n ? x[0] + head_v : x[0];  // multiplied by zero, if there is none
+        for (int i = 0; i < 2 && 2 * pair + i < n; ++i) {
+            const float amax = largest_of(x[i], head_v);
+            if (std::isnan(amax)) header->bad |= uint64_t{1} << (2 * pair + i);
+            if (!(amax > 0)) continue;
+            header->scale[2 * pair + i] = amax / value_limit;
+            factor[i] = _mm512_set1_ps(value_limit / amax);
         }
-        if (infinite) header->bad |= uint64_t{1} << i;
-    }
-    for (int d = 0; d < head_v; d += 16) {
-        const auto value = [&](int i) {
-            const bool zero = i >= n || (header->bad >> i & 1);
-            return zero ? _mm512_setzero_ps() : _mm512_loadu_ps(rows + static_cast<int64_t>(i) * head_v + d);
-        };
-        __m512 largest = _mm512_setzero_ps();
-        for (int i = 0; i < n; ++i) largest = _mm512_max_ps(largest, _mm512_abs_ps(value(i)));
-        // Channels whose values are tiny become zero.
-        const __mmask16 used = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(0x1p-100f), _CMP_GE_OQ);
-        const __m512 factor = _mm512_maskz_div_ps(used, _mm512_set1_ps(value_limit), largest);
-        _mm512_store_ps(scales + d, _mm512_maskz_mul_ps(used, largest, _mm512_set1_ps(1.0f / value_limit)));
-        for (int i = 0; i < attention_keys; i += 2) {
-            const __m512i even = _mm512_cvtps_epi32(_mm512_mul_ps(value(i), factor));
-            const __m512i odd = _mm512_cvtps_epi32(_mm512_mul_ps(value(i + 1), factor));
-            const __m512i low = _mm512_and_si512(even, _mm512_set1_epi32(0xFFFF));
-            _mm512_store_si512(to + i / 2 * head_v + d, _mm512_or_si512(low, _mm512_slli_epi32(odd, 16)));
+        for (int d = 0; d < head_v; d += 16) {
+            __m512i rounded[2];
+            for (int i = 0; i < 2; ++i) {
+                // A vector that is not finite becomes zero, too.
+                const __mmask16 used = _mm512_cmp_ps_mask(factor[i], _mm512_setzero_ps(), _CMP_NEQ_OQ);
+                rounded[i] = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(used, _mm512_loadu_ps(x[i] + d), factor[i]));
+            }
+            const __m512i low = _mm512_and_si512(rounded[0], _mm512_set1_epi32(0xFFFF));
+            _mm512_store_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(rounded[1], 16)));
         }
     }
 }
