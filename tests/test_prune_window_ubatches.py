@@ -28,6 +28,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "gemma2": partial(architectures.write_gemma2, layers=6, window=WINDOW),
     "gemma3": partial(architectures.write_gemma3, layers=8, window=WINDOW),
     "gpt-oss": partial(architectures.write_gpt_oss, yarn=True, layers=6, window=WINDOW),
+    "cohere2": partial(architectures.write_cohere2, layers=8, window=WINDOW),
 }
 # Every second layer has no window: 1, 3, 5 ...
 CUTS = {
@@ -60,13 +61,32 @@ def test_same_choice_as_in_one_call(model: GetModel, cut: str, full: bool, flash
     assert warnings() == []
 
 
+@pytest.mark.slow
+def test_chunks(tmp_path: Path) -> None:
+    """Llama 4 attends in chunks of 8192 tokens; some that wait are in the chunk before the question's."""
+    with LowModel(architectures.write_llama4(tmp_path / "llama4.gguf", layers=8)) as low:
+        assert_same_choice(
+            low, "4:0.4,5:0.4;score=heads;heads=4:0.0;heads=5:1.0", tokens(8700), (9216, 2048, 700),
+            range(5000, 6000), 0.02, flash=True, n_ctx=9216, n_batch=9216, swa_full=False,
+        )  # fmt: skip
+    assert warnings() == []
+
+
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("arch", ["gemma2", "gpt-oss"])
-def test_other_models(model: GetModel, arch: str, full: bool) -> None:
+@pytest.mark.parametrize(
+    ("arch", "cut"),
+    [
+        ("gemma2", CUTS["two cuts"]),
+        ("gpt-oss", CUTS["two cuts"]),
+        # Each fourth layer has no window.
+        ("cohere2", "3:0.4,5:0.5;score=heads;heads=3:1.1+1.2;heads=5:3.1+5.2;reach=3;keep=40"),
+    ],
+)
+def test_other_models(model: GetModel, arch: str, cut: str, full: bool) -> None:
     found = []
     for ubatch in (512, 100):
         options = {"n_ctx": 768, "n_ubatch": ubatch, "swa_full": full}
-        with model(arch).context(CUTS["two cuts"], **options) as context:
+        with model(arch).context(cut, **options) as context:
             logits = [context.decode(tokens(400))]
             fate = agq_gguf.last_pruned()
             logits += [context.decode([7 + i], 400 + i) for i in range(2)]

@@ -291,9 +291,10 @@ def write_olmo2(path: Path | str) -> Path:
     return m.ends()
 
 
-def write_cohere2(path: Path | str, *, window: int = 16) -> Path:
+def write_cohere2(path: Path | str, *, layers: int = 4, window: int = 16) -> Path:
     """Command R7B: parallel blocks, sliding windows, scaled logits."""
-    m = Layered(path, "cohere2", LAYER_NORM, ROPE, {"attention.sliding_window": window, "logit_scale": 0.25}, layers=4)
+    numbers = {"attention.sliding_window": window, "logit_scale": 0.25}
+    m = Layered(path, "cohere2", LAYER_NORM, ROPE, numbers, layers=layers)
     for block in m.blocks:
         m.attention(block)
         m.feed_forward(block)

@@ -164,10 +164,10 @@ def write_gpt_oss(
     return m.ends()
 
 
-def write_llama4(path: Path | str) -> Path:
+def write_llama4(path: Path | str, layers: int = 4) -> Path:
     """Llama 4: each fourth layer sees everything, the others chunks of 8192 tokens; a shared expert."""
     counts = expert_counts(used=1, interleave_moe_layer_step=2, expert_gating_func=2)
-    m = Layered(path, "llama4", heads(), rms(), counts, layers=4)
+    m = Layered(path, "llama4", heads(), rms(), counts, layers=layers)
     for i, block in enumerate(m.blocks):
         m.attention(block)
         m.norm(block + "ffn_norm", E)
