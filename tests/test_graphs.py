@@ -21,7 +21,7 @@ from agq_gguf.graphs.gradients import gradients
 from agq_gguf.graphs.ir import Graph, Node, check_inputs, translate
 from agq_gguf.graphs.layers import Layer, layers
 from agq_gguf.graphs.losses import divergence, drawn
-from agq_gguf.graphs.ops import OPS
+from agq_gguf.graphs.ops import OPS, attention
 from agq_gguf.graphs.ops.shapes import window
 from agq_gguf.graphs.run import Executor, Reading, State
 from agq_gguf.graphs.segments import segments
@@ -234,6 +234,32 @@ def test_parts_of_a_llama(llama_f16: Path) -> None:
         assert parts.lookups(graph) == {"token_embd.weight"} and parts.products(graph)["output.weight"] == 1
         assert [len(part.alive) for part in segments(graph)] == [1] * 5
         assert parts.numbers_alive(graph, plan) == 16 * (128 + 2 * 256)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "gemma3", "qwen2vl", "phi3", "bert"])
+def test_all_is_on_one_device(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward on PyTorch's device `meta`, which has shapes but no values, and refuses tensors of others.
+
+    It stands for a GPU, which test machines do not have.
+    """
+
+    def mask_as_it_is(
+        mask: torch.Tensor, q: torch.Tensor, bias: float, spelled: bool
+    ) -> tuple[bool, int, torch.Tensor]:  # the real one looks at values
+        mask = mask[..., : q.shape[3], :]
+        return False, mask.shape[-1], mask * attention.slopes(q.shape[2], bias) if bias > 0 else mask
+
+    monkeypatch.setattr(attention, "_mask", mask_as_it_is)
+    with opened(COVERED[name](tmp_path / "m.gguf"), LENGTH) as (_, reader, model):
+        graph = support.graph_for(reader, model, some_tokens(1, LENGTH)[0].numpy().astype(np.int32) % model.n_vocab)
+        run = Executor(graph, lambda tensor: torch.from_numpy(reader.read(tensor)), 1 << 30, "meta")
+        first = next(found for i in range(len(graph.nodes)) if (found := graph.matrix_of(i)))
+        weight = run.weight(first).clone().requires_grad_()
+        with run.replacing({first: weight}):
+            output = run.forward(some_tokens(2, LENGTH))
+        loss = drawn(output, model.facts.causal, torch.Generator().manual_seed(0))
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert output.device.type == gradient.device.type == "meta"
 
 
 def test_parts_of_experts(tmp_path: Path) -> None:

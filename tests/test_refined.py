@@ -213,6 +213,17 @@ def test_simulation_is_the_reference(bits: int, scale: str) -> None:
     np.testing.assert_allclose(found, wanted, atol=2e-4 * np.abs(wanted).max())
 
 
+# where it runs
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_told(llama_f16: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="PyTorch finds no CUDA device"):
+        quantize(llama_f16, tmp_path / "out.gguf", options=QuantizeOptions(quality="best", device="cuda"))
+    with pytest.raises(InputError, match="device must be one of cpu, cuda"):
+        QuantizeOptions(device="gpu")
+
+
 # sequential quantization
 
 

@@ -29,6 +29,13 @@ class Quality(str, Enum):
     best = "best"
 
 
+class Device(str, Enum):
+    """Values of --device."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class Preset(str, Enum):
     """Values of --preset; agq_gguf/quantization/presets.py says what each means."""
 

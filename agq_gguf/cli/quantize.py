@@ -11,7 +11,7 @@ import typer
 
 from agq_gguf.calibration.default_text import default_calibration
 from agq_gguf.cli import output as show
-from agq_gguf.cli.options import Json, Preset, Quality, Quiet, Threads, parse_size
+from agq_gguf.cli.options import Device, Json, Preset, Quality, Quiet, Threads, parse_size
 from agq_gguf.cli.prune import prune_new, show_calibration
 from agq_gguf.errors import AgqError, InputError, missing_package
 from agq_gguf.gguf_io.tensor_names import kind_of
@@ -104,6 +104,10 @@ def quantize(
         ),
     ] = True,
     threads: Threads = 0,
+    device: Annotated[
+        Device,
+        typer.Option(help="Where PyTorch runs the model for --quality best and --target-bpw."),
+    ] = Device.cpu,
     memory: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for calibration, such as 4G.")
     ] = "4G",  # type: ignore[assignment]  # typer parses defaults, too
@@ -168,6 +172,7 @@ def quantize(
         embedding_type=embedding_type,
         target_bpw=target_bpw,
         threads=threads,
+        device=device.value,
         memory=memory,
         calibration_tokens=calibration_tokens or 0,
         tune=tune,

@@ -43,7 +43,7 @@ def gradients(run: Executor, parts: list[Segment], tokens: torch.Tensor, loss: L
         if number == len(parts) - 1:
             total = loss(after[run.graph.output].flatten(1, 3))
             value = float(total.detach())
-            ends, weights = [total], [torch.ones(())]
+            ends, weights = [total], [torch.ones_like(total)]
         else:
             kept = [i for i in part.alive if i in by_state and i not in leaves and after[i].requires_grad]
             ends, weights = [after[i] for i in kept], [by_state[i] for i in kept]

@@ -97,15 +97,16 @@ def _source(run: Executor, values: State, front: int, given: int) -> torch.Tenso
             state[i] = run.compute(i, state)
         return state[given]
 
+    device = product.device
     ones = through(torch.ones_like(product))
-    numbers = through((torch.arange(rows) + 1.0).expand_as(product).contiguous())
+    numbers = through((torch.arange(rows, device=device) + 1.0).expand_as(product).contiguous())
     ratio = torch.where(ones.abs() > _SMALL, numbers / ones, torch.nan).flatten(0, -2).nanmedian(0).values - 1
     if not torch.isfinite(ratio).all():
         return None
     source = ratio.round().long().clamp(0, rows - 1)
-    factors = torch.ones(rows)
+    factors = torch.ones(rows, device=device)
     used = source.unique()
-    factors[used] = torch.rand(len(used), generator=torch.Generator().manual_seed(0)) + 0.5
+    factors[used] = torch.rand(len(used), generator=torch.Generator().manual_seed(0)).to(device) + 0.5
     base = values[given]
     error = float((through(product * factors) - base * factors[source]).norm() / base.norm().clamp(min=1e-30))
     return source if error < _SAME else None

@@ -14,10 +14,11 @@ def drawn(output: torch.Tensor, logits: bool, generator: torch.Generator) -> tor
     The cost is (g . dy)^2 / 2 on average over what is drawn. For logits the scalar is -log p of a token drawn from the
     prediction; for embeddings it is their direction, seen along a random one.
     """
+    # Numbers are drawn on the CPU, so that they are the same for every device.
     if logits:
         found: torch.Tensor = _Drawn.apply(output.flatten(0, -2), generator)  # type: ignore[no-untyped-call]
         return found
-    along = torch.randn(output.shape, generator=generator)
+    along = torch.randn(output.shape, generator=generator).to(output.device)
     return (functional.normalize(output, dim=-1) * along).sum()
 
 
@@ -32,11 +33,11 @@ class _Drawn(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         p = logits.softmax(-1)
         ends = p.cumsum(-1)
-        places = torch.rand(len(p), 1, generator=generator) * ends[:, -1:]
+        places = torch.rand(len(p), 1, generator=generator).to(p.device) * ends[:, -1:]
         tokens = torch.searchsorted(ends, places, right=True).clamp_(max=p.shape[1] - 1)
         del ends
         loss = -p.gather(1, tokens).clamp_min(torch.finfo(torch.float32).tiny).log().sum()
-        ctx.save_for_backward(p.scatter_add_(1, tokens, torch.full(tokens.shape, -1.0)))
+        ctx.save_for_backward(p.scatter_add_(1, tokens, torch.full_like(places, -1.0)))
         return loss
 
     @staticmethod

@@ -49,14 +49,17 @@ Replacement = Callable[[Reading], "torch.Tensor | None"]  # None: as the file ha
 class Executor:
     """A graph and its weights. `read` gives a tensor of the file as float32; up to `cache` bytes of them are kept.
 
-    Raises Unsupported if the graph has an operation that is not in the table.
+    All values are on `device`. Raises Unsupported if the graph has an operation that is not in the table.
     """
 
-    def __init__(self, graph: Graph, read: Callable[[str], torch.Tensor], cache: int) -> None:
+    def __init__(
+        self, graph: Graph, read: Callable[[str], torch.Tensor], cache: int, device: str | torch.device = "cpu"
+    ) -> None:
         unknown = sorted({node.op for node in graph.nodes} - set(_OWN) - set(OPS))
         if unknown:
             raise Unsupported(f"its graph has {', '.join(unknown)}, which cannot be differentiated here")
         self.graph, self._read, self._room = graph, read, cache
+        self.device = torch.device(device)
         self._memo: Memo = {}
         self._cache: dict[str, torch.Tensor] = {}
         self._weights: Mapping[str, torch.Tensor] = {}  # in place of the file's
@@ -75,7 +78,7 @@ class Executor:
             return self._weights[name]
         if name in self._cache:
             return self._cache[name]
-        found = self._read(name)
+        found = self._read(name).to(self.device)
         if found.nbytes <= self._room:
             self._room -= found.nbytes
             self._cache[name] = found
@@ -126,9 +129,9 @@ class Executor:
         node = self.graph.nodes[i]
         if node.op == "CONST":
             constant: torch.Tensor = node.attr
-            return constant
+            return constant.to(self.device)
         if node.op == "ZEROS":
-            return torch.zeros(1, *node.shape)
+            return torch.zeros(1, *node.shape, device=self.device)
         if self._replacement is not None:
             place = self.reading(i, state)
             made = None if place is None else self._replacement(place)
@@ -138,7 +141,8 @@ class Executor:
 
     def _operate(self, node: Node, state: State) -> torch.Tensor:
         inputs = [None if j < 0 else self.value(j, state) for j in node.inputs]
-        return OPS[node.op](node, self._memo, *inputs)
+        with self.device:  # where operations make tensors
+            return OPS[node.op](node, self._memo, *inputs)
 
     def is_there(self, i: int, state: State) -> bool:
         """Whether a value need not be computed."""
@@ -162,7 +166,7 @@ class Executor:
     def start(self, tokens: torch.Tensor) -> State:
         """The state before the first value, for `tokens` [batch, n] int64."""
         return {
-            i: tokens.reshape(len(tokens), *node.shape)
+            i: tokens.to(self.device).reshape(len(tokens), *node.shape)
             for i, node in enumerate(self.graph.nodes)
             if node.op == "TOKENS"
         }

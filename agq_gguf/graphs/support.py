@@ -28,14 +28,17 @@ _TRIED_TOKENS = 32
 _POOLING_RANK = 4  # of a reranker: gguf.PoolingType.RANK
 
 
-def open_graph(reader: Reader, model: Model, tokens: NDArray[np.int32], cache: int, threads: int = 1) -> Executor:
+def open_graph(
+    reader: Reader, model: Model, tokens: NDArray[np.int32], cache: int, threads: int = 1, device: str = "cpu"
+) -> Executor:
     """The graph for texts of `len(tokens)` tokens, which gives llama.cpp's outputs for `tokens`.
 
-    It keeps up to `cache` bytes of weights. Raises Unsupported with the reason if there is none.
+    It runs on a device of PyTorch and keeps up to `cache` bytes of weights. Raises Unsupported with the reason if there
+    is none.
     """
     graph = graph_for(reader, model, tokens, threads)
     try:
-        executor = Executor(graph, lambda name: torch.from_numpy(reader.read(name)), cache)
+        executor = Executor(graph, lambda name: torch.from_numpy(reader.read(name)), cache, device)
         found, most = difference(executor, model, tokens, threads), tolerance(graph, reader)
     except (RuntimeError, ValueError, IndexError) as e:  # an operation in a form that was never seen
         raise Unsupported(
@@ -91,7 +94,7 @@ def difference(executor: Executor, model: Model, tokens: NDArray[np.int32], thre
         batch = run(context, tokens)
         theirs = torch.from_numpy((context.logits(batch) if model.facts.causal else context.embeddings(batch)).copy())
     with torch.no_grad():
-        ours = executor.forward(torch.from_numpy(tokens.astype(np.int64))[None])[0]
+        ours = executor.forward(torch.from_numpy(tokens.astype(np.int64))[None])[0].cpu()
     if ours.shape != theirs.shape:
         return float("inf")
     if any(node.op in CHOICES for node in executor.graph.nodes):

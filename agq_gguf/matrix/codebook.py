@@ -50,7 +50,7 @@ def reciprocal(scales: torch.Tensor) -> torch.Tensor:
 
 def storable(scales: torch.Tensor) -> torch.Tensor:
     """`blocks.round_scale` on a torch tensor."""
-    return torch.from_numpy(round_scale(scales.numpy()))
+    return torch.from_numpy(round_scale(scales.cpu().numpy())).to(scales.device)
 
 
 def search_scales(weights: torch.Tensor, importance: torch.Tensor, codebook: Codebook) -> torch.Tensor:

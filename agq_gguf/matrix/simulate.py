@@ -18,7 +18,7 @@ _ROTATION = torch.from_numpy(rotate(np.eye(GROUP_COLUMNS, dtype=np.float32)))
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
     """`reference.rotate` of x [..., K] as a matrix product, which has a gradient; its rounding differs slightly."""
-    return (x.unflatten(-1, (-1, GROUP_COLUMNS)) @ _ROTATION).flatten(-2)
+    return (x.unflatten(-1, (-1, GROUP_COLUMNS)) @ _ROTATION.to(x.device)).flatten(-2)
 
 
 def rotate_in_place(hessian: torch.Tensor) -> None:
@@ -28,13 +28,13 @@ def rotate_in_place(hessian: torch.Tensor) -> None:
 
 
 class Rounder:
-    """Rounds inputs according to a matrix's parameters; matrices with the same input can share it."""
+    """Rounds inputs on `device` according to a matrix's parameters; matrices with the same input can share it."""
 
-    def __init__(self, parameters: Parameters, columns: int) -> None:
-        self.order = torch.from_numpy(channel_order(parameters.listed, columns).astype(np.int64))
+    def __init__(self, parameters: Parameters, columns: int, device: str | torch.device = "cpu") -> None:
+        self.order = torch.from_numpy(channel_order(parameters.listed, columns).astype(np.int64)).to(device)
         self.back = self.order.argsort()
         exponents = np.ldexp(np.float32(1), parameters.exponents.astype(np.int32)).repeat(GROUP_COLUMNS)
-        self.growth = torch.from_numpy(exponents)  # 2^e of each stored column
+        self.growth = torch.from_numpy(exponents).to(device)  # 2^e of each stored column
         self._limit = 127.0 if parameters.activation_bits == 8 else 7.0
         self._group = GROUP_COLUMNS if parameters.per_group else columns
         self.rotates = parameters.rotated
@@ -54,8 +54,10 @@ class Rounder:
 
 def restored(matrix: Matrix, rounder: Rounder, scales: torch.Tensor | None = None) -> torch.Tensor:
     """Weights [M, K] float32 in input-channel order; `scales` [M, K / 64] replaces the matrix's own."""
-    values = torch.from_numpy(matrix.parameters.codebook.astype(np.float32) - 64)[torch.from_numpy(matrix.codes).int()]
-    used = torch.from_numpy(matrix.scales) if scales is None else scales
+    device = rounder.growth.device
+    codebook = torch.from_numpy(matrix.parameters.codebook.astype(np.float32) - 64).to(device)
+    values = codebook[torch.from_numpy(matrix.codes).to(device).int()]
+    used = torch.from_numpy(matrix.scales).to(device) if scales is None else scales
     spread = used.repeat_interleave(GROUP_COLUMNS, 1) * (matrix.parameters.tensor_scale / rounder.growth)
     weights = rotated(values * spread) if rounder.rotates else values * spread
     return weights[:, rounder.back]

@@ -101,11 +101,15 @@ def from_text(
     journal = Journal(None)
     if options.resume:
         # Tuning comes last and keeps nothing, so a run that was interrupted in it can go on without it.
-        decisive = replace(options, threads=0, resume=False, tune=True, split_size=0, converter="", keep_float="")
+        decisive = replace(
+            options, threads=0, device="cpu", resume=False, tune=True, split_size=0, converter="", keep_float=""
+        )
         journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
     warnings, best = [*session.warnings], None
     if options.quality == "best":
-        setting = Setting(options.matrix, options.memory, options.tune, options.threads, journal, progress)
+        setting = Setting(
+            options.matrix, options.memory, options.tune, options.threads, options.device, journal, progress
+        )
         found = prepare(reader, session, options.context, options.calibration_tokens, plans, setting)
         if isinstance(found, BestRun):
             best = found

@@ -9,6 +9,7 @@ from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import TYPE_IDS
 from agq_gguf.matrix.options import MatrixOptions
 
+DEVICES = ("cpu", "cuda")
 QUALITIES = ("fast", "balanced", "best")
 MAX_TARGET_BPW = 16  # as an F16 file
 TOKENS = 32768  # of calibration text, of a large model and with quality best
@@ -25,6 +26,7 @@ class QuantizeOptions:
     embedding_type: str = "auto"  # auto: q8_0 for small models, else agq4; or chosen under `target_bpw`
     target_bpw: float = 0.0  # maximum bits per weight of the whole model; 0: no target
     threads: int = 0  # 0: all CPUs that this process may use
+    device: str = "cpu"  # one of DEVICES: where quality best, and the costs for `target_bpw`, run the model in PyTorch
     memory: int = 4 << 30  # bytes for the statistics that calibration holds at one time
     calibration_tokens: int = 0  # maximum; 0: by the model's size, see `tokens_for`
     tune: bool = True  # with quality `best`: train norms and scales last
@@ -39,6 +41,8 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
             raise InputError(f"quality must be one of {', '.join(QUALITIES)}, got {self.quality!r}")
+        if self.device not in DEVICES:
+            raise InputError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
         if not 0 <= self.target_bpw <= MAX_TARGET_BPW:
             raise InputError(
                 f"the target must be 4.25 to {MAX_TARGET_BPW} bits per weight, or 0 for no target, "

@@ -60,7 +60,7 @@ def plan_file(
             f"{src}: is a folder; a plan needs a GGUF file: make one with `agq-gguf import-hf` or llama.cpp's converter"
         )
     stats = None if imatrix is None else Imatrix.read(imatrix)
-    with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
+    with open_model(src) as reader, _torch_of(options), ExitStack() as stack:
         source.prepare(reader, options)
         if stats is not None:
             stats.check(reader)
@@ -78,7 +78,7 @@ def plan_warnings(src: PathName, options: QuantizeOptions) -> list[str]:
         return []
     from agq_gguf.graphs.support import supported
 
-    with _torch_threads(options.threads):
+    with _torch_of(options):
         reason = supported(src, lambda reader: source.prepare(reader, options))
     return [falling_back(reason)] if reason else []
 
@@ -140,7 +140,7 @@ def _quantize_file(
     options: QuantizeOptions,
     progress: Progress,
 ) -> Report:
-    with open_model(src) as reader, _torch_threads(options.threads), ExitStack() as stack:
+    with open_model(src) as reader, _torch_of(options), ExitStack() as stack:
         source.prepare(reader, options)
         weights = sum(tensor.n_elements for tensor in reader.tensors.values())
         options = replace(options, calibration_tokens=options.tokens_for(weights))
@@ -190,9 +190,12 @@ def _opener(
 
 
 @contextmanager
-def _torch_threads(n: int) -> Iterator[None]:
+def _torch_of(options: QuantizeOptions) -> Iterator[None]:
+    """PyTorch with the threads of the options. Raises InputError if their device is missing."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("PyTorch finds no CUDA device here; use --device cpu, or install a PyTorch for CUDA")
     before = torch.get_num_threads()
-    torch.set_num_threads(n or default_threads())
+    torch.set_num_threads(options.threads or default_threads())
     try:
         yield
     finally:

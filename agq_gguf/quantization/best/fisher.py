@@ -56,7 +56,7 @@ class Sensitivity:
         """The content as arrays, for a journal."""
         rows = {f"rows {name}": torch.cat(parts).numpy() for name, parts in self.rows.items()}
         sums = {"gram": self.grams, "square": self.squares}
-        kept = {f"{kind} {name}": m.numpy() for kind, found in sums.items() for name, m in found.items()}
+        kept = {f"{kind} {name}": m.cpu().numpy() for kind, found in sums.items() for name, m in found.items()}
         return {"batches": np.array(self.batches), **rows, **kept}
 
     def restore(self, arrays: dict[str, NDArray[Any]]) -> None:
@@ -146,7 +146,7 @@ class _Adder:
     def finish(self) -> None:
         """Adds what the places of the batch have; in float64, so that their order does not change the sum."""
         for key, squares in self._squares.items():
-            self._found.rows.setdefault(key, []).append(torch.stack(squares).double().sum(0).float())
+            self._found.rows.setdefault(key, []).append(torch.stack(squares).double().sum(0).float().cpu())
         self._found.batches += 1
 
     @staticmethod
@@ -154,7 +154,7 @@ class _Adder:
         size = gradient.shape[1]
         if name not in sums:
             sums[name] = torch.zeros(size, size)
-        sums[name].addmm_(gradient.T, gradient)
+        sums[name] = sums[name].to(gradient.device).addmm_(gradient.T, gradient)
 
 
 def _tempered(squares: torch.Tensor, attended: bool) -> torch.Tensor:

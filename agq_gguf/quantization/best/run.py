@@ -51,6 +51,7 @@ class Setting:
     memory: int  # bytes
     tune: bool
     threads: int
+    device: str  # of PyTorch, where the graph runs
     journal: Journal  # holds matrices and gradients of an earlier run and receives new ones
     progress: Progress
 
@@ -99,7 +100,8 @@ class BestRun:
         stored = self._stored()
         for name in self.tables:
             table = _table(executor.weight(name), name, sensitivity, options)
-            stored[name] = restored(table.matrix, Rounder(table.matrix.parameters, table.matrix.codes.shape[1]))
+            rounder = Rounder(table.matrix.parameters, table.matrix.codes.shape[1], executor.device)
+            stored[name] = restored(table.matrix, rounder)
             finish(name, [table])
         if not plan.stages:  # a budget may give every other matrix a larger type
             return Outcome({}, notes)
@@ -183,8 +185,8 @@ class BestRun:
         for plan in self.plans:
             name, new = plan.source.name, plan.type_name
             if name in (EMBEDDING, OUTPUT) and new not in (TYPE_NAME, "f32", "f16", "bf16", plan.source.type_name):
-                weights = self.executor.weight(name).numpy()
-                found[name] = torch.from_numpy(stock_types.rounded(weights, new))
+                weights = self.executor.weight(name).cpu().numpy()
+                found[name] = torch.from_numpy(stock_types.rounded(weights, new)).to(self.executor.device)
         return found
 
 
@@ -199,7 +201,7 @@ def prepare(
     model = session.model
     chunks = session.chunks(session.chunk_size(context), max_tokens, equal=True)
     try:
-        executor = open_graph(reader, model, chunks[0], setting.memory // 4, setting.threads)
+        executor = open_graph(reader, model, chunks[0], setting.memory // 4, setting.threads, setting.device)
         graph = executor.graph
         used, looked_up = parts.products(graph), parts.lookups(graph)
         wanted = {plan.source.name for plan in plans if plan.searched}
@@ -207,7 +209,7 @@ def prepare(
         pairs: list[Pair] = []
         if setting.options.equalize:
             tokens = chunks[0][:_TRIED_TOKENS]
-            few = Executor(graph_for(reader, model, tokens, setting.threads), executor.weight, 0)
+            few = Executor(graph_for(reader, model, tokens, setting.threads), executor.weight, 0, executor.device)
             pairs = levelled(few, matrices, torch.from_numpy(tokens.astype(np.int64))[None])
     except Unsupported as e:
         return str(e)
@@ -217,12 +219,13 @@ def prepare(
 
 
 def _arrays(norms: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
-    return {name: norm.numpy() for name, norm in norms.items()}
+    return {name: norm.cpu().numpy() for name, norm in norms.items()}
 
 
 def _table(table: torch.Tensor, name: str, sensitivity: Sensitivity, options: MatrixOptions) -> QuantizedMatrix:
     """A matrix whose rows are looked up, quantized by what errors in them cost (`fisher`)."""
     stats, square = None, sensitivity.squares.get(name)
     if square is not None and options.error_feedback:
-        stats = InputStats(1, square.diagonal().numpy().copy(), hessian=square.numpy())
-    return quantize_matrix(table.numpy(), prepare_input(stats, table.shape[1], 0, options), options, name)
+        hessian = square.cpu().numpy()
+        stats = InputStats(1, hessian.diagonal().copy(), hessian=hessian)
+    return quantize_matrix(table.cpu().numpy(), prepare_input(stats, table.shape[1], 0, options), options, name)

@@ -23,7 +23,7 @@ from torch.nn import functional
 from agq_gguf.calibration.accumulate import own_share
 from agq_gguf.calibration.sampling import spread
 from agq_gguf.calibration.stats import InputStats
-from agq_gguf.format.blocks import Matrix, listable
+from agq_gguf.format.blocks import listable
 from agq_gguf.graphs.levelled import Pair
 from agq_gguf.graphs.parts import Group, Plan, Stage, first_state, groups, multiplied, next_state, norm_before
 from agq_gguf.graphs.run import Executor, Reading, State
@@ -160,7 +160,7 @@ class Sequential:
             if pair is None:
                 continue
             rows, columns = self._weight(name), self._weight(pair.behind)
-            square = torch.zeros(rows.shape[-2])
+            square = torch.zeros(rows.shape[-2], device=rows.device)
             square.index_add_(0, pair.source, columns.square().flatten(0, -2).mean(0))
             factors = equalize.level(square)
             self._levelled |= {name: rows * factors[:, None], pair.behind: columns / factors[pair.source]}
@@ -169,7 +169,10 @@ class Sequential:
     def _take_gram(self, name: str) -> torch.Tensor | None:
         """G of a matrix, adapted if its rows were levelled. It is large and needed once, so it is removed here."""
         gram, factors = self._sensitivity.grams.pop(name, None), self._row_factors.get(name)
-        return gram if gram is None or factors is None else gram / factors / factors[:, None]
+        if gram is None or factors is None:
+            return gram
+        gram = gram.to(factors.device)
+        return gram / factors / factors[:, None]
 
     # a stage
 
@@ -199,7 +202,7 @@ class Sequential:
         for group in groups(self._run.graph, stage):
             ids = chosen[group.key] if group.has_experts else None
             done |= self._group(group, weights, exact, inputs, ids, journal)
-        applied = {name: Applied(matrices) for name, matrices in done.items()}
+        applied = {name: Applied(matrices, self._run.device) for name, matrices in done.items()}
         with self._run.replacing(self._stored):
             self._advance(self._rounded, number, lambda place: place.by(applied[place.weight]), choices)
         for name, matrices in done.items():
@@ -243,8 +246,10 @@ class Sequential:
                 sums = whole
                 if ids is not None:
                     sums = self._sums(exact, inputs, ids, expert, row_weights).mixed(whole)
-                square, hessian = sums.hessian.diagonal().numpy().copy(), sums.hessian.numpy()
-                stats, correction = InputStats(sums.rows, square, *seen, hessian), sums.correction()
+                hessian = sums.hessian.cpu().numpy()
+                square = hessian.diagonal().copy()
+                correction = sums.correction()
+                stats = InputStats(sums.rows, square, *seen, hessian)
                 capacity = min(listable(*weights[name].shape[-2:]) for name in group.weights)
                 prepared = prepare_input(stats, stats.columns, capacity, self._options, consume=True)
             jobs = []
@@ -268,13 +273,13 @@ class Sequential:
         columns, options = inputs[0].shape[-1], self._options
         rows = sum(x.numel() for x in inputs) // columns
         square = torch.stack([x.flatten(0, -2).square().sum(0) for x in inputs]).sum(0) / rows
-        stats = InputStats(rows, square.numpy(), None, _sample(inputs).numpy())
+        stats = InputStats(rows, square.cpu().numpy(), None, _sample(inputs).cpu().numpy())
         capacity = min(listable(*weight.shape[-2:]) for weight in weights)
-        flat = [weight.flatten(0, -2).numpy() for weight in weights]
+        flat = [weight.flatten(0, -2).cpu().numpy() for weight in weights]
         found = equalize.choose(
             stats, flat, capacity, options.activation_bits, options.activation_scale, options.refine
         )
-        return None if found is None else torch.from_numpy(found)
+        return None if found is None else torch.from_numpy(found).to(self._run.device)
 
     def _sums(
         self,
@@ -286,7 +291,7 @@ class Sequential:
     ) -> _Sums:
         """Sums over all rows of the input, or over those of one expert."""
         columns = inputs[0].shape[-1]
-        hessian, cross = torch.zeros(columns, columns), torch.zeros(columns, columns)
+        hessian, cross = (torch.zeros(columns, columns, device=self._run.device) for _ in range(2))
         count = 0
         for x, rounded, weight in _rows(exact, inputs, ids, expert, row_weights):
             weighted = rounded if weight is None else rounded * weight[:, None]
@@ -309,7 +314,8 @@ class _Job:
 
 def _quantized(job: _Job, options: MatrixOptions) -> QuantizedMatrix:
     target = job.weight + job.weight @ job.correction
-    return quantize_matrix(target.numpy(), job.prepared, options, job.name, job.gram)
+    gram = None if job.gram is None else job.gram.cpu()
+    return quantize_matrix(target.cpu().numpy(), job.prepared, options, job.name, gram)
 
 
 def _together(jobs: list[_Job], room: int) -> list[list[_Job]]:
@@ -346,11 +352,11 @@ def _rows(
     for number, pair in enumerate(zip(exact, inputs, strict=True)):
         x, rounded = (part.flatten(0, -2) for part in pair)
         count = len(x) if ids is None else ids[number].numel()
-        weight = None if row_weights is None else row_weights[begin : begin + count]
+        weight = None if row_weights is None else row_weights[begin : begin + count].to(x.device)
         begin += count
         if ids is not None:
             chosen = ids[number].flatten()
-            slots = torch.arange(count) if expert is None else (chosen == expert).nonzero()[:, 0]
+            slots = torch.arange(count, device=x.device) if expert is None else (chosen == expert).nonzero()[:, 0]
             rows = slots * len(x) // count  # all experts of a token may read one row
             x, rounded, weight = x[rows], rounded[rows], None if weight is None else weight[slots]
         yield x, rounded, weight
@@ -359,13 +365,13 @@ def _rows(
 def _seen(inputs: list[torch.Tensor]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Of x^, the largest value of each channel [K] and some rows [n, K]."""
     largest = torch.stack([x.flatten(0, -2).abs().amax(0) for x in inputs]).amax(0)
-    return largest.numpy(), _sample(inputs).numpy()
+    return largest.cpu().numpy(), _sample(inputs).cpu().numpy()
 
 
 def _sample(inputs: list[torch.Tensor]) -> torch.Tensor:
     """Some rows [n, K] of inputs [batch, .., K], spread evenly over all places of a text."""
     flat = [x.flatten(0, -2) for x in inputs]
-    places = torch.from_numpy(spread(_SAMPLE_ROWS, sum(map(len, flat))))
+    places = torch.from_numpy(spread(_SAMPLE_ROWS, sum(map(len, flat)))).to(flat[0].device)
     found, begin = [], 0
     for x in flat:
         found.append(x[places[(places >= begin) & (places < begin + len(x))] - begin])
@@ -376,16 +382,16 @@ def _sample(inputs: list[torch.Tensor]) -> torch.Tensor:
 class Applied:
     """A quantized weight as the runtime applies it; experts are restored when they are needed."""
 
-    def __init__(self, matrices: Matrices) -> None:
-        self._matrices = [found.matrix for found in matrices]
-        self._kept = _restored(self._matrices[0]) if len(matrices) == 1 else None
+    def __init__(self, matrices: Matrices, device: str | torch.device = "cpu") -> None:
+        self._matrices, self._device = [found.matrix for found in matrices], device
+        self._kept = self._restored(0) if len(matrices) == 1 else None
 
     def __call__(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """The product of rows x [.., K] with an expert's matrix; 0 without experts."""
-        rounder, weight = self._kept or _restored(self._matrices[expert])
+        rounder, weight = self._kept or self._restored(expert)
         return functional.linear(rounder(x), weight)
 
-
-def _restored(matrix: Matrix) -> tuple[Rounder, torch.Tensor]:
-    rounder = Rounder(matrix.parameters, matrix.codes.shape[1])
-    return rounder, restored(matrix, rounder)
+    def _restored(self, expert: int) -> tuple[Rounder, torch.Tensor]:
+        matrix = self._matrices[expert]
+        rounder = Rounder(matrix.parameters, matrix.codes.shape[1], self._device)
+        return rounder, restored(matrix, rounder)

@@ -54,7 +54,7 @@ class _Student:
         self._biases = {name: bias for name, bias in norms.items() if name not in trained}
         self._norms = {name: norms.get(name, run.weight(name)) for name in trained}
         self._norm_factors = {name: torch.ones_like(norm) for name, norm in self._norms.items()}
-        self._matrices = {name: [_Scaled(found) for found in made] for name, made in matrices.items()}
+        self._matrices = {name: [_Scaled(found, run.device) for found in made] for name, made in matrices.items()}
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -85,11 +85,11 @@ class _Student:
 class _Scaled:
     """A quantized matrix with trainable scales."""
 
-    def __init__(self, made: QuantizedMatrix) -> None:
+    def __init__(self, made: QuantizedMatrix, device: torch.device) -> None:
         self._made = made
-        self._scales = torch.from_numpy(made.matrix.scales)
+        self._scales = torch.from_numpy(made.matrix.scales).to(device)
         self.factors = torch.ones_like(self._scales)
-        self._rounder = Rounder(made.matrix.parameters, made.matrix.codes.shape[1])
+        self._rounder = Rounder(made.matrix.parameters, made.matrix.codes.shape[1], device)
 
     def scales(self) -> torch.Tensor:
         """Scales [M, K / 64], rounded as the file stores them; gradients ignore the rounding."""
@@ -102,7 +102,7 @@ class _Scaled:
 
     def trained(self) -> QuantizedMatrix:
         """The matrix with its current scales."""
-        scales = storable(self.scales()).numpy()
+        scales = storable(self.scales()).cpu().numpy()
         return replace(self._made, matrix=replace(self._made.matrix, scales=scales))
 
 

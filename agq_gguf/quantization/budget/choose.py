@@ -68,10 +68,9 @@ def _by_gradients(
 ) -> costs.Damage | None:
     """What each tensor costs; None if the model's graph does not run in PyTorch."""
     tokens = _tokens(session, options)
+    text = tokens[0].numpy().astype(np.int32)
     try:
-        run = open_graph(
-            reader, session.model, tokens[0].numpy().astype(np.int32), options.memory // 4, options.threads
-        )
+        run = open_graph(reader, session.model, text, options.memory // 4, options.threads, options.device)
     except Unsupported:
         return None
     return costs.by_gradients(run, tokens, types, options.matrix, report, logits=session.model.facts.causal)

@@ -85,9 +85,9 @@ def by_gradients(
 
 def _change(weight: torch.Tensor, type_name: str, stats: InputStats | None, options: MatrixOptions) -> torch.Tensor:
     """What rounding adds to a weight [rows, columns] or [experts, rows, columns]."""
-    matrices = weight.reshape(-1, *weight.shape[-2:]).numpy()
+    matrices = weight.reshape(-1, *weight.shape[-2:]).cpu().numpy()
     made = np.stack([rounded(matrix, type_name, stats, options) for matrix in matrices])
-    return torch.from_numpy(made).reshape(weight.shape) - weight
+    return torch.from_numpy(made).reshape(weight.shape).to(weight.device) - weight
 
 
 def _cost(place: Reading, change: torch.Tensor, gradient: torch.Tensor) -> float:
@@ -100,7 +100,8 @@ def _cost(place: Reading, change: torch.Tensor, gradient: torch.Tensor) -> float
 
 def _stats(x: torch.Tensor) -> InputStats:
     """The statistics of an input [n, K] that the types need."""
-    return InputStats(len(x), x.square().mean(0).numpy(), None, x[:: max(1, len(x) // 256)].numpy())
+    some = x[:: max(1, len(x) // 256)]
+    return InputStats(len(x), x.square().mean(0).cpu().numpy(), None, some.cpu().numpy())
 
 
 def by_errors(
