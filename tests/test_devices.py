@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 from llama_runs import run_python
@@ -18,7 +19,7 @@ from agq_gguf.quantization.pipeline import quantize
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="builds a shared library with c++")
 
-# For each setting the tokens that follow a prompt, and what was logged by the plugin.
+# For each setting the logits behind a prompt and behind tokens that follow, and what was logged by the plugin.
 PROGRAM = """
 import ctypes, json, sys
 import agq_gguf, llama_cpp.llama_cpp as api
@@ -40,12 +41,11 @@ with low_level.LowModel(path) as first:  # registers the plugin, and listens to 
         with agq_gguf.options(prune=prune):
             context = api.llama_init_from_model(model, c)
         ids, found = list(range(3, 123)), []
-        for _ in range(12):
+        for step in range(12):
             raw = (ctypes.c_int32 * len(ids))(*ids)
             assert api.llama_decode(context, api.llama_batch_get_one(raw, len(ids))) == 0
-            logits = api.llama_get_logits_ith(context, -1)
-            ids = [max(range(first.n_vocab), key=lambda i: logits[i])]
-            found += ids
+            found.append(api.llama_get_logits_ith(context, -1)[: first.n_vocab])
+            ids = [11 + 7 * step]
         results.append([found, [line for line in low_level.log if line.startswith("agq")]])
         api.llama_free(context)
         api.llama_model_free(model)
@@ -74,10 +74,11 @@ def model(request: pytest.FixtureRequest, models: Path) -> Path:
     return models / f"devices-{request.param}-agq4.gguf"
 
 
-def run(model: Path, device: Path | str, settings: list[Setting]) -> list[tuple[list[int], list[str]]]:
+def run(model: Path, device: Path | str, settings: list[Setting]) -> list[tuple[np.ndarray, list[str]]]:
+    """Logits [step, vocabulary] and warnings, by setting."""
     result = run_python(PROGRAM, device, model, json.dumps(settings))
     assert result.returncode == 0, result.stderr
-    return [(tokens, warnings) for tokens, warnings in json.loads(result.stdout)]
+    return [(np.array(logits), warnings) for logits, warnings in json.loads(result.stdout)]
 
 
 # With flash attention off, on and as llama.cpp chooses; all layers and their cache on the second device, or not all.
@@ -88,12 +89,19 @@ WHOLE: list[Setting] = [
 ]
 
 
-def test_the_text_is_that_of_one_device(model: Path, device: Path) -> None:
+def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
+    """The host's kernels and ours differ in the last bits, and rounding to 8 bits makes 1% of that."""
+    assert (np.linalg.norm(found - wanted, axis=-1) < 0.03 * np.linalg.norm(wanted, axis=-1)).all()
+
+
+def test_the_logits_are_those_of_one_device(model: Path, device: Path) -> None:
     """And where a cache is on the second device, pruning says so."""
     alone = run(model, "none", WHOLE)
-    assert all(len(set(tokens)) > 1 and not warnings for tokens, warnings in alone)
-    *found, (tokens, warnings) = run(model, device, [*WHOLE, (99, True, 0, "0:0.5")])
-    assert found == alone
-    assert tokens == alone[WHOLE.index((0, True, 0, "off"))][0]
+    assert not any(warnings for _, warnings in alone)
+    *found, (logits, warnings) = run(model, device, [*WHOLE, (99, True, 0, "0:0.5")])
+    for (ours, told), (wanted, _) in zip(found, alone, strict=True):
+        assert_close(ours, wanted)
+        assert not told
+    assert_close(logits, alone[WHOLE.index((0, True, 0, "off"))][0])
     assert len(warnings) == 1
     assert "token pruning is off: attention and its K/V cache are on another device" in warnings[0]
