@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from agq_gguf.inspection.verify import verify
     from agq_gguf.matrix.options import MatrixOptions
     from agq_gguf.measure.bench import bench
+    from agq_gguf.measure.embeddings import evaluate_embeddings
     from agq_gguf.measure.evaluate import evaluate
     from agq_gguf.pruning.calibrate import calibrate_pruning
     from agq_gguf.pruning.options import PruneOptions
@@ -46,6 +47,7 @@ _LAZY = {
     "calibrate_pruning": "pruning.calibrate",
     "default_calibration": "calibration.default_text",
     "evaluate": "measure.evaluate",
+    "evaluate_embeddings": "measure.embeddings",
     "import_checkpoint": "import_hf",
     "inspect_file": "inspection.inspect",
     "load_imatrix": "calibration.imatrix",
@@ -75,6 +77,7 @@ __all__ = [
     "calibrate_pruning",
     "default_calibration",
     "evaluate",
+    "evaluate_embeddings",
     "import_checkpoint",
     "inspect_file",
     "last_pruned",

@@ -11,10 +11,13 @@ import typer
 from agq_gguf.cli import output as show
 from agq_gguf.cli.files import check_picture
 from agq_gguf.cli.options import Flash, FlashOption, Json, ModelArgument, PlotOption, Quiet, Threads
+from agq_gguf.errors import InputError
 from agq_gguf.inspection import plots
+from agq_gguf.runtime.model_file import check_model_file
 from agq_gguf.text import read_text
 
 if TYPE_CHECKING:
+    from agq_gguf.measure.embeddings import EmbeddingEvaluation
     from agq_gguf.measure.evaluate import Evaluation
 
 
@@ -23,7 +26,13 @@ def evaluate(
     reference: Annotated[Path, typer.Option(help="Model to compare with, usually F16.", show_default=False)],
     text: Annotated[Path, typer.Option(help="UTF-8 text file to score.", show_default=False)],
     context: Annotated[
-        int, typer.Option("--ctx", "-c", min=0, help="Tokens per chunk; 0: 512, or fewer if a model allows only fewer.")
+        int,
+        typer.Option(
+            "--ctx",
+            "-c",
+            min=0,
+            help="Tokens per chunk; 0: 512 (of encoders 128), or fewer if a model allows only fewer.",
+        ),
     ] = 0,
     chunks: Annotated[int, typer.Option(min=0, help="Score only the first N chunks; 0: all.")] = 0,
     threads: Threads = 0,
@@ -37,13 +46,19 @@ def evaluate(
     Prints perplexity, KL divergence, and how often both models find the same token most likely. The text is cut into
     chunks of --ctx tokens. As in llama-perplexity, the second half of each chunk is scored, and a last chunk that is
     too short is left out. Both models run at the same time, chunk by chunk.
+
+    For encoders it prints how far embeddings turn (1 - cosine), and how often the nearest other chunk stays the same.
     """
-    from agq_gguf.measure.evaluate import evaluate as run
+    from agq_gguf.measure.embeddings import EmbeddingEvaluation, evaluate_embeddings
+    from agq_gguf.measure.evaluate import evaluate as evaluate_logits
 
     content = read_text(text)
+    is_encoder = not check_model_file(reference).causal
+    if is_encoder and plot is not None:
+        raise InputError(f"{reference}: is an encoder, and there is no picture for encoders; leave out --plot")
     check_picture(plot, [model, reference, text])
     with show.ProgressView(quiet=quiet or as_json) as view:
-        found = run(
+        found = (evaluate_embeddings if is_encoder else evaluate_logits)(
             model,
             reference,
             content,
@@ -53,12 +68,30 @@ def evaluate(
             flash_attention=flash_attention.value,
             progress=view.update,
         )
-    if plot is not None:
-        plots.plot_evaluation(found, model.name, plot)
     if as_json:
         show.write_json({"model": str(model), "reference": str(reference), "text": str(text), **asdict(found)})
+    if isinstance(found, EmbeddingEvaluation):
+        if not as_json:
+            _show_embeddings(found)
         return
-    show_evaluation(found)
+    if plot is not None:
+        plots.plot_evaluation(found, model.name, plot)
+    if not as_json:
+        show_evaluation(found)
+
+
+def _show_embeddings(found: EmbeddingEvaluation) -> None:
+    kept = "" if found.nearest_kept is None else f"{found.nearest_kept:.2%}"
+    show.table(
+        ["", ">value"],
+        [
+            ["1 - cosine, mean", f"{found.mean_distance:.6f} ± {found.mean_distance_error:.6f}"],
+            ["1 - cosine, median", f"{found.median_distance:.6f}"],
+            ["1 - cosine, maximum", f"{found.max_distance:.6f}"],
+            ["same nearest chunk", kept],
+        ],
+    )
+    show.say(f"{found.chunks} chunks of {found.context} tokens")
 
 
 def show_evaluation(found: Evaluation) -> None:

@@ -116,7 +116,7 @@ def _entries(path: str | os.PathLike[str], key: str | None) -> list[dict[str, An
         raise InputError(f"{path}: cannot be read: {e.strerror}") from e
     except (ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{path}: expected the output of `agq-gguf {wanted} --json`")
+    raise InputError(f"{path}: expected the output of `agq-gguf {wanted} --json`, not of an encoder")
 
 
 def _sample_prompt(reader: Reader, text: LoadedText, threads: int) -> SamplePrompt | None:
