@@ -1,5 +1,6 @@
 #include "prune/token_store.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -74,8 +75,10 @@ void token_store::put(const std::shared_ptr<token_block> &block, const std::vect
     bytes_ += block->bytes();
     if (tokens_.size() < block->fingerprints.size()) tokens_.resize(block->fingerprints.size());
     for (size_t kind = 0; kind < block->fingerprints.size(); ++kind) {
+        // Twice as many buckets as before, or the next prompts would each move all tokens to new ones.
         const size_t wanted = tokens_[kind].size() + block->fingerprints[kind].size();
-        if (block->fingerprints[kind].size() > 1) tokens_[kind].reserve(wanted);
+        const size_t buckets = tokens_[kind].bucket_count();
+        if (wanted > buckets) tokens_[kind].reserve(std::max(wanted, 2 * buckets));
         for (size_t i = 0; i < block->fingerprints[kind].size(); ++i) {
             stored_token &token = tokens_[kind][block->fingerprints[kind][i]];
             // Another cell may hold the same token and need the rows.
