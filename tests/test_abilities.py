@@ -27,10 +27,11 @@ def test_models_that_predict_nothing(silent: Path, words_file: Path) -> None:
     commands: list[list[object]] = [
         ["generate", silent, "-p", "the", "-n", 4],
         ["chat", silent, "--chat-format", "chatml"],
-        ["evaluate", silent, "--reference", silent, "--text", words_file],
         ["bench", silent, "-p", 8, "-n", 8],
         ["serve", silent, "--port", 0],
     ]
+    if "bert" not in silent.name:  # else its embeddings are compared
+        commands.append(["evaluate", silent, "--reference", silent, "--text", words_file])
     for name, shown in run_all(commands).items():
         assert (shown.code, shown.stdout, shown.exception) == (2, "", ""), (name, shown)
         [line] = [line for line in shown.stderr.splitlines() if not line.startswith("bench: ")]  # progress

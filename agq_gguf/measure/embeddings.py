@@ -107,7 +107,7 @@ def summarize(
         if not all(np.isfinite(v).all() for v in vectors):
             raise InputError(f"the embeddings of the {which} hold a NaN or an infinity; its weights are damaged")
     pairs = zip(references, ours, strict=True)
-    distances = np.concatenate([1 - (_unit(a) * _unit(b)).sum(-1) for a, b in pairs])
+    distances = np.concatenate([np.maximum(1 - (_unit(a) * _unit(b)).sum(-1), 0.0) for a, b in pairs])
     n = len(distances)
     kept = None
     if len(ours) > 2:
