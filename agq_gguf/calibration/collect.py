@@ -165,11 +165,9 @@ class Calibrator:
         self._stopped = False
         if self._model.has_encoder and self._model.has_decoder:
             self._run_both(chunk)
-        elif self._model.has_encoder:
-            self._context.encode(Batch(chunk, first_logits=0))
         else:
             # Requests all logits; otherwise the last layer would skip tokens without logits.
-            self._context.decode(Batch(chunk, first_logits=0))
+            self._context.run(Batch(chunk, first_logits=0))
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure

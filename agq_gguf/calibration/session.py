@@ -59,12 +59,11 @@ class Session:
         tokens at its ends. The last one of a text may be shorter; with `equal` it begins earlier instead. Raises
         InputError if `size` is too small.
         """
-        around = self.model.tokenize("")
-        first, last = np.split(around, [int(self.model.add_bos and len(around) > 0)])
-        body = size - len(around)
+        first, last = self.model.special_ends()
+        body = size - len(first) - len(last)
         if body < _MIN_CHUNK:
             raise InputError(
-                f"a context of {size} tokens is too small for calibration, at least {_MIN_CHUNK + len(around)} are "
+                f"a context of {size} tokens is too small for calibration, at least {size - body + _MIN_CHUNK} are "
                 "needed"
             )
         texts = []

@@ -92,10 +92,7 @@ def run(context: Context, tokens: NDArray[np.int32]) -> Batch:
     """Runs a text from an empty cache and asks for all outputs; else the last layer would skip tokens."""
     context.clear(zero=True)
     batch = Batch(tokens, first_logits=0)
-    if context.model.has_encoder:
-        context.encode(batch)
-    else:
-        context.decode(batch)
+    context.run(batch)
     return batch
 
 

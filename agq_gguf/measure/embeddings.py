@@ -72,11 +72,10 @@ def evaluate_embeddings(
 
 def _cut(model: Model, text: str | LoadedText, size: int) -> list[NDArray[np.int32]]:
     """Texts of `size` tokens with the model's special tokens around each; a last one that is too short is left out."""
-    around = model.tokenize("")
-    first, last = np.split(around, [int(model.add_bos and len(around) > 0)])
-    body = size - len(around)
+    first, last = model.special_ends()
+    body = size - len(first) - len(last)
     if body < 1:
-        raise InputError(f"texts must have at least {len(around) + 1} tokens, got {size}")
+        raise InputError(f"texts must have at least {size - body + 1} tokens, got {size}")
     tokens = model.tokenize(text if isinstance(text, str) else text.whole, add_special=False)
     if len(tokens) < body:
         raise InputError(
@@ -92,10 +91,7 @@ def _embed(context: Context, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
     """The embedding [1, n], or one for each token [T, n] if the model does not pool them."""
     context.clear()
     batch = Batch(tokens, first_logits=0)
-    if context.model.has_encoder:
-        context.encode(batch)
-    else:
-        context.decode(batch)
+    context.run(batch)
     return context.embeddings(batch).astype(np.float64)
 
 

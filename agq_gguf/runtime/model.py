@@ -121,6 +121,12 @@ class Model(_Closable):
                 raise InputError(f"{self.path}: its tokenizer cannot tokenize this text ({len(raw)} bytes)")
             room = -n
 
+    def special_ends(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The special tokens that the model wants in front of a text and behind it."""
+        around = self.tokenize("")
+        first, last = np.split(around, [int(self.add_bos and len(around) > 0)])
+        return first, last
+
     @property
     def decoder_start(self) -> int:
         """The first token for the decoder of an encoder-decoder model."""
@@ -341,6 +347,13 @@ class Context(_Closable):
     def encode(self, batch: Batch) -> None:
         """Runs the batch, of at most n_ubatch tokens, through the encoder. Raises HostError if llama.cpp fails."""
         self._run(self._api.llama_encode, batch)
+
+    def run(self, batch: Batch) -> None:
+        """Runs the batch through the encoder if the model has one, else through the decoder. Raises HostError."""
+        if self.model.has_encoder:
+            self.encode(batch)
+        else:
+            self.decode(batch)
 
     def _run(self, function: Any, batch: Batch) -> None:
         with self._interrupts.deferred() if self._calls_back else nullcontext():
