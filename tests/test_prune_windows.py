@@ -28,6 +28,7 @@ from test_prune_situations import (
     copy_and_remove_sequences,
     forget,
     shift,
+    shift_twice,
     unpruned_with_one_warning,
     warnings,
 )
@@ -137,16 +138,10 @@ def assert_restored(m: LowModel, prune: str, sequence: int | None, full: bool) -
 def test_context_shift(model: GetModel, cache: str) -> None:
     """Positions move in both caches: zero rows become rows of minus zero."""
     with Pair(model("gemma3"), "1:0.5;min=16", cache=cache) as pair:
-        pair.decode(tokens(200))
-        for _ in range(2):
-            pair.each(forget(8, 40))
-            pair.each(lambda c: api.llama_memory_seq_add(c.memory, 0, 40, -1, -32))
-            pair.decode([5], 168)
-            pair.each(forget(168, -1))
-            pair.decode(tokens(32, 4), 168)
+        shift_twice(pair)
         pair.each(forget(2, 2 + 30))
         pair.each(shift(30))
-        pair.decode([5], 170)
+        pair.decode([5], 171)
         assert pair.largest_effect > 20 * ATOL
 
 
