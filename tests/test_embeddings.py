@@ -67,8 +67,8 @@ def test_the_command(bert_f16: Path, llama_f16: Path, words: str, tmp_path: Path
     assert "1 - cosine, mean" in shown and "same nearest chunk" in shown and "5 chunks of 32 tokens" in shown
     found = json.loads(run(*arguments, "--json").stdout)
     assert found["model"] == str(q) and found["chunks"] == 5 and 0 < found["mean_distance"] < 0.5
-    assert "there is no picture for encoders" in run(*arguments, "--plot", tmp_path / "p.svg", code=2).stderr
-    with pytest.raises(InputError, match="generates text; only encoders"):
+    assert "there is no picture" in run(*arguments, "--plot", tmp_path / "p.svg", code=2).stderr
+    with pytest.raises(InputError, match="generates text; embeddings are compared"):
         evaluate_embeddings(llama_f16, llama_f16, words)
     with pytest.raises(InputError, match="texts must have at least 3 tokens, got 2"):
         evaluate_embeddings(bert_f16, bert_f16, words, context=2)

@@ -41,7 +41,7 @@ def product(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def test_the_output_matrix(n: int, llama_agq: Path) -> None:
     tensor = next(t for t in gguf.GGUFReader(llama_agq).tensors if t.name == "output.weight")
     assert tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0
-    with Model(llama_agq) as model, model.context(64, threads=2, embeddings=True) as context:
+    with Model(llama_agq) as model, model.context(64, threads=2, embeddings="tokens") as context:
         batch = Batch(np.random.default_rng(n).integers(300, 420, n), first_logits=0)
         context.decode(batch)
         logits, states = context.logits(batch).copy(), context.embeddings(batch).copy()

@@ -18,7 +18,6 @@ import torch
 from executors import matrices_of, opened, pairs_of, some_tokens
 from torch.nn import functional
 
-import agq_gguf
 from agq_gguf.calibration.session import Session
 from agq_gguf.errors import InputError, OutputError
 from agq_gguf.format import blocks, reference
@@ -29,13 +28,13 @@ from agq_gguf.graphs.run import Executor, Reading
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
 from agq_gguf.matrix.simulate import Rounder, restored
+from agq_gguf.measure.embeddings import evaluate_embeddings
 from agq_gguf.measure.evaluate import evaluate
 from agq_gguf.quantization import pipeline, resume
 from agq_gguf.quantization.best import fisher, sequential, tune
 from agq_gguf.quantization.best.fisher import Sensitivity, affordable, measure
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.pipeline import quantize
-from agq_gguf.runtime.model import Batch, Model
 
 BEST = QuantizeOptions(quality="best", threads=1, context=64, calibration_tokens=1024)
 
@@ -401,27 +400,16 @@ def test_best_is_better_than_balanced(name: str, words: str, tmp_path: Path) -> 
     assert found["best"] < 0.9 * found["balanced"]
 
 
-def test_best_of_an_encoder(bert_f16: Path, words: str, tmp_path: Path) -> None:
-    """Its loss is 1 - cosine of the pooled embedding."""
-    agq_gguf.register()
-    pieces = [words[i * 60 : i * 60 + 60] for i in range(40)]
-
-    def embeddings(path: Path) -> torch.Tensor:
-        found = []
-        with Model(path) as model, model.context(128, threads=1, embeddings=True) as context:
-            for piece in pieces:
-                batch = Batch(model.tokenize(piece), first_logits=0)
-                context.decode(batch)
-                found.append(context.embeddings(batch).copy())
-        return torch.from_numpy(np.concatenate(found))
-
-    wanted, lost = embeddings(bert_f16), {}
+@pytest.mark.parametrize("name", architectures.EMBEDDERS)
+def test_best_of_a_model_that_embeds(name: str, words: str, tmp_path: Path) -> None:
+    """Its loss is 1 - cosine of the pooled embedding, or of each token's if the last one stands for the text."""
+    source, lost = architectures.EMBEDDERS[name](tmp_path / "m.gguf"), {}
     for quality in ("balanced", "best"):
         out = tmp_path / f"{quality}.gguf"
         options = replace(BEST, quality=quality, calibration_tokens=4096)
-        report = quantize(bert_f16, out, calibration=[words], options=options)
+        report = quantize(source, out, calibration=[words], options=options)
         assert not any("falling back" in warning for warning in report.warnings)
-        lost[quality] = float(1 - functional.cosine_similarity(wanted, embeddings(out)).mean())
+        lost[quality] = evaluate_embeddings(out, source, words, context=32, chunks=60, threads=1).mean_distance
     assert lost["best"] < 0.85 * lost["balanced"]
 
 

@@ -47,18 +47,19 @@ def evaluate(
     chunks of --ctx tokens. As in llama-perplexity, the second half of each chunk is scored, and a last chunk that is
     too short is left out. Both models run at the same time, chunk by chunk.
 
-    For encoders it prints how far embeddings turn (1 - cosine), and how often the nearest other chunk stays the same.
+    For models that make embeddings it prints how far these turn (1 - cosine), and how often the nearest other chunk
+    stays the same.
     """
     from agq_gguf.measure.embeddings import EmbeddingEvaluation, evaluate_embeddings
     from agq_gguf.measure.evaluate import evaluate as evaluate_logits
 
     content = read_text(text)
-    is_encoder = not check_model_file(reference).causal
-    if is_encoder and plot is not None:
-        raise InputError(f"{reference}: is an encoder, and there is no picture for encoders; leave out --plot")
+    embeds = check_model_file(reference).embeds
+    if embeds and plot is not None:
+        raise InputError(f"{reference}: makes embeddings, and there is no picture of them; leave out --plot")
     check_picture(plot, [model, reference, text])
     with show.ProgressView(quiet=quiet or as_json) as view:
-        found = (evaluate_embeddings if is_encoder else evaluate_logits)(
+        found = (evaluate_embeddings if embeds else evaluate_logits)(
             model,
             reference,
             content,

@@ -318,10 +318,10 @@ def show_report(report: Report, source: Path) -> None:
 
 
 def _may_generate(path: Path) -> bool:
-    """Whether a model can predict a next token here, as far as that is known without its weights."""
+    """Whether a model is for text and predicts a next token here, as far as that is known without its weights."""
     try:
         with Model(path, vocab_only=True) as model:
-            return not declared_problem(model)
+            return not (declared_problem(model) or model.facts.embeds)
     except AgqError:  # no llama-cpp-python, or one that does not know this architecture
         return False
 

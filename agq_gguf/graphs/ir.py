@@ -114,12 +114,13 @@ def check_inputs(first: Trace, second: Trace) -> None:
             raise Unsupported(f"its graph's input {a.name} depends on the text")
 
 
-def translate(trace: Trace, weights: Mapping[str, tuple[int, ...]]) -> Graph:
+def translate(trace: Trace, weights: Mapping[str, tuple[int, ...]], *, output: str = "") -> Graph:
     """The data flow of a trace; `weights` are names and shapes (numpy order) of the file's tensors.
 
-    Raises Unsupported for memory that is neither in the file nor set by llama.cpp.
+    Its output is the node that llama.cpp calls `output`, or the last one. Raises Unsupported for memory that is neither
+    in the file nor set by llama.cpp.
     """
-    return _Translator(trace, weights).run()
+    return _Translator(trace, weights).run(output)
 
 
 class _Translator:
@@ -132,14 +133,15 @@ class _Translator:
             self._root(t).address for a in trace.nodes if (t := trace.tensors[a]).view_src and t.op not in _VIEWS
         }
 
-    def run(self) -> Graph:
+    def run(self, output: str) -> Graph:
         """Translates every node and drops what does not lead to the output."""
-        last = -1
+        last, named = -1, -1
         for index, address in enumerate(self._trace.nodes):
             t = self._trace.tensors[address]
             if t.op not in _VIEWS and t.op != "NONE":
                 last = self._node(t, index)
-        return _compact(self._nodes, last)
+                named = last if output and t.name == output else named
+        return _compact(self._nodes, last if named < 0 else named)
 
     def _add(self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...], **more: Any) -> int:
         nodes, given = self._nodes, [self._nodes[i] for i in inputs if i >= 0]

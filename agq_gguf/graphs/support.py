@@ -17,15 +17,15 @@ from agq_gguf.graphs.ir import Graph, check_inputs, translate
 from agq_gguf.graphs.ops.arithmetic import BY_TABLE
 from agq_gguf.graphs.ops.indices import CHOICES
 from agq_gguf.graphs.run import Executor
-from agq_gguf.graphs.trace import open_context, record, run
+from agq_gguf.graphs.trace import STATES, open_context, record, run
 from agq_gguf.graphs.unsupported import Unsupported
 from agq_gguf.runtime.model import Model
+from agq_gguf.runtime.model_file import POOLING_LAST, POOLING_RANK
 
 # The largest relative difference of outputs. llama.cpp rounds the input of a product to the type of the weight, and
 # takes GELU from a table of F16 values.
 _EXACT, _ROUGH, _BF16, _CODED = 1e-5, 1e-3, 1e-2, 1e-1  # coded: activations have 8 bits
 _TRIED_TOKENS = 32
-_POOLING_RANK = 4  # of a reranker: gguf.PoolingType.RANK
 
 
 def open_graph(
@@ -45,7 +45,7 @@ def open_graph(
             f"PyTorch cannot run its graph: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
         ) from e
     if not found <= most:
-        what = "logits" if model.facts.causal else "embeddings"
+        what = "embeddings" if model.facts.embeds else "logits"
         raise Unsupported(f"its {what} in PyTorch differ from those of llama.cpp by {found:.1e}, more than {most:.0e}")
     return executor
 
@@ -59,7 +59,7 @@ def graph_for(reader: Reader, model: Model, tokens: NDArray[np.int32], threads: 
 
 
 def _graph_for(reader: Reader, model: Model, tokens: NDArray[np.int32], threads: int) -> Graph:
-    if not model.facts.causal and reader.get(f"{reader.architecture}.pooling_type") == _POOLING_RANK:
+    if model.facts.pooling == POOLING_RANK:
         raise Unsupported("it gives a score and no embedding")
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors.values()}
     other = np.roll(tokens, len(tokens) // 2 + 1)
@@ -67,7 +67,7 @@ def _graph_for(reader: Reader, model: Model, tokens: NDArray[np.int32], threads:
         other = (tokens + 1) % model.n_vocab
     first, second = record(model, [tokens, other.astype(np.int32)], shapes, threads=threads)
     check_inputs(first, second)
-    graph = translate(first, shapes)
+    graph = translate(first, shapes, output=STATES if model.facts.pooling == POOLING_LAST else "")
     for node in graph.nodes:
         if node.op == "WEIGHT" and reader.tensors[node.attr].type_name not in (*FLOATS, *reader.decoders):
             raise Unsupported(f"its tensor {node.attr} is of type {reader.tensors[node.attr].type_name}")
@@ -92,7 +92,7 @@ def difference(executor: Executor, model: Model, tokens: NDArray[np.int32], thre
     """
     with open_context(model, len(tokens), flash_attention="off", threads=threads) as context:
         batch = run(context, tokens)
-        theirs = torch.from_numpy((context.logits(batch) if model.facts.causal else context.embeddings(batch)).copy())
+        theirs = torch.from_numpy((context.embeddings(batch) if model.facts.embeds else context.logits(batch)).copy())
     with torch.no_grad():
         ours = executor.forward(torch.from_numpy(tokens.astype(np.int64))[None])[0].cpu()
     if ours.shape != theirs.shape:

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from agq_gguf.graphs.unsupported import Unsupported
 from agq_gguf.runtime.ggml import GgmlTensor, ggml
-from agq_gguf.runtime.model import Batch, Context, FlashAttention, Model
+from agq_gguf.runtime.model import Batch, Context, Embeddings, FlashAttention, Model
+from agq_gguf.runtime.model_file import POOLING_LAST
 
 TOKENS = "inp_tokens"  # llama.cpp's name of the input that holds the tokens
+STATES = "result_embd_pooled"  # llama.cpp's name of what embeddings are read from, also if it pools none
 _INPUT_FLAG = 1  # GGML_TENSOR_FLAG_INPUT
 _SMALL = 1 << 16  # values of a leaf that are copied even if llama.cpp does not call it an input
 
@@ -82,10 +84,16 @@ def record(
 
 
 def open_context(model: Model, n_tokens: int, **options: Any) -> Context:
-    """A context in which a graph of `n_tokens` tokens has the precision of F32. Raises Unsupported for two graphs."""
+    """A context in which a graph of `n_tokens` tokens has the precision of F32. Raises Unsupported for two graphs.
+
+    A model that takes the last token's embedding for the text's gives those of all tokens: each ends a shorter text.
+    """
     if model.has_encoder and model.has_decoder:
         raise Unsupported("it has an encoder and a decoder: two graphs, of which one reads what the other has made")
-    return model.context(n_tokens, n_ubatch=n_tokens, cache="f32", embeddings=not model.facts.causal, **options)
+    embeddings: Embeddings = "tokens" if model.facts.pooling == POOLING_LAST else "pooled"
+    return model.context(
+        n_tokens, n_ubatch=n_tokens, cache="f32", embeddings=embeddings if model.facts.embeds else "none", **options
+    )
 
 
 def run(context: Context, tokens: NDArray[np.int32]) -> Batch:

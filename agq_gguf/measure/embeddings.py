@@ -49,15 +49,17 @@ def evaluate_embeddings(
     with ExitStack() as stack:
         models = [stack.enter_context(Model(path)) for path in (reference_path, model_path)]
         for model in models:
-            if model.facts.causal:
-                raise InputError(f"{model.path}: generates text; only encoders are compared by their embeddings")
+            if not model.facts.embeds:
+                raise InputError(f"{model.path}: generates text; embeddings are compared of models that make them")
         check_same_tokens(models)
         limits = [model.n_ctx_train for model in models if model.n_ctx_train]
         size = min([DEFAULT_CONTEXT, *limits]) if context is None else context
         pieces = _cut(models[0], text, size)[:chunks]
         contexts = [
             stack.enter_context(
-                model.context(size, n_ubatch=size, threads=threads, flash_attention=flash_attention, embeddings=True)
+                model.context(
+                    size, n_ubatch=size, threads=threads, flash_attention=flash_attention, embeddings="pooled"
+                )
             )
             for model in models
         ]

@@ -27,13 +27,14 @@ from agq_gguf.runtime.interrupts import Interrupts
 from agq_gguf.runtime.library import llama_api
 from agq_gguf.runtime.log import last_error, redirect
 from agq_gguf.runtime.machine import free_memory
-from agq_gguf.runtime.model_file import prepare
+from agq_gguf.runtime.model_file import POOLING_NONE, prepare
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 FlashAttention = Literal["auto", "on", "off"]
 CacheType = Literal["f16", "f32"]  # of keys and values
+Embeddings = Literal["none", "pooled", "tokens"]
 EvalCallback = Callable[[int, bool], bool]  # address of a ggml_tensor; True before it is computed, False after
 
 _FLASH = {"auto": -1, "off": 0, "on": 1}
@@ -41,7 +42,6 @@ _CACHE_TYPES = {"f16": 1, "f32": 0}  # ggml's types
 _CACHE_BYTES = {"f16": 2, "f32": 4}
 _MAX_CONTEXT = 2**31 - 1  # llama.cpp counts in 32 bits
 _LARGE_CACHE = 4 << 30  # bytes, which llama.cpp fills with zeros in about ten seconds
-_POOLING_NONE = 0
 
 logging.getLogger("agq_gguf").addHandler(logging.NullHandler())
 
@@ -191,12 +191,13 @@ class Model(_Closable):
         sequences: int = 1,
         eval_callback: EvalCallback | None = None,
         cache: CacheType = "f16",
-        embeddings: bool = False,
+        embeddings: Embeddings = "none",
         tell: Callable[[str], None] | None = None,
     ) -> Context:
         """A context of `n_ctx` tokens for each sequence. `n_batch` 0 means n_ctx; `threads` 0 means all CPUs.
 
-        With `embeddings` the model computes them in place of logits, as an encoder does. `tell` gets a line about a
+        With `embeddings` the model computes them in place of logits: one of each text, if its file says how they are
+        `pooled`, or one of each of its `tokens`. `tell` gets a line about a
         cache that takes long to make.
 
         Raises InputError if the model does not support so many tokens or llama.cpp so many threads, HostError if
@@ -291,7 +292,7 @@ class Context(_Closable):
         sequences: int,
         eval_callback: EvalCallback | None,
         cache: CacheType,
-        embeddings: bool,
+        embeddings: Embeddings,
     ) -> None:
         """Called by `Model.context`."""
         self.model = model
@@ -302,7 +303,9 @@ class Context(_Closable):
         parameters.n_threads = parameters.n_threads_batch = threads or default_threads()
         parameters.flash_attn_type = _FLASH[flash_attention]
         parameters.type_k = parameters.type_v = _CACHE_TYPES[cache]
-        parameters.embeddings = embeddings
+        parameters.embeddings = embeddings != "none"
+        if embeddings == "tokens":
+            parameters.pooling_type = POOLING_NONE
         parameters.no_perf = True
         self._interrupts = Interrupts()
         self._calls_back = eval_callback is not None
@@ -382,7 +385,7 @@ class Context(_Closable):
 
         [1, n_embd] if the model pools the tokens, else [batch.n_outputs, n_embd]. A view that the next run overwrites.
         """
-        pooled = self._api.llama_pooling_type(self._context) != _POOLING_NONE
+        pooled = self._api.llama_pooling_type(self._context) != POOLING_NONE
         pointer = (
             self._api.llama_get_embeddings_seq(self._context, 0)
             if pooled

@@ -13,6 +13,8 @@ from agq_gguf.gguf_io.tensor_names import is_further_prediction, layer_of, split
 from agq_gguf.runtime.log import quiet_log
 from agq_gguf.runtime.plugin import register_for_models
 
+# How a model makes one embedding of a text: llama.h's LLAMA_POOLING_TYPE_*.
+POOLING_NONE, POOLING_LAST, POOLING_RANK = 0, 3, 4
 _VOCABULARY_KEYS = {"tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
 
 
@@ -22,10 +24,16 @@ class FileFacts:
 
     agq_tensors: int
     causal: bool  # False: an encoder, which predicts no next token
+    pooling: int  # one of POOLING_*, or another one of llama.cpp's
     n_ctx_train: int  # tokens; 0 if the file does not say
     positions: int  # learned positions: the model cannot run beyond them; 0: it has rotary or other positions
     tokens: bytes  # the vocabulary, as bytes of the file
     cache_bytes: int  # of keys and values of a token in F16, without sliding windows; 0: none, or not known
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its embeddings are what it is for: an encoder, or a model whose file says how to pool tokens."""
+        return not self.causal or self.pooling > POOLING_NONE
 
 
 def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
@@ -37,6 +45,7 @@ def check_model_file(path: str | os.PathLike[str]) -> FileFacts:
         return FileFacts(
             sum(tensor.type_name == blocks.TYPE_NAME for tensor in reader.tensors.values()),
             reader.flag(f"{reader.architecture}.attention.causal", True),
+            int(reader.number(f"{reader.architecture}.pooling_type", POOLING_NONE)),
             int(reader.number(f"{reader.architecture}.context_length", 0)),
             _positions(reader),
             b"".join(vocabulary),

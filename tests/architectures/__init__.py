@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import gguf
 import tiny_models
 
 from architectures import dense, encoders, experts, recurrent
@@ -116,6 +117,13 @@ ENCODERS: Writers = {
     "bert": tiny_models.write_bert,
     "gemma-embedding": write_gemma_embedding,
     "t5": encoders.write_t5,
+}
+
+# Models that are made for their embeddings; Qwen3's also predicts a next token.
+EMBEDDERS: Writers = {
+    "bert": tiny_models.write_bert,
+    "gemma-embedding": write_gemma_embedding,
+    "qwen3-embedding": partial(dense.write_qwen3, pooling=gguf.PoolingType.LAST),
 }
 
 # Models that fill gaps, which is not predicting the next token either.

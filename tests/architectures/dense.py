@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import tiny_models
 
@@ -27,9 +28,11 @@ from architectures.parts import (
 )  # fmt: skip
 
 
-def write_qwen3(path: Path | str) -> Path:
-    """Qwen3: norms on queries and keys, heads that are wider than the model's share."""
+def write_qwen3(path: Path | str, *, pooling: gguf.PoolingType | None = None) -> Path:
+    """Qwen3: norms on queries and keys, heads that are wider than the model's share. Qwen3-Embedding has `pooling`."""
     m = Layered(path, "qwen3", heads(64), rms(), pre="qwen2")
+    if pooling is not None:
+        m.writer.add_pooling_type(pooling)
     for block in m.blocks:
         m.attention(block, head=64, qk_norm=True)
         m.gated(block)

@@ -214,7 +214,7 @@ def prepare(
     except Unsupported as e:
         return str(e)
     tables = frozenset(name for name in wanted & looked_up if used.get(name, 0) <= 1)
-    logits = model.facts.causal
+    logits = not model.facts.embeds
     return BestRun(reader, executor, pairs, logits, chunks, plans, setting, frozenset(matrices), tables)
 
 

@@ -73,7 +73,7 @@ def _by_gradients(
         run = open_graph(reader, session.model, text, options.memory // 4, options.threads, options.device)
     except Unsupported:
         return None
-    return costs.by_gradients(run, tokens, types, options.matrix, report, logits=session.model.facts.causal)
+    return costs.by_gradients(run, tokens, types, options.matrix, report, logits=not session.model.facts.embeds)
 
 
 def _tokens(session: Session, options: QuantizeOptions) -> torch.Tensor:
