@@ -11,6 +11,7 @@
 namespace agq {
 
 constexpr uint16_t hidden_f16 = 0xFC00;
+constexpr int64_t mask_rows_ahead = 16;  ///< how far in front a row is prefetched: each may begin in another page
 
 /// The mask row of one token.
 class mask_row {

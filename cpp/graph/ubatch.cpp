@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/prefetch.h"
 #include "graph/mask_view.h"
 
 namespace agq {
@@ -62,10 +63,12 @@ std::string find_parts(const graph_facts &facts, ubatch_facts *ubatch, int64_t t
         if (t == 0 || !sees(facts, *ubatch, t, t - 1)) ubatch->parts.emplace_back().first = t;
         ++ubatch->parts.back().n;
         if (t + 1 < tokens && sees(facts, *ubatch, t, t + 1)) return "attention is not causal";
+        const int64_t ahead = std::min(t + mask_rows_ahead, tokens - 1);
         for (size_t k = 0; k < facts.kinds.size(); ++k) {
-            if (is_hidden(facts.kinds[k].mask, ubatch->cells[k][static_cast<size_t>(t)], t, 0)) {
-                return "a token does not see itself";
-            }
+            const ggml_tensor *mask = facts.kinds[k].mask;
+            const std::vector<int32_t> &cells = ubatch->cells[k];
+            prefetch(mask_row(mask, ahead, 0).at(cells[static_cast<size_t>(ahead)]));
+            if (is_hidden(mask, cells[static_cast<size_t>(t)], t, 0)) return "a token does not see itself";
         }
     }
     return "";

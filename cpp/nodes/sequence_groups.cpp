@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/prefetch.h"
 #include "graph/mask_view.h"
 
 namespace agq {
@@ -45,6 +46,13 @@ bool sequence_groups::continues(const ggml_tensor *mask, const char *stream_rows
     return found.common > 0 && found.added <= 1 && found.lost <= 1;
 }
 
+/// Whether the last token sees all tokens from `first` on. Then they are one sequence. Reads a single row of the mask.
+bool sequence_groups::last_sees_all(const ggml_tensor *mask, const char *stream_rows, int64_t first, int64_t tokens,
+                                    const int32_t *own_cells) {
+    const mask_row row(stream_rows + static_cast<size_t>(tokens - 1) * mask->nb[1], mask->type == ggml_type_f16);
+    return std::none_of(own_cells + first, own_cells + tokens, [&row](int32_t cell) { return row.hides(cell); });
+}
+
 /// Marks the cells that any of these tokens sees.
 void sequence_groups::mark_seen(const ggml_tensor *mask, const char *rows, int64_t first, int64_t end) {
     const auto row = [&](int64_t token) {
@@ -57,38 +65,46 @@ void sequence_groups::mark_seen(const ggml_tensor *mask, const char *rows, int64
     row(end - 1).mark_visible(0, mask->ne[0], seen_.data());
     const int64_t begin_rest = std::find(seen_.begin(), seen_.end(), 0) - seen_.begin();
     const int64_t end_rest = seen_.rend() - std::find(seen_.rbegin(), seen_.rend(), 0);
-    for (int64_t t = first + 1; t < end - 1; ++t) row(t).mark_visible(begin_rest, end_rest, seen_.data());
+    for (int64_t t = first + 1; t < end - 1; ++t) {
+        prefetch(row(std::min(t + mask_rows_ahead, end - 1)).at(begin_rest));
+        row(t).mark_visible(begin_rest, end_rest, seen_.data());
+    }
 }
 
 void sequence_groups::add(const ggml_tensor *mask, const char *rows, int64_t stream, int64_t first, int64_t end) {
-    const size_t element = mask->nb[0];
-    const char *at = rows + static_cast<size_t>(first) * mask->nb[1];
     mark_seen(mask, rows, first, end);
     const size_t number = groups_.size();
     key_group &group = groups_.emplace_back();
     group.stream = stream;
     group.first_token = first;
     group.n_tokens = end - first;
-    group.mask = at;
-    group.mask_stride = mask->nb[1];
     while (cells_.size() <= number) cells_.emplace_back();
-    std::vector<int32_t> &cells = cells_[number];
-    list_marked(seen_, &cells);
-    if (cells.empty()) cells.push_back(0);  // all rows become 0
+    list_marked(seen_, &cells_[number]);
+    if (cells_[number].empty()) cells_[number].push_back(0);  // all rows become 0
+    set_columns(mask, rows, number);
+}
+
+/// Gives a group, whose cells are known, the columns of its mask.
+void sequence_groups::set_columns(const ggml_tensor *mask, const char *rows, size_t number) {
+    key_group &group = groups_[number];
+    const std::vector<int32_t> &cells = cells_[number];
     group.n = static_cast<int64_t>(cells.size());
     group.first_cell = cells.front();
+    const char *first = rows + static_cast<size_t>(group.first_token) * mask->nb[1];
     if (cells.back() - cells.front() + 1 == group.n) {
-        group.mask += static_cast<size_t>(group.first_cell) * element;
+        group.cells = nullptr;
+        group.mask = first + static_cast<size_t>(group.first_cell) * mask->nb[0];
+        group.mask_stride = mask->nb[1];
         return;
     }
     group.cells = cells.data();
-    group.mask_stride = cells.size() * element;
+    group.mask_stride = cells.size() * mask->nb[0];
     while (masks_.size() <= number) masks_.emplace_back();
     std::vector<char> &columns = masks_[number];
     columns.resize(group.mask_stride * static_cast<size_t>(group.n_tokens));
-    for (int64_t t = first; t < end; ++t) {
-        const char *row = rows + static_cast<size_t>(t) * mask->nb[1];
-        char *to = columns.data() + static_cast<size_t>(t - first) * group.mask_stride;
+    for (int64_t t = 0; t < group.n_tokens; ++t) {
+        const char *row = first + static_cast<size_t>(t) * mask->nb[1];
+        char *to = columns.data() + static_cast<size_t>(t) * group.mask_stride;
         if (mask->type == ggml_type_f16) {
             gather<uint16_t>(row, cells, to);
         } else {
@@ -98,13 +114,34 @@ void sequence_groups::add(const ggml_tensor *mask, const char *rows, int64_t str
     group.mask = columns.data();
 }
 
+/// The groups of one token that sees the cells of the token before and one behind them; false if it does not.
+bool sequence_groups::add_one_cell(const ggml_tensor *mask, const char *rows, int64_t tokens) {
+    if (tokens != 1 || mask->ne[3] != 1 || groups_.size() != 1 || groups_[0].n_tokens != 1) return false;
+    std::vector<int32_t> &cells = cells_[0];
+    const mask_row row(rows, mask->type == ggml_type_f16);
+    if (cells.back() >= mask->ne[0] || row.count_visible(mask->ne[0]) != static_cast<int64_t>(cells.size()) + 1) {
+        return false;
+    }
+    int64_t last = mask->ne[0] - 1;
+    while (row.hides(last)) --last;
+    bool all_seen = last > cells.back();
+    for (const int32_t c : cells) all_seen &= !row.hides(c);
+    if (!all_seen) return false;
+    cells.push_back(static_cast<int32_t>(last));
+    groups_[0].first_token = groups_[0].stream = 0;
+    set_columns(mask, rows, 0);
+    return true;
+}
+
 const std::vector<key_group> &sequence_groups::find(const ggml_tensor *mask, const char *rows, int64_t tokens,
                                                     const int32_t *own_cells) {
+    if (add_one_cell(mask, rows, tokens)) return groups_;
     groups_.clear();
     for (int64_t stream = 0; stream < mask->ne[3]; ++stream) {
         const char *of_stream = rows + static_cast<size_t>(stream) * mask->nb[3];
         for (int64_t first = 0, end; first < tokens; first = end) {
             end = first + 1;
+            if (own_cells && last_sees_all(mask, of_stream, first, tokens, own_cells)) end = tokens;
             // With several streams, each has the tokens of one sequence.
             while (end < tokens && (mask->ne[3] > 1 || continues(mask, of_stream, end, own_cells))) ++end;
             add(mask, of_stream, stream, first, end);

@@ -20,13 +20,17 @@ class sequence_groups {
                                        const int32_t *own_cells);
 
   private:
+    bool add_one_cell(const ggml_tensor *mask, const char *rows, int64_t tokens);
+    void set_columns(const ggml_tensor *mask, const char *rows, size_t number);
+    static bool last_sees_all(const ggml_tensor *mask, const char *stream_rows, int64_t first, int64_t tokens,
+                              const int32_t *own_cells);
     void mark_seen(const ggml_tensor *mask, const char *rows, int64_t first, int64_t end);
     void add(const ggml_tensor *mask, const char *rows, int64_t stream, int64_t first, int64_t end);
     bool continues(const ggml_tensor *mask, const char *stream_rows, int64_t token, const int32_t *own_cells) const;
 
     std::vector<key_group> groups_;
     std::vector<uint8_t> seen_;
-    std::deque<std::vector<int32_t>> cells_;  ///< by group; kept to reuse their memory
+    std::deque<std::vector<int32_t>> cells_;  ///< by group: those that it sees; kept to reuse their memory
     std::deque<std::vector<char>> masks_;
 };
 

@@ -29,11 +29,13 @@ void mark_in_flight(const graph_facts &facts, const attention_kind &kind, std::v
 }  // namespace
 
 bool hidden_cells::find(const graph_facts &facts) {
+    ++calls_;
     level_of_site_.clear();
     for (const attention_site &site : facts.sites) level_of_site_.push_back(site.kind);
     n_levels_ = 0;
     kind_of_level_.clear();
     if (in_flight_.size() < facts.kinds.size()) in_flight_.resize(facts.kinds.size());
+    if (last_.size() < facts.kinds.size()) last_.resize(facts.kinds.size());
     while (scanners_.size() < facts.kinds.size()) scanners_.emplace_back();
     for (size_t k = 0; k < facts.kinds.size(); ++k) {
         new_level(static_cast<int>(k));
@@ -52,10 +54,15 @@ bool hidden_cells::find(const graph_facts &facts) {
     return n_levels_ > n_kinds;
 }
 
-std::vector<dropped_cell> &hidden_cells::new_level(int kind) {
+/// A level whose list of cells is still that of the graph before.
+std::vector<dropped_cell> &hidden_cells::next_level(int kind) {
     kind_of_level_.push_back(kind);
     if (cells_.size() == static_cast<size_t>(n_levels_)) cells_.emplace_back();
-    std::vector<dropped_cell> &fresh = cells_[static_cast<size_t>(n_levels_++)];
+    return cells_[static_cast<size_t>(n_levels_++)];
+}
+
+std::vector<dropped_cell> &hidden_cells::new_level(int kind) {
+    std::vector<dropped_cell> &fresh = next_level(kind);
     fresh.clear();
     return fresh;
 }
@@ -72,38 +79,50 @@ void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
     if (sites.empty()) return;
     const int32_t least = sites.front() == 0 ? 1 : 0;  // no cut stands in front of the model's first attention
     const std::vector<dropped_cell> &found = scanners_[k].scan(layers_, facts.kinds[k].mask, in_flight_[k], least);
-    if (found.empty()) return;
-    std::vector<int32_t> borders;
+    last_levels &last = last_[k];
+    const bool same =
+        scanners_[k].is_unchanged() && last.number + 1 == calls_ && last.first == n_levels_ && last.sites == sites;
+    last.first = n_levels_;
+    last.number = calls_;
+    if (same) {
+        for (size_t i = 0; i < last.borders.size(); ++i) next_level(kind);
+        use_levels(facts, kind);
+        return;
+    }
+    last.sites = std::move(sites);
+    last.borders.clear();
     for (const dropped_cell &d : found) {
         // There are only as many borders as pruning layers.
-        if (!borders.empty() && d.first_layer == borders.back()) continue;
-        if (std::find(borders.begin(), borders.end(), d.first_layer) == borders.end()) borders.push_back(d.first_layer);
+        if (!last.borders.empty() && d.first_layer == last.borders.back()) continue;
+        if (std::find(last.borders.begin(), last.borders.end(), d.first_layer) == last.borders.end()) {
+            last.borders.push_back(d.first_layer);
+        }
     }
-    std::sort(borders.begin(), borders.end());
-    for (size_t i = 0; i < sites.size(); ++i) {
+    std::sort(last.borders.begin(), last.borders.end());
+    for (const int32_t border : last.borders) {
+        std::vector<dropped_cell> &cells = new_level(kind);
+        cells.resize(found.size());
+        size_t n = 0;
+        for (const dropped_cell &d : found) {
+            cells[n] = {d.stream, d.cell, last.sites[static_cast<size_t>(d.first_layer)]};
+            n += d.first_layer <= border;
+        }
+        cells.resize(n);
+    }
+    use_levels(facts, kind);
+}
+
+/// Gives every attention of a kind its level.
+void hidden_cells::use_levels(const graph_facts &facts, int kind) {
+    const last_levels &last = last_[static_cast<size_t>(kind)];
+    const std::vector<int32_t> &borders = last.borders;
+    for (size_t i = 0; i < last.sites.size(); ++i) {
         const auto end = std::upper_bound(borders.begin(), borders.end(), static_cast<int32_t>(i));
         if (end == borders.begin()) continue;
-        level_of_site_[static_cast<size_t>(sites[i])] = n_levels_ + static_cast<int>(end - borders.begin()) - 1;
+        level_of_site_[static_cast<size_t>(last.sites[i])] = last.first + static_cast<int>(end - borders.begin()) - 1;
     }
     for (size_t s = 0; s < facts.sites.size(); ++s) {
         if (facts.sites[s].kind == kind) level_of_site_[s] = level_of_site_[static_cast<size_t>(facts.sites[s].owner)];
-    }
-    for (int32_t border : borders) {
-        std::vector<dropped_cell> &cells = new_level(kind);
-        if (border == borders.back()) {
-            cells.assign(found.begin(), found.end());
-        } else {
-            cells.resize(found.size());
-            size_t n = 0;
-            for (const dropped_cell &d : found) {
-                cells[n] = d;
-                n += d.first_layer <= border;
-            }
-            cells.resize(n);
-        }
-        // If every attention is in `sites`, an index needs no translation.
-        if (sites.size() == facts.sites.size()) continue;
-        for (dropped_cell &d : cells) d.first_layer = sites[static_cast<size_t>(d.first_layer)];
     }
 }
 

@@ -28,9 +28,20 @@ class hidden_cells {
   private:
     void find_in_whole(const graph_facts &facts, int kind);
     void find_in_part(const graph_facts &facts);
+    void use_levels(const graph_facts &facts, int kind);
     std::vector<dropped_cell> &new_level(int kind);
+    std::vector<dropped_cell> &next_level(int kind);
 
     std::deque<zero_row_scanner> scanners_;  ///< by kind
+    /// Of a kind in a whole graph: what the last scan has led to.
+    struct last_levels {
+        std::vector<int32_t> sites, borders;  ///< layers that are scanned; indices of those where tokens are dropped
+        int first = 0;                        ///< level
+        uint64_t number = 0;                  ///< of the call of `find`
+    };
+
+    uint64_t calls_ = 0;             ///< of `find`
+    std::vector<last_levels> last_;  ///< by kind
     std::vector<key_rows> layers_;
     std::vector<std::vector<uint8_t>> in_flight_;  ///< by kind: cells that this ubatch writes, by stream and cell
     std::vector<int> level_of_site_, kind_of_level_;

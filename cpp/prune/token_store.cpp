@@ -58,6 +58,7 @@ std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes,
 }
 
 void token_store::forget_oldest() {
+    index();
     const token_block &block = *blocks_.front();
     for (size_t kind = 0; kind < block.fingerprints.size(); ++kind) {
         for (uint64_t fingerprint : block.fingerprints[kind]) {
@@ -66,13 +67,26 @@ void token_store::forget_oldest() {
         }
     }
     bytes_ -= block.bytes();
+    n_tokens_ -= block.n_tokens();
     blocks_.pop_front();
 }
 
-void token_store::put(const std::shared_ptr<token_block> &block, const std::vector<int32_t> &positions,
-                      const std::vector<int32_t> &ids) {
+void token_store::put(const std::shared_ptr<token_block> &block, std::vector<int32_t> positions,
+                      std::vector<int32_t> ids) {
     blocks_.push_back(block);
     bytes_ += block->bytes();
+    n_tokens_ += block->n_tokens();
+    new_blocks_.push_back({block, std::move(positions), std::move(ids)});
+    while (n_tokens_ > most_tokens && blocks_.size() > 1) forget_oldest();
+}
+
+void token_store::index() const {
+    for (const new_block &added : new_blocks_) index(added);
+    new_blocks_.clear();
+}
+
+void token_store::index(const new_block &added) const {
+    const std::shared_ptr<token_block> &block = added.block;
     if (tokens_.size() < block->fingerprints.size()) tokens_.resize(block->fingerprints.size());
     for (size_t kind = 0; kind < block->fingerprints.size(); ++kind) {
         // Twice as many buckets as before, or the next prompts would each move all tokens to new ones.
@@ -83,17 +97,17 @@ void token_store::put(const std::shared_ptr<token_block> &block, const std::vect
             stored_token &token = tokens_[kind][block->fingerprints[kind][i]];
             // Another cell may hold the same token and need the rows.
             if (token.block && token.rows() && !block->rows) continue;
-            stored_token fresh = {positions[i], ids.empty() ? -1 : ids[i], block, i};
+            stored_token fresh = {added.positions[i], added.ids.empty() ? -1 : added.ids[i], block, i};
             for (size_t k = 0; token.block && k < block->fingerprints.size(); ++k) {
                 if (const auto kept = token.kept(k)) fresh.keep(k, kept);
             }
             token = std::move(fresh);
         }
     }
-    while (!tokens_.empty() && tokens_[0].size() > most_tokens && blocks_.size() > 1) forget_oldest();
 }
 
 void token_store::rename(size_t kind, uint64_t old, uint64_t fingerprint, int32_t shift) {
+    index();
     if (kind >= tokens_.size()) return;
     const auto found = tokens_[kind].find(old);
     if (found == tokens_[kind].end()) return;
@@ -104,6 +118,7 @@ void token_store::rename(size_t kind, uint64_t old, uint64_t fingerprint, int32_
 }
 
 void token_store::move(size_t kind, const stored_token &by, int32_t shift) {
+    index();
     const auto found = tokens_[kind].find(by.block->fingerprints[kind][by.index]);
     if (found != tokens_[kind].end() && found->second.block == by.block) found->second.position += shift;
 }

@@ -94,10 +94,10 @@ class token_store {
     std::shared_ptr<token_block> make_block(size_t n, size_t row_bytes, size_t window_bytes, size_t others,
                                             const std::function<bool(const token_block &)> &is_needed);
     /// Adds the tokens of a block, whose fingerprints and cells are set. Throws std::bad_alloc.
-    void put(const std::shared_ptr<token_block> &block, const std::vector<int32_t> &positions,
-             const std::vector<int32_t> &ids);
+    void put(const std::shared_ptr<token_block> &block, std::vector<int32_t> positions, std::vector<int32_t> ids);
     /// The token with this fingerprint in a kind of attention, or null.
     const stored_token *find(size_t kind, uint64_t fingerprint) const {
+        index();
         if (kind >= tokens_.size()) return nullptr;
         const auto found = tokens_[kind].find(fingerprint);
         return found == tokens_[kind].end() ? nullptr : &found->second;
@@ -109,6 +109,7 @@ class token_store {
     /// kind.
     void move(size_t kind, const stored_token &by, int32_t shift);
     void forget(size_t kind, uint64_t fingerprint) {
+        index();
         if (kind < tokens_.size()) tokens_[kind].erase(fingerprint);
     }
     bool has_rows() const { return bytes_ > 0; }
@@ -117,10 +118,21 @@ class token_store {
     const std::deque<std::shared_ptr<token_block>> &blocks() const { return blocks_; }
 
   private:
+    /// A block that was put into the store.
+    struct new_block {
+        std::shared_ptr<token_block> block;
+        std::vector<int32_t> positions, ids;  ///< ids may be empty
+    };
+
+    void index() const;
+    void index(const new_block &added) const;
     void forget_oldest();
 
-    std::vector<std::unordered_map<uint64_t, stored_token>> tokens_;  ///< by kind of attention
-    std::deque<std::shared_ptr<token_block>> blocks_;                 ///< oldest first
+    /// By kind of attention. Tokens of new blocks come in when the first one is looked for: most never are.
+    mutable std::vector<std::unordered_map<uint64_t, stored_token>> tokens_;
+    mutable std::vector<new_block> new_blocks_;
+    size_t n_tokens_ = 0;                              ///< of all blocks
+    std::deque<std::shared_ptr<token_block>> blocks_;  ///< oldest first
     size_t bytes_ = 0;
 };
 

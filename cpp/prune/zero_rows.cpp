@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "base/prefetch.h"
 #include "graph/mask_view.h"
 
 namespace agq {
@@ -11,18 +12,9 @@ namespace agq {
 namespace {
 
 constexpr size_t prefetch_distance = 64;  // in rows; each is a separate cache line, and not in the cache
-constexpr int64_t rows_ahead = 16;        // of a mask; each begins in another page
 constexpr int64_t max_block = 256;        // elements in the largest block of a stock type
 
 using to_float_fn = void (*)(const void *, float *, int64_t);
-
-void prefetch(const void *address) {
-#ifdef __GNUC__
-    __builtin_prefetch(address);
-#else
-    (void)address;
-#endif
-}
 
 /// Whether all 16-bit or 32-bit floats are zero.
 template <typename Word>
@@ -49,7 +41,7 @@ void remove_hidden(const ggml_tensor *mask, int64_t stream, size_t begin, std::v
     std::iota(left.begin(), left.end(), size_t{0});
     for (int64_t token = mask->ne[1]; token-- > 0 && !left.empty();) {
         const mask_row row(mask, token, stream);
-        const mask_row ahead(mask, std::max<int64_t>(token - rows_ahead, 0), stream);
+        const mask_row ahead(mask, std::max<int64_t>(token - mask_rows_ahead, 0), stream);
         prefetch(ahead.at(of_stream[left.front()].cell));
         prefetch(ahead.at(of_stream[left.back()].cell));
         size_t n_left = 0;
@@ -106,6 +98,37 @@ bool key_rows::is_zero(int64_t cell, int64_t stream) const {
     return true;
 }
 
+void watched_rows::clear() {
+    filled_.clear();
+    zero_.clear();
+    before_.clear();
+}
+
+void watched_rows::add(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint) {
+    if (hint < 0) {
+        filled_.push_back(layers.back().row(cell, stream));
+        return;
+    }
+    const size_t first = static_cast<size_t>(hint);
+    zero_.push_back(layers[first].row(cell, stream));
+    if (first > 0) before_.push_back(layers[first - 1].row(cell, stream));
+}
+
+/// Nothing in the loops depends on what was read, so the processor waits for many rows at once.
+bool watched_rows::are_as_before(const key_rows &form, size_t turn) const {
+    constexpr size_t turns = 8;
+    const auto all = [&form](const std::vector<const char *> &rows, size_t begin, size_t step, bool zero) {
+        bool agree = true;
+        for (size_t i = begin; i < rows.size(); i += step) {
+            const size_t ahead = i + step * prefetch_distance;
+            if (ahead < rows.size()) prefetch(rows[ahead]);
+            agree &= form.begins_with_zeros(rows[i]) == zero;
+        }
+        return agree;
+    };
+    return all(filled_, 0, 1, false) && all(zero_, 0, 1, true) && all(before_, turn % turns, turns, false);
+}
+
 /// A row that is zero in a layer is zero in all later ones, so two rows are enough to verify a hint.
 bool zero_row_scanner::is_border(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t layer) {
     const size_t at = static_cast<size_t>(layer);
@@ -137,43 +160,31 @@ void zero_row_scanner::prefetch_rows(const std::vector<key_rows> &layers, int64_
     if (hint > 0) prefetch(layers[static_cast<size_t>(hint) - 1].row(cell, stream));
 }
 
-/// Whether the cells to check are those of the last scan plus one, in the same cache: one token was decoded.
-bool zero_row_scanner::is_one_step_on(const std::vector<key_rows> &layers) {
-    bool result = layers.size() == last_layers_ && layers[0].base == last_base_ &&
-                  candidates_.size() == last_candidates_.size() + 1;
-    if (result) {
-        const auto [here, before] =
+/// The cell that came to those of the last scan, if there is exactly one and the cache is the same: one token was
+/// decoded. Else null.
+const int32_t *zero_row_scanner::one_step_on(const std::vector<key_rows> &layers) {
+    const int32_t *added = nullptr;
+    if (layers.size() == last_layers_ && layers[0].base == last_base_ &&
+        candidates_.size() == last_candidates_.size() + 1) {
+        const auto [before, here] =
             std::mismatch(last_candidates_.begin(), last_candidates_.end(), candidates_.begin());
-        result = std::equal(here, last_candidates_.end(), before + 1);
+        if (std::equal(before, last_candidates_.end(), here + 1)) added = &*here;
     }
     last_layers_ = layers.size();
     last_base_ = layers[0].base;
     last_candidates_.assign(candidates_.begin(), candidates_.end());
-    return result;
+    return added;
 }
 
-/// Whether the candidates still look as the last scan found them. Reads one row of each, and a second row of one in
-/// eight. Nothing in the loops depends on what was read, so the processor waits for many rows at once.
-bool zero_row_scanner::is_as_before(const std::vector<key_rows> &layers, int64_t stream, const int32_t *hints) const {
-    const int32_t n_layers = static_cast<int32_t>(layers.size());
-    // Without a hint (-1), the last layer is read; likewise if a hint is outdated, as that of a new candidate may be.
-    const auto rows_of = [&](int32_t hint) -> const key_rows & {
-        return layers[std::min(static_cast<uint32_t>(hint), static_cast<uint32_t>(n_layers - 1))];
-    };
-    const auto has_turn = [&](int32_t cell, int32_t hint) { return hint > 0 && (cell + turn_) % 8 == 0; };
-    bool differs = false;
-    const size_t n = candidates_.size();
-    for (size_t i = 0; i < n; ++i) {
-        const int32_t ahead = candidates_[std::min(i + prefetch_distance, n - 1)];
-        prefetch(rows_of(hints[ahead]).row(ahead, stream));
-        if (has_turn(ahead, hints[ahead])) prefetch(rows_of(hints[ahead] - 1).row(ahead, stream));
-        const int32_t cell = candidates_[i], hint = hints[cell];
-        differs |= rows_of(hint).may_be_zero(cell, stream) != (hint >= 0) || hint >= n_layers;
-    }
-    for (const int32_t cell : candidates_) {
-        if (has_turn(cell, hints[cell])) differs |= rows_of(hints[cell] - 1).may_be_zero(cell, stream);
-    }
-    return !differs;
+/// Whether the candidates, of one token and of one stream, look as the last scan found them.
+bool zero_row_scanner::is_as_before(const std::vector<key_rows> &layers, int32_t *hints, int32_t least_layer) {
+    const int32_t *added = one_step_on(layers);
+    if (!added || !is_watching_ || least_layer != last_least_layer_) return false;
+    int32_t &hint = hints[*added];
+    if (!layers.back().may_be_zero(*added, 0)) hint = -1;  // it may be left over from an earlier text
+    if (hint >= 0) return false;
+    watched_.add(layers, *added, 0, -1);
+    return watched_.are_as_before(layers[0], turn_);
 }
 
 /// Checks the candidates.
@@ -200,34 +211,42 @@ void zero_row_scanner::scan_stream(const std::vector<key_rows> &layers, const gg
     if (mask->ne[1] > 1) remove_hidden(mask, stream, begin, &found_);
 }
 
+/// The cells to check: for one token, those that it sees.
+void zero_row_scanner::list_candidates(const ggml_tensor *mask, int64_t stream, const uint8_t *skipped) {
+    const size_t cells = static_cast<size_t>(mask->ne[0]);
+    seen_.assign(cells, mask->ne[1] > 1);
+    if (mask->ne[1] == 1) mask_row(mask, 0, stream).mark_visible(0, mask->ne[0], seen_.data());
+    if (skipped) {
+        for (size_t c = 0; c < cells; ++c) seen_[c] = static_cast<uint8_t>(seen_[c] & (skipped[c] == 0));
+    }
+    list_marked(seen_, &candidates_);
+}
+
 const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_rows> &layers, const ggml_tensor *mask,
                                                         const std::vector<uint8_t> &skip, int32_t least_layer) {
-    found_.clear();
     const int64_t cells = mask->ne[0], streams = mask->ne[3];
     const size_t total = static_cast<size_t>(cells * streams);
     if (streams > 1 && cells != hinted_cells_) hints_.clear();  // the cells are numbered differently now
     hinted_cells_ = cells;
     if (hints_.size() < total) hints_.resize(total, -1);
-    const bool one_token = mask->ne[1] == 1;
+    const bool one_token = mask->ne[1] == 1 && streams == 1;
     ++turn_;
+    unchanged_ = false;
     for (int64_t s = 0; s < streams; ++s) {
-        const uint8_t *skipped = skip.empty() ? nullptr : &skip[static_cast<size_t>(s * cells)];
-        const mask_row row(mask, 0, s);  // of the only token, if there is just one
-        candidates_.resize(static_cast<size_t>(cells));
-        size_t n = 0;
-        for (int64_t c = 0; c < cells; ++c) {
-            candidates_[n] = static_cast<int32_t>(c);
-            n += !(one_token && row.hides(c)) && !(skipped && skipped[c]);
-        }
-        candidates_.resize(n);
+        list_candidates(mask, s, skip.empty() ? nullptr : &skip[static_cast<size_t>(s * cells)]);
         int32_t *hints = &hints_[static_cast<size_t>(s * cells)];
-        if (is_one_step_on(layers) && one_token && streams == 1 && is_as_before(layers, s, hints)) {
-            for (const int32_t c : candidates_) {
-                if (hints[c] >= least_layer) found_.push_back({static_cast<int32_t>(s), c, hints[c]});
-            }
-        } else {
-            scan_stream(layers, mask, s, least_layer, hints);
+        if (one_token && is_as_before(layers, hints, least_layer)) {
+            unchanged_ = true;
+            return found_;
         }
+        if (s == 0) found_.clear();
+        scan_stream(layers, mask, s, least_layer, hints);
+    }
+    is_watching_ = one_token;
+    last_least_layer_ = least_layer;
+    watched_.clear();
+    if (is_watching_) {
+        for (const int32_t c : candidates_) watched_.add(layers, c, 0, hints_[static_cast<size_t>(c)]);
     }
     return found_;
 }

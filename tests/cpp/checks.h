@@ -22,7 +22,7 @@ std::mt19937_64 rng;
 int random_int(int low, int high) {
     return std::uniform_int_distribution<int>(low, high)(rng);
 }
-float random_float(float low, float high) {
+[[maybe_unused]] float random_float(float low, float high) {
     return std::uniform_real_distribution<float>(low, high)(rng);
 }
 bool chance(int one_in) {
@@ -104,7 +104,7 @@ class guarded {
 #endif
 };
 
-bool same_bits(float a, float b) {
+[[maybe_unused]] bool same_bits(float a, float b) {
     return std::memcmp(&a, &b, sizeof a) == 0 || (std::isnan(a) && std::isnan(b));
 }
 

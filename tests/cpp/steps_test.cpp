@@ -1,0 +1,156 @@
+// What is found again in each step of decoding by what the step before found: dropped tokens in the cache, and the
+// cells that a token sees. Objects that have seen all steps must agree with new ones.
+#include "checks.h"
+#include "graph/mask_view.h"
+#include "nodes/sequence_groups.h"
+#include "prune/zero_rows.h"
+
+namespace agq {
+host_api host;
+}
+
+namespace {
+
+using agq::dropped_cell;
+using agq::ggml_tensor;
+using agq::key_group;
+
+constexpr int n_layers = 4, most_cells = 96, row_length = 32;
+constexpr int kept = n_layers;  // the layer in which a token that is never dropped is missing
+
+/// A cache of one sequence, and the mask of one token.
+struct cache {
+    std::vector<uint16_t> keys = std::vector<uint16_t>(n_layers * most_cells * row_length, 0);
+    std::vector<uint16_t> mask_row = std::vector<uint16_t>(most_cells, agq::hidden_f16);
+    std::vector<int> missing_from = std::vector<int>(most_cells, 0);  // layer, by cell
+    int n_cells = 32;
+
+    void write(int cell, int layer) {
+        missing_from[static_cast<size_t>(cell)] = layer;
+        for (int l = 0; l < n_layers; ++l) {
+            uint16_t *row = &keys[static_cast<size_t>(l * most_cells + cell) * row_length];
+            for (int i = 0; i < row_length; ++i) row[i] = l < layer ? static_cast<uint16_t>(random_int(1, 0x7BFF)) : 0;
+        }
+    }
+    std::vector<agq::key_rows> layers() const {
+        std::vector<agq::key_rows> found(n_layers);
+        for (size_t l = 0; l < n_layers; ++l) {
+            found[l].base = reinterpret_cast<const char *>(&keys[l * most_cells * row_length]);
+            found[l].row_stride = found[l].row_bytes = row_length * sizeof(uint16_t);
+            found[l].type = agq::ggml_type_f16;
+            found[l].row_length = row_length;
+            found[l].magnitude = 0x7FFF7FFF7FFF7FFFu;
+            found[l].head_words = 4;
+        }
+        return found;
+    }
+    ggml_tensor mask() {
+        ggml_tensor t = {};
+        t.type = agq::ggml_type_f16;
+        t.ne[0] = n_cells;
+        t.ne[1] = t.ne[2] = t.ne[3] = 1;
+        t.nb[0] = sizeof(uint16_t);
+        t.nb[1] = t.nb[2] = t.nb[3] = sizeof(uint16_t) * static_cast<size_t>(n_cells);
+        t.data = mask_row.data();
+        return t;
+    }
+};
+
+bool same_cells(const std::vector<dropped_cell> &a, const std::vector<dropped_cell> &b) {
+    const auto same = [](const dropped_cell &x, const dropped_cell &y) {
+        return x.stream == y.stream && x.cell == y.cell && x.first_layer == y.first_layer;
+    };
+    return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), same);
+}
+
+bool same_groups(const std::vector<key_group> &a, const std::vector<key_group> &b) {
+    if (a.size() != 1 || b.size() != 1 || a[0].n != b[0].n || a[0].n_tokens != b[0].n_tokens) return false;
+    for (int64_t i = 0; i < a[0].n; ++i) {
+        if (a[0].cell(i) != b[0].cell(i)) return false;
+    }
+    return std::memcmp(a[0].mask, b[0].mask, sizeof(uint16_t) * static_cast<size_t>(a[0].n)) == 0;
+}
+
+/// Between two steps, the host may do anything to a cell: restore, remove, write it again.
+void disturb(cache *c, int last) {
+    const int cell = random_int(0, last);
+    switch (random_int(1, 4)) {
+        case 1:  // a dropped token comes back, or leaves in a later layer
+            if (c->missing_from[static_cast<size_t>(cell)] < kept) {
+                c->write(cell, random_int(c->missing_from[static_cast<size_t>(cell)] + 1, kept));
+            }
+            break;
+        case 2:  // a token is dropped that was not
+            if (c->missing_from[static_cast<size_t>(cell)] == kept) c->write(cell, random_int(1, kept - 1));
+            break;
+        case 3:
+            c->mask_row[static_cast<size_t>(cell)] = agq::hidden_f16;
+            break;
+        default:
+            c->mask_row[static_cast<size_t>(cell)] = 0;
+            break;
+    }
+}
+
+void test_sequence(bool alibi) {
+    cache c;
+    agq::zero_row_scanner scanner;
+    agq::sequence_groups groups;
+    int unchanged = 0, steps = 0;
+    const int texts = 3;  // one after another in the same cells, so that what is left of one may mislead the next
+    for (int text = 0; text < texts; ++text) {
+        std::fill(c.mask_row.begin(), c.mask_row.end(), agq::hidden_f16);
+        c.n_cells = 32;
+        for (int next = 0; next < most_cells; ++next) {
+            const size_t cell = static_cast<size_t>(next);
+            if (next >= c.n_cells) c.n_cells += 32;
+            c.mask_row[cell] = 0;
+            for (int n = next > 20 && chance(6) ? random_int(1, 3) : 0; n > 0; --n) disturb(&c, next - 1);
+            for (size_t i = 0; alibi && i <= cell; ++i) {
+                if (c.mask_row[i] != agq::hidden_f16) c.mask_row[i] = static_cast<uint16_t>(0x3C00 + next - next / 2);
+            }
+            const ggml_tensor mask = c.mask();
+            std::vector<uint8_t> in_flight(static_cast<size_t>(c.n_cells), 0);
+            in_flight[cell] = 1;
+            const auto found = scanner.scan(c.layers(), &mask, in_flight, 1);
+            ++steps;
+            unchanged += scanner.is_unchanged();
+            agq::zero_row_scanner fresh;
+            CHECK(same_cells(found, fresh.scan(c.layers(), &mask, in_flight, 1)), "text %d, step %d", text, next);
+            const char *row = reinterpret_cast<const char *>(c.mask_row.data());
+            agq::sequence_groups fresh_groups;
+            const int32_t own = next;
+            CHECK(same_groups(groups.find(&mask, row, 1, &own), fresh_groups.find(&mask, row, 1, &own)),
+                  "text %d, step %d", text, next);
+            c.write(next, chance(3) ? random_int(1, kept - 1) : kept);
+        }
+    }
+    CHECK(unchanged > steps / 4 && unchanged < steps, "%d of %d steps were like the one before", unchanged, steps);
+}
+
+/// A token that is dropped in an earlier layer than before is found when the turn of its row comes.
+void test_earlier_layer() {
+    cache c;
+    agq::zero_row_scanner scanner;
+    int waited = 0;
+    for (int next = 0; next < 30; ++next) {
+        c.mask_row[static_cast<size_t>(next)] = 0;
+        if (next == 10) c.write(5, 1);
+        const ggml_tensor mask = c.mask();
+        std::vector<uint8_t> in_flight(static_cast<size_t>(c.n_cells), 0);
+        in_flight[static_cast<size_t>(next)] = 1;
+        const std::vector<dropped_cell> &found = scanner.scan(c.layers(), &mask, in_flight, 1);
+        if (next >= 10) waited += found.size() != 1 || found[0].first_layer != 1;
+        c.write(next, next == 5 ? 2 : kept);
+    }
+    CHECK(waited < 8, "%d steps", waited);
+}
+
+}  // namespace
+
+int main() {
+    for (int i = 0; i < 200; ++i) test_sequence(i % 2 == 1);
+    test_earlier_layer();
+    if (failures == 0) std::printf("ok\n");
+    return failures != 0;
+}
