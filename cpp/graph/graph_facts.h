@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "graph/attention_pattern.h"
+#include "graph/tensor_numbers.h"
 #include "host/host.h"
 
 namespace agq {
@@ -46,10 +47,7 @@ class graph_facts {
     void read(ggml_tensor **nodes, int n);
 
     /// Number of a tensor: its index if it is a node, n or more for leaves, -1 for tensors of other graphs.
-    int number(const ggml_tensor *t) const {
-        const auto found = numbers_.find(t);
-        return found == numbers_.end() ? -1 : found->second;
-    }
+    int number(const ggml_tensor *t) const { return numbers_.find(t); }
     /// Number of a node's source, -1 if it has none in that slot.
     int source(int node, int slot) const { return sources_[static_cast<size_t>(node)][static_cast<size_t>(slot)]; }
     int n_nodes = 0;
@@ -87,7 +85,7 @@ class graph_facts {
     void find_kinds();
     void find_values(attention_site *site);
 
-    std::unordered_map<const ggml_tensor *, int> numbers_;
+    tensor_numbers numbers_;
     std::vector<std::array<int, ggml_max_src>> sources_;           ///< by node
     std::unordered_map<const ggml_tensor *, const char *> roles_;  ///< names of inputs that are recognized by their use
     std::vector<const ggml_tensor *> masks_;                       ///< all inputs that are masks

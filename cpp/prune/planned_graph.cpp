@@ -11,8 +11,7 @@ namespace {
 /// Reads the pruning record of a layer's weight. Returns false if there is none. Damaged attributes are reported by the
 /// products that use them.
 bool read_record(const ggml_tensor *weights, prune_stage *stage) {
-    if (weights->type != ggml_type_id || block_of(weights) < 0 || !weights->data || weights->view_src ||
-        !is_shape(weights->ne[1], weights->ne[0])) {
+    if (block_of(weights) < 0 || !weights->data || weights->view_src || !is_shape(weights->ne[1], weights->ne[0])) {
         return false;
     }
     const tile *tiles = static_cast<const tile *>(weights->data);
@@ -45,7 +44,7 @@ std::vector<prune_stage> planned_graph::stages() const {
     };
     const bool needs_file = std::any_of(settings_.stages.begin(), settings_.stages.end(), is_incomplete);
     if (is_list && !needs_file) return settings_.stages;
-    std::vector<prune_stage> found = recorded();
+    const std::vector<prune_stage> &found = recorded();
     if (!is_list) return found;
     std::vector<prune_stage> wanted = settings_.stages;
     for (prune_stage &stage : wanted) {
@@ -59,18 +58,25 @@ std::vector<prune_stage> planned_graph::stages() const {
 }
 
 /// The stages that the file's records define.
-std::vector<prune_stage> planned_graph::recorded() const {
-    std::vector<prune_stage> found;
+const std::vector<prune_stage> &planned_graph::recorded() const {
+    std::vector<const ggml_tensor *> weights;
     for (const ggml_tensor *t : facts_.tensors) {
+        if (t->op == host.op_none && t->type == ggml_type_id) weights.push_back(t);
+    }
+    if (weights == weights_) return records_;
+    std::vector<prune_stage> found;
+    for (const ggml_tensor *t : weights) {
         prune_stage stage;
-        if (t->op != host.op_none || !read_record(t, &stage)) continue;
+        if (!read_record(t, &stage)) continue;
         stage.reuse = stage.reuse && !settings_.mask_only;  // hidden tokens leave no keys
         found.push_back(stage);
     }
     std::stable_sort(found.begin(), found.end(), [](const auto &a, const auto &b) { return a.layer < b.layer; });
     const auto same_layer = [](const auto &a, const auto &b) { return a.layer == b.layer; };
     found.erase(std::unique(found.begin(), found.end(), same_layer), found.end());
-    return found;
+    weights_.swap(weights);
+    records_.swap(found);
+    return records_;
 }
 
 void planned_graph::read(ggml_tensor **nodes, int n, std::vector<token_dim> dims) {

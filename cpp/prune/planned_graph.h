@@ -30,7 +30,7 @@ class planned_graph {
     bool asks() const;
 
   private:
-    std::vector<prune_stage> recorded() const;
+    const std::vector<prune_stage> &recorded() const;
 
     const attention_kernel *kern_;
     const prune_settings settings_;
@@ -38,6 +38,9 @@ class planned_graph {
     std::vector<token_dim> dims_;
     prune_plan plan_;
     bool is_planned_ = false;
+    /// The file's records. A model's graphs read the same weights, and looking for records in all of them takes long.
+    mutable std::vector<const ggml_tensor *> weights_;
+    mutable std::vector<prune_stage> records_;
 };
 
 }  // namespace agq
