@@ -102,7 +102,7 @@ void graph_facts::read(ggml_tensor **nodes, int n) {
     const size_t count = static_cast<size_t>(n);
     tensors.assign(nodes, nodes + n);
     numbers_.reserve(2 * count + 16);
-    for (int i = 0; i < n; ++i) numbers_.add(nodes[i], i);
+    for (int i = 0; i < n; ++i) *numbers_.add(nodes[i]).first = i;
     last_use.assign(count, -1);
     sources_.resize(count);
     for (int i = 0; i < n; ++i) {
@@ -111,14 +111,15 @@ void graph_facts::read(ggml_tensor **nodes, int n) {
             source = -1;
             ggml_tensor *src = nodes[i]->src[slot];
             if (!src) continue;
-            const auto [number, is_new] = numbers_.add(src, static_cast<int>(tensors.size()));
+            const auto [number, is_new] = numbers_.add(src);
             if (is_new) {
+                *number = static_cast<int>(tensors.size());
                 tensors.push_back(src);
                 last_use.push_back(-1);
                 if (src->op != host.op_none) complete = false;
                 find_input(nodes[i], slot);
             }
-            source = number;
+            source = *number;
             last_use[static_cast<size_t>(source)] = i;
         }
         find_store(nodes[i]);

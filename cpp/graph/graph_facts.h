@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/flat_map.h"
 #include "graph/attention_pattern.h"
-#include "graph/tensor_numbers.h"
 #include "host/host.h"
 
 namespace agq {
@@ -47,7 +47,10 @@ class graph_facts {
     void read(ggml_tensor **nodes, int n);
 
     /// Number of a tensor: its index if it is a node, n or more for leaves, -1 for tensors of other graphs.
-    int number(const ggml_tensor *t) const { return numbers_.find(t); }
+    int number(const ggml_tensor *t) const {
+        const int *found = numbers_.find(t);
+        return found ? *found : -1;
+    }
     /// Number of a node's source, -1 if it has none in that slot.
     int source(int node, int slot) const { return sources_[static_cast<size_t>(node)][static_cast<size_t>(slot)]; }
     int n_nodes = 0;
@@ -85,7 +88,7 @@ class graph_facts {
     void find_kinds();
     void find_values(attention_site *site);
 
-    tensor_numbers numbers_;
+    flat_map<const ggml_tensor *, int> numbers_;
     std::vector<std::array<int, ggml_max_src>> sources_;           ///< by node
     std::unordered_map<const ggml_tensor *, const char *> roles_;  ///< names of inputs that are recognized by their use
     std::vector<const ggml_tensor *> masks_;                       ///< all inputs that are masks

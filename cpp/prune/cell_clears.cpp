@@ -1,5 +1,7 @@
 #include "prune/cell_clears.h"
 
+#include <numeric>
+
 namespace agq {
 
 namespace {
@@ -38,14 +40,36 @@ std::vector<cell_run> find_runs(const std::vector<int32_t> &tokens, const std::v
     return runs;
 }
 
+/// Clears neighbouring cells at once where their keys stand side by side.
+void clear(const key_rows &rows, const std::vector<cell_run> &runs, cut_job *job) {
+    for (const cell_run &run : runs) {
+        if (rows.row_stride == rows.row_bytes) {
+            const size_t bytes = rows.row_bytes * static_cast<size_t>(run.n);
+            job->clears.push_back({const_cast<char *>(rows.row(run.first, 0)), bytes});
+            continue;
+        }
+        for (int32_t i = 0; i < run.n; ++i) add(rows, run.first + i, nullptr, job);
+    }
+}
+
+/// The cells of these tokens, by kind.
+std::vector<std::vector<cell_run>> runs_by_kind(const ubatch_facts &ubatch, const std::vector<int32_t> &tokens) {
+    std::vector<std::vector<cell_run>> runs;
+    runs.reserve(ubatch.cells.size());
+    for (const std::vector<int32_t> &cells : ubatch.cells) runs.push_back(find_runs(tokens, cells));
+    return runs;
+}
+
 }  // namespace
 
 void mark_deferred(const graph_facts &facts, const ubatch_facts &ubatch, const ubatch_part &part, int first_cut,
                    const std::vector<char> &mark, cut_job *job) {
+    std::vector<int32_t> tokens(static_cast<size_t>(part.n));
+    std::iota(tokens.begin(), tokens.end(), static_cast<int32_t>(part.first));
+    const std::vector<std::vector<cell_run>> runs = runs_by_kind(ubatch, tokens);
     for_layers_behind(facts, first_cut, [&](const key_rows &rows, size_t kind, bool is_first, int) {
-        for (int64_t t = part.first; t < part.end(); ++t) {
-            add(rows, ubatch.cells[kind][static_cast<size_t>(t)], is_first ? &mark : nullptr, job);
-        }
+        if (!is_first) return clear(rows, runs[kind], job);
+        for (int32_t t : tokens) add(rows, ubatch.cells[kind][static_cast<size_t>(t)], &mark, job);
     });
 }
 
@@ -62,19 +86,8 @@ void unmark_dropped(const graph_facts &facts, const early_tokens &early, int cut
 
 void clear_dropped(const graph_facts &facts, const ubatch_facts &ubatch, int cut, const std::vector<int32_t> &tokens,
                    cut_job *job) {
-    std::vector<std::vector<cell_run>> runs;
-    runs.reserve(ubatch.cells.size());
-    for (const std::vector<int32_t> &cells : ubatch.cells) runs.push_back(find_runs(tokens, cells));
-    for_layers_behind(facts, cut, [&](const key_rows &rows, size_t kind, bool, int) {
-        for (const cell_run &run : runs[kind]) {
-            if (rows.row_stride == rows.row_bytes) {
-                const size_t bytes = rows.row_bytes * static_cast<size_t>(run.n);
-                job->clears.push_back({const_cast<char *>(rows.row(run.first, 0)), bytes});
-                continue;
-            }
-            for (int32_t i = 0; i < run.n; ++i) add(rows, run.first + i, nullptr, job);
-        }
-    });
+    const std::vector<std::vector<cell_run>> runs = runs_by_kind(ubatch, tokens);
+    for_layers_behind(facts, cut, [&](const key_rows &rows, size_t kind, bool, int) { clear(rows, runs[kind], job); });
 }
 
 }  // namespace agq

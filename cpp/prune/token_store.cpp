@@ -62,8 +62,8 @@ void token_store::forget_oldest() {
     const token_block &block = *blocks_.front();
     for (size_t kind = 0; kind < block.fingerprints.size(); ++kind) {
         for (uint64_t fingerprint : block.fingerprints[kind]) {
-            const auto found = tokens_[kind].find(fingerprint);
-            if (found != tokens_[kind].end() && found->second.block.get() == &block) tokens_[kind].erase(found);
+            const stored_token *found = tokens_[kind].find(fingerprint);
+            if (found && found->block.get() == &block) tokens_[kind].erase(fingerprint);
         }
     }
     bytes_ -= block.bytes();
@@ -89,12 +89,8 @@ void token_store::index(const new_block &added) const {
     const std::shared_ptr<token_block> &block = added.block;
     if (tokens_.size() < block->fingerprints.size()) tokens_.resize(block->fingerprints.size());
     for (size_t kind = 0; kind < block->fingerprints.size(); ++kind) {
-        // Twice as many buckets as before, or the next prompts would each move all tokens to new ones.
-        const size_t wanted = tokens_[kind].size() + block->fingerprints[kind].size();
-        const size_t buckets = tokens_[kind].bucket_count();
-        if (wanted > buckets) tokens_[kind].reserve(std::max(wanted, 2 * buckets));
         for (size_t i = 0; i < block->fingerprints[kind].size(); ++i) {
-            stored_token &token = tokens_[kind][block->fingerprints[kind][i]];
+            stored_token &token = *tokens_[kind].add(block->fingerprints[kind][i]).first;
             // Another cell may hold the same token and need the rows.
             if (token.block && token.rows() && !block->rows) continue;
             stored_token fresh = {added.positions[i], added.ids.empty() ? -1 : added.ids[i], block, i};
@@ -109,18 +105,18 @@ void token_store::index(const new_block &added) const {
 void token_store::rename(size_t kind, uint64_t old, uint64_t fingerprint, int32_t shift) {
     index();
     if (kind >= tokens_.size()) return;
-    const auto found = tokens_[kind].find(old);
-    if (found == tokens_[kind].end()) return;
-    stored_token renamed = found->second;
+    const stored_token *found = tokens_[kind].find(old);
+    if (!found) return;
+    stored_token renamed = *found;
     renamed.position += shift;
     renamed.block->fingerprints[kind][renamed.index] = fingerprint;
-    tokens_[kind][fingerprint] = std::move(renamed);
+    *tokens_[kind].add(fingerprint).first = std::move(renamed);
 }
 
 void token_store::move(size_t kind, const stored_token &by, int32_t shift) {
     index();
-    const auto found = tokens_[kind].find(by.block->fingerprints[kind][by.index]);
-    if (found != tokens_[kind].end() && found->second.block == by.block) found->second.position += shift;
+    stored_token *found = tokens_[kind].find(by.block->fingerprints[kind][by.index]);
+    if (found && found->block == by.block) found->position += shift;
 }
 
 }  // namespace agq

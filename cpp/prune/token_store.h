@@ -5,9 +5,9 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <unordered_map>
 #include <vector>
 
+#include "base/flat_map.h"
 #include "prune/zero_rows.h"
 
 namespace agq {
@@ -99,8 +99,7 @@ class token_store {
     const stored_token *find(size_t kind, uint64_t fingerprint) const {
         index();
         if (kind >= tokens_.size()) return nullptr;
-        const auto found = tokens_[kind].find(fingerprint);
-        return found == tokens_[kind].end() ? nullptr : &found->second;
+        return tokens_[kind].find(fingerprint);
     }
     /// The same token with another row of keys and another position, which may be in the cache beside the old one.
     /// Throws std::bad_alloc.
@@ -129,7 +128,7 @@ class token_store {
     void forget_oldest();
 
     /// By kind of attention. Tokens of new blocks come in when the first one is looked for: most never are.
-    mutable std::vector<std::unordered_map<uint64_t, stored_token>> tokens_;
+    mutable std::vector<flat_map<uint64_t, stored_token>> tokens_;
     mutable std::vector<new_block> new_blocks_;
     size_t n_tokens_ = 0;                              ///< of all blocks
     std::deque<std::shared_ptr<token_block>> blocks_;  ///< oldest first
