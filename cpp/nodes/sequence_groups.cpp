@@ -66,7 +66,9 @@ void sequence_groups::mark_seen(const ggml_tensor *mask, const char *rows, int64
     const int64_t begin_rest = std::find(seen_.begin(), seen_.end(), 0) - seen_.begin();
     const int64_t end_rest = seen_.rend() - std::find(seen_.rbegin(), seen_.rend(), 0);
     for (int64_t t = first + 1; t < end - 1; ++t) {
-        prefetch(row(std::min(t + mask_rows_ahead, end - 1)).at(begin_rest));
+        const mask_row ahead = row(std::min(t + mask_rows_ahead, end - 1));
+        prefetch(ahead.at(begin_rest));
+        prefetch(ahead.at(end_rest - 1));
         row(t).mark_visible(begin_rest, end_rest, seen_.data());
     }
 }

@@ -5,9 +5,16 @@
 
 namespace agq {
 
+ggml_tensor *tensor_arena::add() {
+    if (n_tensors_ == group * tensors_.size()) tensors_.emplace_back(new ggml_tensor[group]);
+    ggml_tensor *fresh = &tensors_[n_tensors_ / group][n_tensors_ % group];
+    ++n_tensors_;
+    return fresh;
+}
+
 ggml_tensor *tensor_arena::custom(ggml_custom_op function, void *userdata, ggml_backend_buffer *buffer) {
     const ggml_custom_params params = {function, ggml_n_tasks_max, userdata};
-    ggml_tensor &t = tensors_.emplace_back();
+    ggml_tensor &t = *add();
     t = {};
     t.type = ggml_type_f32;
     t.buffer = buffer;
@@ -38,7 +45,7 @@ char *tensor_arena::memory(size_t bytes) {
 }
 
 void tensor_arena::clear() {
-    tensors_.clear();
+    n_tensors_ = 0;
     if (blocks_.size() > 1) {  // one block will do next time
         size_t total = 0;
         for (const block &b : blocks_) total += b.size;

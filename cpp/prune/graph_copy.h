@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -17,7 +16,7 @@ namespace agq {
 /// Owns tensors and their memory, and releases all at once. Addresses stay valid until then.
 class tensor_arena {
   public:
-    ggml_tensor *copy(const ggml_tensor *t) { return &tensors_.emplace_back(*t); }
+    ggml_tensor *copy(const ggml_tensor *t) { return &(*add() = *t); }
     /// Makes a custom node without its own output.
     ggml_tensor *custom(ggml_custom_op function, void *userdata, ggml_backend_buffer *buffer);
     /// Allocates memory for tensors, aligned to 64 bytes. Throws std::bad_alloc.
@@ -25,11 +24,15 @@ class tensor_arena {
     void clear();
 
   private:
+    static constexpr size_t group = 64;  ///< tensors that are allocated at a time
+    ggml_tensor *add();
+
     struct block {
         std::unique_ptr<char[]> bytes;
         size_t size = 0, used = 0;
     };
-    std::deque<ggml_tensor> tensors_;
+    std::vector<std::unique_ptr<ggml_tensor[]>> tensors_;  ///< in groups, which are kept for the next use
+    size_t n_tensors_ = 0;
     std::vector<block> blocks_;
     float sink_[4] = {};
 };
