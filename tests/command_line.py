@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
 # Runs commands in one process and prints, for each, its name, exit code, both streams and the exception.
 _PROGRAM = """
 import json, sys
+sys.modules.update(dict.fromkeys(sys.argv[2:]))
 from typer.testing import CliRunner
 from agq_gguf.cli.app import app
 runner = CliRunner()
@@ -75,14 +77,14 @@ class Shown(NamedTuple):
     exception: str  # empty but for a bug
 
 
-def run_all(commands: list[list[object]]) -> dict[str, Shown]:
+def run_all(commands: list[list[object]], *, without: Iterable[str] = ()) -> dict[str, Shown]:
     """Runs commands in one process of their own, whose end by one of them fails the test; what each did, by its name.
 
-    For what llama.cpp might abort: one process loads everything once.
+    For what llama.cpp might abort: one process loads everything once. Modules named in `without` cannot be imported.
     """
     words = json.dumps([[str(word) for word in command] for command in commands])
     result = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, words], capture_output=True, text=True, check=False, timeout=600,
+        [sys.executable, "-c", _PROGRAM, words, *without], capture_output=True, text=True, check=False, timeout=600,
         env=environment(),
     )  # fmt: skip
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]

@@ -16,7 +16,7 @@ from agq_gguf.errors import OutputError, missing_package
 from agq_gguf.text import load_text
 
 if TYPE_CHECKING:
-    from agq_gguf.comparison.run import Comparison
+    from agq_gguf.comparison.result import Comparison
 
 
 def compare(
@@ -121,11 +121,9 @@ def card(
     It is Markdown with YAML front matter: base model, licence, what the file is made of, how to run it, and what
     `compare` measured. An existing file is not replaced.
     """
-    try:
-        from agq_gguf.comparison.card import card as write
-        from agq_gguf.comparison.run import read_comparison
-    except ImportError as e:
-        raise missing_package("model cards", e, "convert") from e
+    from agq_gguf.comparison.card import card as write
+    from agq_gguf.comparison.result import read_comparison
+
     found: Comparison | None = read_comparison(compared) if compared is not None else None
     page = write(model, base_model=base_model, licence=licence, compared=found)
     try:

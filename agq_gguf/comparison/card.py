@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from agq_gguf.comparison import page
-from agq_gguf.comparison.run import Comparison
+from agq_gguf.comparison.result import Comparison
 from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io import metadata

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from agq_gguf.comparison.run import Comparison
+from agq_gguf.comparison.result import Comparison
 from agq_gguf.measure.row import Row
 
 _HEAD = ("type", "MB", "bits per weight", "KL divergence x 1000", "perplexity", "same top token")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from agq_gguf._version import __version__
 from agq_gguf.arguments import PathName, Progress, no_progress
 from agq_gguf.calibration.importance import importance
 from agq_gguf.comparison.candidates import Candidate
-from agq_gguf.errors import InputError, OutputError
+from agq_gguf.comparison.result import Comparison
+from agq_gguf.errors import OutputError
 from agq_gguf.gguf_io.reader import check_source
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.gguf_io.writer import check_writable
@@ -48,21 +49,6 @@ class Setup:
     threads: int = 0
     flash_attention: FlashAttention = "auto"
     keep_files: bool = True  # else the files are removed at the end
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The result."""
-
-    source: str
-    calibration: str
-    text: str
-    positions: int  # scored
-    processor: str
-    threads: int
-    prompt: int
-    generation: int
-    rows: list[Row] = field(default_factory=list)
 
 
 def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress = no_progress) -> Comparison:
@@ -127,17 +113,6 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
         generation=setup.generation,
         rows=rows,
     )
-
-
-def read_comparison(path: PathName) -> Comparison:
-    """Reads what `agq-gguf compare --json` printed. Raises InputError if the file is something else."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        return Comparison(**{**value, "rows": [Row(**row) for row in value["rows"]]})
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path}: expected the output of `agq-gguf compare --json`") from e
 
 
 def _source_row(source: Path, judged: list[tuple[Candidate, Path, Evaluation]]) -> Row:

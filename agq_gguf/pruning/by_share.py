@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agq_gguf.arguments import Progress
-from agq_gguf.errors import AgqError, HostError, InputError
+from agq_gguf.errors import AgqError, HostError, InputError, missing_package
 from agq_gguf.format import pruning_record
 from agq_gguf.gguf_io.shards import open_model
 from agq_gguf.pruning.file import carriers
-from agq_gguf.pruning.learn import learn_directions
 from agq_gguf.pruning.options import PruneOptions
 from agq_gguf.pruning.plan import Work, work_of
 from agq_gguf.pruning.report import PruneReport
@@ -94,7 +93,14 @@ def _learned(
     way: PruneOptions,
     progress: Progress,
 ) -> _Holders:
-    """Learned directions of all layers whose tensors have room for them. Raises InputError if none has."""
+    """Learned directions of all layers whose tensors have room for them.
+
+    Raises InputError if none has, HostError without torch, which only this score needs.
+    """
+    try:
+        from agq_gguf.pruning.learn import learn_directions
+    except ImportError as e:
+        raise missing_package("the score 'learned'", e, "convert") from e
     length = min(CALL_TOKENS, model.n_ctx_train) - way.following
     found = learn_directions(
         model,

@@ -22,11 +22,11 @@ from agq_gguf.graphs.ir import translate
 from agq_gguf.graphs.layers import layers as layers_of
 from agq_gguf.graphs.trace import Recorder
 from agq_gguf.graphs.unsupported import Unsupported
+from agq_gguf.pruning.trial import MAX_PIECES
 from agq_gguf.runtime.ggml import GgmlTensor, ggml
 from agq_gguf.runtime.model import Batch, Context, Model
 from agq_gguf.runtime.plugin import options
 
-MAX_PIECES = 64  # of the text
 _FLOOR = 1e-3  # added to every worth, as a share of the mean, so that its logarithm is finite
 _RIDGE = 1e-2  # minimum; larger if there are few tokens for the channels of a state
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from agq_gguf.errors import HostError, InputError
 from agq_gguf.format.pruning_record import Direction
 from agq_gguf.logits import compare
-from agq_gguf.pruning.learn import MAX_PIECES
 from agq_gguf.pruning.options import PruneOptions
 from agq_gguf.pruning.plan import (
     MIN_PROMPT,
@@ -26,6 +25,7 @@ from agq_gguf.runtime.pruned import last_importance
 from agq_gguf.text import LoadedText, fair_shares
 
 CALL_TOKENS = 512  # tokens of a prompt and what follows it: llama.cpp's ubatch, within which importance is compared
+MAX_PIECES = 64  # of a text
 _LOGITS_BYTES = 512 << 20  # maximum size of the unpruned model's logits in memory
 _PROMPTS = 16
 _CUE = 16  # tokens of the repeated part at the end of a prompt: enough for a model to start copying
