@@ -40,7 +40,9 @@ class Muon(torch.optim.Optimizer):
                     mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
                     mean.lerp_(weight.grad, 1 - group["momentum"])
                     moved.append(weight.grad.lerp(mean, group["momentum"]))
-                rows, columns = weights[0].shape
+                rows, columns = weights[0].shape[-2:]
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for weight, change in zip(weights, orthogonal(torch.stack(moved)), strict=True):
+                stacked = torch.stack(moved)  # the experts of a mixture are matrices of their own
+                changes = orthogonal(stacked.flatten(0, -3)).view_as(stacked)
+                for weight, change in zip(weights, changes, strict=True):
                     weight.mul_(1 - group["lr"] * group["decay"]).sub_(change, alpha=scale)

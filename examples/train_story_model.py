@@ -7,6 +7,9 @@ variables below, the C library would return memory to the system after every ste
     export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
     python examples/train_story_model.py --output agq_gguf/data/story-f16.gguf
 
+With ``--experts N`` each layer gets a mixture of N experts, two of which read a token, as in Mixtral. No such model is
+shipped.
+
 With ``--texts FOLDER`` it writes the calibration and evaluation texts instead, from seeds that training does not use;
 ``--calibration-bytes`` makes the calibration text longer than the shipped one, with the same beginning.
 
@@ -43,6 +46,8 @@ from tqdm import tqdm
 
 TRAIN_SEED, CALIBRATION_SEED, EVALUATION_SEED = 1, 1001, 2002
 STEADY = 0.3  # share of the training with the full learning rate
+EXPERTS_USED = 2  # for each token, of a mixture
+BALANCE = 0.01  # weight of the loss by which all experts of a layer get their share of the tokens
 KEY_WEIGHT = 3.0  # weight in the loss of the other tokens of an answer
 GUIDED = 4  # the layer whose attention is guided to answers in the first part of the training
 CHAT_TEMPLATE = (
@@ -66,6 +71,8 @@ class Shape:
     context: int = 1024
     rope_base: float = 1000000.0
     eps: float = 1e-5
+    n_expert: int = 0  # 0: no mixture
+    n_ff_expert: int = 192
 
 
 # model
@@ -89,6 +96,61 @@ def rope(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2)
 
 
+class Dense(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, shape: Shape):
+        """Initial weights of these sizes."""
+        super().__init__()
+        n = shape.n_embd
+        self.ffn_gate, self.ffn_up = nn.Linear(n, shape.n_ff, bias=False), nn.Linear(n, shape.n_ff, bias=False)
+        self.ffn_down = nn.Linear(shape.n_ff, n, bias=False)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """h: (batch, tokens, n_embd)."""
+        return self.ffn_down(functional.silu(self.ffn_gate(h)) * self.ffn_up(h))
+
+
+class Experts(nn.Module):
+    """One matrix of each expert, (experts, rows, columns)."""
+
+    def __init__(self, *sizes: int):
+        """Initial weights of these sizes."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(sizes))
+
+
+class Mixture(nn.Module):
+    """SwiGLU of the likeliest EXPERTS_USED experts for each token, weighted by their probabilities, whose sum is 1."""
+
+    def __init__(self, shape: Shape):
+        """Initial weights of these sizes."""
+        super().__init__()
+        n, experts, ff = shape.n_embd, shape.n_expert, shape.n_ff_expert
+        self.ffn_gate_inp = nn.Linear(n, experts, bias=False)
+        self.ffn_gate_exps, self.ffn_up_exps = Experts(experts, ff, n), Experts(experts, ff, n)
+        self.ffn_down_exps = Experts(experts, n, ff)
+        self.imbalance = torch.zeros(())  # of the last call: 1 if each expert had its share of tokens and probability
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """h: (batch, tokens, n_embd)."""
+        x = h.flatten(0, 1)
+        probabilities = self.ffn_gate_inp(x).softmax(-1)
+        weights, chosen = probabilities.topk(EXPERTS_USED)
+        weights = weights / weights.sum(-1, keepdim=True)
+        parts = (self.ffn_gate_exps, self.ffn_up_exps, self.ffn_down_exps)
+        mixed, shares = torch.zeros_like(x), []
+        for number in range(probabilities.shape[1]):
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            read = x[token]
+            gate, up, down = (part.weight[number] for part in parts)
+            made = (functional.silu(read @ gate.T) * (read @ up.T)) @ down.T
+            mixed = mixed.index_add(0, token, made * weights[token, place, None])
+            shares.append(len(token) / chosen.numel())
+        self.imbalance = len(shares) * (torch.tensor(shares) * probabilities.mean(0)).sum()
+        return mixed.view_as(h)
+
+
 class Block(nn.Module):
     """Attention with grouped heads, then SwiGLU; each has an RMS norm before it and is added to the residual stream."""
 
@@ -101,8 +163,7 @@ class Block(nn.Module):
         self.attn_q, self.attn_k = nn.Linear(n, n, bias=False), nn.Linear(n, kv, bias=False)
         self.attn_v, self.attn_output = nn.Linear(n, kv, bias=False), nn.Linear(n, n, bias=False)
         self.ffn_norm = nn.RMSNorm(n, shape.eps)
-        self.ffn_gate, self.ffn_up = nn.Linear(n, shape.n_ff, bias=False), nn.Linear(n, shape.n_ff, bias=False)
-        self.ffn_down = nn.Linear(shape.n_ff, n, bias=False)
+        self.feed_forward = Mixture(shape) if shape.n_expert else Dense(shape)
 
     def astray(self, x: torch.Tensor, turns: torch.Tensor, lead: torch.Tensor) -> torch.Tensor:
         """Cross entropy between the attention of guided heads and the places they should attend to.
@@ -131,12 +192,11 @@ class Block(nn.Module):
         k, v = rope(k, turns).repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         mixed = functional.scaled_dot_product_attention(rope(q, turns), k, v, is_causal=True)
         x = x + self.attn_output(mixed.transpose(1, 2).reshape(batch, tokens, n))
-        h = self.ffn_norm(x)
-        return x + self.ffn_down(functional.silu(self.ffn_gate(h)) * self.ffn_up(h))
+        return x + self.feed_forward(self.ffn_norm(x))
 
 
 class StoryModel(nn.Module):
-    """LLaMA; the names of the parameters are those of the GGUF tensors."""
+    """LLaMA; the names of the parameters, without ``feed_forward.``, are those of the GGUF tensors."""
 
     def __init__(self, shape: Shape):
         """Initial weights, normal, smaller where they write into the residual stream."""
@@ -148,8 +208,8 @@ class StoryModel(nn.Module):
         self.output = nn.Linear(shape.n_embd, shape.vocab, bias=False)
         self.turns = rope_turns(shape)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
+            if weight.dim() > 1:
+                residual = name.endswith(("attn_output.weight", "ffn_down.weight", "ffn_down_exps.weight"))
                 nn.init.normal_(weight, std=0.05 / math.sqrt(2 * shape.n_layer) if residual else 0.05)
 
     def prepare_to_copy(self) -> None:
@@ -227,7 +287,7 @@ def answered(model: StoryModel, tokenizer: Tokenizer, facts: int, count: int) ->
 def train(model: StoryModel, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Trains in place for ``args.steps`` steps of about ``args.batch_tokens`` tokens."""
     rows = Rows(tokenizer, args.seed + args.first_step)
-    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("blk.")]
+    inner = [p for name, p in model.named_parameters() if is_matrix(name, p) and name.startswith("blk.")]
     known = {id(p) for p in inner}
     others = [p for p in model.parameters() if id(p) not in known]
     optimizers: list[torch.optim.Optimizer] = [
@@ -253,6 +313,7 @@ def train(model: StoryModel, tokenizer: Tokenizer, args: argparse.Namespace) -> 
         logits, astray = model.guided(tokens[:, :-1], lead if guidance and lead.shape[1] else None)
         losses = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         loss = (losses * weights).sum() / weights.sum() + guidance * astray
+        loss = loss + BALANCE * sum(part.imbalance for part in model.modules() if isinstance(part, Mixture))
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -288,6 +349,11 @@ def tensors(rows: list[Row], value_weight: float) -> tuple[torch.Tensor, torch.T
 # file
 
 
+def is_matrix(name: str, weight: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix, or one for each expert; what chooses experts stays as exact as norms."""
+    return weight.dim() > 1 and "gate_inp" not in name
+
+
 def write_gguf(path: Path, model: StoryModel, tokenizer: Tokenizer) -> None:
     """Writes the model: matrices in F16, norms in F32."""
     shape = model.shape
@@ -302,7 +368,11 @@ def write_gguf(path: Path, model: StoryModel, tokenizer: Tokenizer) -> None:
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.n_embd)
     writer.add_block_count(shape.n_layer)
-    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_feed_forward_length(shape.n_ff_expert if shape.n_expert else shape.n_ff)
+    if shape.n_expert:
+        writer.add_expert_count(shape.n_expert)
+        writer.add_expert_used_count(EXPERTS_USED)
+        writer.add_expert_feed_forward_length(shape.n_ff_expert)
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_kv)
     writer.add_rope_dimension_count(shape.n_embd // shape.n_head)
@@ -322,8 +392,8 @@ def write_gguf(path: Path, model: StoryModel, tokenizer: Tokenizer) -> None:
     writer.add_add_space_prefix(False)
     writer.add_chat_template(CHAT_TEMPLATE)
     for name, weight in model.named_parameters():
-        kind = np.float16 if weight.dim() == 2 else np.float32
-        writer.add_tensor(name, weight.detach().numpy().astype(kind))
+        kind = np.float16 if is_matrix(name, weight) else np.float32
+        writer.add_tensor(name.replace("feed_forward.", ""), weight.detach().numpy().astype(kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -337,8 +407,8 @@ def check(path: Path, model: StoryModel, tokenizer: Tokenizer) -> None:
     """Compares the file in llama.cpp with PyTorch on unseen text: same tokens, KL divergence below 1e-5."""
     import llama_cpp
 
-    for weight in model.parameters():
-        weight.data = weight.data.half().float() if weight.dim() == 2 else weight.data
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.half().float() if is_matrix(name, weight) else weight.data
     window = Rows(tokenizer, EVALUATION_SEED).next(model.shape.context).tokens
     with torch.no_grad():
         logits = model(torch.tensor([window]))[0]
@@ -391,6 +461,7 @@ def main() -> None:
     parser.add_argument(
         "--guided-part", type=float, default=0.8, help="share of the training after which guidance ends"
     )
+    parser.add_argument("--experts", type=int, default=0, help="of a mixture in each layer; 0: none")
     parser.add_argument("--ask-every", type=int, default=100, help="steps between two counts of right answers")
     parser.add_argument("--continue-from", type=Path, help="model written by this script, to train further")
     parser.add_argument("--seed", type=int, default=TRAIN_SEED)
@@ -401,13 +472,14 @@ def main() -> None:
         return
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    shape = Shape()
+    shape = Shape(n_expert=args.experts)
     tokenizer = train_tokenizer(shape.vocab, TRAIN_SEED)
     model = StoryModel(shape)
     model.prepare_to_copy()
     if args.continue_from:
         tensors = gguf.GGUFReader(args.continue_from).tensors
-        model.load_state_dict({t.name: torch.tensor(t.data).float() for t in tensors})
+        named = {name.replace("feed_forward.", ""): name for name in model.state_dict()}
+        model.load_state_dict({named[t.name]: torch.tensor(t.data).float() for t in tensors})
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {asdict(shape)}")
     train(model, tokenizer, args)
     write_gguf(args.output, model, tokenizer)
