@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -130,6 +131,30 @@ def test_serve_starts_it(
     for number, message in ((signal.SIGILL, "built for newer CPUs"), (signal.SIGKILL, "was ended by SIGKILL")):
         with pytest.raises(Exception, match=message):
             llama_server.serve_with(stand_in, llama_f16, ServerOptions(rest=("--signal", str(int(number)))), ready)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from agq_gguf.integrations import llama_server
+llama_server.environment_for = lambda program: dict(os.environ)
+serving = llama_server.ServerOptions()
+llama_server.serve_with(Path(sys.argv[1]), Path(sys.argv[2]), serving, lambda url: print(flush=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux to end the child")
+def test_the_server_ends_if_serve_is_killed(stand_in: Path, llama_f16: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(stand_in), str(llama_f16)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
+        [server] = started_by(running.pid)
+        running.kill()
+    end = time.monotonic() + 30
+    while Path(f"/proc/{server}").exists() and "(zombie)" not in Path(f"/proc/{server}/status").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_folder_is_for_llama_server_to_read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import shutil
@@ -24,6 +25,7 @@ from agq_gguf.runtime.model import Model
 
 NAME = "llama-server"
 _CONTEXT = 4096  # tokens of a slot, unless the user sets it or the trained context is smaller
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _START_SECONDS = 600  # a large model on a slow disk
 
 
@@ -111,7 +113,9 @@ def serve_with(
     options = ServerOptions(**{**options.__dict__, "port": port})
     command = command_line(program, path, options, trained)
     url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
-    with subprocess.Popen(command, env=environment_for(program), stdin=subprocess.DEVNULL) as server:
+    with subprocess.Popen(
+        command, env=environment_for(program), stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent()
+    ) as server:
         try:
             _wait(server, url)
             if ready is not None:
@@ -159,6 +163,14 @@ def _ending(code: int) -> str:
     if code == -getattr(signal, "SIGILL", 0):
         return "used an instruction that this CPU does not have, so it was built for newer CPUs, and ended"
     return f"was ended by {signal.Signals(-code).name}"
+
+
+def _end_with_parent() -> Callable[[], object] | None:
+    """What a child process calls first, so that it ends when this one does, even if that is killed. Linux only."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: a child of a process with threads should do little
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(server: subprocess.Popen[bytes], url: str) -> None:
