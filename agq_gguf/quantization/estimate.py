@@ -41,7 +41,7 @@ def estimate(plans: Sequence[TensorPlan], options: QuantizeOptions, *, calibrate
     statistics, passes = _statistics(plans, options.memory) if feedback else (0, 1)
     largest = max((4 * tensor.n_elements // tensor.n_matrices for tensor in ours), default=0)
     memory = _PROGRAM + max(statistics, 0) + _COPIES * largest
-    speed = _operations_per_second()
+    speed = max(threads, 1) * _operations_per_second()
     seconds = _PER_WEIGHT * sum(tensor.n_elements for tensor in ours) / max(threads, 1)
     weights = sum(plan.source.n_elements for plan in plans)
     tokens = options.tokens_for(weights)
@@ -70,14 +70,19 @@ def _statistics(plans: Sequence[TensorPlan], memory: int) -> tuple[int, int]:
 
 
 def _operations_per_second() -> float:
-    """Multiplications and additions of a large product in PyTorch: the fastest of some, in a tenth of a second.
+    """Multiplications and additions of one core in a large product of PyTorch: the fastest of a tenth of a second.
 
-    Not their mean, which halves whenever another process has a core for a moment.
+    Not their mean, and not of several threads, which wait for each other: both fall to a fraction whenever another
+    process has a core for a moment.
     """
-    a = torch.ones(768, 768)
-    end, fastest = time.perf_counter() + 0.1, float("inf")
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        a @ a
-        fastest = min(fastest, time.perf_counter() - begin)
-    return 2 * 768**3 / fastest
+    a, before = torch.ones(384, 384), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        end, fastest = time.perf_counter() + 0.1, float("inf")
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            a @ a
+            fastest = min(fastest, time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * 384**3 / fastest
