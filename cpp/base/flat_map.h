@@ -69,9 +69,11 @@ class flat_map {
     }
     void resize(size_t least) {
         size_t size = 2;
-        for (shift_ = 63; size < least; --shift_) size *= 2;
-        std::vector<entry> old(size);
+        int shift = 63;
+        for (; size < least; --shift) size *= 2;
+        std::vector<entry> old(size);  // may throw, and then nothing has changed
         old.swap(entries_);
+        shift_ = shift;
         for (entry &e : old) {
             if (e.is_used) entries_[slot_of(e.key)] = std::move(e);
         }

@@ -46,7 +46,7 @@ bool sequence_groups::continues(const ggml_tensor *mask, const char *stream_rows
     return found.common > 0 && found.added <= 1 && found.lost <= 1;
 }
 
-/// Whether the last token sees all tokens from `first` on. Then they are one sequence. Reads a single row of the mask.
+/// Whether the last token sees all tokens from `first` on, as in one sequence. Reads a single row of the mask.
 bool sequence_groups::last_sees_all(const ggml_tensor *mask, const char *stream_rows, int64_t first, int64_t tokens,
                                     const int32_t *own_cells) {
     const mask_row row(stream_rows + static_cast<size_t>(tokens - 1) * mask->nb[1], mask->type == ggml_type_f16);
@@ -119,6 +119,7 @@ void sequence_groups::set_columns(const ggml_tensor *mask, const char *rows, siz
 /// The groups of one token that sees the cells of the token before and one behind them; false if it does not.
 bool sequence_groups::add_one_cell(const ggml_tensor *mask, const char *rows, int64_t tokens) {
     if (tokens != 1 || mask->ne[3] != 1 || groups_.size() != 1 || groups_[0].n_tokens != 1) return false;
+    if (cells_.empty() || cells_[0].empty()) return false;  // there was no memory for them
     std::vector<int32_t> &cells = cells_[0];
     const mask_row row(rows, mask->type == ggml_type_f16);
     if (cells.back() >= mask->ne[0] || row.count_visible(mask->ne[0]) != static_cast<int64_t>(cells.size()) + 1) {

@@ -83,10 +83,11 @@ void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
     const bool same =
         scanners_[k].is_unchanged() && last.number + 1 == calls_ && last.first == n_levels_ && last.sites == sites;
     last.first = n_levels_;
-    last.number = calls_;
+    last.number = 0;  // until all levels are there
     if (same) {
         for (size_t i = 0; i < last.borders.size(); ++i) next_level(kind);
         use_levels(facts, kind);
+        last.number = calls_;
         return;
     }
     last.sites = std::move(sites);
@@ -110,6 +111,7 @@ void hidden_cells::find_in_whole(const graph_facts &facts, int kind) {
         cells.resize(n);
     }
     use_levels(facts, kind);
+    last.number = calls_;
 }
 
 /// Gives every attention of a kind its level.

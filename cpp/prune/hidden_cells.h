@@ -37,7 +37,7 @@ class hidden_cells {
     struct last_levels {
         std::vector<int32_t> sites, borders;  ///< layers that are scanned; indices of those where tokens are dropped
         int first = 0;                        ///< level
-        uint64_t number = 0;                  ///< of the call of `find`
+        uint64_t number = 0;                  ///< of the call of `find`; 0: none
     };
 
     uint64_t calls_ = 0;             ///< of `find`

@@ -217,6 +217,7 @@ ggml_status pruner::run_graph(ggml_tensor **nodes, int n, bool repeated, bool ha
 
 ggml_status pruner::run(ggml_tensor **nodes, int n, bool repeated, int n_threads, const compute_fn &compute) {
     const bool is_same = repeated && is_of_host_;
+    is_of_host_ = is_same;  // a graph that was read in part only, for lack of memory, is read again
     if (!is_same) read_graph(nodes, n);
     is_of_host_ = true;
     const bool is_generation = facts().out_ids && facts().out_ids->ne[0] >= facts().n_tokens();

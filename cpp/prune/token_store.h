@@ -86,7 +86,7 @@ struct stored_token {
 class token_store {
   public:
     static constexpr size_t most_bytes = size_t{256} << 20;  ///< of rows
-    static constexpr size_t most_tokens = size_t{1} << 17;
+    static constexpr size_t most_tokens = size_t{1} << 17;   ///< as often as they were computed
 
     /// Makes room for rows of `n` tokens and for `window_bytes`, which may drop rows of older tokens, but not of blocks
     /// for which `is_needed` returns true. `others`: the size of blocks that were made, but not yet put into the store.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "base/prefetch.h"
 #include "graph/mask_view.h"
@@ -177,9 +178,10 @@ const int32_t *zero_row_scanner::one_step_on(const std::vector<key_rows> &layers
 }
 
 /// Whether the candidates, of one token and of one stream, look as the last scan found them.
-bool zero_row_scanner::is_as_before(const std::vector<key_rows> &layers, int32_t *hints, int32_t least_layer) {
+bool zero_row_scanner::is_as_before(const std::vector<key_rows> &layers, int32_t *hints, int32_t least_layer,
+                                    bool was_watching) {
     const int32_t *added = one_step_on(layers);
-    if (!added || !is_watching_ || least_layer != last_least_layer_) return false;
+    if (!added || !was_watching || least_layer != last_least_layer_) return false;
     int32_t &hint = hints[*added];
     if (!layers.back().may_be_zero(*added, 0)) hint = -1;  // it may be left over from an earlier text
     if (hint >= 0) return false;
@@ -230,24 +232,26 @@ const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_ro
     hinted_cells_ = cells;
     if (hints_.size() < total) hints_.resize(total, -1);
     const bool one_token = mask->ne[1] == 1 && streams == 1;
+    // Until the end of this scan, which may lack memory, there is nothing to go on from.
+    const bool was_watching = std::exchange(is_watching_, false);
     ++turn_;
     unchanged_ = false;
     for (int64_t s = 0; s < streams; ++s) {
         list_candidates(mask, s, skip.empty() ? nullptr : &skip[static_cast<size_t>(s * cells)]);
         int32_t *hints = &hints_[static_cast<size_t>(s * cells)];
-        if (one_token && is_as_before(layers, hints, least_layer)) {
-            unchanged_ = true;
+        if (one_token && is_as_before(layers, hints, least_layer, was_watching)) {
+            is_watching_ = unchanged_ = true;
             return found_;
         }
         if (s == 0) found_.clear();
         scan_stream(layers, mask, s, least_layer, hints);
     }
-    is_watching_ = one_token;
     last_least_layer_ = least_layer;
     watched_.clear();
-    if (is_watching_) {
+    if (one_token) {
         for (const int32_t c : candidates_) watched_.add(layers, c, 0, hints_[static_cast<size_t>(c)]);
     }
+    is_watching_ = one_token;
     return found_;
 }
 

@@ -82,7 +82,7 @@ class zero_row_scanner {
     static void prefetch_rows(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint);
     void list_candidates(const ggml_tensor *mask, int64_t stream, const uint8_t *skipped);
     const int32_t *one_step_on(const std::vector<key_rows> &layers);
-    bool is_as_before(const std::vector<key_rows> &layers, int32_t *hints, int32_t least_layer);
+    bool is_as_before(const std::vector<key_rows> &layers, int32_t *hints, int32_t least_layer, bool was_watching);
     void scan_stream(const std::vector<key_rows> &layers, const ggml_tensor *mask, int64_t stream, int32_t least_layer,
                      int32_t *hints);
 

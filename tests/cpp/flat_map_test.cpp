@@ -2,6 +2,7 @@
 #include "base/flat_map.h"
 
 #include <memory>
+#include <new>
 #include <unordered_map>
 
 #include "checks.h"
@@ -53,11 +54,41 @@ void test_values_are_freed() {
     CHECK(value.use_count() == 1, "%ld", value.use_count());
 }
 
+/// A value for which there may be no memory.
+struct large {
+    static inline bool lacks_memory = false;
+    int number = 0;
+    large() {
+        if (lacks_memory) throw std::bad_alloc();
+    }
+};
+
+void test_without_memory() {
+    agq::flat_map<uint64_t, large> map;
+    int failed = 0;
+    for (uint64_t key = 0; key < 200; ++key) {
+        large::lacks_memory = true;
+        try {
+            map.add(key);
+        } catch (const std::bad_alloc &) {
+            ++failed;
+        }
+        large::lacks_memory = false;
+        map.add(key).first->number = static_cast<int>(key);
+        for (uint64_t before = 0; before <= key; ++before) {
+            const large *found = map.find(before);
+            CHECK(found && found->number == static_cast<int>(before), "key %d", static_cast<int>(before));
+        }
+    }
+    CHECK(failed >= 4 && failed < 20, "%d", failed);
+}
+
 }  // namespace
 
 int main() {
     for (int i = 0; i < 300; ++i) test_operations(random_int(1, 200));
     test_values_are_freed();
+    test_without_memory();
     if (failures == 0) std::printf("ok\n");
     return failures != 0;
 }
