@@ -237,6 +237,7 @@ class StoryModel(nn.Module):
 
 def write_texts(folder: Path, calibration_bytes: int) -> None:
     """Writes ``calibration.txt`` and ``evaluation.txt`` (about 160 kB), of unseen seeds."""
+    folder.mkdir(parents=True, exist_ok=True)
     sizes = ("calibration", CALIBRATION_SEED, calibration_bytes), ("evaluation", EVALUATION_SEED, 160_000)
     for name, seed, size in sizes:
         talks, text = story_grammar.texts(seed), ""
