@@ -17,8 +17,8 @@ from agq_gguf.quantization.type_plan import TensorPlan
 _PROGRAM = 400 << 20  # bytes: Python, PyTorch and llama.cpp without a model
 _COPIES = 3  # of a matrix in float32 while it is quantized
 
-# Seconds = operations / speed of a large product, with factors measured on SmolLM2 135M (2-core Xeon at 2.5 GHz).
-_FORWARD = 3.0  # llama.cpp's products of float weights are slower than PyTorch's
+# Seconds = operations / speed of a product, with factors measured on SmolLM2 135M (2-core Xeon at 2.5 GHz, Zen 4).
+_FORWARD = 2.0  # llama.cpp's products of float weights are slower than PyTorch's: 3 times on the Xeon, 1.5 on the Zen 4
 _PER_WEIGHT = 2e-7  # seconds of one core for the search of scales and codes of a weight
 _BEST = 6.0  # `best` takes so many times the time of `balanced`
 
