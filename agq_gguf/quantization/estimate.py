@@ -16,6 +16,8 @@ from agq_gguf.quantization.type_plan import TensorPlan
 
 _PROGRAM = 400 << 20  # bytes: Python, PyTorch and llama.cpp without a model
 _COPIES = 3  # of a matrix in float32 while it is quantized
+_CHUNK = 512  # tokens of the text that llama.cpp runs at a time
+_LOGITS = 2 * 4 * _CHUNK  # bytes for each word of the vocabulary: logits of a chunk, in the graph and for the caller
 
 # Seconds = operations / speed of a product, with factors measured on SmolLM2 135M (2-core Xeon at 2.5 GHz, Zen 4).
 _FORWARD = 2.0  # llama.cpp's products of float weights are slower than PyTorch's: 3 times on the Xeon, 1.5 on the Zen 4
@@ -40,7 +42,9 @@ def estimate(plans: Sequence[TensorPlan], options: QuantizeOptions, *, calibrate
     feedback = calibrated and options.matrix.error_feedback
     statistics, passes = _statistics(plans, options.memory) if feedback else (0, 1)
     largest = max((4 * tensor.n_elements // tensor.n_matrices for tensor in ours), default=0)
-    memory = _PROGRAM + max(statistics, 0) + _COPIES * largest
+    vocabulary = next((plan.source.shape[0] for plan in plans if plan.source.name == "token_embd.weight"), 0)
+    running = _LOGITS * vocabulary if calibrated else 0
+    memory = _PROGRAM + max(statistics, 0) + running + _COPIES * largest
     speed = max(threads, 1) * _operations_per_second()
     seconds = _PER_WEIGHT * sum(tensor.n_elements for tensor in ours) / max(threads, 1)
     weights = sum(plan.source.n_elements for plan in plans)
