@@ -208,10 +208,13 @@ def test_mixed_load(server: tuple[str, int], client: openai.OpenAI) -> None:
     """Eight people for a while, each doing everything in turn: all is answered, and memory does not grow."""
     prompts = [f"the {color} key in the box" for color in ("red", "blue", "green", "black")]
     url, process = server
-    alone = {
-        p: client.completions.create(model="any", prompt=p, max_tokens=8, temperature=0).choices[0].text
-        for p in prompts
-    }
+
+    def complete(prompt: str) -> str:
+        """Computes the whole prompt: behind a cached part, few tokens are computed at once, with other last bits."""
+        body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "cache_prompt": False}
+        return str(json.loads(ask(url, "/v1/completions", body))["choices"][0]["text"])
+
+    alone = {prompt: complete(prompt) for prompt in prompts}
     done: Counter[str] = Counter()
     failures: list[str] = []
     end = time.monotonic() + SECONDS
@@ -223,9 +226,7 @@ def test_mixed_load(server: tuple[str, int], client: openai.OpenAI) -> None:
             prompt = luck.choice(prompts)
             try:
                 if what == "complete":
-                    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
-                    text = json.loads(ask(url, "/v1/completions", body))["choices"][0]["text"]
-                    done["same" if text == alone[prompt] else "other"] += 1
+                    done["same" if complete(prompt) == alone[prompt] else "other"] += 1
                 elif what == "schema":
                     body = {"prompt": prompt, "max_tokens": 30, "json_schema": {"type": "boolean"}}
                     assert json.loads(json.loads(ask(url, "/completion", body))["content"]) in (True, False)
@@ -254,5 +255,5 @@ def test_mixed_load(server: tuple[str, int], client: openai.OpenAI) -> None:
         one.join()
     print(f"\n{dict(done)}; memory {begun >> 20}, {third >> 20}, {resident(process) >> 20} MiB")
     assert not failures and min(done[kind] for kind in ("complete", "stream", "cancel", "schema", "too long")) > 0
-    assert done["same"] >= 0.9 * done["complete"]
+    assert done["same"] >= 0.99 * done["complete"]
     assert resident(process) < 1.1 * third
