@@ -31,7 +31,7 @@ def evaluate(
             "--ctx",
             "-c",
             min=0,
-            help="Tokens per chunk; 0: 512 (of encoders 128), or fewer if a model allows only fewer.",
+            help="Tokens per chunk; 0: 512 (for embeddings 128), or fewer if a model allows only fewer.",
         ),
     ] = 0,
     chunks: Annotated[int, typer.Option(min=0, help="Score only the first N chunks; 0: all.")] = 0,

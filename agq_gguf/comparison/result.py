@@ -13,7 +13,7 @@ from agq_gguf.measure.row import Row
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result."""
+    """The rows of all files, and what they were measured with."""
 
     source: str
     calibration: str

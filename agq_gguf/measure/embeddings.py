@@ -1,4 +1,4 @@
-"""Compares an encoder with its reference: how far its embeddings turn, and whether neighbours stay neighbours."""
+"""Compares a model made for embeddings with its reference: how far they turn, and whether neighbours stay neighbours."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def evaluate_embeddings(
     flash_attention: FlashAttention = "auto",
     progress: Progress = no_progress,
 ) -> EmbeddingEvaluation:
-    """Compares two encoders on a text that is cut into texts of `context` tokens (default: 128, or fewer if a model
-    allows only fewer).
+    """Compares the embeddings of two models on a text that is cut into texts of `context` tokens (default: 128, or
+    fewer if a model allows only fewer).
 
     `chunks` limits their number. Raises InputError, or HostError if a model does not run.
     """

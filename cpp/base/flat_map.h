@@ -22,15 +22,13 @@ class flat_map {
     Value *find(Key key) { return const_cast<Value *>(std::as_const(*this).find(key)); }
     /// The value and whether it is new; a new one is default. Throws std::bad_alloc.
     std::pair<Value *, bool> add(Key key) {
+        if (Value *known = find(key)) return {known, false};
         if (2 * (n_ + 1) > entries_.size()) resize(4 * (n_ + 1));
-        entry &found = entries_[slot_of(key)];
-        const bool is_new = !found.is_used;
-        if (is_new) {
-            found.key = key;
-            found.is_used = true;
-            ++n_;
-        }
-        return {&found.value, is_new};
+        entry &fresh = entries_[slot_of(key)];
+        fresh.key = key;
+        fresh.is_used = true;
+        ++n_;
+        return {&fresh.value, true};
     }
     void erase(Key key) {
         if (n_ == 0) return;

@@ -105,14 +105,14 @@ void watched_rows::clear() {
     before_.clear();
 }
 
-void watched_rows::add(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint) {
+void watched_rows::add(const std::vector<key_rows> &layers, int64_t cell, int32_t hint) {
     if (hint < 0) {
-        filled_.push_back(layers.back().row(cell, stream));
+        filled_.push_back(layers.back().row(cell, 0));
         return;
     }
     const size_t first = static_cast<size_t>(hint);
-    zero_.push_back(layers[first].row(cell, stream));
-    if (first > 0) before_.push_back(layers[first - 1].row(cell, stream));
+    zero_.push_back(layers[first].row(cell, 0));
+    if (first > 0) before_.push_back(layers[first - 1].row(cell, 0));
 }
 
 /// Nothing in the loops depends on what was read, so the processor waits for many rows at once.
@@ -185,7 +185,7 @@ bool zero_row_scanner::is_as_before(const std::vector<key_rows> &layers, int32_t
     int32_t &hint = hints[*added];
     if (!layers.back().may_be_zero(*added, 0)) hint = -1;  // it may be left over from an earlier text
     if (hint >= 0) return false;
-    watched_.add(layers, *added, 0, -1);
+    watched_.add(layers, *added, -1);
     return watched_.are_as_before(layers[0], turn_);
 }
 
@@ -249,7 +249,7 @@ const std::vector<dropped_cell> &zero_row_scanner::scan(const std::vector<key_ro
     last_least_layer_ = least_layer;
     watched_.clear();
     if (one_token) {
-        for (const int32_t c : candidates_) watched_.add(layers, c, 0, hints_[static_cast<size_t>(c)]);
+        for (const int32_t c : candidates_) watched_.add(layers, c, hints_[static_cast<size_t>(c)]);
     }
     is_watching_ = one_token;
     return found_;

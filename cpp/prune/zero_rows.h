@@ -46,25 +46,24 @@ struct dropped_cell {
     int32_t first_layer;  ///< index into the given layers: the first layer without the token
 };
 
-/// What the last scan has read, to be read again. Rows are of one stream and of the same cache.
+/// What the last scan has read, to be read again. Rows are of a cache's only stream.
 class watched_rows {
   public:
     void clear();
     /// Adds the row in which a token is missing first (`hint`: the layer) and the one before, or, if it is missing
     /// nowhere (-1), the one of the last layer.
-    void add(const std::vector<key_rows> &layers, int64_t cell, int64_t stream, int32_t hint);
+    void add(const std::vector<key_rows> &layers, int64_t cell, int32_t hint);
     /// Whether all rows still look as they did. Of the rows before, one in eight is read: those of this `turn`.
     bool are_as_before(const key_rows &form, size_t turn) const;
 
   private:
-    std::vector<const char *> filled_, zero_;
-    std::vector<const char *> before_;
+    std::vector<const char *> filled_, zero_, before_;
 };
 
-/// Scans the cache for dropped tokens. The host may restore, copy, move and reuse cells at any time, so no state is
-/// kept but hints. Each scan reads again whether a cell holds a dropped token. A second row is read to find the layer
-/// from which it is missing. If a scan only adds one token, that row is read for one cell in eight; if one has changed,
-/// it is read for all.
+/// Scans the cache for dropped tokens. The host may restore, copy, move and reuse cells at any time, so what is
+/// kept of a scan is read again, or but a hint. Each scan reads again whether a cell holds a dropped token. A second
+/// row is read to find the layer from which it is missing. If a scan only adds one token, that row is read for one cell
+/// in eight; if one has changed, it is read for all.
 class zero_row_scanner {
   public:
     /// All dropped cells that are visible in `mask` ([cell, token, 1, stream]), by stream and cell. `layers` are
