@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = (
     "kernels_test", "attention_test", "paper_attention_test", "q8_test", "rows_test", "rounding_test", "mixed_test",
 )  # fmt: skip
-OTHERS = ("thread_choice_test", "fetch_tuner_test", "token_store_test", "abi_fuzz")
+PARTS = (
+    "thread_choice_test", "fetch_tuner_test", "token_store_test", "flat_map_test", "steps_test",
+    *(["huge_pages_test"] if sys.platform == "linux" else []),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DAGQ_BUILD_TESTS=ON", "-DAGQ_WERROR=ON"]
     if shutil.which("ccache"):
         configure.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
-    for command in (configure, [cmake, "--build", str(folder), "-j", "2", "--target", *PROGRAMS, *OTHERS]):
+    for command in (configure, [cmake, "--build", str(folder), "-j", "2", "--target", *PROGRAMS, *PARTS, "abi_fuzz"]):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
     return folder
@@ -52,10 +56,10 @@ def test_cpp_program(name: str, build: Path) -> None:
     assert "scalar" in result.stdout
 
 
-@pytest.mark.parametrize("what", ["thread_choice", "fetch_tuner"])
-def test_choices_at_run_time(what: str, build: Path) -> None:
-    """With how many threads graphs run while other processes use the cores, too; how far ahead weights are fetched."""
-    result = run(build / f"{what}_test")
+@pytest.mark.parametrize("name", PARTS)
+def test_part(name: str, build: Path) -> None:
+    """Choices at run time, what pruning remembers, and memory: parts of the plugin that need no model."""
+    result = run(build / name)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
