@@ -1,4 +1,4 @@
-"""Compares a model made for embeddings with its reference: how far they turn, and whether neighbours stay neighbours."""
+"""Compares a model made for embeddings with its reference: how far they turn, and whether neighbours stay the same."""
 
 from __future__ import annotations
 
