@@ -221,7 +221,7 @@ token_dim trace_node(const operands &x) {
 bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t tokens, token_dim *dim,
                  std::string *reason) {
     *dim = {};
-    const std::string name = facts.input_name(leaf);
+    const std::string_view name = facts.input_name(leaf);
     int wanted = -1;
     if (name == "inp_tokens" || name == "inp_layer_tokens" || name == "inp_pos" || name == "attn_inp_k_idxs") {
         wanted = 0;
@@ -250,7 +250,7 @@ bool trace_input(const graph_facts &facts, const ggml_tensor *leaf, int64_t toke
     const bool harmless = name == "out_ids" || name == "attn_inp_k_rot" || name == "attn_inp_v_rot";
     if (!(leaf->flags & ggml_flag_input) || harmless) return true;
     *reason = name == "embd" ? "the ubatch holds embeddings instead of tokens, as those of an image"
-                             : "pruning does not support the graph's input '" + name + "'";
+                             : "pruning does not support the graph's input '" + std::string(name) + "'";
     return false;
 }
 
@@ -289,7 +289,7 @@ bool trace(const graph_facts &facts, int64_t tokens, int64_t streams, bool ends_
         (*dims)[i] = trace_node(x);
         if (!(*dims)[i]) {
             *reason = std::string("pruning does not support the operation ") + host.ggml_op_name(x.node->op) + " ('" +
-                      name_of(x.node) + "')";
+                      std::string(name_of(x.node)) + "')";
             return false;
         }
     }

@@ -65,8 +65,8 @@ bool is_named(const ggml_tensor *t, const char *name) {
     return std::strncmp(t->name, name, sizeof(t->name)) == 0;
 }
 
-std::string name_of(const ggml_tensor *t) {
-    return std::string(t->name, strnlen(t->name, sizeof(t->name)));
+std::string_view name_of(const ggml_tensor *t) {
+    return {t->name, strnlen(t->name, sizeof(t->name))};
 }
 
 const ggml_tensor *root_of(const ggml_tensor *t) {
@@ -129,7 +129,7 @@ void graph_facts::read(ggml_tensor **nodes, int n) {
     find_kinds();
 }
 
-std::string graph_facts::input_name(const ggml_tensor *leaf) const {
+std::string_view graph_facts::input_name(const ggml_tensor *leaf) const {
     const auto known = roles_.find(leaf);
     return known == roles_.end() ? name_of(leaf) : known->second;
 }
@@ -138,7 +138,7 @@ std::string graph_facts::input_name(const ggml_tensor *leaf) const {
 void graph_facts::find_input(const ggml_tensor *node, int slot) {
     const ggml_tensor *leaf = node->src[slot];
     if (const char *role = role_of(node, slot)) roles_.emplace(leaf, role);
-    const std::string name = input_name(leaf);
+    const std::string_view name = input_name(leaf);
     if (name == mask_name) masks_.push_back(leaf);
     const struct {
         const char *name;

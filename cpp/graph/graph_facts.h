@@ -3,7 +3,7 @@
 
 #include <array>
 #include <cstdint>
-#include <string>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -79,7 +79,7 @@ class graph_facts {
 
     /// The name that newer releases of the host give this input. Older releases leave some inputs without a name; those
     /// are recognized by their use.
-    std::string input_name(const ggml_tensor *leaf) const;
+    std::string_view input_name(const ggml_tensor *leaf) const;
 
   private:
     void find_input(const ggml_tensor *node, int slot);
@@ -101,7 +101,7 @@ class graph_facts {
 bool is_named(const ggml_tensor *t, const char *name);
 
 /// The name, for messages.
-std::string name_of(const ggml_tensor *t);
+std::string_view name_of(const ggml_tensor *t);
 
 /// The tensor whose memory a view shows.
 const ggml_tensor *root_of(const ggml_tensor *t);

@@ -76,7 +76,7 @@ std::string find_crossing(const graph_facts &facts, const std::vector<token_dim>
         const auto is_mask = [t](const attention_kind &kind) { return kind.mask == t; };
         if (!before || !dims[i] || facts.last_use[i] <= at) continue;
         if (std::any_of(facts.kinds.begin(), facts.kinds.end(), is_mask)) continue;
-        if (!is_contiguous(t)) return "the tensor '" + name_of(t) + "' is not contiguous";
+        if (!is_contiguous(t)) return "the tensor '" + std::string(name_of(t)) + "' is not contiguous";
         crossing->push_back(static_cast<int>(i));
     }
     return "";

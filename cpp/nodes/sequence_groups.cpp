@@ -65,11 +65,16 @@ void sequence_groups::mark_seen(const ggml_tensor *mask, const char *rows, int64
     row(end - 1).mark_visible(0, mask->ne[0], seen_.data());
     const int64_t begin_rest = std::find(seen_.begin(), seen_.end(), 0) - seen_.begin();
     const int64_t end_rest = seen_.rend() - std::find(seen_.rbegin(), seen_.rend(), 0);
+    if (end_rest <= begin_rest) return;
+    mask_row marked = row(first);
     for (int64_t t = first + 1; t < end - 1; ++t) {
         const mask_row ahead = row(std::min(t + mask_rows_ahead, end - 1));
         prefetch(ahead.at(begin_rest));
+        prefetch(ahead.at((begin_rest + end_rest) / 2));
         prefetch(ahead.at(end_rest - 1));
-        row(t).mark_visible(begin_rest, end_rest, seen_.data());
+        if (row(t).equals(marked, begin_rest, end_rest)) continue;  // most tokens see of the rest what others see
+        marked = row(t);
+        marked.mark_visible(begin_rest, end_rest, seen_.data());
     }
 }
 

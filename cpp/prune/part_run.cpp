@@ -60,13 +60,14 @@ void part_run::set_tokens(const run_input &in, int kind, int64_t first_row, scor
     score_tokens &tokens = meter->tokens;
     tokens.rows.resize(alive_.size());
     tokens.positions.resize(alive_.size());
-    tokens.cells.clear();
+    tokens.cells.resize(early_alive_.size() + alive_.size());
+    int32_t *cell = tokens.cells.data();
     for (int32_t i : early_alive_) {
-        tokens.cells.push_back(work_->tokens.cell_of(kind, work_->tokens.missing[static_cast<size_t>(i)].place));
+        *cell++ = work_->tokens.cell_of(kind, work_->tokens.missing[static_cast<size_t>(i)].place);
     }
     for (size_t i = 0; i < alive_.size(); ++i) {
         tokens.rows[i] = in.mask_only ? alive_[i] : static_cast<int32_t>(first_row) + static_cast<int32_t>(i);
-        tokens.cells.push_back(own[static_cast<size_t>(alive_[i])]);
+        *cell++ = own[static_cast<size_t>(alive_[i])];
         tokens.positions[i] = part_->position + alive_[i] - static_cast<int32_t>(part_->first);
     }
     tokens.first_cell = part_->views[static_cast<size_t>(kind)].first_cell;
@@ -183,8 +184,13 @@ void part_run::keep_weights(const run_input &in, const head_site &heads) {
     for (size_t h = 0; h < heads.heads.size(); ++h) {
         const int layer = in.facts.sites[static_cast<size_t>(heads.site)].layer;
         std::vector<float> &weights = head_weights_[{layer, heads.heads[h]}];
-        weights.assign(layer_of_early_.size() + layer_of_token_.size(), NAN);
-        const std::vector<float> largest = probe.largest(h);
+        std::vector<float> largest = probe.largest(h);
+        const size_t all = layer_of_early_.size() + layer_of_token_.size();
+        if (left.size() == all) {  // each token is in its place
+            weights = std::move(largest);
+            continue;
+        }
+        weights.assign(all, NAN);
         for (size_t i = 0; i < left.size(); ++i) weights[static_cast<size_t>(left[i])] = largest[i];
     }
 }

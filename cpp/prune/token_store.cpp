@@ -33,9 +33,21 @@ uint64_t token_fingerprint(const key_rows &keys, int64_t cell) {
     return all;
 }
 
+namespace {
+
+/// So much memory is taken for rows: up to a quarter more, so that prompts of similar length can take it over. Memory
+/// of this size comes from the system and goes back to it, which takes longer than all other planning.
+size_t room_for(size_t bytes) {
+    size_t step = 1;
+    while (8 * step < bytes) step *= 2;
+    return (bytes + step - 1) / step * step;
+}
+
+}  // namespace
+
 std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes, size_t window_bytes, size_t others,
                                                      const std::function<bool(const token_block &)> &is_needed) {
-    const size_t bytes = n * row_bytes, wanted = bytes + window_bytes + others;
+    const size_t room = room_for(n * row_bytes), wanted = room + window_bytes + others;
     if (wanted > most_bytes) return nullptr;
     size_t free = most_bytes - bytes_, oldest = 0;
     for (; free < wanted && oldest < blocks_.size(); ++oldest) {
@@ -45,22 +57,24 @@ std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes,
         free += block.bytes();
     }
     if (free < wanted) return nullptr;
+    auto fresh = std::make_shared<token_block>();
     for (size_t i = 0; i < oldest; ++i) {
         token_block &block = *blocks_[i];
         bytes_ -= block.bytes();
+        if (block.room == room) fresh->rows = std::move(block.rows);
         block.forget_rows();
     }
-    auto fresh = std::make_shared<token_block>();
     fresh->row_bytes = row_bytes;
+    fresh->room = room;
     fresh->window_bytes = window_bytes;
-    if (bytes > 0) fresh->rows.reset(new char[bytes]);
+    if (room > 0 && !fresh->rows) fresh->rows.reset(new char[room]);
     return fresh;
 }
 
 void token_store::forget_oldest() {
-    index();
     const token_block &block = *blocks_.front();
-    for (size_t kind = 0; kind < block.fingerprints.size(); ++kind) {
+    // As long as no token is looked for, there are no tables.
+    for (size_t kind = 0; kind < std::min(tokens_.size(), block.fingerprints.size()); ++kind) {
         for (uint64_t fingerprint : block.fingerprints[kind]) {
             const stored_token *found = tokens_[kind].find(fingerprint);
             if (found && found->block.get() == &block) tokens_[kind].erase(fingerprint);
@@ -68,6 +82,7 @@ void token_store::forget_oldest() {
     }
     bytes_ -= block.bytes();
     n_tokens_ -= block.n_tokens();
+    if (!new_blocks_.empty() && new_blocks_.front().block == blocks_.front()) new_blocks_.pop_front();
     blocks_.pop_front();
 }
 

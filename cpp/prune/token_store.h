@@ -33,6 +33,7 @@ struct kept_window {
 struct token_block {
     std::unique_ptr<char[]> rows;  ///< [tokens][row_bytes]; null if there are none
     size_t row_bytes = 0;
+    size_t room = 0;  ///< the size of the memory at `rows`
     /// Of the last tokens, if they may observe the others for a question that is too short: their queries in the
     /// attentions up to the first cut whose heads are measured, [tokens][query_floats].
     std::vector<float> queries;
@@ -47,7 +48,7 @@ struct token_block {
     std::vector<std::vector<std::weak_ptr<kept_window>>> kept;  ///< of these tokens, by other blocks; may be empty
 
     size_t n_tokens() const { return fingerprints.empty() ? 0 : fingerprints[0].size(); }
-    size_t bytes() const { return rows ? n_tokens() * row_bytes + window_bytes : 0; }
+    size_t bytes() const { return rows ? room + window_bytes : 0; }
     void forget_rows() {
         rows.reset();
         windows.clear();
@@ -85,7 +86,7 @@ struct stored_token {
 /// The tokens of one backend instance. The oldest leave first.
 class token_store {
   public:
-    static constexpr size_t most_bytes = size_t{256} << 20;  ///< of rows
+    static constexpr size_t most_bytes = size_t{256} << 20;  ///< of rows; a power of two
     static constexpr size_t most_tokens = size_t{1} << 17;   ///< as often as they were computed
 
     /// Makes room for rows of `n` tokens and for `window_bytes`, which may drop rows of older tokens, but not of blocks
@@ -129,7 +130,7 @@ class token_store {
 
     /// By kind of attention. Tokens of new blocks come in when the first one is looked for: most never are.
     mutable std::vector<flat_map<uint64_t, stored_token>> tokens_;
-    mutable std::vector<new_block> new_blocks_;
+    mutable std::deque<new_block> new_blocks_;  ///< oldest first
     size_t n_tokens_ = 0;                              ///< of all blocks
     std::deque<std::shared_ptr<token_block>> blocks_;  ///< oldest first
     size_t bytes_ = 0;

@@ -61,7 +61,7 @@ std::shared_ptr<token_block> waiting_tokens::make_block(const ubatch_part &part,
     const size_t n = static_cast<size_t>(part.n);
     const auto needed = [this](const token_block &block) { return is_needed(block); };
     std::shared_ptr<token_block> block = store_.make_block(n, row_bytes_, window_bytes, made_bytes_, needed);
-    if (block) made_bytes_ += n * row_bytes_ + window_bytes;
+    if (block) made_bytes_ += block->bytes();
     return block;
 }
 

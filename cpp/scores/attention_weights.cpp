@@ -102,9 +102,9 @@ void weight_visitor::prepare(const score_source &source, int threads) {
         keys_.mask = static_cast<const char *>(attention_.mask->data);
         keys_.mask_stride = attention_.mask->nb[1];
     }
-    columns_.clear();
-    for (int32_t cell : tokens.cells) {
-        columns_.push_back(keys_.column_of(cell, columns_.empty() ? 0 : columns_.back() + 1));
+    columns_.resize(tokens.cells.size());
+    for (size_t i = 0; i < columns_.size(); ++i) {
+        columns_[i] = keys_.column_of(tokens.cells[i], i == 0 ? 0 : columns_[i - 1] + 1);
     }
     first_column_ = keys_.column_of(tokens.first_cell);
     memory_.reserve(parts(attention_, keys_.n).bytes(), threads);

@@ -162,11 +162,51 @@ void test_earlier_layer() {
     CHECK(waited < 8, "%d steps", waited);
 }
 
+/// Several tokens, whose masks differ in a few cells that neither the first nor the last token may see: a group sees
+/// what any of its tokens sees, and no cell is dropped that no token sees.
+void test_many_tokens() {
+    cache c;
+    constexpr int n_tokens = 40;
+    std::vector<uint16_t> rows(static_cast<size_t>(n_tokens) * most_cells, agq::hidden_f16);
+    c.n_cells = most_cells;
+    std::set<int32_t> seen, dropped;
+    const auto show = [&](int token, int cell) {
+        rows[static_cast<size_t>(token * most_cells + cell)] = 0;
+        seen.insert(cell);
+    };
+    for (int t = 0; t < n_tokens; ++t) {
+        show(t, 0);
+        show(t, 1);  // each sees what the one before sees, so all are one group
+        if (random_int(0, 9) == 0) show(t, random_int(2, most_cells - 1));
+    }
+    for (int cell = 0; cell < most_cells; ++cell) {
+        const int layer = random_int(1, kept);
+        c.write(cell, layer);
+        if (layer < kept && seen.count(cell)) dropped.insert(cell);
+    }
+    ggml_tensor mask = c.mask();
+    mask.data = rows.data();
+    mask.ne[1] = n_tokens;
+    mask.nb[2] = mask.nb[3] = mask.nb[1] * n_tokens;
+    agq::zero_row_scanner scanner;
+    std::set<int32_t> found;
+    for (const dropped_cell &d : scanner.scan(c.layers(), &mask, {}, 0)) found.insert(d.cell);
+    CHECK(found == dropped, "%zu of %zu dropped cells that one of many tokens sees", found.size(), dropped.size());
+    const std::vector<int32_t> own(n_tokens, 1);
+    agq::sequence_groups groups;
+    const std::vector<key_group> &all =
+        groups.find(&mask, reinterpret_cast<const char *>(rows.data()), n_tokens, own.data());
+    std::set<int32_t> cells;
+    for (int64_t i = 0; all.size() == 1 && i < all[0].n; ++i) cells.insert(static_cast<int32_t>(all[0].cell(i)));
+    CHECK(cells == seen, "a group sees %zu of the %zu cells that its tokens see", cells.size(), seen.size());
+}
+
 }  // namespace
 
 int main() {
     for (int i = 0; i < 400; ++i) test_sequence(i % 2 == 1, i % 4 > 1);
     test_earlier_layer();
+    for (int i = 0; i < 100; ++i) test_many_tokens();
     if (failures == 0) std::printf("ok\n");
     return failures != 0;
 }

@@ -37,6 +37,19 @@ void put(token_store *store, const std::shared_ptr<token_block> &block, uint64_t
     store->put(block, positions, {});
 }
 
+/// The oldest tokens leave, whether or not a token was looked for before.
+void test_most_tokens(bool is_searched) {
+    token_store store;
+    constexpr uint64_t blocks = token_store::most_tokens / tokens + 3;
+    for (uint64_t i = 0; i < blocks; ++i) {
+        put(&store, std::make_shared<token_block>(), i * tokens);
+        if (is_searched && i % 1000 == 7) check(store.find(0, i * tokens), "a token that was just put is found");
+    }
+    check(store.blocks().size() == blocks - 3, "three blocks have left");
+    check(!store.find(0, 0) && !store.find(0, 3 * tokens - 1), "their tokens are forgotten");
+    check(store.find(0, 3 * tokens) && store.find(0, blocks * tokens - 1), "all others are known");
+}
+
 }  // namespace
 
 int main() {
@@ -60,8 +73,10 @@ int main() {
     check(has_rows(0) && has_rows(1000), "a refusal drops nothing");
     check(!make(&store, nullptr, token_store::most_bytes), "what was made before takes all");
 
+    const char *memory = blocks[0]->rows.get();
     const std::shared_ptr<token_block> fifth = make(&store, blocks[1].get());
     check(fifth != nullptr, "the oldest block makes room");
+    check(fifth && fifth->rows.get() == memory, "its memory is used again");
     check(!has_rows(0) && has_rows(1000), "only its rows leave");
     check(store.find(0, 0) && store.find(0, 0)->position == 0, "its tokens are still known");
     check(!make(&store, nullptr, 0, token_store::most_bytes), "keys and values of windows count, too");
@@ -70,6 +85,8 @@ int main() {
     check(!store.make_block(tokens, token_store::most_bytes, 0, 0, [](const token_block &) { return false; }),
           "a block that is larger than the store");
 
+    test_most_tokens(false);
+    test_most_tokens(true);
     if (failures == 0) std::printf("ok\n");
     return failures != 0;
 }
