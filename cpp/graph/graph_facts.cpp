@@ -137,6 +137,7 @@ std::string_view graph_facts::input_name(const ggml_tensor *leaf) const {
 /// Records an input: source `slot` of the node, which is the first node that reads it.
 void graph_facts::find_input(const ggml_tensor *node, int slot) {
     const ggml_tensor *leaf = node->src[slot];
+    if (!(leaf->flags & ggml_flag_input)) return;
     if (const char *role = role_of(node, slot)) roles_.emplace(leaf, role);
     const std::string_view name = input_name(leaf);
     if (name == mask_name) masks_.push_back(leaf);

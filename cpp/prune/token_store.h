@@ -130,7 +130,7 @@ class token_store {
 
     /// By kind of attention. Tokens of new blocks come in when the first one is looked for: most never are.
     mutable std::vector<flat_map<uint64_t, stored_token>> tokens_;
-    mutable std::deque<new_block> new_blocks_;  ///< oldest first
+    mutable std::deque<new_block> new_blocks_;         ///< oldest first
     size_t n_tokens_ = 0;                              ///< of all blocks
     std::deque<std::shared_ptr<token_block>> blocks_;  ///< oldest first
     size_t bytes_ = 0;
