@@ -32,6 +32,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     # words, n, seconds
     "agq_read_speed": (ctypes.c_double, [_POINTER, _COUNT, ctypes.c_double]),
     "agq_product_speed": (ctypes.c_double, [ctypes.c_double]),
+    "agq_free_memory": (_COUNT, []),
     "agq_set_option": (_TEXT, [_INT, _TEXT]),
     "agq_last_pruned": (_INT, [ctypes.POINTER(_INT), _INT]),
     "agq_last_bits": (_INT, [ctypes.POINTER(_INT), _INT]),

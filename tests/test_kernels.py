@@ -101,6 +101,7 @@ def test_the_plugin_exports_its_entry_points_only() -> None:
         "agq_abi_proof",
         "agq_descend",
         "agq_feed_back",
+        "agq_free_memory",
         "agq_kernel",
         "agq_product_speed",
         "agq_read_speed",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -84,10 +86,43 @@ def test_speed() -> None:
     assert 0 < found.cpu_share <= 1
 
 
-def test_free_memory(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  8000 kB\nMemFree:  10 kB\nMemAvailable:    3000 kB\n")
-    assert free_memory(tmp_path) == 3000 * 1024
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  8000 kB\n")
-    assert free_memory(tmp_path) is None and free_memory(tmp_path / "nowhere") is None
-    assert (free_memory() or 0) > 0 or sys.platform != "linux"
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory is free")
+def test_free_memory() -> None:
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    said = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    assert said and 0 < (free_memory() or 0) < 1024 * int(said[1]) + (1 << 30)
+
+
+def _control_group() -> tuple[Path, str]:
+    """The folder of this process's control group for memory, and the name of its limit."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            return Path("/sys/fs/cgroup/memory") / path[1:], "memory.limit_in_bytes"
+        if not controllers and Path("/sys/fs/cgroup/cgroup.controllers").exists():
+            return Path("/sys/fs/cgroup") / path[1:], "memory.max"
+    pytest.skip("this system has no control groups for memory")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are a part of Linux")
+def test_free_memory_in_a_container() -> None:
+    own, limit = _control_group()
+    group = own / f"agq-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"cannot make a control group: {error}")
+    try:
+        (group / limit).write_text(str(1 << 29), encoding="ascii")
+        code = f"""
+import os, pathlib
+pathlib.Path({str(group / "cgroup.procs")!r}).write_text(str(os.getpid()), encoding="ascii")
+from agq_gguf.runtime.machine import free_memory
+print(free_memory())
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert 1 << 27 < int(done.stdout) < 1 << 29
+    except OSError as error:
+        pytest.skip(f"cannot limit a control group: {error}")
+    finally:
+        group.rmdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,14 +66,13 @@ def processor(root: Path = Path("/")) -> Processor:
     return Processor(name, [feature for feature in _FEATURES if feature in flags])
 
 
-def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can be had without swapping; None if the system does not say. `root` holds proc; tests set it."""
-    try:
-        text = (root / "proc/meminfo").read_text(encoding="ascii")
-    except (OSError, ValueError):
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return 1024 * int(found[1]) if found else None
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping, also within the limits of a container; None if the system does not say.
+
+    Raises HostError if the plugin cannot be loaded.
+    """
+    with plugin_library() as plugin:
+        return int(plugin.agq_free_memory()) or None
 
 
 def kernels() -> list[Kernel]:

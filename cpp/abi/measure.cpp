@@ -1,5 +1,5 @@
-// Functions for `agq-gguf doctor`: they list the kernels of this build, and measure how fast one thread reads memory
-// and multiplies. They need no host.
+// What the Python package asks about the machine: the kernels of this build, how fast one thread reads memory and
+// multiplies, and how much memory is free. Needs no host.
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -8,6 +8,7 @@
 
 #include "abi/export.h"
 #include "base/environment.h"
+#include "base/free_memory.h"
 #include "base/thread_memory.h"
 #include "kernels/select.h"
 
@@ -127,6 +128,16 @@ AGQ_EXPORT double agq_product_speed(double seconds) {
         small_product product(*kern);
         product.run();  // loads the operands into the caches
         return work_per_second(seconds, [&product] { return product.run(); });
+    } catch (const std::bad_alloc &) {
+        return 0;
+    }
+}
+
+/// Bytes that the process can still take before anything is swapped out or ended, with regard to the limits of its
+/// control groups (containers). 0 if the system does not say.
+AGQ_EXPORT int64_t agq_free_memory() {
+    try {
+        return static_cast<int64_t>(agq::read_memory_state().available);
     } catch (const std::bad_alloc &) {
         return 0;
     }
