@@ -88,6 +88,23 @@ def test_rough_weights(dtype: str, limit: float, tmp_path: Path) -> None:
         assert limit / 20 < support.difference(run, model, tokens) < limit
 
 
+def test_rounding_explains_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some models make more of rounded inputs than the limit allows. What is ten times as much is not rounding."""
+    tokens = some_tokens(1, LENGTH)[0].numpy().astype(np.int32)
+    monkeypatch.setattr(support, "tolerance", lambda graph, reader: 1e-7)
+    path = tiny_models.write_llama(tmp_path / "m.gguf", dtype="f16")
+    with open_gguf(path) as reader, Model(path) as model:
+        run = support.open_graph(reader, model, tokens, 0)
+        found = support.difference(run, model, tokens)
+        assert 1e-7 < found < 3 * support.rounding(run, reader, tokens) < 20 * found
+        monkeypatch.setattr(support, "difference", lambda *_: 10 * found)
+        with pytest.raises(Unsupported, match="differ from those of llama"):
+            support.open_graph(reader, model, tokens, 0)
+    exact = tiny_models.write_llama(tmp_path / "exact.gguf", dtype="f32")
+    with open_gguf(exact) as reader, Model(exact) as model, pytest.raises(Unsupported, match="more than 1e-07"):
+        support.open_graph(reader, model, tokens, 0)  # llama.cpp rounds nothing here
+
+
 # gradients
 
 
@@ -374,6 +391,7 @@ def _damaged(path: Path) -> Path:
 
 def test_a_difference_is_told(llama_f16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "_ROUGH", 1e-9)
+    monkeypatch.setattr(support, "_TIMES_ROUNDING", 0)
     assert "its logits in PyTorch differ from those of llama.cpp by" in support.supported(llama_f16)
     assert support.supported(llama_f16).endswith("more than 1e-09")
 

@@ -373,6 +373,7 @@ def test_best_where_it_cannot_be(words: str, tmp_path: Path) -> None:
 def test_best_without_trust(llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that is not llama.cpp's is found out before it guides anything."""
     monkeypatch.setattr(support, "_ROUGH", 0.0)
+    monkeypatch.setattr(support, "_TIMES_ROUNDING", 0)
     report = quantize(llama_f16, tmp_path / "out.gguf", calibration=[words], options=BEST)
     assert "its logits in PyTorch differ from those of llama.cpp by" in report.warnings[0]
 
