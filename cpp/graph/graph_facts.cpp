@@ -134,7 +134,7 @@ std::string_view graph_facts::input_name(const ggml_tensor *leaf) const {
     return known == roles_.end() ? name_of(leaf) : known->second;
 }
 
-/// Records an input: source `slot` of the node, which is the first node that reads it.
+/// Records source `slot` of the node if it is an input of the graph. The node is the first that reads it.
 void graph_facts::find_input(const ggml_tensor *node, int slot) {
     const ggml_tensor *leaf = node->src[slot];
     if (!(leaf->flags & ggml_flag_input)) return;

@@ -100,7 +100,7 @@ class graph_facts {
 /// Whether the tensor has exactly this name.
 bool is_named(const ggml_tensor *t, const char *name);
 
-/// The name, for messages.
+/// The name; valid as long as the tensor.
 std::string_view name_of(const ggml_tensor *t);
 
 /// The tensor whose memory a view shows.

@@ -30,8 +30,8 @@ class mask_row {
         if (is_f16_) return reinterpret_cast<const uint16_t *>(row_)[cell] == hidden_f16;
         return reinterpret_cast<const float *>(row_)[cell] == -INFINITY;
     }
-    /// The row so many bytes further on.
-    mask_row below(size_t bytes) const { return {row_ + bytes, is_f16_}; }
+    /// The row that begins so many bytes behind this one.
+    mask_row after(size_t bytes) const { return {row_ + bytes, is_f16_}; }
     /// Whether a row of the same mask has the same entries from `begin` to `end`.
     bool equals(const mask_row &other, int64_t begin, int64_t end) const {
         return std::memcmp(at(begin), other.at(begin), static_cast<size_t>(at(end) - at(begin))) == 0;

@@ -60,22 +60,22 @@ bool sees(const graph_facts &facts, const ubatch_facts &ubatch, int64_t token, i
 std::string find_parts(const graph_facts &facts, ubatch_facts *ubatch, int64_t tokens) {
     ubatch->parts.clear();
     bool sees_itself = true, sees_next = false;
-    std::vector<uint8_t> sees_last(static_cast<size_t>(tokens), 0);
+    std::vector<uint8_t> sees_previous(static_cast<size_t>(tokens), 0);
     for (size_t k = 0; k < facts.kinds.size(); ++k) {
         const mask_row first(facts.kinds[k].mask, 0, 0);
         const size_t stride = facts.kinds[k].mask->nb[1];
         const int32_t *cells = ubatch->cells[k].data();
         for (int64_t t = 0; t < tokens; ++t) {
-            const mask_row row = first.below(static_cast<size_t>(t) * stride);
+            const mask_row row = first.after(static_cast<size_t>(t) * stride);
             const int64_t ahead = std::min(t + mask_rows_ahead, tokens - 1);
-            prefetch(first.below(static_cast<size_t>(ahead) * stride).at(cells[ahead]));
+            prefetch(first.after(static_cast<size_t>(ahead) * stride).at(cells[ahead]));
             sees_itself &= !row.hides(cells[t]);
-            if (t > 0) sees_last[static_cast<size_t>(t)] |= static_cast<uint8_t>(!row.hides(cells[t - 1]));
+            if (t > 0) sees_previous[static_cast<size_t>(t)] |= static_cast<uint8_t>(!row.hides(cells[t - 1]));
             if (t + 1 < tokens) sees_next |= !row.hides(cells[t + 1]);
         }
     }
     for (int64_t t = 0; t < tokens; ++t) {
-        if (!sees_last[static_cast<size_t>(t)]) ubatch->parts.emplace_back().first = t;
+        if (!sees_previous[static_cast<size_t>(t)]) ubatch->parts.emplace_back().first = t;
         ++ubatch->parts.back().n;
     }
     return sees_next ? "attention is not causal" : sees_itself ? "" : "a token does not see itself";

@@ -72,7 +72,7 @@ void sequence_groups::mark_seen(const ggml_tensor *mask, const char *rows, int64
         prefetch(ahead.at(begin_rest));
         prefetch(ahead.at((begin_rest + end_rest) / 2));
         prefetch(ahead.at(end_rest - 1));
-        if (row(t).equals(marked, begin_rest, end_rest)) continue;  // most tokens see of the rest what others see
+        if (row(t).equals(marked, begin_rest, end_rest)) continue;  // most see the same of the rest
         marked = row(t);
         marked.mark_visible(begin_rest, end_rest, seen_.data());
     }

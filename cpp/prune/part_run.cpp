@@ -186,7 +186,7 @@ void part_run::keep_weights(const run_input &in, const head_site &heads) {
         std::vector<float> &weights = head_weights_[{layer, heads.heads[h]}];
         std::vector<float> largest = probe.largest(h);
         const size_t all = layer_of_early_.size() + layer_of_token_.size();
-        if (left.size() == all) {  // each token is in its place
+        if (left.size() == all) {  // no token has left yet
             weights = std::move(largest);
             continue;
         }

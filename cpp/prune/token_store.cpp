@@ -35,18 +35,20 @@ uint64_t token_fingerprint(const key_rows &keys, int64_t cell) {
 
 namespace {
 
-/// So much memory is taken for rows: up to a quarter more, so that prompts of similar length can take it over. Memory
-/// of this size comes from the system and goes back to it, which takes longer than all other planning.
+/// How much memory to take for so many bytes of rows: up to an eighth more, so that a later prompt of similar length
+/// can use it again. To get memory of this size from the system and give it back takes longer than all other planning.
 size_t room_for(size_t bytes) {
     size_t step = 1;
-    while (8 * step < bytes) step *= 2;
+    while (16 * step < bytes) step *= 2;
     return (bytes + step - 1) / step * step;
 }
+static_assert((token_store::most_bytes & (token_store::most_bytes - 1)) == 0, "what fits still fits when rounded up");
 
 }  // namespace
 
 std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes, size_t window_bytes, size_t others,
                                                      const std::function<bool(const token_block &)> &is_needed) {
+    if (n * row_bytes > most_bytes) return nullptr;
     const size_t room = room_for(n * row_bytes), wanted = room + window_bytes + others;
     if (wanted > most_bytes) return nullptr;
     size_t free = most_bytes - bytes_, oldest = 0;
@@ -61,7 +63,7 @@ std::shared_ptr<token_block> token_store::make_block(size_t n, size_t row_bytes,
     for (size_t i = 0; i < oldest; ++i) {
         token_block &block = *blocks_[i];
         bytes_ -= block.bytes();
-        if (block.room == room) fresh->rows = std::move(block.rows);
+        if (!fresh->rows && block.room == room) fresh->rows = std::move(block.rows);
         block.forget_rows();
     }
     fresh->row_bytes = row_bytes;

@@ -33,7 +33,7 @@ struct kept_window {
 struct token_block {
     std::unique_ptr<char[]> rows;  ///< [tokens][row_bytes]; null if there are none
     size_t row_bytes = 0;
-    size_t room = 0;  ///< the size of the memory at `rows`
+    size_t room = 0;  ///< the size of the memory at `rows`: a little more than they need, or 0
     /// Of the last tokens, if they may observe the others for a question that is too short: their queries in the
     /// attentions up to the first cut whose heads are measured, [tokens][query_floats].
     std::vector<float> queries;
@@ -51,6 +51,7 @@ struct token_block {
     size_t bytes() const { return rows ? room + window_bytes : 0; }
     void forget_rows() {
         rows.reset();
+        room = 0;
         windows.clear();
     }
 };
@@ -86,7 +87,7 @@ struct stored_token {
 /// The tokens of one backend instance. The oldest leave first.
 class token_store {
   public:
-    static constexpr size_t most_bytes = size_t{256} << 20;  ///< of rows; a power of two
+    static constexpr size_t most_bytes = size_t{256} << 20;  ///< of rows
     static constexpr size_t most_tokens = size_t{1} << 17;   ///< as often as they were computed
 
     /// Makes room for rows of `n` tokens and for `window_bytes`, which may drop rows of older tokens, but not of blocks

@@ -40,15 +40,15 @@ void remove_hidden(const ggml_tensor *mask, int64_t stream, size_t begin, std::v
     std::vector<uint8_t> seen(cells->size() - begin, 0);
     std::vector<size_t> left(seen.size());  // those that no token has been found to see
     std::iota(left.begin(), left.end(), size_t{0});
-    int64_t last_read = mask->ne[1];
+    int64_t last_read = -1;
     for (int64_t token = mask->ne[1]; token-- > 0 && !left.empty();) {
         const mask_row row(mask, token, stream);
         const mask_row ahead(mask, std::max<int64_t>(token - mask_rows_ahead, 0), stream);
         const int64_t first_cell = of_stream[left.front()].cell, last_cell = of_stream[left.back()].cell;
         prefetch(ahead.at(first_cell));
         prefetch(ahead.at(last_cell));
-        const bool is_first = last_read == mask->ne[1];
-        if (!is_first && row.equals(mask_row(mask, last_read, stream), first_cell, last_cell + 1)) continue;
+        // A row like the last one that was read hides all that is left, too.
+        if (last_read >= 0 && row.equals(mask_row(mask, last_read, stream), first_cell, last_cell + 1)) continue;
         last_read = token;
         size_t n_left = 0;
         for (const size_t i : left) {
