@@ -42,3 +42,17 @@ def test_the_speed_is_that_of_one_core() -> None:
     before = torch.get_num_threads()
     speed = module._operations_per_second()
     assert speed > 1e8 and torch.get_num_threads() == before
+
+
+def test_memory_of_best(llama_f16: Path) -> None:
+    """More text takes more, and `--memory` bounds all parts that grow."""
+
+    def told(memory: int, **changes: Any) -> int:
+        options = replace(QuantizeOptions(quality="best", memory=memory), **changes)
+        return estimate(plan_file(llama_f16, options), options, calibrated=True, threads=1).memory_bytes
+
+    plenty, little = 1 << 40, 64 << 20
+    assert told(plenty, calibration_tokens=1 << 20) > told(plenty, calibration_tokens=1 << 14) + (1 << 30)
+    assert told(little, calibration_tokens=1 << 20) < told(little, calibration_tokens=1 << 14) + 2 * little
+    assert told(plenty, quality="balanced") < told(plenty)
+    assert told(plenty, tune=False, calibration_tokens=512) <= told(plenty, calibration_tokens=512)

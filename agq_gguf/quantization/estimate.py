@@ -11,6 +11,7 @@ import torch
 from agq_gguf.calibration.memory import hessian_bytes, hessians_that_fit, work_bytes
 from agq_gguf.gguf_io.tensor_names import layer_of
 from agq_gguf.gguf_io.writer import layout
+from agq_gguf.quantization.best import memory as best
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.type_plan import TensorPlan
 
@@ -45,10 +46,13 @@ def estimate(plans: Sequence[TensorPlan], options: QuantizeOptions, *, calibrate
     vocabulary = next((plan.source.shape[0] for plan in plans if plan.source.name == "token_embd.weight"), 0)
     running = _LOGITS * vocabulary if calibrated else 0
     memory = _PROGRAM + max(statistics, 0) + running + _COPIES * largest
-    speed = max(threads, 1) * _operations_per_second()
-    seconds = _PER_WEIGHT * sum(tensor.n_elements for tensor in ours) / max(threads, 1)
     weights = sum(plan.source.n_elements for plan in plans)
     tokens = options.tokens_for(weights)
+    if options.quality == "best" and calibrated:
+        of_best = best.needed(plans, options.memory, tokens=tokens, chunk=_CHUNK, tunes=options.tune)
+        memory = max(memory, _PROGRAM + of_best)
+    speed = max(threads, 1) * _operations_per_second()
+    seconds = _PER_WEIGHT * sum(tensor.n_elements for tensor in ours) / max(threads, 1)
     if calibrated:
         seconds += _FORWARD * passes * 2 * tokens * weights / speed
     if feedback:

@@ -30,14 +30,13 @@ from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.matrix.simulate import Rounder, restored
 from agq_gguf.quantization import stock_types
+from agq_gguf.quantization.best import memory as shares
 from agq_gguf.quantization.best import tune
 from agq_gguf.quantization.best.fisher import Sensitivity, affordable, measure
 from agq_gguf.quantization.best.sequential import Finish, Matrices, Sequential
 from agq_gguf.quantization.resume import Journal
 from agq_gguf.quantization.type_plan import TensorPlan
 
-_BATCH_TOKENS = 2048  # run through the graph at one time, or fewer where its values are large
-_COPIES = 5  # of the largest value, most often the logits, while gradients are computed
 _TUNE_TOKENS = 512  # per training step
 _EPOCHS = 2
 _TRIED_TOKENS = 8  # on which pairs of matrices are tried
@@ -90,7 +89,8 @@ class BestRun:
         notes: list[str] = []
         plan = parts.stages(executor.graph, self.matrices)
         chunks = self._affordable(plan, notes)
-        batches = batches_of(chunks, self._batch_tokens(len(chunks[0])))
+        chunk = len(chunks[0])
+        batches = batches_of(chunks, chunk * shares.chunks_at_once(memory, chunk, self._largest()))
         n_tokens = sum(map(len, chunks))
         grams = self._grams(notes)
         sensitivity = measure(
@@ -107,7 +107,7 @@ class BestRun:
             return Outcome({}, notes)
         run = Sequential(
             executor, plan, batches, sensitivity, options, stored=stored, pairs=self.pairs, movable=self._are_plain,
-            room=memory // 8,
+            room=shares.for_feedback(memory),
         )  # fmt: skip
 
         weights = sum(self.reader.tensors[name].n_elements for name in self.matrices)
@@ -152,7 +152,7 @@ class BestRun:
         """The matrices whose rows compensate for each other's errors."""
         shapes = {name: self.reader.tensors[name].shape for name in self.matrices}
         rows = {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
-        found = affordable(rows, self.setting.memory // 4)
+        found = affordable(rows, shares.for_grams(self.setting.memory))
         if len(found) < len(rows):
             notes.append(
                 f"in {len(rows) - len(found)} of {len(rows)} matrices rows do not compensate for each other's errors; "
@@ -160,19 +160,13 @@ class BestRun:
             )
         return found
 
-    def _batch_tokens(self, chunk: int) -> int:
-        """How many tokens run through the graph at one time: chunks, at least one, whose values fit into memory."""
-        room = self.setting.memory // 4 // (_COPIES * 4 * self._largest())
-        return min(_BATCH_TOKENS, chunk * max(1, room))
-
     def _largest(self) -> int:
         """How many numbers the largest value has, for one chunk."""
         return max(math.prod(node.shape) for node in self.executor.graph.nodes if node.varies)
 
     def _affordable(self, plan: parts.Plan, notes: list[str]) -> list[NDArray[np.int32]]:
         """As many chunks, evenly chosen, as fit into memory for both streams."""
-        chunk_bytes = 2 * 4 * parts.numbers_alive(self.executor.graph, plan)
-        room = max(1, self.setting.memory // 2 // max(1, chunk_bytes))
+        room = shares.chunks_of_text(self.setting.memory, parts.numbers_alive(self.executor.graph, plan))
         total = len(self.chunks)
         if total <= room:
             return self.chunks
@@ -201,7 +195,9 @@ def prepare(
     model = session.model
     chunks = session.chunks(session.chunk_size(context), max_tokens, equal=True)
     try:
-        executor = open_graph(reader, model, chunks[0], setting.memory // 4, setting.threads, setting.device)
+        executor = open_graph(
+            reader, model, chunks[0], shares.for_weights(setting.memory), setting.threads, setting.device
+        )
         graph = executor.graph
         used, looked_up = parts.products(graph), parts.lookups(graph)
         wanted = {plan.source.name for plan in plans if plan.searched}
