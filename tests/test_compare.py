@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,11 @@ from agq_gguf.comparison import run as comparison
 from agq_gguf.comparison.candidates import DEFAULT, Candidate, candidates
 from agq_gguf.comparison.card import card
 from agq_gguf.errors import InputError
+from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.inspection.inspect import inspect_file
+from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.quantization import pipeline
+from agq_gguf.quantization.guidance import Group
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.pipeline import quantize
 from agq_gguf.text import load_text
@@ -60,6 +65,37 @@ def test_compare(small: Path, words_file: Path, text: Path, tmp_path: Path) -> N
     assert "cannot be written: File exists" in run("card", model, "-o", written, code=5).stderr
     wrong = run("card", model, "-o", tmp_path / "x.md", "--compare", words_file, code=2).stderr
     assert "expected the output of `agq-gguf compare --json`" in wrong
+
+
+@pytest.mark.parametrize("quality", ["balanced", "best"])
+def test_files_of_one_model_share_matrices(
+    quality: str, llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes as alone, with the statistics of only those groups that are new; `best` shares nothing."""
+    rounded: list[str] = []
+    original = pipeline._quantize_group
+
+    def spy(reader: Reader, group: Group, options: MatrixOptions) -> object:
+        rounded.extend(group.names)
+        return original(reader, group, options)
+
+    monkeypatch.setattr(pipeline, "_quantize_group", spy)
+    first = QuantizeOptions(quality=quality, threads=1, tune=False, calibration_tokens=1024)
+    sizes = [first, replace(first, target_bpw=6.0), replace(first, output_type="agq4", embedding_type="agq4")]
+    counts = []
+    for number, options in enumerate(sizes):
+        files = []
+        for name, changed in (("alone", options), ("shared", replace(options, shared=str(tmp_path / "matrices")))):
+            rounded.clear()
+            quantize(llama_f16, tmp_path / name, calibration=[words], options=changed)
+            files.append((tmp_path / name).read_bytes())
+            counts.append(len(rounded))
+        assert files[0] == files[1], number
+    alone, shared = counts[::2], counts[1::2]
+    if quality == "best":
+        assert alone == shared and not (tmp_path / "matrices").exists()
+    else:
+        assert shared[0] == alone[0] > 10 and shared[1] < alone[1] and shared[2] <= 2
 
 
 def test_the_card_of_an_encoder(bert_f16: Path, tmp_path: Path) -> None:

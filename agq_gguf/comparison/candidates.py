@@ -43,14 +43,19 @@ class Candidate:
         target: Path,
         text: Text | None,
         importance: Mapping[str, NDArray[np.float32]],
+        shared: Path,
         threads: int,
         progress: Progress,
     ) -> None:
-        """Writes the file. `importance` is used for llama.cpp's types, `text` for AGQ4."""
+        """Writes the file. `importance` is used for llama.cpp's types, `text` for AGQ4.
+
+        The folder `shared` keeps matrices that several AGQ4 files have in common.
+        """
         if self.options is None:
             quantize_stock(source, target, self.name, threads, importance=importance)
         else:
-            quantize(source, target, calibration=text, options=self.options, progress=progress)
+            options = replace(self.options, shared=str(shared))
+            quantize(source, target, calibration=text, options=options, progress=progress)
 
 
 def candidates(names: Sequence[str], options: QuantizeOptions) -> list[Candidate]:

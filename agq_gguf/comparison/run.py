@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -33,6 +34,7 @@ from agq_gguf.runtime.model import FlashAttention, Model
 from agq_gguf.text import LoadedText
 
 STATE = "comparison.json"
+SHARED = ".matrices"  # what the AGQ4 files have in common, as long as some are missing
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
         found = state.evaluation(candidate)
         if found is None or (needs_files and not path.is_file()):
             data = weights_importance() if candidate.options is None else {}
-            candidate.make(source, path, setup.calibration, data, setup.threads, progress)
+            candidate.make(source, path, setup.calibration, data, folder / SHARED, setup.threads, progress)
         if found is None:
             found = evaluate(
                 path, source, setup.text, chunks=setup.chunks, threads=setup.threads,
@@ -94,6 +96,7 @@ def compare(source: PathName, folder: PathName, setup: Setup, progress: Progress
             )  # fmt: skip
             state.keep(candidate, found, path)
         judged.append((candidate, path, found))
+    shutil.rmtree(folder / SHARED, ignore_errors=True)
     progress("compare", len(setup.candidates), len(setup.candidates), "")
     rows = [_source_row(source, judged), *(state.row(c, path, found) for c, path, found in judged)]
     if setup.repetitions:

@@ -21,7 +21,7 @@ from agq_gguf.quantization.resume import Journal, digest, folder_of
 from agq_gguf.quantization.type_plan import TensorPlan
 
 if TYPE_CHECKING:
-    from agq_gguf.calibration.collect import Calibrator
+    from agq_gguf.calibration.collect import Calibrator, Input
     from agq_gguf.calibration.session import Session
     from agq_gguf.quantization.best.run import BestRun
 
@@ -37,6 +37,15 @@ class Group:
     names: tuple[str, ...]
     stats: WeightStats | None = None
     norms: tuple[str, ...] = ()
+
+    def key(self, name: str) -> str:
+        """Under which a journal keeps the result for a weight: it depends on the whole group."""
+        return f"{name} of {' '.join(self.names)}, {' '.join(self.norms)}"
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all weights."""
+        return [self.key(name) for name in self.names]
 
 
 @dataclass(frozen=True)
@@ -98,13 +107,7 @@ def from_text(
             threads=options.threads,
         )
     )
-    journal = Journal(None)
-    if options.resume:
-        # Tuning comes last and keeps nothing, so a run that was interrupted in it can go on without it.
-        decisive = replace(
-            options, threads=0, device="cpu", resume=False, tune=True, split_size=0, converter="", keep_float=""
-        )
-        journal = Journal(folder_of(dst), digest(reader, calibrator.chunks, f"{__version__} {decisive}"))
+    journal = _journal(reader, calibrator, options, dst)
     warnings, best = [*session.warnings], None
     if options.quality == "best":
         setting = Setting(
@@ -122,6 +125,10 @@ def from_text(
         [found for found in part if left.intersection(found.weights)]
         for part in calibrator.passes(options.memory, hessians)
     ]
+
+    def group(found: Input, stats: WeightStats | None = None) -> Group:
+        return Group(found.weights, stats, found.norms if _plain(reader, found.norms) else ())
+
     seen = {name for part in parts for found in part for name in found.weights}
     unseen = [name for name in wanted if name not in seen]
 
@@ -132,13 +139,13 @@ def from_text(
         for i, part in enumerate(parts):
             before, detail = i * calibrator.n_tokens, f"pass {i + 1} of {len(parts)}"
             report = partial(_report, progress, before, total, detail)
-            yield from (Group(found.weights) for found in part if journal.has(found.weights))
-            part = [found for found in part if not journal.has(found.weights)]
+            yield from (group(found) for found in part if journal.has(group(found).keys))
+            part = [found for found in part if not journal.has(group(found).keys)]
             if part:
                 collected = calibrator.collect(part, options.memory, report, hessians)
                 for found, stats in zip(part, collected, strict=True):
                     unused[found.weights[0]] = stats.unused_experts
-                    yield Group(found.weights, stats, found.norms if _plain(reader, found.norms) else ())
+                    yield group(found, stats)
         yield from (Group((name,)) for name in unseen)
         warnings.extend(unused_experts(unused))
 
@@ -153,6 +160,20 @@ def from_text(
     if calibrator.n_tokens < _FEW_TOKENS:
         warnings.append(f"calibrated on only {calibrator.n_tokens} tokens; {_FEW_TOKENS} or more give better results")
     return Guide(f"{source}, {calibrator.n_tokens} tokens", groups(), warnings, journal, best)
+
+
+def _journal(reader: Reader, calibrator: Calibrator, options: QuantizeOptions, dst: Path) -> Journal:
+    shares = bool(options.shared) and options.quality != "best"  # whose matrices depend on the types of all others
+    if not options.resume and not shares:
+        return Journal(None)
+    # Tuning comes last and keeps nothing, so a run that was interrupted in it can go on without it.
+    decisive = replace(
+        options, threads=0, device="cpu", resume=False, shared="", tune=True, split_size=0, converter="", keep_float=""
+    )
+    if shares:
+        decisive = replace(decisive, output_type="auto", embedding_type="auto", target_bpw=0)
+    key = digest(reader, calibrator.chunks, f"{__version__} {decisive}")
+    return Journal(Path(options.shared), key, stays=True) if shares else Journal(folder_of(dst), key)
 
 
 def _without_hessian(calibrator: Calibrator, memory: int) -> list[str]:

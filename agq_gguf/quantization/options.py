@@ -22,6 +22,7 @@ class QuantizeOptions:
 
     quality: str = "balanced"  # one of QUALITIES
     resume: bool = False  # keep finished parts beside the output and continue from them
+    shared: str = ""  # folder of finished matrices for several files of one model, not with quality best; "": none
     output_type: str = "auto"  # auto: q8_0, or chosen under `target_bpw`
     embedding_type: str = "auto"  # auto: q8_0 for small models, else agq4; or chosen under `target_bpw`
     target_bpw: float = 0.0  # maximum bits per weight of the whole model; 0: no target

@@ -230,10 +230,10 @@ def _write(
             guide.warnings.extend(outcome.notes)
         for group in guide.groups:
             progress("quantize", int(done), total, group.names[0])
-            made = _finished(guide.journal, group.names)
+            made = _finished(guide.journal, group)
             if made is None:
                 made = _quantize_group(reader, group, options.matrix)
-                _keep(guide.journal, made)
+                _keep(guide.journal, group, made)
             norms |= made.norms
             for name, result in made.matrices.items():
                 finish(name, result)
@@ -316,11 +316,11 @@ class _Made:
     norms: dict[str, NDArray[np.float32]]
 
 
-def _finished(journal: Journal, names: tuple[str, ...]) -> _Made | None:
-    """The result of an earlier run for these weights, if it finished all of them."""
+def _finished(journal: Journal, group: Group) -> _Made | None:
+    """The result of an earlier run for a group, if it finished all of it."""
     made = _Made({}, {})
-    for name in names:
-        kept = journal.get(name)
+    for name in group.names:
+        kept = journal.get(group.key(name))
         if kept is None:
             return None
         made.matrices[name] = _Quantized(list(kept["parts"]), float(kept["error"]), str(kept["note"]))
@@ -328,10 +328,10 @@ def _finished(journal: Journal, names: tuple[str, ...]) -> _Made | None:
     return made
 
 
-def _keep(journal: Journal, made: _Made) -> None:
+def _keep(journal: Journal, group: Group, made: _Made) -> None:
     norms = {f"norm {name}": norm for name, norm in made.norms.items()}
     for name, result in made.matrices.items():
-        journal.put(name, {"parts": result.parts, "error": result.error, "note": result.note, **norms})
+        journal.put(group.key(name), {"parts": result.parts, "error": result.error, "note": result.note, **norms})
 
 
 def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Made:

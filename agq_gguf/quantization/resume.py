@@ -25,10 +25,10 @@ from agq_gguf.matrix.quantize import QuantizedMatrix
 
 
 class Journal:
-    """Arrays on disk, by name. Without a folder it stores nothing."""
+    """Arrays on disk, by name. Without a folder it stores nothing. `stays`: `close` leaves them."""
 
-    def __init__(self, folder: Path | None, key: str = "") -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, key: str = "", *, stays: bool = False) -> None:
+        self._folder, self._stays = folder, stays
         if folder is None:
             return
         try:
@@ -89,7 +89,7 @@ class Journal:
 
     def close(self) -> None:
         """Removes the folder, because the output is complete."""
-        if self._folder is not None:
+        if self._folder is not None and not self._stays:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
