@@ -120,3 +120,4 @@ def test_files_in_memory_stay(llama_agq: Path, in_file: tuple[str, int]) -> None
 def test_a_wrong_value_is_refused(llama_agq: Path) -> None:
     result = run(llama_agq, AGQ_HUGE_PAGES="yes")
     assert result.returncode != 0 and "AGQ_HUGE_PAGES must be auto, on or off, got 'yes'" in result.stderr
+    assert run(llama_agq, AGQ_HUGE_PAGES="").returncode == 0  # an empty variable is one that is not set

@@ -67,3 +67,4 @@ def test_a_process_may_end_with_its_context_open(llama_agq: Path, wait: str) -> 
 def test_a_wrong_value_is_refused(llama_agq: Path) -> None:
     result = run(llama_agq, "nap")
     assert result.returncode != 0 and "AGQ_WAIT must be auto, spin or sleep, got 'nap'" in result.stderr
+    assert run(llama_agq, "").returncode == 0  # an empty variable is one that is not set

@@ -10,12 +10,13 @@ namespace agq {
 namespace {
 
 /// Reads a variable that is one of three words into `*mode`; `words` are those of the modes 0, 1 and 2, and the first
-/// one is the default. Any other value is an error.
+/// one is the default, also for an empty variable. Any other value is an error.
 template <typename Mode>
 void read_mode(const char *variable, const char *const (&words)[3], Mode *mode, std::string *error) {
-    const char *given = std::getenv(variable);
+    const char *text = std::getenv(variable);
+    const std::string given = text && *text ? text : words[0];
     for (int i = 0; i < 3; ++i) {
-        if (std::string(given ? given : words[0]) != words[i]) continue;
+        if (given != words[i]) continue;
         *mode = static_cast<Mode>(i);
         return;
     }
