@@ -48,7 +48,9 @@ def test_compare(small: Path, words_file: Path, text: Path, tmp_path: Path) -> N
         info = inspect_file(row["path"])
         assert (info.file_bytes, info.bits_per_weight) == (row["file_bytes"], row["bits_per_weight"])
     assert "agq4:small" in picture.read_text("utf-8")
-    shown = run(*command).stdout  # everything is finished but the speed
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("*.gguf")}
+    shown = run(*command, "--threads", 2).stdout  # everything is finished but the speed
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.gguf")} == made
     assert f"| q4_0 | {rows['q4_0']['file_bytes'] / 1e6:.1f} |" in shown and "| **agq4:small** |" in shown
     assert f"{1000 * rows['q4_0']['mean_kl']:.2f}" in shown
 

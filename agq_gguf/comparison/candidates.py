@@ -34,8 +34,8 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """Everything that decides the file, but for its source and its text."""
-        return f"{self.name} {self.options!r}"
+        """Everything that decides the file, but for its source and its text; threads do not."""
+        return f"{self.name} {replace(self.options, threads=0) if self.options else None!r}"
 
     def make(
         self,

@@ -1,15 +1,13 @@
-"""Draws the pictures of docs/how-it-works.md and README.md as SVG; readable on light and dark pages.
+"""Draws the pictures of docs/how-it-works.md as SVG; readable on light and dark pages.
 
 python docs/figures/make_figures.py
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-RESEARCH = HERE.parent / "research"
 STYLE = (
     "<style>text{font:14px system-ui,sans-serif;fill:#333}.box{fill:#e8f0fe;stroke:#4a6fa5;stroke-width:1.5}"
     ".out{fill:#fde7d3;stroke:#c77d2e;stroke-width:1.5}.line{stroke:#777;stroke-width:1.5;fill:none;marker-end:url(#a)}"
@@ -98,81 +96,7 @@ def tile() -> str:
     return svg(820, 200, parts)
 
 
-def rows(page: str, header: str) -> dict[str, list[str]]:
-    """The rows of the first table of a research page whose header contains ``header``: first cell -> the others."""
-    lines = iter((RESEARCH / page).read_text(encoding="utf-8").splitlines())
-    if not any(line.startswith("|") and header in line for line in lines):
-        raise ValueError(f"docs/research/{page} has no table with {header!r} in its header")
-    next(lines)  # |---|
-    found = {}
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        first, *others = (cell.strip(" *`") for cell in line.strip("|").split("|"))
-        found[first.replace("`", "")] = others
-    return found
-
-
-def between(cell: str) -> tuple[float, float]:
-    """The two ends of "4.53 to 4.56"; the same number twice if there is only one."""
-    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cell.split("±")[0])]
-    return numbers[0], numbers[-1]
-
-
-def comparison() -> str:
-    """Size against divergence, and speed, of stock types and AGQ4; the numbers come from docs/research."""
-    return svg(960, 410, [*_divergence(), *_speed()])
-
-
-def _divergence() -> list[str]:
-    measured = rows("quality.md", "bits per weight of the file")
-    parts = [
-        text(20, 24, "Divergence from the float model against size", ""),
-        '<path class="axis" d="M60 50V330H440"/>',
-        text(66, 58, "KL divergence x 1000 (lower is better)"),
-        text(190, 366, "bits per weight of the whole file"),
-    ]
-    parts += [text(30, 334 - 1.4 * tick, f"{tick}") for tick in (0, 50, 100, 150)]
-    parts += [text(60 + (tick - 5) * 310 - 10, 348, f"{tick}") for tick in (5.0, 5.25, 5.5, 5.75, 6.0)]
-    for name, (_, bits, divergence, _) in measured.items():
-        x, (kl, _) = 60 + (float(bits) - 5) * 310, between(divergence.replace("*", ""))
-        y, label = 330 - 1.4 * kl, f"{name}: {kl:g}"
-        parts.append(f'<circle class="{"out" if "AGQ4" in name else "box"}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
-        left = x > 300  # no room to the right of it
-        below = y > 270 and left
-        where = (
-            round(x - 6.6 * len(label) if left else x + 11, 1),
-            round(y + 18 if below else y - 9 if left else y + 4, 1),
-        )
-        parts.append(text(*where, label))
-    parts.append(text(20, 386, "SmolLM2-135M-Instruct, WikiText-2. Stock types: with an importance matrix of the"))
-    parts.append(text(20, 402, "same text; their files fall back to larger types where 256 does not divide 576."))
-    return parts
-
-
-def _speed() -> list[str]:
-    measured = rows("performance.md", "prompt of 512, tokens/s")
-    parts = [
-        text(530, 24, "Speed, tokens/s (higher is better)", ""),
-        text(630, 50, "prompt of 512 tokens"), text(835, 50, "generation"),
-    ]  # fmt: skip
-    for i, name in enumerate(("AGQ4", "stock IQ4_XS", "stock Q4_K_S", "stock Q4_0", "stock Q8_0", "stock F16")):
-        y = 66 + 46 * i
-        parts.append(text(530, y + 18, name))
-        for x, width, cell in ((630, 0.32, measured[name][0]), (835, 0.9, measured[name][1])):
-            low, high = between(cell)
-            kind = "out" if name == "AGQ4" else "box"
-            parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{low * width:.1f}" height="26"/>')
-            if high > low:  # the range that was seen
-                parts.append(f'<path class="axis" d="M{x + low * width:.1f} {y + 13}H{x + high * width:.1f}m0 -6v12"/>')
-            shown = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            parts.append(text(round(x + high * width + 5, 1), y + 18, shown))
-    parts.append(text(530, 386, "1.1B LLaMA shape, random weights, every matrix in one type,"))
-    parts.append(text(530, 402, "2 threads, 2-core Zen 4 server with AVX-512 VNNI, 28 November 2026"))
-    return parts
-
-
-FIGURES = {"pipeline": pipeline, "trip": trip, "tile": tile, "comparison": comparison}
+FIGURES = {"pipeline": pipeline, "trip": trip, "tile": tile}
 
 if __name__ == "__main__":
     for name, draw in FIGURES.items():
