@@ -18,8 +18,8 @@ _FILE_NAME = "libggml-agq" + (".dll" if sys.platform == "win32" else ".so")
 
 _POINTER, _TEXT, _INT, _COUNT = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
 
-# Result and arguments of each function. Functions for rounding, and for kernels and their speed, need no host library;
-# all others need the plugin to be registered.
+# Result and arguments of each function. Functions for rounding, for kernels and their speed, and for free memory need
+# no host library; all others need the plugin to be registered.
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "agq_last_error": (_TEXT, []),
     # index, name, what was found, whether it passed, microseconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import agq_gguf
 from agq_gguf.format import pruning_record
 from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.pruning.file import write_plan
+from agq_gguf.runtime.model import Batch, Model
 
 ATOL = 4e-3  # of logits of size 4 or so, without flash attention
 FLASH_ATOL = 0.02  # the host's own flash attention differs by 0.01 between 64 and 512 tokens in a ubatch
@@ -431,3 +433,18 @@ def test_mask_does_not_wait(model: LowModel) -> None:
         both.run(tokens(100))
         both.decode([9], 100)
     assert len(low_level.log) == 1 and "does not end its prompt" in low_level.log[0]
+
+
+def test_the_memory_of_waiting_tokens_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once for each context, with the bytes of a token: twice its residual stream or a little more."""
+    path = tiny_models.write_llama(tmp_path / "m.gguf", dtype="f32", n_layer=4)
+    with Model(path) as model, caplog.at_level("DEBUG", "agq_gguf.llama"):
+        with agq_gguf.options(prune=CUTS["share"]):
+            context = model.context(512, threads=1)
+        with context:
+            for _ in range(2):
+                context.clear()
+                context.decode(Batch(tokens(96)))
+        width = int(model._api.llama_model_n_embd(model.handle))
+    told = [int(size) for size in re.findall(r"keeps (\d+) bytes of each token .* at most 256 MiB", caplog.text)]
+    assert len(told) == 1 and 8 * width <= told[0] <= 8 * width + 64

@@ -49,7 +49,7 @@ def estimate(plans: Sequence[TensorPlan], options: QuantizeOptions, *, calibrate
     weights = sum(plan.source.n_elements for plan in plans)
     tokens = options.tokens_for(weights)
     if options.quality == "best" and calibrated:
-        of_best = best.needed(plans, options.memory, tokens=tokens, chunk=_CHUNK, tunes=options.tune)
+        of_best = best.needed(plans, options.memory, tokens=tokens, chunk=options.context, tunes=options.tune)
         memory = max(memory, _PROGRAM + of_best)
     speed = max(threads, 1) * _operations_per_second()
     seconds = _PER_WEIGHT * sum(tensor.n_elements for tensor in ours) / max(threads, 1)

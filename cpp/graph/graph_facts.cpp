@@ -20,11 +20,10 @@ bool begins(const ggml_tensor *t, const char *prefix) {
     return std::strncmp(t->name, prefix, std::strlen(prefix)) == 0;
 }
 
-/// The name that newer releases give to source `slot` of the node, if that is an input whose use identifies it; else
-/// null.
+/// The name that newer releases give to source `slot` of the node, an input, if its use identifies it; else null.
 const char *role_of(const ggml_tensor *node, int slot) {
     const ggml_tensor *leaf = node->src[slot];
-    if (slot != 1 || leaf->op != host.op_none || !(leaf->flags & ggml_flag_input)) return nullptr;
+    if (slot != 1 || leaf->op != host.op_none) return nullptr;
     if (node->op == host.op_set_rows) {
         const ggml_tensor *root = root_of(node);
         return begins(root, cache_prefix)         ? k_cells_name

@@ -61,7 +61,14 @@ std::shared_ptr<token_block> waiting_tokens::make_block(const ubatch_part &part,
     const size_t n = static_cast<size_t>(part.n);
     const auto needed = [this](const token_block &block) { return is_needed(block); };
     std::shared_ptr<token_block> block = store_.make_block(n, row_bytes_, window_bytes, made_bytes_, needed);
-    if (block) made_bytes_ += block->bytes();
+    if (!block) return nullptr;
+    made_bytes_ += block->bytes();
+    if (!has_told_size_ && block->rows) {
+        has_told_size_ = true;
+        log_line(log_info, "token pruning keeps " + std::to_string(row_bytes_) +
+                               " bytes of each token of a prompt for later questions, at most " +
+                               std::to_string(token_store::most_bytes >> 20) + " MiB");
+    }
     return block;
 }
 

@@ -106,6 +106,7 @@ class waiting_tokens {
     answer asks_ = answer::unknown;  ///< whether the cuts look at heads
     std::vector<int> layers_;        ///< the pruning layers
     int known_kind_ = -1;            ///< the kind of attention that has no window, once that is known
+    bool has_told_size_ = false;
     bool has_warned_ = false;
     bool has_computed_ = false;  ///< whether tokens that waited were computed without a choice in this ubatch
 
