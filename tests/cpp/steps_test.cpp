@@ -171,7 +171,7 @@ void test_many_tokens() {
     c.n_cells = most_cells;
     std::set<int32_t> seen, dropped;
     const auto show = [&](int token, int cell) {
-        rows[static_cast<size_t>(token * most_cells + cell)] = 0;
+        rows[static_cast<size_t>(token) * most_cells + static_cast<size_t>(cell)] = 0;
         seen.insert(cell);
     };
     for (int t = 0; t < n_tokens; ++t) {
