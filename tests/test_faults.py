@@ -171,9 +171,13 @@ def test_killed_at_any_time(source: Path, tmp_path: Path, size: int) -> None:
 LIMITED = """
 import resource, sys
 from agq_gguf.cli import app as cli
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
 sys.argv = ["agq-gguf", "quantize", *sys.argv[1:]]
-cli.main()
+try:
+    cli.main()
+finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)  # coverage also writes a file, at the end
 """
 
 
