@@ -7,7 +7,7 @@ tokens that were there.
 
 With the score `heads`, tokens are kept as they are behind the attention of the first pruning layer. A call without
 outputs ends there. A later call chooses among its own tokens and those that waited, and with a threshold also among
-those that an earlier call has dropped.
+those that an earlier call has dropped; with a share, if `revive` says how many of these return.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Rule:
     direction: Array | None = None  # of the score `learned`
     heads: tuple[tuple[int, int], ...] = ()  # of the score `heads`: (layer, head)
     tail: int | None = None  # the same: tokens behind the question, whose words count
+    revive: float = 0.0  # with a share: what a later question brings back, as a share of the tokens in front of it
 
 
 @dataclass
@@ -129,6 +130,27 @@ def choose(values: Array, rule: Rule, protected: NDArray[np.bool_]) -> NDArray[n
     return dropped
 
 
+def choose_returning(
+    values: Array, rule: Rule, protected: NDArray[np.bool_], returns: NDArray[np.bool_], n_before: int, is_last: bool
+) -> NDArray[np.bool_]:
+    """`choose`, where the tokens `returns` [T] were dropped by an earlier call: a share counts the others only.
+
+    The best of those return: at the last cut as many as `rule.revive` of the `n_before` tokens in front of the call.
+    """
+    if rule.threshold is not None:
+        return choose(values, rule, protected)
+    dropped = np.zeros(len(values), bool)
+    dropped[~returns] = choose(values[~returns], rule, protected[~returns])
+    ranked = sorted(np.flatnonzero(returns).tolist(), key=lambda t: float(values[t]))
+    wanted = int(np.floor(rule.revive * n_before + 0.5))
+    n_lost = max(0, len(ranked) - wanted)
+    assert rule.share is not None
+    if not is_last:
+        n_lost = min(n_lost, int(np.floor(rule.share * len(ranked) + 0.5)))
+    dropped[ranked[:n_lost]] = True
+    return dropped
+
+
 class PrunedReference:
     """One sequence of a model: its caches, and calls that extend it."""
 
@@ -200,7 +222,8 @@ class PrunedReference:
                     values, rule = shares(measures, stays, n_all), replace(rule, reach=0)
                 else:
                     values = importance(weights, positions[here], cells, self.score, m.window(i))
-                dropped = choose(values, rule, stays)
+                n_before = self.n_past - n_own - len(self.waiting)
+                dropped = choose_returning(values, rule, stays, ~of_prompt[here], n_before, i == max(self.rules))
                 left_behind[here[dropped]] = i
                 if self.rules[i].reuse and dropped.any():
                     gone.append((x[dropped], positions[here[dropped]]))
@@ -217,7 +240,8 @@ class PrunedReference:
         if self.first is None:
             return []
         there = set(np.concatenate([*self.caches[-1].positions, np.empty(0, np.int64)]).tolist())
-        revives = n_own > 1 and self.rules[self.first].threshold is not None
+        rule = self.rules[self.first]
+        revives = n_own > 1 and (rule.threshold is not None or rule.revive > 0)
         return sorted(p for p in self.kept if p not in there and (revives or p in self.waiting))
 
     def _store(self, x: Array, layer: int, positions: NDArray[np.int64]) -> None:

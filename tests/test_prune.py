@@ -208,6 +208,14 @@ def test_options_are_checked_and_nest(model: GetModel) -> None:
         "3:0.5;heads=3:" + "+".join(["1.2"] * 17),
         "3:0.5;heads=3:1.2;overlap=64",
         "file;overlap=5",
+        "file;revive=0.1",
+        "3:0.5;revive=0.1",  # not by heads
+        "3:0.5;score=heads;heads=3:1.2;revive=0",
+        "3:0.5;score=heads;heads=3:1.2;revive=1.1",
+        "3:0.5;score=heads;heads=3:1.2;revive=x",
+        "3:0.5,4:t0.1;score=heads;heads=all;revive=0.1",  # a threshold
+        "3:0.5;score=heads;heads=3:1.2;revive=0.1;reuse=1",
+        "mask,3:0.5;score=heads;heads=3:1.2;revive=0.1",
         "3:0.5;direction=3:0000803f0100000001;direction=3:0000803f0100000001",
     ):
         with pytest.raises(InputError, match="is not understood"), agq_gguf.options(prune=text):

@@ -171,6 +171,7 @@ def spec_of(rules: dict[int, Rule], score: str) -> str:
     rule = next(iter(rules.values()))
     named = [f";heads={i}:{pruning_record.Heads(r.heads).spec()}" for i, r in rules.items() if r.heads]
     words = "" if rule.tail is None else f";overlap={rule.tail}"
+    words += f";revive={rule.revive}" if rule.revive else ""
     return f"{listed};score={score};keep={rule.keep};reach={rule.reach};reuse={int(rule.reuse)}{words}{''.join(named)}"
 
 
@@ -257,18 +258,23 @@ PIECES = {
         1: Rule(threshold=0.7, reach=4, heads=((0, 2), (1, 2))),
         2: Rule(threshold=0.9, reach=4, heads=((0, 2), (2, 1))),
     },
+    "share that returns": {1: Rule(share=0.5, heads=((1, 2), (0, 1)), reach=2, revive=0.1)},
+    "two shares that return": {
+        1: Rule(share=0.3, reach=3, keep=40, heads=((0, 1), (1, 0)), revive=0.2),
+        3: Rule(share=0.5, reach=3, keep=40, heads=((0, 1), (1, 3), (2, 0), (3, 3)), revive=0.2),
+    },
 }
 
 
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("name", PIECES)
 def test_plugin_agrees_on_prompts_in_pieces(float32: Path, running: LowModel, name: str, flash: bool) -> None:
-    """Pieces wait for their question. A later, short question brings tokens back if there are thresholds."""
+    """Pieces wait for their question. A later, short question brings tokens back by a threshold or `revive`."""
     calls = [prompt(90), prompt(64, seed=1), prompt(100, seed=2), [301], prompt(30, seed=4), [302]]
     # A single token cannot choose, so it sees all that waited.
     calls += [prompt(70, seed=7), [303], prompt(40, seed=8), prompt(50, seed=9), [304]]
     dropped, brought_back = check(running, float32, PIECES[name], "heads", calls, {0, 1, 6, 8}, flash=flash)
-    assert dropped > 60 and (brought_back > 5) == ("threshold" in name)
+    assert dropped > 60 and (brought_back > 5) == ("threshold" in name or "return" in name)
 
 
 def test_weights_of_heads(float32: Path, running: LowModel) -> None:

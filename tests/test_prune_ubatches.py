@@ -413,11 +413,20 @@ def test_second_question_brings_tokens_back(model: LowModel) -> None:
     back = [a >= 0 > b for a, b in zip(first, second[:200], strict=True)]
     assert sum(back) > 5 and all(layer == -1 for layer in second[200:])
     assert sum(layer >= 0 for layer in second) > 10
-    with model.context(spec.replace("t0.9", "0.5")) as context:  # shares do not say how many
-        context.decode(prompt)
-        first = agq_gguf.last_pruned()
-        context.decode(tokens(30, 1), 200)
-        assert agq_gguf.last_pruned()[:200] == first
+
+
+@pytest.mark.parametrize("ubatch", [512, 64, 48])
+def test_a_share_of_dropped_tokens_returns(model: LowModel, ubatch: int) -> None:
+    """As many as `revive` says, however the prompt was cut; without it, none."""
+    for revive, n_back in (("", 0), (";revive=0.1", 20), (";revive=1", 100)):
+        with model.context(f"2:0.5;score=heads;heads=2:1.1+2.2{revive}", n_ubatch=ubatch) as context:
+            context.decode(tokens(200))
+            first = agq_gguf.last_pruned()
+            assert sum(layer >= 0 for layer in first) == 100
+            context.decode(tokens(30, 1), 200)
+            second = agq_gguf.last_pruned()
+        assert second[200:] == [-1] * 30 and all(a >= b for a, b in zip(first, second[:200], strict=True))
+        assert sum(layer >= 0 for layer in second) == 100 - n_back
 
 
 def test_first_layer_cannot_wait(model: LowModel) -> None:

@@ -248,6 +248,39 @@ std::vector<uint8_t> part_run::find_protected(const prune_cut &cut, const std::v
     return is_protected;
 }
 
+/// Indices (ascending) of the tokens that leave, among those that are left.
+std::vector<int32_t> part_run::find_leaving(const run_input &in, const prune_cut &cut, const std::vector<int32_t> &left,
+                                            const std::vector<float> &importance,
+                                            const std::vector<uint8_t> &is_protected) const {
+    const drop_rule &rule = cut.stage.rule;
+    if (!rule.by_share) return choose_below(importance, is_protected, rule.value);
+    // A share is one of the prompt. What an earlier question has dropped is ranked by itself.
+    std::vector<uint8_t> returns(left.size(), 0);
+    for (size_t i = 0; i < early_alive_.size(); ++i) {
+        returns[i] = !work_->tokens.missing[static_cast<size_t>(early_alive_[i])].is_deferred;
+    }
+    const size_t n_returning = static_cast<size_t>(std::count(returns.begin(), returns.end(), 1));
+    const size_t n_leaving = count_of_share(rule.value, left.size() - n_returning);
+    if (n_returning == 0) return choose_least(importance, is_protected, n_leaving);
+    const auto protect = [&](uint8_t those) {
+        std::vector<uint8_t> stays(is_protected);
+        for (size_t i = 0; i < stays.size(); ++i) stays[i] = stays[i] || returns[i] == those;
+        return stays;
+    };
+    const std::vector<int32_t> of_prompt = choose_least(importance, protect(1), n_leaving);
+    const auto &missing = work_->tokens.missing;
+    const auto waited = [](const early_token &token) { return token.is_deferred; };
+    const size_t n_waited = static_cast<size_t>(std::count_if(missing.begin(), missing.end(), waited));
+    const size_t most = count_of_share(cut.stage.revive, work_->tokens.cells.size() - n_waited);
+    size_t n_lost = n_returning - std::min(most, n_returning);
+    // Only the last cut brings their number down to what was asked for; before it, they leave as others do.
+    if (&cut != &in.plan.cuts.back()) n_lost = std::min(n_lost, count_of_share(rule.value, n_returning));
+    std::vector<int32_t> leaving = choose_least(importance, protect(0), n_lost);
+    leaving.insert(leaving.end(), of_prompt.begin(), of_prompt.end());
+    std::sort(leaving.begin(), leaving.end());
+    return leaving;
+}
+
 void part_run::choose(const run_input &in, const prune_cut &cut) {
     const std::vector<int32_t> left = places();
     const std::vector<uint8_t> is_protected = find_protected(cut, left);
@@ -258,7 +291,7 @@ void part_run::choose(const run_input &in, const prune_cut &cut) {
         const bool stays = is_protected[i] || std::isnan(importance[i]);
         seen[static_cast<size_t>(left[i])] = stays ? INFINITY : importance[i];
     }
-    const std::vector<int32_t> dropped = choose_dropped(cut.stage.rule, importance, is_protected);
+    const std::vector<int32_t> dropped = find_leaving(in, cut, left, importance, is_protected);
     std::vector<int32_t> still, early_still;
     size_t next = 0;
     for (size_t i = 0; i < left.size(); ++i) {

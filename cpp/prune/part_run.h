@@ -90,6 +90,9 @@ class part_run {
     void set_tokens(const run_input &in, int kind, int64_t first_row, score_meter *meter) const;
     void add_observers(const run_input &in, int site, score_source *source, score_meter *meter, run_nodes *to);
     std::vector<uint8_t> find_protected(const prune_cut &cut, const std::vector<int32_t> &left) const;
+    std::vector<int32_t> find_leaving(const run_input &in, const prune_cut &cut, const std::vector<int32_t> &left,
+                                      const std::vector<float> &importance,
+                                      const std::vector<uint8_t> &is_protected) const;
     std::vector<float> measured(const run_input &in, const prune_cut &cut, const std::vector<int32_t> &left,
                                 const std::vector<uint8_t> &is_protected);
 

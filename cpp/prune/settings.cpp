@@ -102,6 +102,21 @@ bool parse_heads_option(const std::string &text, std::vector<prune_stage> *stage
     return stage->heads.heads.size() <= max_prune_heads;
 }
 
+/// Parses a share above 0.
+bool parse_share(const std::string &text, float *share) {
+    double number;
+    if (!parse_number(text, &number) || number <= 0 || number > 1) return false;
+    *share = static_cast<float>(number);
+    return true;
+}
+
+/// Whether dropped tokens can come back by a share: tokens are kept for later questions, and no threshold chooses.
+bool can_revive(const prune_settings &settings, const score *measure, int reuse) {
+    const auto by_share = [](const prune_stage &stage) { return stage.rule.by_share; };
+    return measure->input == score_input::heads && reuse == 0 && !settings.mask_only &&
+           std::all_of(settings.stages.begin(), settings.stages.end(), by_share);
+}
+
 /// Parses the part before the first semicolon.
 bool parse_source(const std::string &text, prune_settings *settings) {
     using kind = prune_settings::source_kind;
@@ -136,6 +151,7 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
     const score *measure = &score_received;
     const bool is_list = settings->source == prune_settings::source_kind::list;
     int keep = 0, reach = 0, reuse = 0, tail = head_choice::no_overlap;
+    float revive = 0;
     for (size_t i = 1; good && i < parts.size(); ++i) {
         if (parts[i].compare(0, 6, "score=") == 0) {
             // Only for a list: a file's thresholds were chosen for its own score, keep and reach.
@@ -154,18 +170,22 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
             good = is_list && parse_heads_option(parts[i].substr(6), &settings->stages);
         } else if (parts[i].compare(0, 8, "overlap=") == 0) {
             good = is_list && parse_whole(parts[i].substr(8), 0, max_prune_tail, &tail);
+        } else if (parts[i].compare(0, 7, "revive=") == 0) {
+            good = is_list && parse_share(parts[i].substr(7), &revive);
         } else if (parts[i].compare(0, 4, "min=") == 0) {
             good = parse_whole(parts[i].substr(4), 2, 1 << 30, &settings->min_tokens);
         } else {
             good = false;
         }
     }
+    good = good && (revive == 0 || can_revive(*settings, measure, reuse));
     for (prune_stage &stage : settings->stages) {
         stage.measure = measure;
         stage.keep = keep;
         stage.reach = reach;
         stage.reuse = reuse == 1;
         stage.heads.tail = tail;
+        stage.revive = revive;
     }
     if (!good) {
         const std::string shown = text.size() > shown_length ? text.substr(0, shown_length) + "..." : text;
@@ -175,7 +195,8 @@ bool parse_prune_settings(const std::string &text, prune_settings *settings, std
             "'3:t0.1' (threshold) with each layer once, or 'mask,' and a list. A list may be followed by ';score=" +
             score_names() +
             "', ';keep=TOKENS' (up to 255), ';reach=TOKENS' (up to 15), ';reuse=0|1', ';direction=LAYER:BYTES', "
-            "';heads=LAYER:L.H+L.H' and ';overlap=TOKENS' (up to 63); all may be followed by ';min=TOKENS'";
+            "';heads=LAYER:L.H+L.H', ';overlap=TOKENS' (up to 63) and, with shares and ';score=heads', "
+            "';revive=SHARE'; all may be followed by ';min=TOKENS'";
     }
     return good;
 }

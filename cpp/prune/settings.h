@@ -24,6 +24,8 @@ struct prune_stage {
     bool reuse = false;
     state_direction direction;  ///< of a learned score, from a list or the file
     head_choice heads;          ///< of the score `heads`, likewise
+    /// What a later question brings back, if `rule` is a share: so many of the tokens in front of it, as a share.
+    float revive = 0;
 };
 
 struct prune_settings {

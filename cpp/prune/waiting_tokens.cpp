@@ -117,8 +117,9 @@ void waiting_tokens::find_candidates_of(const divided_ubatch &ubatch, size_t ind
         early_tokens &tokens = work->tokens;
         tokens = find_early(part.first, row_bytes_);
         if (work->block) find_distances(tokens, part, work->block.get());
-        // Only a threshold says how many dropped tokens a question brings back.
-        const bool revives = tokens.is_known && !planned_->plan().cuts[0].stage.rule.by_share;
+        // A threshold says how many dropped tokens a question brings back; with a share, the user does.
+        const prune_stage &first_stage = planned_->plan().cuts[0].stage;
+        const bool revives = tokens.is_known && (!first_stage.rule.by_share || first_stage.revive > 0);
         erase_if(&tokens.missing, [&](const early_token &token) {
             if (!token.is_deferred && !revives) return true;
             // What several sequences see, none of them chooses.

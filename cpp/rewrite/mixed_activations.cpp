@@ -149,7 +149,9 @@ void choose_bits_node(ggml_tensor *, int ith, int, void *userdata) {
     mixed_bits &mixed = *static_cast<mixed_bits *>(userdata);
     if (ith != 0 || !mixed.active_) return;
     try {
-        for (int32_t t : choose_dropped({true, mixed.settings_.share}, mixed.meter_->result(), mixed.protected_)) {
+        const std::vector<float> importance = mixed.meter_->result();
+        const size_t count = count_of_share(mixed.settings_.share, importance.size());
+        for (int32_t t : choose_least(importance, mixed.protected_, count)) {
             mixed.four_[static_cast<size_t>(t)] = 1;
         }
     } catch (const std::bad_alloc &) {

@@ -5,25 +5,34 @@
 
 namespace agq {
 
-std::vector<int32_t> choose_dropped(const drop_rule &rule, const std::vector<float> &importance,
-                                    const std::vector<uint8_t> &is_protected) {
+size_t count_of_share(float share, size_t n) {
+    return static_cast<size_t>(std::floor(static_cast<double>(share) * static_cast<double>(n) + 0.5));
+}
+
+std::vector<int32_t> choose_least(const std::vector<float> &importance, const std::vector<uint8_t> &is_protected,
+                                  size_t count) {
     std::vector<int32_t> candidates;
     for (size_t i = 0; i < importance.size(); ++i) {
-        if (is_protected[i] || std::isnan(importance[i])) continue;
-        if (rule.by_share || importance[i] < rule.value) candidates.push_back(static_cast<int32_t>(i));
+        if (!is_protected[i] && !std::isnan(importance[i])) candidates.push_back(static_cast<int32_t>(i));
     }
-    if (!rule.by_share) return candidates;
-    const double wanted = std::floor(static_cast<double>(rule.value) * static_cast<double>(importance.size()) + 0.5);
-    const size_t count = std::min(candidates.size(), static_cast<size_t>(wanted));
     const auto less = [&](int32_t a, int32_t b) {
         const float x = importance[static_cast<size_t>(a)], y = importance[static_cast<size_t>(b)];
         return x != y ? x < y : a < b;
     };
-    const auto middle = candidates.begin() + static_cast<std::ptrdiff_t>(count);
+    const auto middle = candidates.begin() + static_cast<std::ptrdiff_t>(std::min(count, candidates.size()));
     std::nth_element(candidates.begin(), middle, candidates.end(), less);
     candidates.erase(middle, candidates.end());
     std::sort(candidates.begin(), candidates.end());
     return candidates;
+}
+
+std::vector<int32_t> choose_below(const std::vector<float> &importance, const std::vector<uint8_t> &is_protected,
+                                  float threshold) {
+    std::vector<int32_t> found;
+    for (size_t i = 0; i < importance.size(); ++i) {
+        if (!is_protected[i] && importance[i] < threshold) found.push_back(static_cast<int32_t>(i));
+    }
+    return found;
 }
 
 std::vector<float> spread(const std::vector<float> &importance, int reach) {
