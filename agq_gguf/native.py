@@ -48,6 +48,10 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "agq_descend": (None, [_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _POINTER, _POINTER]),
     # left, stride, right, k, n, out
     "agq_subtract_product": (None, [_POINTER, _COUNT, _POINTER, _COUNT, _COUNT, _POINTER]),
+    # columns, n, steps, offsets, most, upper, weights, codes, errors
+    "agq_feed_back_on_grid": (None, [_COUNT, _COUNT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER]),
+    # columns, n, steps, offsets, most, inside, slope, codes, change
+    "agq_descend_on_grid": (None, [_COUNT, _COUNT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER]),
 }
 
 

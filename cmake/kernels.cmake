@@ -54,7 +54,9 @@ function(agq_add_kernels)
     # a result.
     agq_file_flags(portable/rows.cpp -fno-math-errno -fno-trapping-math)
     # Without fused multiply-adds, which not all have, the converter rounds alike on all processors.
-    agq_file_flags(portable/rounding.cpp -fno-math-errno -fno-trapping-math -ffp-contract=off)
+    foreach(file rounding grid_rounding)
+        agq_file_flags(portable/${file}.cpp -fno-math-errno -fno-trapping-math -ffp-contract=off)
+    endforeach()
     agq_file_flags(portable/attention_paper.cpp -fno-math-errno)
     # A product and the sum that rounds it must not become one operation.
     agq_file_flags(portable/q8_pack.cpp -ffp-contract=off)
@@ -69,7 +71,7 @@ function(agq_add_kernels)
     endif()
 
     add_library(agq_kernels OBJECT "${PROJECT_SOURCE_DIR}/cpp/kernels/select.cpp")
-    set(rows_and_rounding portable/rows.cpp portable/rounding.cpp)
+    set(rows_and_rounding portable/rows.cpp portable/rounding.cpp portable/grid_rounding.cpp)
     set(few portable/attention_few.cpp portable/softmax_weights.cpp)
     agq_isa(generic VECTOR 4 TILE 2 FILES portable/scalar.cpp ${rows_and_rounding}
             VECTOR_FILES portable/attention.cpp portable/attention_paper.cpp ${few})

@@ -115,3 +115,37 @@ def subtract_product(left: Floats, right: Floats, out: Floats) -> Floats:
     for i in range(len(left)):
         found -= left[i, :, None] * right[i]
     return found
+
+
+def on_grid(steps: Floats, offsets: Floats, most: int, x: Floats) -> tuple[NDArray[np.uint8], Floats]:
+    """The nearest codes 0 to `most` for x [n], ties to even, and what they stand for."""
+    code = np.rint(np.clip((x - offsets) * inverse(steps), np.float32(0), np.float32(most)))
+    return code.astype(np.uint8), code * steps + offsets
+
+
+def feed_back_on_grid(
+    steps: Floats, offsets: Floats, most: int, upper: Floats, weights: Floats
+) -> tuple[NDArray[np.uint8], Floats]:
+    """Codes and (W - Q) / U_jj [columns, n] of a block with given steps and offsets [columns, n]."""
+    rest, codes, errors = weights.copy(), np.empty(weights.shape, np.uint8), np.empty_like(weights)
+    for j in range(len(weights)):
+        codes[j], values = on_grid(steps[j], offsets[j], most, rest[j])
+        errors[j] = (rest[j] - values) * (np.float32(1) / upper[j, j])
+        for i in range(j + 1, len(weights)):
+            rest[i] -= upper[j, i] * errors[j]
+    return codes, errors
+
+
+def descend_on_grid(
+    steps: Floats, offsets: Floats, most: int, inside: Floats, slope: Floats, codes: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], Floats]:
+    """Better codes, and the change of Q [columns, n]."""
+    rest, found, change = slope.copy(), codes.copy(), np.empty_like(slope)
+    for j in range(len(slope)):
+        before = codes[j].astype(np.float32) * steps[j] + offsets[j]
+        wanted = before + rest[j] * (np.float32(1) / inside[j, j])
+        found[j], values = on_grid(steps[j], offsets[j], most, wanted)
+        change[j] = values - before
+        for i in range(j + 1, len(slope)):
+            rest[i] -= inside[j, i] * change[j]
+    return found, change

@@ -99,6 +99,28 @@ def test_subtract_product(seed: int, n: int, fours: int, size: float, more: int)
     assert same(found, wanted)
 
 
+@settings(max_examples=25, deadline=None)
+@given(seeds, rows, st.sampled_from([1, 32, 50, 256]), sizes, st.sampled_from([31, 63, 255]))
+def test_on_a_grid(seed: int, n: int, columns: int, size: float, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = (rng.standard_t(4, (columns, n)) * size).astype(np.float32)
+    steps = (rng.normal(size=(columns, n)) * 4 * size / most).astype(np.float32)
+    steps[rng.random((columns, n)) < 0.05] = 0
+    offsets = (-steps * most / 2 + rng.normal(size=(columns, n)) * size).astype(np.float32)
+    x = (rng.normal(size=(3 * columns, columns)) * np.exp(rng.normal(size=columns))).astype(np.float32)
+    inside = x.T @ x / np.float32(len(x))
+    upper = np.linalg.cholesky(np.linalg.inv(inside.astype(np.float64))).T.astype(np.float32).copy()
+    grid = kernels.GridBlock(torch.from_numpy(steps), torch.from_numpy(offsets), most)
+    found = kernels.feed_back_on_grid(grid, torch.from_numpy(upper), torch.from_numpy(weights))
+    codes, errors = reference.feed_back_on_grid(steps, offsets, most, upper, weights)
+    assert same(found[0], codes) and same(found[1], errors)
+    slope = inside @ (weights - (codes * steps + offsets))
+    wanted = reference.descend_on_grid(steps, offsets, most, inside, slope, codes)
+    better = found[0].clone()
+    change = kernels.descend_on_grid(grid, torch.from_numpy(inside), torch.from_numpy(slope), better)
+    assert same(better, wanted[0]) and same(change, wanted[1])
+
+
 def test_refused_operands() -> None:
     """What would be read wrongly is an error in Python, not a crash."""
     values, weights, h = codebook.fixed().values, torch.ones(64, 5), torch.ones(64)
@@ -112,3 +134,9 @@ def test_refused_operands() -> None:
             kernels.subtract_product(left, torch.ones(len(left), 5), weights)
     with pytest.raises(ValueError, match="expected a contiguous tensor"):
         kernels.subtract_product(torch.ones(8, 64), torch.ones(4, 5), weights)
+    for steps, most in ((torch.ones(64, 4), 31), (torch.ones(64, 5), 256), (weights.double(), 31)):
+        with pytest.raises(ValueError, match="expected"):
+            kernels.feed_back_on_grid(kernels.GridBlock(steps, weights, most), torch.eye(64), weights)
+    wide = torch.ones(257, 5)
+    with pytest.raises(ValueError, match="expected up to 256 columns"):
+        kernels.feed_back_on_grid(kernels.GridBlock(wide, wide, 31), torch.eye(257), wide)

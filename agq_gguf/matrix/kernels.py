@@ -6,6 +6,8 @@ threads can run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from agq_gguf.format.blocks import GROUP_COLUMNS
@@ -95,3 +97,54 @@ def subtract_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor)
         library.agq_subtract_product(
             left.data_ptr(), left.stride(0), _address(right, (k, n)), k, n, _address(out, (GROUP_COLUMNS, n))
         )
+
+
+@dataclass(frozen=True)
+class GridBlock:
+    """A block of up to 256 columns on a grid: a weight is step * code + offset, a code 0 to `most`."""
+
+    steps: torch.Tensor  # [columns, n]
+    offsets: torch.Tensor  # [columns, n]
+    most: int
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes [columns, n] stand for."""
+        return codes * self.steps + self.offsets
+
+
+_MOST_COLUMNS = 256
+
+
+def feed_back_on_grid(grid: GridBlock, upper: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`feed_back` with given scales: codes [columns, n] uint8 and (W - Q) / U_jj [columns, n]."""
+    codes, errors = torch.empty(weights.shape, dtype=torch.uint8), torch.empty_like(weights)
+    with plugin_library() as library:
+        library.agq_feed_back_on_grid(
+            *_grid(grid, weights.shape),
+            _address(upper, (len(weights), len(weights))),
+            _address(weights, weights.shape),
+            codes.data_ptr(),
+            errors.data_ptr(),
+        )
+    return codes, errors
+
+
+def descend_on_grid(grid: GridBlock, inside: torch.Tensor, slope: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """`descend` with given scales; improves `codes` [columns, n] in place, and returns the change of Q."""
+    change = torch.empty_like(slope)
+    with plugin_library() as library:
+        library.agq_descend_on_grid(
+            *_grid(grid, slope.shape),
+            _address(inside, (len(slope), len(slope))),
+            _address(slope, slope.shape),
+            _address(codes, slope.shape, torch.uint8),
+            change.data_ptr(),
+        )
+    return change
+
+
+def _grid(grid: GridBlock, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The first arguments of both."""
+    if shape[0] > _MOST_COLUMNS or not 0 < grid.most < 256:
+        raise ValueError(f"expected up to {_MOST_COLUMNS} columns and codes of 8 bits, got {shape[0]} and {grid.most}")
+    return *shape, _address(grid.steps, shape), _address(grid.offsets, shape), grid.most

@@ -42,3 +42,16 @@ AGQ_EXPORT void agq_subtract_product(const float *left, int64_t stride, const fl
                                      float *out) {
     rounding().subtract_product(left, stride, right, k, n, out);
 }
+
+// Arguments: the grid, then those of rounding.h.
+
+AGQ_EXPORT void agq_feed_back_on_grid(int64_t columns, int64_t n, const float *steps, const float *offsets,
+                                      int32_t most, const float *upper, const float *weights, uint8_t *codes,
+                                      float *errors) {
+    rounding().feed_back_on_grid({columns, n, steps, offsets, most}, upper, weights, codes, errors);
+}
+
+AGQ_EXPORT void agq_descend_on_grid(int64_t columns, int64_t n, const float *steps, const float *offsets, int32_t most,
+                                    const float *inside, const float *slope, uint8_t *codes, float *change) {
+    rounding().descend_on_grid({columns, n, steps, offsets, most}, inside, slope, codes, change);
+}

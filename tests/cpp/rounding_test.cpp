@@ -51,8 +51,8 @@ void expect(bool good, const char *kernel, const char *what, size_t n) {
 
 /// All results of one kernel.
 struct results {
-    memory<float> searched, searched_each, scales, errors, descended_scales, change, rest;
-    memory<uint8_t> codes, descended_codes;
+    memory<float> searched, searched_each, scales, errors, descended_scales, change, rest, grid_errors, grid_change;
+    memory<uint8_t> codes, descended_codes, grid_codes, grid_descended;
 };
 
 struct problem {
@@ -114,6 +114,13 @@ struct problem {
         std::copy(weights.begin(), weights.end(), r.rest.begin());
         // The rows on the left are parts of longer ones: 60 of them, from the fourth number of the matrix on.
         kern.subtract_product(inside.data() + 4, columns, r.errors.data(), 60, rows, r.rest.data());
+        // Costs as steps, so some are large, and the grid's place is anywhere.
+        const agq::rounding_grid grid = {static_cast<int64_t>(columns), rows, hs.data(), weights.data(), 31};
+        r.grid_errors = r.grid_change = guarded<float>(columns * n);
+        r.grid_codes = guarded<uint8_t>(columns * n);
+        kern.feed_back_on_grid(grid, upper.data(), r.errors.data(), r.grid_codes.data(), r.grid_errors.data());
+        r.grid_descended = r.grid_codes;
+        kern.descend_on_grid(grid, inside.data(), weights.data(), r.grid_descended.data(), r.grid_change.data());
         return r;
     }
 };
@@ -128,6 +135,12 @@ void compare(const char *name, const results &a, const results &b, size_t n) {
                equal(a.change, b.change) && intact(b.descended_codes) && intact(b.descended_scales) && intact(b.change),
            name, "descend", n);
     expect(equal(a.rest, b.rest) && intact(b.rest), name, "subtract_product", n);
+    expect(equal(a.grid_codes, b.grid_codes) && equal(a.grid_errors, b.grid_errors) && intact(b.grid_codes) &&
+               intact(b.grid_errors),
+           name, "feed_back_on_grid", n);
+    expect(equal(a.grid_descended, b.grid_descended) && equal(a.grid_change, b.grid_change) &&
+               intact(b.grid_descended) && intact(b.grid_change),
+           name, "descend_on_grid", n);
 }
 
 /// FNV-1a hash of the generic kernel's results for a fixed problem.
@@ -139,15 +152,16 @@ uint32_t checksum() {
         const unsigned char *at = static_cast<const unsigned char *>(data);
         for (size_t i = 0; i < bytes; ++i) hash = (hash ^ at[i]) * 16777619u;
     };
-    for (const memory<float> *m :
-         {&r.searched, &r.searched_each, &r.scales, &r.errors, &r.descended_scales, &r.change, &r.rest}) {
+    for (const memory<float> *m : {&r.searched, &r.searched_each, &r.scales, &r.errors, &r.descended_scales, &r.change,
+                                   &r.rest, &r.grid_errors, &r.grid_change}) {
         add(m->data(), m->size() * sizeof(float));
     }
-    for (const memory<uint8_t> *m : {&r.codes, &r.descended_codes}) add(m->data(), m->size());
+    for (const memory<uint8_t> *m : {&r.codes, &r.descended_codes, &r.grid_codes, &r.grid_descended})
+        add(m->data(), m->size());
     return hash;
 }
 
-constexpr uint32_t known_checksum = 0x266067e8;
+constexpr uint32_t known_checksum = 0x539f6654;
 
 }  // namespace
 

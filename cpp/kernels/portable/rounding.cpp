@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels/isa.h"
+#include "kernels/portable/grid_rounding.h"
 #include "kernels/portable/unroll.h"
 
 namespace agq {
@@ -344,7 +345,8 @@ void subtract_product(const float *left, int64_t stride, const float *right, int
 
 namespace isa::AGQ_ISA {
 
-const rounding_kernel rounding = {search_scales, feed_back, descend, subtract_product};
+const rounding_kernel rounding = {search_scales,    feed_back,         descend,
+                                  subtract_product, feed_back_on_grid, descend_on_grid};
 
 }  // namespace isa::AGQ_ISA
 }  // namespace agq
