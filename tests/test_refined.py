@@ -25,12 +25,13 @@ from agq_gguf.gguf_io.reader import open_gguf
 from agq_gguf.graphs import batches, parts, support
 from agq_gguf.graphs.losses import drawn
 from agq_gguf.graphs.run import Executor, Reading
+from agq_gguf.matrix import typed
 from agq_gguf.matrix.options import MatrixOptions
-from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
+from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
 from agq_gguf.matrix.simulate import Rounder, restored
 from agq_gguf.measure.embeddings import evaluate_embeddings
 from agq_gguf.measure.evaluate import evaluate
-from agq_gguf.quantization import pipeline, resume
+from agq_gguf.quantization import resume
 from agq_gguf.quantization.best import fisher, sequential, tune
 from agq_gguf.quantization.best.fisher import Sensitivity, affordable, measure
 from agq_gguf.quantization.options import QuantizeOptions
@@ -171,7 +172,9 @@ def test_too_little_memory_for_grams_is_told(llama_f16: Path, words: str, tmp_pa
 def sequential_of(run: Executor, batches: list[torch.Tensor], known: Sensitivity | None = None, **more: Any) -> Any:
     options = more.pop("options", MatrixOptions())
     pairs = pairs_of(run, matrices_of(run), batches[0])
-    return sequential.Sequential(run, plan_of(run), batches, known or Sensitivity(), options, pairs=pairs, **more)
+    types = dict.fromkeys(matrices_of(run), blocks.TYPE_NAME)
+    known = known or Sensitivity()
+    return sequential.Sequential(run, plan_of(run), types, batches, known, options, pairs=pairs, **more)
 
 
 def test_grams_of_levelled_rows(graph_of: Opener, llama_f16: Path) -> None:
@@ -314,9 +317,11 @@ def test_tuning_keeps_only_what_is_better(graph_of: Opener, tmp_path: Path, monk
     assert tuned.after < 0.98 * tuned.before and steps[-1] == (56, 56)
     assert set(tuned.matrices) == names and set(tuned.norms) == set(trained)
     for name, [result] in tuned.matrices.items():
+        assert isinstance(result, QuantizedMatrix)
         scales = result.matrix.scales
         assert np.array_equal(scales, blocks.round_scale(scales))
-        assert np.array_equal(result.matrix.codes, matrices[name][0].matrix.codes)
+        before = matrices[name][0]
+        assert isinstance(before, QuantizedMatrix) and np.array_equal(result.matrix.codes, before.matrix.codes)
     monkeypatch.setattr(tune, "_RATE", 1.0)
     worse = tuned_now()
     assert worse.after > worse.before and not worse.norms and not worse.matrices
@@ -489,16 +494,15 @@ def test_resume_gives_the_same_file(
     quality: str, llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = QuantizeOptions(quality=quality, resume=True, threads=1, context=64, calibration_tokens=512)
-    module = sequential if quality == "best" else pipeline
-    real, calls = module.quantize_matrix, []
+    real, calls = typed.quantize, []
 
-    def counted(weight, prepared, options, name="the matrix", gram=None):  # type: ignore[no-untyped-def]
+    def counted(weight, prepared, options, name, gram=None):  # type: ignore[no-untyped-def]
         calls.append(name)
         if len(calls) == stop_at:
             raise Stop
         return real(weight, prepared, options, name, gram)
 
-    monkeypatch.setattr(module, "quantize_matrix", counted)
+    monkeypatch.setattr(typed, "quantize", counted)
     stop_at = 0
     quantize(llama_f16, tmp_path / "whole.gguf", calibration=[words], options=options)
     assert len(calls) == 14
@@ -531,7 +535,7 @@ def test_a_run_that_was_interrupted_while_tuning_can_go_on_without_it(
             quantize(llama_f16, out, calibration=[words], options=options)
     untuned = replace(options, tune=False)
     quantize(llama_f16, whole, calibration=[words], options=untuned)
-    monkeypatch.setattr(sequential, "quantize_matrix", stop)  # nothing is left to quantize
+    monkeypatch.setattr(typed, "quantize", stop)  # nothing is left to quantize
     quantize(llama_f16, out, calibration=[words], options=untuned)
     assert out.read_bytes() == whole.read_bytes()
 

@@ -15,9 +15,9 @@ from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import Tensor, open_gguf
 from agq_gguf.graphs.run import Reading
+from agq_gguf.matrix import stock_types
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.measure.evaluate import evaluate
-from agq_gguf.quantization import stock_types
 from agq_gguf.quantization.budget import costs, knapsack
 from agq_gguf.quantization.options import QuantizeOptions, activation_options
 from agq_gguf.quantization.pipeline import plan_file, quantize
@@ -103,8 +103,14 @@ def test_types_that_do_not_fit_are_not_offered() -> None:
     wide, narrow = plans_of(wide=128)[0], TensorPlan(Tensor("narrow", "f16", (128, 128), 0, 1), "agq4", "")
     kept = TensorPlan(Tensor("norm", "f32", (128,), 0, 1), "f32", "one-dimensional")
     found = knapsack.open_types([wide, narrow, kept], {"narrow": True})
-    assert found == {"wide": ("agq4", "q6_K", "q8_0"), "narrow": ("agq4", "q8_0")}
-    assert knapsack.open_types([wide, narrow, kept], {"narrow": False}) == {"wide": ("agq4", "q6_K", "q8_0")}
+    of_wide = ("agq4", "q5_K", "q5_1", "q6_K", "q8_0")
+    assert found == {"wide": of_wide, "narrow": ("agq4", "q5_0", "q5_1", "q8_0")}
+    assert knapsack.open_types([wide, narrow, kept], {"narrow": False}) == {"wide": of_wide}
+    few = knapsack.open_types([wide, narrow], {}, ("q8_0", "q6_K"))
+    assert few == {"wide": ("agq4", "q6_K", "q8_0"), "narrow": ("agq4", "q8_0")}
+    for wrong in ((), ("q8_0", "q4_K")):
+        with pytest.raises(InputError, match="types for a target must be among q5_K, q5_0, q5_1, q6_K, q8_0, got"):
+            QuantizeOptions(target_types=wrong)
 
 
 # the cost
@@ -175,7 +181,7 @@ def test_a_target_is_met_and_helps(quality: str, llama_f16: Path, words: str, tm
         options = QuantizeOptions(quality=quality, target_bpw=target, threads=1, context=64, calibration_tokens=512)
         report = quantize(llama_f16, out, calibration=[words], options=options)
         assert report.bits_per_weight <= target
-        assert {t.type_name for t in report.tensors if t.reason == "sensitive"} <= {"q6_K", "q8_0"}
+        assert {t.type_name for t in report.tensors if t.reason == "sensitive"} <= set(knapsack.LADDER[1:])
         kinds = {t.type_name for t in report.tensors}
         return report.bits_per_weight, evaluate(out, llama_f16, words, context=64, chunks=8, threads=1).mean_kl, kinds
 

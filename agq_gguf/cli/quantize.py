@@ -15,7 +15,7 @@ from agq_gguf.cli.options import Device, Json, Preset, Quality, Quiet, Threads, 
 from agq_gguf.cli.prune import prune_new, show_calibration
 from agq_gguf.errors import AgqError, InputError, missing_package
 from agq_gguf.gguf_io.tensor_names import kind_of
-from agq_gguf.quantization.options import QuantizeOptions, activation_options
+from agq_gguf.quantization.options import LARGER_TYPES, QuantizeOptions, activation_options
 from agq_gguf.runtime.abilities import declared_problem
 from agq_gguf.runtime.cpus import default_threads
 from agq_gguf.runtime.model import Model
@@ -76,6 +76,12 @@ def quantize(
             min=0, help="Maximum bits per weight of the whole model; sensitive tensors get more bits. 0: no target."
         ),
     ] = 0.0,
+    target_types: Annotated[
+        str,
+        typer.Option(
+            help="Types beside AGQ4 that --target-bpw may give. q8_0 alone reads prompts faster, but loses more."
+        ),
+    ] = ",".join(LARGER_TYPES),
     act_bits: Annotated[int, typer.Option("--act-bits", help="Activation bits: 8, or 4 (far less accurate).")] = 8,
     act_scale: Annotated[
         str,
@@ -171,6 +177,7 @@ def quantize(
         output_type=output_type,
         embedding_type=embedding_type,
         target_bpw=target_bpw,
+        target_types=tuple(target_types.split(",")),
         threads=threads,
         device=device.value,
         memory=memory,

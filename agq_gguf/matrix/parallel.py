@@ -8,6 +8,9 @@ from typing import TypeVar
 
 import torch
 
+_ROWS_AT_A_TIME = 1024  # the weights and slopes of so many rows fit into the cache
+_ROWS_OF_A_THREAD = 96  # fewer rows are not worth a thread
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -23,3 +26,10 @@ def in_parallel(work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
             return list(pool.map(work, parts))
     finally:
         torch.set_num_threads(threads)
+
+
+def rows_at_a_time(rows: int) -> int:
+    """How many rows of a matrix make a piece: each thread gets an equal share of limited size."""
+    threads = max(1, min(torch.get_num_threads(), rows // _ROWS_OF_A_THREAD))
+    shares = threads * -(-rows // (threads * _ROWS_AT_A_TIME))
+    return -(-rows // shares)

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from agq_gguf.calibration.stats import InputStats
 from agq_gguf.errors import InputError
+from agq_gguf.format import blocks
 from agq_gguf.format.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
 from agq_gguf.matrix import codebook as cb
 from agq_gguf.matrix import column_feedback, row_feedback, two_refine
 from agq_gguf.matrix.column_feedback import Correlations
 from agq_gguf.matrix.factor import reorder_in_place
 from agq_gguf.matrix.options import MatrixOptions
-from agq_gguf.matrix.parallel import in_parallel
+from agq_gguf.matrix.parallel import in_parallel, rows_at_a_time
 from agq_gguf.matrix.simulate import rotate_in_place, rotated
 from agq_gguf.matrix.two_refine import Refinement
 
@@ -30,8 +31,7 @@ _FLOOR = 1e-4  # minimum importance of a channel, so that channels that are zero
 _LARGEST = 4096.0
 _SMALLEST_ALPHA = 2.0**-126  # smaller binary32 numbers lose precision, or count as 0 on some machines
 ERROR_ROWS = 256  # rows on which the reported error is measured
-_ROWS_AT_A_TIME = 1024  # the weights and slopes of so many rows fit into the cache
-_ROWS_OF_A_THREAD = 96  # fewer rows are not worth a thread
+_ROWS_AT_A_TIME = 1024
 
 _Rounded = tuple[torch.Tensor, torch.Tensor]  # codes [M, K] uint8 and scales [M, K / 64]
 
@@ -48,11 +48,16 @@ class PreparedInput:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A quantized matrix and its error."""
+    """A matrix in AGQ4 and its error."""
 
     matrix: Matrix
     error: float  # squared output error over squared output on the calibration data (on white noise without any)
     note: str = ""
+
+    @property
+    def packed(self) -> NDArray[np.uint8]:
+        """The bytes of the file."""
+        return blocks.pack(self.matrix)
 
 
 def prepare_input(
@@ -120,7 +125,7 @@ def quantize_matrix(
         codes, scales = row_feedback.quantize(stored, prepared.correlations, gram, codebook, options.sweeps)
     else:
         parts = in_parallel(
-            lambda part: _round(part, prepared, codebook, options), stored.split(_rows_at_a_time(len(stored)))
+            lambda part: _round(part, prepared, codebook, options), stored.split(rows_at_a_time(len(stored)))
         )
         codes, scales = (torch.cat(found) for found in zip(*parts, strict=True))
     parameters = Parameters(
@@ -135,13 +140,6 @@ def quantize_matrix(
     restored = codebook.values[codes[::step].int()] * scales[::step].repeat_interleave(GROUP_COLUMNS, 1)
     error = _relative_error(stored[::step], restored, prepared)
     return QuantizedMatrix(Matrix(codes.numpy(), scales.numpy(), parameters), error, prepared.note)
-
-
-def _rows_at_a_time(rows: int) -> int:
-    """Rows are rounded independently, so each thread gets an equal share of limited size."""
-    threads = max(1, min(torch.get_num_threads(), rows // _ROWS_OF_A_THREAD))
-    shares = threads * -(-rows // (threads * _ROWS_AT_A_TIME))
-    return -(-rows // shares)
 
 
 def _round(stored: torch.Tensor, prepared: PreparedInput, codebook: cb.Codebook, options: MatrixOptions) -> _Rounded:

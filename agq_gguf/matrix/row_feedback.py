@@ -8,6 +8,8 @@ columns. G works the same way between rows: with E_c fixed, the best later rows 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from agq_gguf.format.blocks import GROUP_COLUMNS
@@ -30,26 +32,40 @@ def damped(gram: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def quantize(
-    weights: torch.Tensor, known: Correlations, gram: torch.Tensor, codebook: Codebook, sweeps: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like `column_feedback.quantize`, with feedback between rows, too; `gram` is G [M, M].
+def in_panels(
+    weights: torch.Tensor, gram: torch.Tensor, round_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> bool:
+    """Rounds a matrix [M, K] some rows at a time, with feedback to the rows that are left; `gram` is G [M, M].
 
-    Rows whose errors cost most come first, because few later rows are left to compensate for the errors of the last
-    ones.
+    Calls `round_rows` with the numbers of some rows [n] and their weights [n, K], which include the feedback; it
+    returns what they are after rounding. Rows whose errors cost most come first, because few later rows are left to
+    compensate for the errors of the last ones. Returns False, without a call, if no later layer depends on the matrix.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
     upper = inverse_factor(reordered(damped(gram), order))
-    if upper is None:  # no later layer depends on this matrix
-        return column_feedback.quantize(weights, known, codebook, sweeps)
+    if upper is None:
+        return False
     rest = weights[order]
-    codes = torch.empty(weights.shape, dtype=torch.uint8)
-    scales = torch.empty(len(weights), weights.shape[1] // GROUP_COLUMNS)
     for begin in range(0, len(rest), _ROWS):
         here, later = slice(begin, begin + _ROWS), slice(begin + _ROWS, None)
-        found, scale = column_feedback.quantize(rest[here], known, codebook, sweeps)
-        codes[order[here]], scales[order[here]] = found, scale
-        error = rest[here] - codebook.values[found.int()] * scale.repeat_interleave(GROUP_COLUMNS, 1)
+        error = rest[here] - round_rows(order[here], rest[here])
         shares = torch.linalg.solve_triangular(upper[here, here].T, error, upper=False)
         rest[later].addmm_(upper[here, later].T, shares, alpha=-1)
+    return True
+
+
+def quantize(
+    weights: torch.Tensor, known: Correlations, gram: torch.Tensor, codebook: Codebook, sweeps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `column_feedback.quantize`, with feedback between rows, too; `gram` is G [M, M]."""
+    codes = torch.empty(weights.shape, dtype=torch.uint8)
+    scales = torch.empty(len(weights), weights.shape[1] // GROUP_COLUMNS)
+
+    def round_rows(numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        found, scale = column_feedback.quantize(rows, known, codebook, sweeps)
+        codes[numbers], scales[numbers] = found, scale
+        return codebook.values[found.int()] * scale.repeat_interleave(GROUP_COLUMNS, 1)
+
+    if not in_panels(weights, gram, round_rows):
+        return column_feedback.quantize(weights, known, codebook, sweeps)
     return codes, scales

@@ -11,6 +11,7 @@ import torch
 
 from agq_gguf.format.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
 from agq_gguf.format.reference import rotate
+from agq_gguf.format.stock_grids import block_columns
 
 _TINY = 2.0**-100  # tokens with a smaller maximum count as zero, as in the format
 _ROTATION = torch.from_numpy(rotate(np.eye(GROUP_COLUMNS, dtype=np.float32)))
@@ -49,6 +50,21 @@ class Rounder:
             rounded = ((refined * factor).round() * (largest / self._limit)).flatten(-2)
             rounded = rotated(rounded) if self.rotates else rounded
             difference = (rounded * self.growth)[..., self.back] - x
+        return x + difference
+
+
+class StockRounder:
+    """Rounds inputs as ggml's kernels do for types of 5 and 6 bits: to 8 bits, with a scale for each block."""
+
+    def __init__(self, type_name: str) -> None:
+        self._block = block_columns(type_name)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] float32, rounded; the gradient ignores the rounding."""
+        with torch.no_grad():
+            blocks = x.unflatten(-1, (-1, self._block))
+            step = blocks.abs().amax(-1, keepdim=True) / 127
+            difference = ((blocks / step.clamp_min(_TINY)).round() * step).flatten(-2) - x
         return x + difference
 
 

@@ -14,9 +14,9 @@ from agq_gguf.arguments import Progress
 from agq_gguf.calibration.imatrix import Imatrix
 from agq_gguf.calibration.memory import hessian_bytes, work_bytes
 from agq_gguf.calibration.stats import WeightStats
-from agq_gguf.gguf_io.reader import Reader, Tensor
+from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.gguf_io.tensor_names import EMBEDDING, is_further_prediction, layer_of
-from agq_gguf.quantization.options import QuantizeOptions
+from agq_gguf.quantization.options import LARGER_TYPES, QuantizeOptions
 from agq_gguf.quantization.resume import Journal, digest, folder_of
 from agq_gguf.quantization.type_plan import TensorPlan
 
@@ -34,13 +34,18 @@ _NAMED_EXPERTS = 4  # in a warning about experts that were never used
 class Group:
     """Weights that share an input, and the norm that produces it if factors may be moved between them."""
 
-    names: tuple[str, ...]
+    types: Mapping[str, str]  # the type of each weight
     stats: WeightStats | None = None
     norms: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weights."""
+        return tuple(self.types)
+
     def key(self, name: str) -> str:
         """Under which a journal keeps the result for a weight: it depends on the whole group."""
-        return f"{name} of {' '.join(self.names)}, {' '.join(self.norms)}"
+        return f"{name} as {self.types[name]} of {' '.join(self.names)}, {' '.join(self.norms)}"
 
     @property
     def keys(self) -> list[str]:
@@ -62,22 +67,23 @@ class Guide:
     best: BestRun | None = None
 
 
-def unguided(wanted: dict[str, Tensor]) -> Guide:
+def unguided(wanted: list[TensorPlan]) -> Guide:
     """No statistics: all activations get the same weight."""
     if not wanted:
         return Guide("none", iter(()), [])
     warning = (
         "quantized without calibration: all activations got the same weight; a calibration text gives better results"
     )
-    return Guide("none", (Group((name,)) for name in wanted), [warning])
+    return Guide("none", (Group({plan.source.name: plan.type_name}) for plan in wanted), [warning])
 
 
-def from_imatrix(wanted: dict[str, Tensor], imatrix: Imatrix) -> Guide:
+def from_imatrix(wanted: list[TensorPlan], imatrix: Imatrix) -> Guide:
     """Mean squares from an importance matrix, which must match the weights."""
-    stats = imatrix.weights
-    warnings = _unseen([name for name in wanted if name not in stats and name != EMBEDDING])
-    warnings += unused_experts({name: stats[name].unused_experts for name in wanted if name in stats})
-    return Guide(f"imatrix {imatrix.path.name}", (Group((name,), stats.get(name)) for name in wanted), warnings)
+    stats, types = imatrix.weights, {plan.source.name: plan.type_name for plan in wanted}
+    warnings = _unseen([name for name in types if name not in stats and name != EMBEDDING])
+    warnings += unused_experts({name: stats[name].unused_experts for name in types if name in stats})
+    groups = (Group({name: type_name}, stats.get(name)) for name, type_name in types.items())
+    return Guide(f"imatrix {imatrix.path.name}", groups, warnings)
 
 
 def from_text(
@@ -97,7 +103,8 @@ def from_text(
     from agq_gguf.calibration.collect import Calibrator
     from agq_gguf.quantization.best.run import BestRun, Setting, prepare
 
-    wanted = [p.source.name for p in plans if p.searched]
+    types = {p.source.name: p.type_name for p in plans if p.searched}
+    wanted = list(types)
     calibrator = stack.enter_context(
         Calibrator(
             session,
@@ -127,7 +134,8 @@ def from_text(
     ]
 
     def group(found: Input, stats: WeightStats | None = None) -> Group:
-        return Group(found.weights, stats, found.norms if _plain(reader, found.norms) else ())
+        of_weights = {name: types[name] for name in found.weights}
+        return Group(of_weights, stats, found.norms if _plain(reader, found.norms) else ())
 
     seen = {name for part in parts for found in part for name in found.weights}
     unseen = [name for name in wanted if name not in seen]
@@ -146,7 +154,7 @@ def from_text(
                 for found, stats in zip(part, collected, strict=True):
                     unused[found.weights[0]] = stats.unused_experts
                     yield group(found, stats)
-        yield from (Group((name,)) for name in unseen)
+        yield from (Group({name: types[name]}) for name in unseen)
         warnings.extend(unused_experts(unused))
 
     warnings += _unseen([name for name in unseen if name != EMBEDDING])  # an embedding that is looked up has no input
@@ -171,7 +179,7 @@ def _journal(reader: Reader, calibrator: Calibrator, options: QuantizeOptions, d
         options, threads=0, device="cpu", resume=False, shared="", tune=True, split_size=0, converter="", keep_float=""
     )
     if shares:
-        decisive = replace(decisive, output_type="auto", embedding_type="auto", target_bpw=0)
+        decisive = replace(decisive, output_type="auto", embedding_type="auto", target_bpw=0, target_types=LARGER_TYPES)
     key = digest(reader, calibrator.chunks, f"{__version__} {decisive}")
     return Journal(Path(options.shared), key, stays=True) if shares else Journal(folder_of(dst), key)
 

@@ -12,6 +12,9 @@ from agq_gguf.matrix.options import MatrixOptions
 DEVICES = ("cpu", "cuda")
 QUALITIES = ("fast", "balanced", "best")
 MAX_TARGET_BPW = 16  # as an F16 file
+# Types larger than AGQ4 that a tensor may get under a target, smallest first. q5_K and q5_0 have the same size; q5_0
+# fits where q5_K does not. q8_0 loses almost nothing, so larger types are never needed.
+LARGER_TYPES = ("q5_K", "q5_0", "q5_1", "q6_K", "q8_0")
 TOKENS = 32768  # of calibration text, of a large model and with quality best
 SMALL_TOKENS = 98304  # of a small one: all of the default text
 
@@ -26,6 +29,7 @@ class QuantizeOptions:
     output_type: str = "auto"  # auto: q8_0, or chosen under `target_bpw`
     embedding_type: str = "auto"  # auto: q8_0 for small models, else agq4; or chosen under `target_bpw`
     target_bpw: float = 0.0  # maximum bits per weight of the whole model; 0: no target
+    target_types: tuple[str, ...] = LARGER_TYPES  # what `target_bpw` may choose from, beside agq4
     threads: int = 0  # 0: all CPUs that this process may use
     device: str = "cpu"  # one of DEVICES: where quality best, and the costs for `target_bpw`, run the model in PyTorch
     memory: int = 4 << 30  # bytes for the statistics that calibration holds at one time
@@ -49,6 +53,9 @@ class QuantizeOptions:
                 f"the target must be 4.25 to {MAX_TARGET_BPW} bits per weight, or 0 for no target, "
                 f"got {self.target_bpw:g}"
             )
+        if not self.target_types or not set(self.target_types) <= set(LARGER_TYPES):
+            given = ", ".join(self.target_types) or "none"
+            raise InputError(f"types for a target must be among {', '.join(LARGER_TYPES)}, got {given}")
         for name in self.keep_types:
             if name not in TYPE_IDS or name == blocks.TYPE_NAME:
                 raise InputError(f"types to keep must be names of ggml's types, such as mxfp4 or q6_K, got {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from agq_gguf.format.blocks import TYPE_NAME
 from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.own_codes import keep
@@ -16,7 +17,10 @@ _FIRST_ROWS = 4  # are looked at before a tensor is read whole
 
 def marked(reader: Reader, plans: Sequence[TensorPlan]) -> list[TensorPlan]:
     """The plans, with `own_codes` where a tensor is to be AGQ4 and is made of such integers."""
-    return [replace(plan, own_codes=plan.searched and _has_integers(reader, plan.source)) for plan in plans]
+    return [
+        replace(plan, own_codes=plan.searched and plan.type_name == TYPE_NAME and _has_integers(reader, plan.source))
+        for plan in plans
+    ]
 
 
 def read(reader: Reader, tensor: Tensor, options: MatrixOptions) -> list[QuantizedMatrix]:

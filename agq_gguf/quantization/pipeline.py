@@ -22,10 +22,9 @@ from agq_gguf.gguf_io import metadata
 from agq_gguf.gguf_io.reader import Reader, Tensor
 from agq_gguf.gguf_io.shards import open_model, paths_of
 from agq_gguf.gguf_io.writer import Writer, check_writable, layout
-from agq_gguf.matrix import equalize
+from agq_gguf.matrix import equalize, stock_types, typed
 from agq_gguf.matrix.options import MatrixOptions
-from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
-from agq_gguf.quantization import folder, own_codes, source, stock_types
+from agq_gguf.quantization import folder, own_codes, source
 from agq_gguf.quantization.guidance import Group, Guide, falling_back, from_imatrix, from_text, unguided
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.presets import saved_by_small
@@ -150,7 +149,7 @@ def _quantize_file(
         text = None if calibration is None else load_text(calibration)
         session, warnings = _opener(stack, reader, text, progress)
         plans = _plans(reader, session, imatrix, options, progress)
-        wanted = {p.source.name: p.source for p in plans if p.searched}
+        wanted = [p for p in plans if p.searched]
         guide: Guide | None = None
         if text is not None and session is not None and wanted:
             try:
@@ -301,11 +300,10 @@ class _Quantized:
     note: str
 
     @classmethod
-    def of(cls, made: Sequence[QuantizedMatrix]) -> _Quantized:
+    def of(cls, made: Sequence[typed.Quantized]) -> _Quantized:
         """A tensor of these matrices: one, or one for each expert."""
         notes = sorted({found.note for found in made if found.note})
-        packed = [blocks.pack(found.matrix) for found in made]
-        return cls(packed, float(np.mean([found.error for found in made])), "; ".join(notes))
+        return cls([found.packed for found in made], float(np.mean([found.error for found in made])), "; ".join(notes))
 
 
 @dataclass(frozen=True)
@@ -335,30 +333,34 @@ def _keep(journal: Journal, group: Group, made: _Made) -> None:
 
 
 def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Made:
-    """Quantizes weights that share an input, expert by expert; the input is prepared once for all of them."""
+    """Quantizes weights that share an input, expert by expert; the input is prepared once for all of a type."""
     names, stats = group.names, group.stats
-    shapes = [reader.tensors[name].shape for name in names]
-    experts = reader.tensors[names[0]].n_matrices
-    capacity = min(blocks.listable(*shape[-2:]) for shape in shapes)
-    found: dict[str, list[QuantizedMatrix]] = {name: [] for name in names}
+    shapes = {name: reader.tensors[name].shape for name in names}
+    experts, width = reader.tensors[names[0]].n_matrices, shapes[names[0]][-1]
+    capacity = min(blocks.listable(*shape[-2:]) for shape in shapes.values())
+    found: dict[str, list[typed.Quantized]] = {name: [] for name in names}
     columns, norms = None, {}
     if stats is not None and group.norms and options.equalize:
-        every = [reader.read(name).reshape(-1, shapes[0][-1]) for name in names]
+        every = [reader.read(name).reshape(-1, width) for name in names]
         columns = equalize.choose(
             stats.whole, every, capacity, options.activation_bits, options.activation_scale, options.refine
         )
     if stats is not None and columns is not None:
         stats = equalize.scaled(stats, columns)
         norms = {name: reader.read(name) / columns for name in group.norms}
-    for expert in range(experts):
-        if expert == 0 or (stats is not None and stats.experts):
-            own = stats.of(expert) if stats else None
-            prepared = prepare_input(own, shapes[0][-1], capacity, options, consume=True)
-        for name, shape in zip(names, shapes, strict=True):
-            rows = range(expert * shape[-2], (expert + 1) * shape[-2])
-            weight = reader.read(name, rows)
-            result = quantize_matrix(weight if columns is None else weight * columns, prepared, options, name)
-            found[name].append(result)
+    types = typed.in_order(group.types.values())
+    for type_name in types:
+        for expert in range(experts):
+            if expert == 0 or (stats is not None and stats.experts):
+                own, last = stats.of(expert) if stats else None, type_name == types[-1]
+                prepared = typed.prepare(type_name, own, width, capacity, options, consume=last)
+            for name in names:
+                if group.types[name] != type_name:
+                    continue
+                rows = shapes[name][-2]
+                weight = reader.read(name, range(expert * rows, (expert + 1) * rows))
+                weight = weight if columns is None else weight * columns
+                found[name].append(typed.quantize(weight, prepared, options, name))
     matrices = {name: _Quantized.of(made) for name, made in found.items()}
     return _Made(matrices, norms)
 

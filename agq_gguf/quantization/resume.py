@@ -22,6 +22,8 @@ from agq_gguf.errors import FormatError, OutputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.matrix.quantize import QuantizedMatrix
+from agq_gguf.matrix.stock_feedback import QuantizedStock
+from agq_gguf.matrix.typed import Quantized
 
 
 class Journal:
@@ -71,21 +73,26 @@ class Journal:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def get_matrix(self, name: str) -> QuantizedMatrix | None:
+    def get_matrix(self, name: str) -> Quantized | None:
         """Like `get`, for a matrix stored by `put_matrix`."""
         found = self.get(name)
         try:
             if found is None:
                 return None
-            return QuantizedMatrix(blocks.unpack(found["packed"]), float(found["error"]), str(found["note"]))
+            type_name, packed = str(found["type"]), found["packed"]
+            error, note = float(found["error"]), str(found["note"])
+            if type_name != blocks.TYPE_NAME:
+                return QuantizedStock(type_name, packed, error, note)
+            return QuantizedMatrix(blocks.unpack(packed), error, note)
         except (KeyError, FormatError):
             return None
 
-    def put_matrix(self, name: str, result: QuantizedMatrix) -> None:
+    def put_matrix(self, name: str, result: Quantized) -> None:
         """Like `put`, for a matrix."""
         if self._folder is not None:
-            packed = blocks.pack(result.matrix)
-            self.put(name, {"packed": packed, "error": np.float64(result.error), "note": np.str_(result.note)})
+            type_name = result.type_name if isinstance(result, QuantizedStock) else blocks.TYPE_NAME
+            kept = {"type": np.str_(type_name), "error": np.float64(result.error), "note": np.str_(result.note)}
+            self.put(name, {"packed": result.packed, **kept})
 
     def close(self) -> None:
         """Removes the folder, because the output is complete."""

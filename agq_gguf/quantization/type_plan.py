@@ -12,6 +12,7 @@ from agq_gguf.errors import InputError
 from agq_gguf.format import blocks
 from agq_gguf.gguf_io.reader import FLOATS, TYPE_IDS, TYPES, Reader, Tensor
 from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
+from agq_gguf.matrix.typed import SEARCHED
 
 TARGET_TYPES = (blocks.TYPE_NAME, "q6_K", "q8_0", "f16", "f32")
 
@@ -53,8 +54,8 @@ class TensorPlan:
 
     @property
     def searched(self) -> bool:
-        """Whether it becomes AGQ4 whose codes have to be found."""
-        return self.type_name == blocks.TYPE_NAME and not self.own_codes
+        """Whether its codes have to be found, as well as the statistics of its input allow."""
+        return self.type_name in SEARCHED and self.type_name != self.source.type_name and not self.own_codes
 
 
 def plan(

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from agq_gguf.arguments import Progress
 from agq_gguf.calibration.session import Session
 from agq_gguf.calibration.stats import InputStats
-from agq_gguf.format.blocks import TYPE_NAME
-from agq_gguf.gguf_io.reader import Reader
+from agq_gguf.gguf_io.reader import FLOATS, Reader
 from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
 from agq_gguf.graphs import parts
 from agq_gguf.graphs.batches import batches_of
@@ -26,14 +25,13 @@ from agq_gguf.graphs.levelled import Pair, levelled
 from agq_gguf.graphs.run import Executor
 from agq_gguf.graphs.support import graph_for, open_graph
 from agq_gguf.graphs.unsupported import Unsupported
+from agq_gguf.matrix import stock_types, typed
 from agq_gguf.matrix.options import MatrixOptions
-from agq_gguf.matrix.quantize import QuantizedMatrix, prepare_input, quantize_matrix
-from agq_gguf.matrix.simulate import Rounder, restored
-from agq_gguf.quantization import stock_types
+from agq_gguf.matrix.typed import SEARCHED
 from agq_gguf.quantization.best import memory as shares
 from agq_gguf.quantization.best import tune
 from agq_gguf.quantization.best.fisher import Sensitivity, affordable, measure
-from agq_gguf.quantization.best.sequential import Finish, Matrices, Sequential
+from agq_gguf.quantization.best.sequential import Finish, Matrices, Sequential, applied
 from agq_gguf.quantization.resume import Journal
 from agq_gguf.quantization.type_plan import TensorPlan
 
@@ -82,6 +80,11 @@ class BestRun:
         """The weights that `run` quantizes."""
         return self.matrices | self.tables
 
+    @property
+    def _types(self) -> dict[str, str]:
+        """The type of each of `names`."""
+        return {plan.source.name: plan.type_name for plan in self.plans if plan.source.name in self.names}
+
     def run(self, finish: Finish) -> Outcome:
         """Quantizes every weight of `names`; calls `finish` with each when it is done."""
         setting, executor = self.setting, self.executor
@@ -99,15 +102,14 @@ class BestRun:
         )  # fmt: skip
         stored = self._stored()
         for name in self.tables:
-            table = _table(executor.weight(name), name, sensitivity, options)
-            rounder = Rounder(table.matrix.parameters, table.matrix.codes.shape[1], executor.device)
-            stored[name] = restored(table.matrix, rounder)
+            table = _table(executor.weight(name), name, self._types[name], sensitivity, options)
+            _, stored[name] = applied(table, executor.device)
             finish(name, [table])
         if not plan.stages:  # a budget may give every other matrix a larger type
             return Outcome({}, notes)
         run = Sequential(
-            executor, plan, batches, sensitivity, options, stored=stored, pairs=self.pairs, movable=self._are_plain,
-            room=shares.for_feedback(memory),
+            executor, plan, self._types, batches, sensitivity, options, stored=stored, pairs=self.pairs,
+            movable=self._are_plain, room=shares.for_feedback(memory),
         )  # fmt: skip
 
         weights = sum(self.reader.tensors[name].n_elements for name in self.matrices)
@@ -178,7 +180,9 @@ class BestRun:
         found = {}
         for plan in self.plans:
             name, new = plan.source.name, plan.type_name
-            if name in (EMBEDDING, OUTPUT) and new not in (TYPE_NAME, "f32", "f16", "bf16", plan.source.type_name):
+            if name in self.names or name not in (EMBEDDING, OUTPUT):
+                continue
+            if new not in (*SEARCHED, *FLOATS, plan.source.type_name):
                 weights = self.executor.weight(name).cpu().numpy()
                 found[name] = torch.from_numpy(stock_types.rounded(weights, new)).to(self.executor.device)
         return found
@@ -218,10 +222,13 @@ def _arrays(norms: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]
     return {name: norm.cpu().numpy() for name, norm in norms.items()}
 
 
-def _table(table: torch.Tensor, name: str, sensitivity: Sensitivity, options: MatrixOptions) -> QuantizedMatrix:
+def _table(
+    table: torch.Tensor, name: str, type_name: str, sensitivity: Sensitivity, options: MatrixOptions
+) -> typed.Quantized:
     """A matrix whose rows are looked up, quantized by what errors in them cost (`fisher`)."""
     stats, square = None, sensitivity.squares.get(name)
     if square is not None and options.error_feedback:
         hessian = square.cpu().numpy()
         stats = InputStats(1, hessian.diagonal().copy(), hessian=hessian)
-    return quantize_matrix(table.cpu().numpy(), prepare_input(stats, table.shape[1], 0, options), options, name)
+    prepared = typed.prepare(type_name, stats, table.shape[1], 0, options, consume=False)
+    return typed.quantize(table.cpu().numpy(), prepared, options, name)

@@ -27,15 +27,16 @@ from agq_gguf.format.blocks import listable
 from agq_gguf.graphs.levelled import Pair
 from agq_gguf.graphs.parts import Group, Plan, Stage, first_state, groups, multiplied, next_state, norm_before
 from agq_gguf.graphs.run import Executor, Reading, State
-from agq_gguf.matrix import equalize
+from agq_gguf.matrix import equalize, typed
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.parallel import in_parallel
-from agq_gguf.matrix.quantize import PreparedInput, QuantizedMatrix, prepare_input, quantize_matrix
-from agq_gguf.matrix.simulate import Rounder, restored
+from agq_gguf.matrix.simulate import Rounder, StockRounder, restored
+from agq_gguf.matrix.stock_feedback import QuantizedStock
+from agq_gguf.matrix.typed import Prepared, Quantized
 from agq_gguf.quantization.best.fisher import Sensitivity
 from agq_gguf.quantization.resume import Journal
 
-Matrices = list[QuantizedMatrix]  # one, or one for each expert
+Matrices = list[Quantized]  # one, or one for each expert
 Finish = Callable[[str, Matrices], None]  # called with a name and what was made of it
 
 _SAMPLE_ROWS = 256
@@ -75,15 +76,17 @@ class _Sums:
 class Sequential:
     """One run over a model.
 
-    `plan` has the weights to quantize, `batches` hold tokens [batch, n] int64. `stored` are the other tensors of the
-    quantized model that differ, `pairs` matrices between which channels may be scaled, and `movable` says of which
-    tensors factors can be moved. `room` bytes may be used to quantize several matrices at one time.
+    `plan` has the weights to quantize, `types` the type of each; `batches` hold tokens [batch, n] int64. `stored` are
+    the other tensors of the quantized model that differ, `pairs` matrices between which channels may be scaled, and
+    `movable` says of which tensors factors can be moved. `room` bytes may be used to quantize several matrices at one
+    time.
     """
 
     def __init__(
         self,
         run: Executor,
         plan: Plan,
+        types: Mapping[str, str],
         batches: list[torch.Tensor],
         sensitivity: Sensitivity,
         options: MatrixOptions,
@@ -93,7 +96,8 @@ class Sequential:
         movable: Callable[[Sequence[str]], bool] = lambda names: True,
         room: int = 0,
     ) -> None:
-        self._run, self._plan, self._sensitivity, self._options = run, plan, sensitivity, options
+        self._run, self._plan, self._types = run, plan, types
+        self._sensitivity, self._options = sensitivity, options
         self._stored, self._movable, self._room = stored or {}, movable, room
         self._pairs = {pair.front: pair for pair in pairs} if options.equalize else {}
         self._levelled: dict[str, torch.Tensor] = {}  # weights to use in place of the file's, until they are quantized
@@ -251,17 +255,22 @@ class Sequential:
                 correction = sums.correction()
                 stats = InputStats(sums.rows, square, *seen, hessian)
                 capacity = min(listable(*weights[name].shape[-2:]) for name in group.weights)
-                prepared = prepare_input(stats, stats.columns, capacity, self._options, consume=True)
-            jobs = []
-            for name in group.weights:
-                if kept[name, expert] is None:
-                    target = weights[name][expert] if group.has_experts else weights[name]
-                    jobs.append(_Job(name, target, correction, prepared, self._take_gram(name)))
-            for part in _together(jobs, self._room):
-                made = in_parallel(partial(_quantized, options=self._options), part)
-                for job, matrix in zip(part, made, strict=True):
-                    journal.put_matrix(_key(job.name, expert, group.has_experts), matrix)
-                    kept[job.name, expert] = matrix
+                names = [name for name in group.weights if kept[name, expert] is None]
+                types = typed.in_order([self._types[name] for name in names])
+                for type_name in types:
+                    prepared = typed.prepare(
+                        type_name, stats, stats.columns, capacity, self._options, consume=type_name == types[-1]
+                    )
+                    jobs = []
+                    for name in names:
+                        if self._types[name] == type_name:
+                            target = weights[name][expert] if group.has_experts else weights[name]
+                            jobs.append(_Job(name, target, correction, prepared, self._take_gram(name)))
+                    for part in _together(jobs, self._room):
+                        made = in_parallel(partial(_quantized, options=self._options), part)
+                        for job, matrix in zip(part, made, strict=True):
+                            journal.put_matrix(_key(job.name, expert, group.has_experts), matrix)
+                            kept[job.name, expert] = matrix
             for name in group.weights:
                 found = kept[name, expert]
                 assert found is not None
@@ -308,14 +317,14 @@ class _Job:
     name: str
     weight: torch.Tensor
     correction: torch.Tensor  # T
-    prepared: PreparedInput
+    prepared: Prepared
     gram: torch.Tensor | None
 
 
-def _quantized(job: _Job, options: MatrixOptions) -> QuantizedMatrix:
+def _quantized(job: _Job, options: MatrixOptions) -> Quantized:
     target = job.weight + job.weight @ job.correction
     gram = None if job.gram is None else job.gram.cpu()
-    return quantize_matrix(target.cpu().numpy(), job.prepared, options, job.name, gram)
+    return typed.quantize(target.cpu().numpy(), job.prepared, options, job.name, gram)
 
 
 def _together(jobs: list[_Job], room: int) -> list[list[_Job]]:
@@ -383,15 +392,18 @@ class Applied:
     """A quantized weight as the runtime applies it; experts are restored when they are needed."""
 
     def __init__(self, matrices: Matrices, device: str | torch.device = "cpu") -> None:
-        self._matrices, self._device = [found.matrix for found in matrices], device
-        self._kept = self._restored(0) if len(matrices) == 1 else None
+        self._matrices, self._device = matrices, device
+        self._kept = applied(matrices[0], device) if len(matrices) == 1 else None
 
     def __call__(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """The product of rows x [.., K] with an expert's matrix; 0 without experts."""
-        rounder, weight = self._kept or self._restored(expert)
+        rounder, weight = self._kept or applied(self._matrices[expert], self._device)
         return functional.linear(rounder(x), weight)
 
-    def _restored(self, expert: int) -> tuple[Rounder, torch.Tensor]:
-        matrix = self._matrices[expert]
-        rounder = Rounder(matrix.parameters, matrix.codes.shape[1], self._device)
-        return rounder, restored(matrix, rounder)
+
+def applied(made: Quantized, device: str | torch.device) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    """How the runtime rounds inputs of a matrix, and its weights [M, K] after rounding."""
+    if isinstance(made, QuantizedStock):
+        return StockRounder(made.type_name), torch.from_numpy(made.restored()).to(device)
+    rounder = Rounder(made.matrix.parameters, made.matrix.codes.shape[1], device)
+    return rounder, restored(made.matrix, rounder)

@@ -20,7 +20,9 @@ from agq_gguf.graphs.run import Executor, Reading
 from agq_gguf.matrix.codebook import storable
 from agq_gguf.matrix.quantize import QuantizedMatrix
 from agq_gguf.matrix.simulate import Rounder, restored
-from agq_gguf.quantization.best.sequential import Matrices
+from agq_gguf.matrix.stock_feedback import QuantizedStock
+from agq_gguf.matrix.typed import Quantized
+from agq_gguf.quantization.best.sequential import Matrices, applied
 
 _RATE = 5e-4  # learning rate of the factors
 _WARM_UP = 0.1  # share of the steps
@@ -54,12 +56,13 @@ class _Student:
         self._biases = {name: bias for name, bias in norms.items() if name not in trained}
         self._norms = {name: norms.get(name, run.weight(name)) for name in trained}
         self._norm_factors = {name: torch.ones_like(norm) for name, norm in self._norms.items()}
-        self._matrices = {name: [_Scaled(found, run.device) for found in made] for name, made in matrices.items()}
+        self._matrices = {name: [_trainable(found, run.device) for found in made] for name, made in matrices.items()}
 
     @property
     def parameters(self) -> list[torch.Tensor]:
         """The trained parameters."""
-        scales = [matrix.factors for found in self._matrices.values() for matrix in found]
+        every = [matrix for found in self._matrices.values() for matrix in found]
+        scales = [matrix.factors for matrix in every if isinstance(matrix, _Scaled)]
         return [factor.requires_grad_() for factor in (*self._norm_factors.values(), *scales)]
 
     def norms(self) -> dict[str, torch.Tensor]:
@@ -82,8 +85,24 @@ class _Student:
         return place.by(lambda expert, x: found[expert](x))
 
 
+class _Fixed:
+    """A matrix of a stock type, in which nothing is trained."""
+
+    def __init__(self, made: QuantizedStock, device: torch.device) -> None:
+        self._made = made
+        self._rounder, self._weight = applied(made, device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with x [.., K]."""
+        return functional.linear(self._rounder(x), self._weight)
+
+    def trained(self) -> QuantizedStock:
+        """The matrix as it was."""
+        return self._made
+
+
 class _Scaled:
-    """A quantized matrix with trainable scales."""
+    """A matrix in AGQ4 with trainable scales."""
 
     def __init__(self, made: QuantizedMatrix, device: torch.device) -> None:
         self._made = made
@@ -104,6 +123,10 @@ class _Scaled:
         """The matrix with its current scales."""
         scales = storable(self.scales()).cpu().numpy()
         return replace(self._made, matrix=replace(self._made.matrix, scales=scales))
+
+
+def _trainable(made: Quantized, device: torch.device) -> _Fixed | _Scaled:
+    return _Fixed(made, device) if isinstance(made, QuantizedStock) else _Scaled(made, device)
 
 
 def bytes_needed(n_parameters: int, largest: int) -> int:

@@ -46,7 +46,7 @@ def choose_types(
         **{key: "agq4" if value == "auto" else value for key, value in fixed.items()},
     )
     may_choose = {EMBEDDING: options.embedding_type == "auto", output: options.output_type == "auto"}
-    types = knapsack.open_types(plans, may_choose)
+    types = knapsack.open_types(plans, may_choose, options.target_types)
     knapsack.choose(plans, {}, options.target_bpw)  # raises for a target that is too small, before the work begins
 
     def report(done: int, total: int, name: str) -> None:

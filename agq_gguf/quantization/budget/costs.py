@@ -27,9 +27,9 @@ from agq_gguf.graphs.gradients import gradients
 from agq_gguf.graphs.losses import drawn
 from agq_gguf.graphs.run import Executor, Reading
 from agq_gguf.graphs.segments import segments
+from agq_gguf.matrix import stock_types
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
-from agq_gguf.quantization import stock_types
 
 Damage = dict[str, dict[str, float]]  # tensor -> type -> cost
 _ROWS = 1024  # rows of a matrix that are tried without gradients

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -11,25 +11,33 @@ from agq_gguf.errors import InputError
 from agq_gguf.format.blocks import TYPE_NAME
 from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES
 from agq_gguf.gguf_io.writer import layout
+from agq_gguf.quantization.options import LARGER_TYPES
 from agq_gguf.quantization.type_plan import TensorPlan
 
-# Types that a tensor may get, smallest first. Types between AGQ4 and q6_K gain almost nothing over AGQ4 with error
-# feedback. q8_0 loses almost nothing, so larger types are never needed.
-LADDER = (TYPE_NAME, "q6_K", "q8_0")
+LADDER = (TYPE_NAME, *LARGER_TYPES)
 REASON = "sensitive"
 _LARGE = 20  # a step of more than 1 / 20 of the budget is large
 
 
-def open_types(plans: Iterable[TensorPlan], may_choose: Mapping[str, bool]) -> dict[str, tuple[str, ...]]:
+def open_types(
+    plans: Iterable[TensorPlan], may_choose: Mapping[str, bool], allowed: Collection[str] = LARGER_TYPES
+) -> dict[str, tuple[str, ...]]:
     """Types that the budget may choose from, for all tensors that can be AGQ4.
 
-    `may_choose` says whether the budget may choose the type of the output matrix and of the token embedding.
+    `may_choose` says whether the budget may choose the type of the output matrix and of the token embedding, `allowed`
+    which types beside AGQ4 it may give.
     """
     return {
-        plan.source.name: tuple(t for t in LADDER if plan.source.shape[-1] % TYPES[TYPE_IDS[t]][1] == 0)
+        plan.source.name: _fitting(plan.source.shape[-1], allowed)
         for plan in plans
         if plan.type_name == TYPE_NAME and may_choose.get(plan.source.name, True)
     }
+
+
+def _fitting(columns: int, allowed: Collection[str]) -> tuple[str, ...]:
+    """Types for so many columns, each of another size."""
+    fit = [t for t in LADDER if t in (TYPE_NAME, *allowed) and columns % TYPES[TYPE_IDS[t]][1] == 0]
+    return tuple(t for t in fit if t != "q5_0" or "q5_K" not in fit)
 
 
 def bits_per_weight(plans: Iterable[TensorPlan]) -> float:
