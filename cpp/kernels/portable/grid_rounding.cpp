@@ -48,8 +48,8 @@ struct tile {
     }
 };
 
-/// Rounds the columns of a block one after another. `round` gets a tile, the number of a column, 1 / matrix_jj and what
-/// is left of `given` there; it sets what later columns lose matrix_ji times.
+/// Rounds the columns of a block one after another. `round` gets a tile, the number of a column, the inverse of the
+/// matrix's diagonal and what is left of `given` there. It sets what each later column loses, times the matrix.
 template <class Round>
 void visit_columns(const rounding_grid &grid, const float *matrix, const float *given, const Round &round) {
     for (int64_t row = 0; row < grid.n; row += lanes) {
