@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.inspection.inspect import inspect_file
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.quantization import pipeline
+from agq_gguf.quantization.budget import costs
 from agq_gguf.quantization.guidance import Group
 from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.pipeline import quantize
@@ -73,8 +75,19 @@ def test_compare(small: Path, words_file: Path, text: Path, tmp_path: Path) -> N
 def test_files_of_one_model_share_matrices(
     quality: str, llama_f16: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes as alone, with the statistics of only those groups that are new; `best` shares nothing."""
+    """The same bytes as alone, with the statistics of only those groups that are new; `best` shares no matrices.
+
+    What tensors cost in coarser types is found once for all budgets.
+    """
     rounded: list[str] = []
+    found: list[object] = []
+    by_gradients = costs.by_gradients
+
+    def counted(*arguments: Any, **more: Any) -> costs.Damage:
+        found.append(arguments)
+        return by_gradients(*arguments, **more)
+
+    monkeypatch.setattr(costs, "by_gradients", counted)
     original = pipeline._quantize_group
 
     def spy(reader: Reader, group: Group, options: MatrixOptions) -> object:
@@ -84,6 +97,7 @@ def test_files_of_one_model_share_matrices(
     monkeypatch.setattr(pipeline, "_quantize_group", spy)
     first = QuantizeOptions(quality=quality, threads=1, tune=False, calibration_tokens=1024)
     sizes = [first, replace(first, target_bpw=6.0), replace(first, output_type="agq4", embedding_type="agq4")]
+    sizes.append(replace(first, target_bpw=6.5))
     counts = []
     for number, options in enumerate(sizes):
         files = []
@@ -93,9 +107,10 @@ def test_files_of_one_model_share_matrices(
             files.append((tmp_path / name).read_bytes())
             counts.append(len(rounded))
         assert files[0] == files[1], number
+    assert len(found) == 3  # alone twice, and once for both others
     alone, shared = counts[::2], counts[1::2]
     if quality == "best":
-        assert alone == shared and not (tmp_path / "matrices").exists()
+        assert alone == shared and not (tmp_path / "matrices" / "matrices").exists()
     else:
         assert shared[0] == alone[0] > 10 and shared[1] < alone[1] and shared[2] <= 2
 

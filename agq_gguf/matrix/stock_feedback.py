@@ -68,8 +68,10 @@ class QuantizedStock:
 
 def prepare(stats: InputStats | None, type_name: str, options: MatrixOptions) -> PreparedStock:
     """Computes what all weights of this type with one input share; needs memory for one matrix [K, K] more."""
-    if stats is None or not stats.mean_square.any():
+    if stats is None:
         return PreparedStock(type_name)
+    if not stats.mean_square.any():
+        return PreparedStock(type_name, note="its input is always zero in the calibration text")
     importance = np.maximum(stats.mean_square, _FLOOR * stats.mean_square.mean(dtype=np.float64)).astype(np.float32)
     if stats.hessian is None or not options.error_feedback:
         return PreparedStock(type_name, importance)

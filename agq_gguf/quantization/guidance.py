@@ -181,7 +181,7 @@ def _journal(reader: Reader, calibrator: Calibrator, options: QuantizeOptions, d
     if shares:
         decisive = replace(decisive, output_type="auto", embedding_type="auto", target_bpw=0, target_types=LARGER_TYPES)
     key = digest(reader, calibrator.chunks, f"{__version__} {decisive}")
-    return Journal(Path(options.shared), key, stays=True) if shares else Journal(folder_of(dst), key)
+    return Journal(Path(options.shared) / "matrices", key, stays=True) if shares else Journal(folder_of(dst), key)
 
 
 def _without_hessian(calibrator: Calibrator, memory: int) -> list[str]:

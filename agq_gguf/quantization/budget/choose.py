@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from agq_gguf._version import __version__
 from agq_gguf.arguments import Progress
 from agq_gguf.calibration.imatrix import Imatrix
 from agq_gguf.calibration.stats import InputStats
@@ -16,6 +19,7 @@ from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
 from agq_gguf.graphs.support import open_graph
 from agq_gguf.graphs.unsupported import Unsupported
 from agq_gguf.quantization.budget import costs, knapsack
+from agq_gguf.quantization.resume import Journal, digest
 from agq_gguf.quantization.type_plan import TensorPlan, plan
 
 if TYPE_CHECKING:
@@ -66,14 +70,26 @@ def _by_gradients(
     types: Mapping[str, Iterable[str]],
     report: Callable[[int, int, str], None],
 ) -> costs.Damage | None:
-    """What each tensor costs; None if the model's graph does not run in PyTorch."""
+    """What each tensor costs; None if the model's graph does not run in PyTorch.
+
+    With `options.shared` the result is kept there: it does not depend on the target.
+    """
     tokens = _tokens(session, options)
-    text = tokens[0].numpy().astype(np.int32)
+    chunks, journal = tokens.numpy().astype(np.int32), Journal(None)
+    if options.shared:
+        key = digest(reader, chunks, f"{__version__} {options.matrix} {types}")
+        journal = Journal(Path(options.shared) / "costs", key, stays=True)
+    kept = journal.get("costs")
+    if kept is not None:
+        found: costs.Damage = json.loads(str(kept["costs"]))
+        return found
     try:
-        run = open_graph(reader, session.model, text, options.memory // 4, options.threads, options.device)
+        run = open_graph(reader, session.model, chunks[0], options.memory // 4, options.threads, options.device)
     except Unsupported:
         return None
-    return costs.by_gradients(run, tokens, types, options.matrix, report, logits=not session.model.facts.embeds)
+    found = costs.by_gradients(run, tokens, types, options.matrix, report, logits=not session.model.facts.embeds)
+    journal.put("costs", {"costs": np.str_(json.dumps(found))})
+    return found
 
 
 def _tokens(session: Session, options: QuantizeOptions) -> torch.Tensor:
