@@ -79,7 +79,7 @@ def quantize(
     target_types: Annotated[
         str,
         typer.Option(
-            help="Types beside AGQ4 that --target-bpw may give. q8_0 alone reads prompts faster, but loses more."
+            help="Types beside AGQ4 that --target-bpw may give. q8_0 alone is faster, but loses more."
         ),
     ] = ",".join(LARGER_TYPES),
     act_bits: Annotated[int, typer.Option("--act-bits", help="Activation bits: 8, or 4 (far less accurate).")] = 8,

@@ -18,7 +18,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "small": {"output_type": "agq4", "embedding_type": "agq4"},
         "balanced": {},
-        "near-lossless": {"target_bpw": 7.0},
+        "near-lossless": {"target_bpw": 7.0, "target_types": ("q8_0",)},  # kernels of ours are faster than ggml's
     }
 )
 
