@@ -76,7 +76,7 @@ def test_only_outliers_are_equalized(scale: str) -> None:
         d = np.ones(256, np.float32)
         d[::64] = factor
         stats = InputStats(256, np.square(sample * d).mean(0), None, sample * d)
-        return equalize.choose(stats, [weights[0] / d], 0, 8, scale, True)
+        return equalize.choose(stats, [("agq4", weights[0] / d)], 0, 8, scale, True)
 
     assert chosen(1) is None and chosen(1.5) is None
     s = chosen(30)

@@ -14,8 +14,9 @@ from agq_gguf.calibration.stats import InputStats
 from agq_gguf.errors import InputError
 from agq_gguf.format import stock_grids
 from agq_gguf.gguf_io.reader import open_gguf
-from agq_gguf.matrix import row_feedback, stock_feedback, stock_types
+from agq_gguf.matrix import equalize, row_feedback, stock_feedback, stock_types
 from agq_gguf.matrix.options import MatrixOptions
+from agq_gguf.matrix.simulate import BlockRounder
 from agq_gguf.measure.evaluate import evaluate
 from agq_gguf.quantization.budget import knapsack
 from agq_gguf.quantization.options import QuantizeOptions
@@ -147,6 +148,15 @@ def test_odd_matrices() -> None:
             stock_feedback.quantize(w, prepared, "blk")
 
 
+@pytest.mark.parametrize("type_name", ["q5_1", "q6_K"])
+def test_values_beyond_f16_are_refused(type_name: str) -> None:
+    w = weights(rows=2)
+    w[1, :256] = -1e6
+    w[1, 3] = 1e9
+    with pytest.raises(InputError, match=rf"tensor blk has values that the type {type_name} cannot hold; leave"):
+        stock_feedback.quantize(w, stock_feedback.prepare(correlated(), type_name, OPTIONS), "blk")
+
+
 def test_rows_make_up_for_each_other() -> None:
     stats, w = correlated(), weights()
     assert stats.hessian is not None
@@ -164,6 +174,26 @@ def test_rows_make_up_for_each_other() -> None:
     assert cost(stock_feedback.quantize(w, prepared, gram=gram)) < 0.7 * cost(alone)
     nothing = stock_feedback.quantize(w, prepared, gram=torch.zeros(ROWS, ROWS))
     assert np.array_equal(nothing.packed, alone.packed)
+
+
+@pytest.mark.parametrize("type_name", ["q5_0", "q6_K"])
+def test_equalization_sees_the_blocks_of_the_kernels(type_name: str) -> None:
+    """An outlier that rotation spreads among 64 channels sets the scale of a whole block here."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((256, COLUMNS)).astype(np.float32)
+    w = (weights() / 8).astype(np.float32)
+    x[:, 7] *= 40
+    w[:, 7] /= 40
+    stats = InputStats(len(x), np.square(x).mean(0), np.abs(x).max(0), x)
+    found = equalize.choose(stats, [(type_name, w)], 0, 8, "rotated", True)
+    assert found is not None and found[7] > 5 * np.median(found)
+
+    def error(s: NDArray[np.float32]) -> float:
+        rounder = BlockRounder(stock_types.input_block(type_name))
+        exact, made = torch.from_numpy(x / s), torch.from_numpy(w * s)
+        return float(((rounder(exact) - exact) @ made.T).square().mean())
+
+    assert error(found) < 0.2 * error(np.ones(COLUMNS, np.float32))
 
 
 def test_a_journal_keeps_them(tmp_path: Path) -> None:
@@ -202,3 +232,27 @@ def test_a_budget_uses_feedback(quality: str, experts: int, words: str, tmp_path
     assert kinds & set(stock_grids.TYPE_NAMES)
     most = 1.2 if experts and quality == "best" else 0.9  # experts of a random model do not say how to help each other
     assert kl < most * run("without.gguf", MatrixOptions(error_feedback=False))[1]
+
+
+def test_best_with_nothing_to_tune(words: str, tmp_path: Path) -> None:
+    """OLMo's norms have no weights, and types of 5 bits no scales that are trained."""
+    model = tiny_models.TinyModel(tmp_path / "olmo.gguf", "olmo", "f16", 0)
+    tiny_models.add_sizes(model, 1, 128, 256, 4, 4, 512)
+    model.writer.add_vocab_size(512)
+    model.writer.add_rope_dimension_count(32)
+    model.writer.add_layer_norm_eps(1e-5)
+    quiet = tiny_models.add_bpe_tokenizer(model.writer, 512, pre="olmo")
+    model.embedding("token_embd", 512, 128)
+    for name, rows, columns in (
+        ("attn_q", 128, 128), ("attn_k", 128, 128), ("attn_v", 128, 128), ("attn_output", 128, 128),
+        ("ffn_gate", 256, 128), ("ffn_up", 256, 128), ("ffn_down", 128, 256),
+    ):  # fmt: skip
+        model.matrix(f"blk.0.{name}", rows, columns, gain=0.5)
+    model.output("output", 512, 128, quiet=quiet)
+    options = QuantizeOptions(
+        quality="best", target_bpw=6.0, target_types=("q5_1",), threads=1, context=64, calibration_tokens=512
+    )
+    report = quantize(model.finish(), tmp_path / "out.gguf", calibration=[words], options=options)
+    assert {t.type_name for t in report.tensors} == {"q5_1"}
+    assert any("were not tuned" in warning for warning in report.warnings)
+    assert not any("supports no tensor" in warning for warning in report.warnings)

@@ -79,9 +79,11 @@ def quantize(
     target_types: Annotated[
         str,
         typer.Option(
-            help="Types beside AGQ4 that --target-bpw may give. q8_0 alone is faster, but loses more."
+            help=f"Types beside AGQ4 that --target-bpw may give, of {', '.join(LARGER_TYPES)} (default: all). "
+            "q8_0 alone is faster, but loses more.",
+            show_default=False,
         ),
-    ] = ",".join(LARGER_TYPES),
+    ] = "",
     act_bits: Annotated[int, typer.Option("--act-bits", help="Activation bits: 8, or 4 (far less accurate).")] = 8,
     act_scale: Annotated[
         str,
@@ -177,7 +179,7 @@ def quantize(
         output_type=output_type,
         embedding_type=embedding_type,
         target_bpw=target_bpw,
-        target_types=tuple(target_types.split(",")),
+        target_types=tuple(name.strip() for name in target_types.split(",") if target_types),
         threads=threads,
         device=device.value,
         memory=memory,

@@ -9,7 +9,7 @@ It is done only where it lowers the error from rounding the activations noticeab
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from agq_gguf.calibration.stats import InputStats, WeightStats
-from agq_gguf.format.blocks import GROUP_COLUMNS, channel_order
-from agq_gguf.matrix import two_refine
+from agq_gguf.format.blocks import GROUP_COLUMNS, TYPE_NAME, channel_order
+from agq_gguf.matrix import stock_types, two_refine
 
 _SILENT = 1e-2  # minimum contribution of a channel (rms times rms of its column), as a share of the median
 _WORTH = 1e-4  # minimum gain, as a share of the products' energy; 4-bit weights cost about 1e-3
@@ -28,7 +28,7 @@ _MOST = 2.0**12  # largest factor, relative to the geometric mean
 
 def choose(
     stats: InputStats,
-    weights: list[NDArray[np.float32]],
+    weights: Sequence[tuple[str, NDArray[np.float32]]],
     capacity: int,
     bits: int,
     scale: str,
@@ -36,21 +36,32 @@ def choose(
 ) -> NDArray[np.float32] | None:
     """`factors` if they lower the error that int8 (or int4) rounding of the input adds to the products, else None.
 
-    Both variants are tried with the refinement that the quantizer would choose for them. The noise of a channel is
-    weighted by the square of its column, and the sum is compared with the products' energy.
+    `weights` are types and matrices [M, K]. Both variants are tried with the refinement that the quantizer would choose
+    for them, and with the blocks of a stock type's kernels. The noise of a channel is weighted by the square of its
+    column, and the sum is compared with the products' energy.
     """
     sample = stats.sample
     if sample is None or not len(sample):
         return None
-    s = factors(stats.mean_square, weights)
-    column = sum(np.square(w, dtype=np.float64).sum(axis=0) for w in weights)
-    energy = float((stats.mean_square * column).sum())
+    s = factors(stats.mean_square, [matrix for _, matrix in weights])
+    columns: dict[int, NDArray[np.float64]] = {}  # sums of squares, by the block of channels that shares a scale
+    for type_name, matrix in weights:
+        block = 0 if type_name == TYPE_NAME else stock_types.input_block(type_name)
+        columns[block] = columns.get(block, 0) + np.square(matrix, dtype=np.float64).sum(axis=0)
+    energy = float(sum((stats.mean_square * column).sum() for column in columns.values()))
 
     def noise(divisor: NDArray[np.float32]) -> float:
-        found = two_refine.choose(sample / divisor, capacity, bits, scale, refined)
-        growth = (found.noise * np.exp2(2.0 * found.exponents)).repeat(GROUP_COLUMNS)
-        order = channel_order(found.listed, stats.columns)
-        return float((growth * (column * divisor.astype(np.float64) ** 2)[order]).sum())
+        x, total = sample / divisor, 0.0
+        for block, column in columns.items():
+            scaled = column * divisor.astype(np.float64) ** 2
+            if block:
+                steps = np.abs(x).reshape(len(x), -1, block).max(-1) / 127
+                total += float((np.square(steps, dtype=np.float64).mean(0).repeat(block) / 12 * scaled).sum())
+                continue
+            found = two_refine.choose(x, capacity, bits, scale, refined)
+            growth = (found.noise * np.exp2(2.0 * found.exponents)).repeat(GROUP_COLUMNS)
+            total += float((growth * scaled[channel_order(found.listed, stats.columns)]).sum())
+        return total
 
     gain = noise(np.ones_like(s)) - noise(s)
     return s if gain > _WORTH * energy > 0 else None

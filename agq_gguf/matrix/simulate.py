@@ -11,7 +11,6 @@ import torch
 
 from agq_gguf.format.blocks import GROUP_COLUMNS, Matrix, Parameters, channel_order
 from agq_gguf.format.reference import rotate
-from agq_gguf.format.stock_grids import block_columns
 
 _TINY = 2.0**-100  # tokens with a smaller maximum count as zero, as in the format
 _ROTATION = torch.from_numpy(rotate(np.eye(GROUP_COLUMNS, dtype=np.float32)))
@@ -53,11 +52,11 @@ class Rounder:
         return x + difference
 
 
-class StockRounder:
-    """Rounds inputs as ggml's kernels do for types of 5 and 6 bits: to 8 bits, with a scale for each block."""
+class BlockRounder:
+    """Rounds inputs as ggml's kernels do: to 8 bits, with a scale for each block of channels."""
 
-    def __init__(self, type_name: str) -> None:
-        self._block = block_columns(type_name)
+    def __init__(self, block: int) -> None:
+        self._block = block
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] float32, rounded; the gradient ignores the rounding."""

@@ -26,6 +26,9 @@ from agq_gguf.matrix.quantize import ERROR_ROWS
 _FLOOR = 1e-4  # least importance of a channel, as a share of the mean
 _MORE_DAMPING = 10  # times the damping, where a first attempt to factor the Hessian fails
 
+# Scales are F16 numbers. If one is too large for that, `quantize` says so, and numpy need not.
+_infinities_are_told = np.errstate(invalid="ignore", over="ignore")
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -77,17 +80,22 @@ def prepare(stats: InputStats | None, type_name: str, options: MatrixOptions) ->
         return PreparedStock(type_name, importance)
     hessian = torch.from_numpy(stats.hessian)
     energy = hessian.diagonal().reshape(-1, stock_grids.block_columns(type_name))
-    blocks, inside = energy.sum(1).argsort(descending=True), energy.argsort(dim=1, descending=True)
+    blocks = energy.sum(1).argsort(descending=True, stable=True)
+    inside = energy.argsort(dim=1, descending=True, stable=True)
     order = (blocks[:, None] * energy.shape[1] + inside[blocks]).reshape(-1)
     for more in (1, _MORE_DAMPING):
         added = more * options.damping * float(energy.mean())
-        damped = reordered(hessian, order)
-        damped.diagonal().add_(added)
-        upper = inverse_factor(damped)
+        upper = _factor(hessian, order, added)
         if upper is not None:
             return PreparedStock(type_name, importance, _Known(hessian, added, order, upper), options.sweeps)
     note = "error feedback failed (the Hessian has no Cholesky factor)"
     return PreparedStock(type_name, importance, note=note)
+
+
+def _factor(hessian: torch.Tensor, order: torch.Tensor, added: float) -> torch.Tensor | None:
+    damped = reordered(hessian, order)
+    damped.diagonal().add_(added)
+    return inverse_factor(damped)
 
 
 def quantize(
@@ -104,7 +112,12 @@ def quantize(
         parts = torch.from_numpy(weight).split(rows_at_a_time(len(weight)))
         made = np.concatenate(in_parallel(lambda part: _round(part.numpy(), prepared), parts))
     some = slice(None, None, -(-len(weight) // ERROR_ROWS))
-    error = _relative_error(weight[some], stock_types.restored(made[some], prepared.type_name), prepared)
+    error = _relative_error(weight[some], made[some], prepared)
+    if not np.isfinite(error):
+        raise InputError(
+            f"tensor {name} has values that the type {prepared.type_name} cannot hold; "
+            "leave this type out of --target-types, or give the tensor another one"
+        )
     return QuantizedStock(prepared.type_name, made, error, prepared.note)
 
 
@@ -122,8 +135,10 @@ def _between_rows(weight: NDArray[np.float32], prepared: PreparedStock, gram: to
     return np.stack([made[row] for row in range(len(weight))])
 
 
-def _relative_error(weight: NDArray[np.float32], restored: NDArray[np.float32], prepared: PreparedStock) -> float:
+@_infinities_are_told
+def _relative_error(weight: NDArray[np.float32], made: NDArray[np.uint8], prepared: PreparedStock) -> float:
     """tr(E H E^T) / tr(W H W^T); with the diagonal of H, or 1, if that is all that is known."""
+    restored = stock_types.restored(made, prepared.type_name)
 
     def energy(rows: NDArray[np.float32]) -> float:
         if prepared.known is not None:
@@ -136,6 +151,7 @@ def _relative_error(weight: NDArray[np.float32], restored: NDArray[np.float32], 
     return energy(weight - restored) / total if total > 0 else 0.0
 
 
+@_infinities_are_told
 def _round(weight: NDArray[np.float32], prepared: PreparedStock) -> NDArray[np.uint8]:
     """Some rows [n, K] in the type, uint8 [n, bytes per row]."""
     if prepared.known is None:

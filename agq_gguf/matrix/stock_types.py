@@ -13,6 +13,11 @@ from agq_gguf.gguf_io.reader import TYPE_IDS, TYPES
 _BY_GGML = stock_grids.TYPE_NAMES  # `gguf` cannot write those with 256 columns, and does not weigh errors
 
 
+def input_block(type_name: str) -> int:
+    """How many channels of an input share a scale when ggml multiplies it with a matrix of a type."""
+    return 256 if type_name.endswith("_K") else 32
+
+
 def quantize(rows: NDArray[np.float32], type_name: str, importance: NDArray[np.float32] | None = None) -> NDArray[Any]:
     """Converts rows [n, K] f32 to a type: uint8 [n, bytes per row]; for f16 and f32 [n, K] of that type.
 

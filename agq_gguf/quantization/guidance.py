@@ -16,7 +16,7 @@ from agq_gguf.calibration.memory import hessian_bytes, work_bytes
 from agq_gguf.calibration.stats import WeightStats
 from agq_gguf.gguf_io.reader import Reader
 from agq_gguf.gguf_io.tensor_names import EMBEDDING, is_further_prediction, layer_of
-from agq_gguf.quantization.options import LARGER_TYPES, QuantizeOptions
+from agq_gguf.quantization.options import QuantizeOptions
 from agq_gguf.quantization.resume import Journal, digest, folder_of
 from agq_gguf.quantization.type_plan import TensorPlan
 
@@ -179,7 +179,7 @@ def _journal(reader: Reader, calibrator: Calibrator, options: QuantizeOptions, d
         options, threads=0, device="cpu", resume=False, shared="", tune=True, split_size=0, converter="", keep_float=""
     )
     if shares:
-        decisive = replace(decisive, output_type="auto", embedding_type="auto", target_bpw=0, target_types=LARGER_TYPES)
+        decisive = replace(decisive, output_type="auto", embedding_type="auto", target_bpw=0, target_types=())
     key = digest(reader, calibrator.chunks, f"{__version__} {decisive}")
     return Journal(Path(options.shared) / "matrices", key, stays=True) if shares else Journal(folder_of(dst), key)
 

@@ -29,7 +29,7 @@ class QuantizeOptions:
     output_type: str = "auto"  # auto: q8_0, or chosen under `target_bpw`
     embedding_type: str = "auto"  # auto: q8_0 for small models, else agq4; or chosen under `target_bpw`
     target_bpw: float = 0.0  # maximum bits per weight of the whole model; 0: no target
-    target_types: tuple[str, ...] = LARGER_TYPES  # what `target_bpw` may choose from, beside agq4
+    target_types: tuple[str, ...] = ()  # what `target_bpw` may choose from beside agq4; (): all of LARGER_TYPES
     threads: int = 0  # 0: all CPUs that this process may use
     device: str = "cpu"  # one of DEVICES: where quality best, and the costs for `target_bpw`, run the model in PyTorch
     memory: int = 4 << 30  # bytes for the statistics that calibration holds at one time
@@ -53,9 +53,9 @@ class QuantizeOptions:
                 f"the target must be 4.25 to {MAX_TARGET_BPW} bits per weight, or 0 for no target, "
                 f"got {self.target_bpw:g}"
             )
-        if not self.target_types or not set(self.target_types) <= set(LARGER_TYPES):
-            given = ", ".join(self.target_types) or "none"
-            raise InputError(f"types for a target must be among {', '.join(LARGER_TYPES)}, got {given}")
+        for name in self.target_types:
+            if name not in LARGER_TYPES:
+                raise InputError(f"types for a target must be among {', '.join(LARGER_TYPES)}, got {name!r}")
         for name in self.keep_types:
             if name not in TYPE_IDS or name == blocks.TYPE_NAME:
                 raise InputError(f"types to keep must be names of ggml's types, such as mxfp4 or q6_K, got {name!r}")

@@ -341,7 +341,7 @@ def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Ma
     found: dict[str, list[typed.Quantized]] = {name: [] for name in names}
     columns, norms = None, {}
     if stats is not None and group.norms and options.equalize:
-        every = [reader.read(name).reshape(-1, width) for name in names]
+        every = [(group.types[name], reader.read(name).reshape(-1, width)) for name in names]
         columns = equalize.choose(
             stats.whole, every, capacity, options.activation_bits, options.activation_scale, options.refine
         )
@@ -350,8 +350,10 @@ def _quantize_group(reader: Reader, group: Group, options: MatrixOptions) -> _Ma
         norms = {name: reader.read(name) / columns for name in group.norms}
     types = typed.in_order(group.types.values())
     for type_name in types:
+        prepared: typed.Prepared | None = None
         for expert in range(experts):
-            if expert == 0 or (stats is not None and stats.experts):
+            if prepared is None or (stats is not None and stats.experts):
+                prepared = None  # is large: the next one needs its place
                 own, last = stats.of(expert) if stats else None, type_name == types[-1]
                 prepared = typed.prepare(type_name, own, width, capacity, options, consume=last)
             for name in names:

@@ -41,7 +41,8 @@ def warnings_about(plans: list[TensorPlan]) -> list[str]:
     """What the source means for the result, in plain words: nothing AGQ4, its own codes kept, errors that add up."""
     ours = [p for p in plans if p.type_name == blocks.TYPE_NAME]
     if not ours:
-        return [*_loss_warnings(plans), "AGQ4 supports no tensor of this model"]
+        chosen = any(p.searched for p in plans)  # by a budget
+        return [*_loss_warnings(plans), *([] if chosen else ["AGQ4 supports no tensor of this model"])]
     kept = sum(p.own_codes for p in plans)
     if not kept:
         return _loss_warnings(plans)
@@ -57,7 +58,7 @@ def _loss_warnings(plans: list[TensorPlan]) -> list[str]:
     if not types:
         return []
     warnings = [
-        f"the source is quantized already ({', '.join(types)}): its errors stay in the weights and those of AGQ4 are "
+        f"the source is quantized already ({', '.join(types)}): its errors stay in the weights and new ones are "
         "added to them; the F32, F16 or BF16 file of the model gives a better result"
     ]
     small = [name for name in types if _weight_bytes(name) < _weight_bytes(blocks.TYPE_NAME)]

@@ -27,10 +27,10 @@ from agq_gguf.format.blocks import listable
 from agq_gguf.graphs.levelled import Pair
 from agq_gguf.graphs.parts import Group, Plan, Stage, first_state, groups, multiplied, next_state, norm_before
 from agq_gguf.graphs.run import Executor, Reading, State
-from agq_gguf.matrix import equalize, typed
+from agq_gguf.matrix import equalize, stock_types, typed
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.parallel import in_parallel
-from agq_gguf.matrix.simulate import Rounder, StockRounder, restored
+from agq_gguf.matrix.simulate import BlockRounder, Rounder, restored
 from agq_gguf.matrix.stock_feedback import QuantizedStock
 from agq_gguf.matrix.typed import Prepared, Quantized
 from agq_gguf.quantization.best.fisher import Sensitivity
@@ -185,7 +185,7 @@ class Sequential:
         weights = {name: self._weight(name) for name in stage.weights}
         norm = norm_before(self._run.graph, stage)
         if self._options.equalize and norm and self._movable(norm):
-            factors = self._factors([state[stage.given] for state in self._rounded], list(weights.values()))
+            factors = self._factors([state[stage.given] for state in self._rounded], weights)
             if factors is not None:
                 self._norms |= {name: self._run.weight(name) / factors for name in norm}
                 weights = {name: weight * factors for name, weight in weights.items()}
@@ -236,7 +236,7 @@ class Sequential:
         experts = weights[group.key].shape[0] if group.has_experts else 1
         done: dict[str, Matrices] = {name: [] for name in group.weights}
         kept = {
-            (name, expert): journal.get_matrix(_key(name, expert, group.has_experts))
+            (name, expert): journal.get_matrix(self._key(name, expert, group))
             for name in group.weights
             for expert in range(experts)
         }
@@ -255,36 +255,55 @@ class Sequential:
                 correction = sums.correction()
                 stats = InputStats(sums.rows, square, *seen, hessian)
                 capacity = min(listable(*weights[name].shape[-2:]) for name in group.weights)
-                names = [name for name in group.weights if kept[name, expert] is None]
-                types = typed.in_order([self._types[name] for name in names])
+                left = [name for name in group.weights if kept[name, expert] is None]
+                types = typed.in_order([self._types[name] for name in left])
                 for type_name in types:
-                    prepared = typed.prepare(
-                        type_name, stats, stats.columns, capacity, self._options, consume=type_name == types[-1]
-                    )
-                    jobs = []
-                    for name in names:
-                        if self._types[name] == type_name:
-                            target = weights[name][expert] if group.has_experts else weights[name]
-                            jobs.append(_Job(name, target, correction, prepared, self._take_gram(name)))
-                    for part in _together(jobs, self._room):
-                        made = in_parallel(partial(_quantized, options=self._options), part)
-                        for job, matrix in zip(part, made, strict=True):
-                            journal.put_matrix(_key(job.name, expert, group.has_experts), matrix)
-                            kept[job.name, expert] = matrix
+                    targets = {
+                        name: weights[name][expert] if group.has_experts else weights[name]
+                        for name in left
+                        if self._types[name] == type_name
+                    }
+                    consume = type_name == types[-1]
+                    made = self._of_type(type_name, targets, stats, correction, capacity, consume=consume)
+                    for name, matrix in made.items():
+                        journal.put_matrix(self._key(name, expert, group), matrix)
+                        kept[name, expert] = matrix
             for name in group.weights:
                 found = kept[name, expert]
                 assert found is not None
                 done[name].append(found)
         return done
 
-    def _factors(self, inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor | None:
+    def _of_type(
+        self,
+        type_name: str,
+        targets: Mapping[str, torch.Tensor],
+        stats: InputStats,
+        correction: torch.Tensor,
+        capacity: int,
+        *,
+        consume: bool,
+    ) -> dict[str, Quantized]:
+        """Quantizes weights of one type with one input. What is prepared for them is released at the end."""
+        prepared = typed.prepare(type_name, stats, stats.columns, capacity, self._options, consume=consume)
+        jobs = [_Job(name, target, correction, prepared, self._take_gram(name)) for name, target in targets.items()]
+        made: dict[str, Quantized] = {}
+        for part in _together(jobs, self._room):
+            found = in_parallel(partial(_quantized, options=self._options), part)
+            made.update(zip([job.name for job in part], found, strict=True))
+        return made
+
+    def _key(self, name: str, expert: int, group: Group) -> str:
+        return f"refined {name} as {self._types[name]}" + (f" {expert}" if group.has_experts else "")
+
+    def _factors(self, inputs: list[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """The factors that equalization moves from the norm into the matrices; None if it does not help."""
         columns, options = inputs[0].shape[-1], self._options
         rows = sum(x.numel() for x in inputs) // columns
         square = torch.stack([x.flatten(0, -2).square().sum(0) for x in inputs]).sum(0) / rows
         stats = InputStats(rows, square.cpu().numpy(), None, _sample(inputs).cpu().numpy())
-        capacity = min(listable(*weight.shape[-2:]) for weight in weights)
-        flat = [weight.flatten(0, -2).cpu().numpy() for weight in weights]
+        capacity = min(listable(*weight.shape[-2:]) for weight in weights.values())
+        flat = [(self._types[name], weight.flatten(0, -2).cpu().numpy()) for name, weight in weights.items()]
         found = equalize.choose(
             stats, flat, capacity, options.activation_bits, options.activation_scale, options.refine
         )
@@ -345,10 +364,6 @@ def _together(jobs: list[_Job], room: int) -> list[list[_Job]]:
     return parts
 
 
-def _key(name: str, expert: int, has_experts: bool) -> str:
-    return f"refined {name} {expert}" if has_experts else f"refined {name}"
-
-
 def _rows(
     exact: list[torch.Tensor],
     inputs: list[torch.Tensor],
@@ -404,6 +419,6 @@ class Applied:
 def applied(made: Quantized, device: str | torch.device) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
     """How the runtime rounds inputs of a matrix, and its weights [M, K] after rounding."""
     if isinstance(made, QuantizedStock):
-        return StockRounder(made.type_name), torch.from_numpy(made.restored()).to(device)
+        return BlockRounder(stock_types.input_block(made.type_name)), torch.from_numpy(made.restored()).to(device)
     rounder = Rounder(made.matrix.parameters, made.matrix.codes.shape[1], device)
     return rounder, restored(made.matrix, rounder)

@@ -168,7 +168,7 @@ def tune(
     kept = set(range(min(_HELD_OUT // 2, len(batches) - 1), len(batches), _HELD_OUT))
     aside = [batches[i] for i in kept]
     seen = [batch for i, batch in enumerate(batches) if i not in kept]
-    if not seen:
+    if not seen or not student.parameters:
         return Tuned({}, {}, 0.0, 0.0)
     before = divergences(aside)
     optimizer = torch.optim.Adam(student.parameters, lr=_RATE, betas=(0.9, 0.95))

@@ -19,12 +19,12 @@ from agq_gguf.gguf_io.tensor_names import EMBEDDING, OUTPUT
 from agq_gguf.graphs.support import open_graph
 from agq_gguf.graphs.unsupported import Unsupported
 from agq_gguf.quantization.budget import costs, knapsack
+from agq_gguf.quantization.options import LARGER_TYPES, QuantizeOptions
 from agq_gguf.quantization.resume import Journal, digest
 from agq_gguf.quantization.type_plan import TensorPlan, plan
 
 if TYPE_CHECKING:
     from agq_gguf.calibration.session import Session
-    from agq_gguf.quantization.options import QuantizeOptions
 
 # Number of tokens for gradients, in a few chunks. Logits are kept for all of them.
 _TOKENS = 1024
@@ -50,7 +50,7 @@ def choose_types(
         **{key: "agq4" if value == "auto" else value for key, value in fixed.items()},
     )
     may_choose = {EMBEDDING: options.embedding_type == "auto", output: options.output_type == "auto"}
-    types = knapsack.open_types(plans, may_choose, options.target_types)
+    types = knapsack.open_types(plans, may_choose, options.target_types or LARGER_TYPES)
     knapsack.choose(plans, {}, options.target_bpw)  # raises for a target that is too small, before the work begins
 
     def report(done: int, total: int, name: str) -> None:

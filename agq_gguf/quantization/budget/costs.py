@@ -1,8 +1,9 @@
 """Estimates the loss, in nats per token, from storing one tensor in a coarser type.
 
 If the graph runs in PyTorch (`graphs`), the cost is the divergence to second order, E[(g . dy)^2] / 2. Here dy is the
-change of the product when the tensor is rounded, and g is the gradient of -log p of a token drawn from the model's own
-prediction. Tensors are rounded one at a time, without error feedback, which would help all of them about equally.
+change of the product when the tensor and its input are rounded, and g is the gradient of -log p of a token drawn from
+the model's own prediction. Inputs count because types differ: those of q5_K and q6_K share a scale over 256 channels,
+which outliers ruin. Tensors are rounded one at a time, without error feedback, which would help most about equally.
 
 Otherwise the cost is the relative squared error of the product. All blocks then have the same weight, and the output
 matrix has the weight of all blocks together. This is close to what was measured where gradients are known
@@ -12,11 +13,12 @@ matrix has the weight of all blocks together. This is close to what was measured
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from agq_gguf.calibration.stats import InputStats
 from agq_gguf.format.blocks import TYPE_NAME, listable
@@ -30,20 +32,40 @@ from agq_gguf.graphs.segments import segments
 from agq_gguf.matrix import stock_types
 from agq_gguf.matrix.options import MatrixOptions
 from agq_gguf.matrix.quantize import prepare_input, quantize_matrix
+from agq_gguf.matrix.simulate import BlockRounder, Rounder
 
 Damage = dict[str, dict[str, float]]  # tensor -> type -> cost
 _ROWS = 1024  # rows of a matrix that are tried without gradients
 
 
-def rounded(
-    weight: NDArray[np.float32], type_name: str, stats: InputStats | None, options: MatrixOptions
-) -> NDArray[np.float32]:
-    """A matrix [M, K] after conversion to the type and back."""
+@dataclass(frozen=True)
+class Tried:
+    """A matrix in a type, without error feedback."""
+
+    weight: torch.Tensor  # [M, K] as the type holds it
+    rounder: Callable[[torch.Tensor], torch.Tensor]  # rounds inputs [.., K] as the type's kernels do
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with rows x [.., K]."""
+        return functional.linear(self.rounder(x), self.weight)
+
+
+def tried(
+    weight: NDArray[np.float32],
+    type_name: str,
+    stats: InputStats | None,
+    options: MatrixOptions,
+    name: str = "the matrix",
+    device: str | torch.device = "cpu",
+) -> Tried:
+    """A matrix [M, K] in a type."""
     if type_name != TYPE_NAME:
-        return stock_types.rounded(weight, type_name, None if stats is None else stats.mean_square)
+        restored = stock_types.rounded(weight, type_name, None if stats is None else stats.mean_square)
+        return Tried(torch.from_numpy(restored).to(device), BlockRounder(stock_types.input_block(type_name)))
     plain = replace(options, error_feedback=False)
     prepared = prepare_input(stats, weight.shape[1], listable(*weight.shape), plain)
-    return dequantize(quantize_matrix(weight, prepared, plain).matrix)
+    matrix = quantize_matrix(weight, prepared, plain, name).matrix
+    return Tried(torch.from_numpy(dequantize(matrix)).to(device), Rounder(matrix.parameters, weight.shape[1], device))
 
 
 def by_gradients(
@@ -73,8 +95,8 @@ def by_gradients(
         kept = found.setdefault(name, {})
         with torch.no_grad():
             for type_name in types[name]:
-                change = _change(weight, type_name, known.get(name), options)
-                cost = _cost(place, change, gradient) / tokens.numel()
+                every = _tried(name, weight, type_name, known.get(name), options)
+                cost = _cost(place, weight, every, gradient) / tokens.numel()
                 kept[type_name] = kept.get(type_name, 0.0) + cost
 
     generator = torch.Generator().manual_seed(0)
@@ -83,18 +105,24 @@ def by_gradients(
     return found
 
 
-def _change(weight: torch.Tensor, type_name: str, stats: InputStats | None, options: MatrixOptions) -> torch.Tensor:
-    """What rounding adds to a weight [rows, columns] or [experts, rows, columns]."""
+def _tried(
+    name: str, weight: torch.Tensor, type_name: str, stats: InputStats | None, options: MatrixOptions
+) -> list[Tried]:
+    """A weight [rows, columns] or [experts, rows, columns] in a type, by expert."""
     matrices = weight.reshape(-1, *weight.shape[-2:]).cpu().numpy()
-    made = np.stack([rounded(matrix, type_name, stats, options) for matrix in matrices])
-    return torch.from_numpy(made).reshape(weight.shape).to(weight.device) - weight
+    return [tried(matrix, type_name, stats, options, name, weight.device) for matrix in matrices]
 
 
-def _cost(place: Reading, change: torch.Tensor, gradient: torch.Tensor) -> float:
+def _cost(place: Reading, weight: torch.Tensor, every: list[Tried], gradient: torch.Tensor) -> float:
     """Half of the sum of (g . dy)^2 over rows; of experts, the changes of a token count together."""
-    moved = (place.of(change) * gradient).sum(-1)
-    if place.given is not None and place.ids is not None:
-        moved = moved.sum(-1)
+    if place.given is None:
+        change = every[0].weight.reshape(weight.shape) - weight
+        moved = (place.of(change) * gradient).sum(-1)
+    else:
+        made = place.by(lambda expert, x: every[expert].product(x))
+        moved = ((made - place.of(weight)) * gradient).sum(-1)
+        if place.ids is not None:
+            moved = moved.sum(-1)
     return float(moved.square().sum()) / 2
 
 
@@ -124,8 +152,13 @@ def by_errors(
         count = blocks if name == output else 1
         found[name] = {}
         for type_name in wanted:
-            lost = np.square(rounded(weight, type_name, known, options) - weight, dtype=np.float64) * square
-            found[name][type_name] = count * float(lost.sum()) / energy if energy > 0 else 0.0
+            made = tried(weight, type_name, known, options, name)
+            lost = float((np.square(made.weight.numpy() - weight, dtype=np.float64) * square).sum())
+            if known is not None and known.sample is not None and len(known.sample):
+                x = torch.from_numpy(known.sample)
+                noise = functional.linear(made.rounder(x) - x, made.weight)
+                lost += float(noise.square().sum(dtype=torch.float64)) / len(x)
+            found[name][type_name] = count * lost / energy if energy > 0 else 0.0
     progress(len(types), len(types), "")
     return found
 

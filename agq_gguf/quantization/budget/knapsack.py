@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import isfinite
 
 from agq_gguf.errors import InputError
 from agq_gguf.format.blocks import TYPE_NAME
@@ -72,7 +73,8 @@ def choose(plans: list[TensorPlan], damage: Mapping[str, Mapping[str, float]], t
     for plan in plans:
         costs = damage.get(plan.source.name, {})
         sizes = {t: layout([(plan.source.name, t, plan.source.shape)])[0].n_bytes for t in costs}
-        hull = _hull([(sizes[t], costs[t], t) for t in LADDER if t in costs])
+        # A type that cannot hold a tensor's values costs no number.
+        hull = _hull([(sizes[t], costs[t], t) for t in LADDER if t in costs and isfinite(costs[t])])
         for order, (low, high) in enumerate(pairwise(hull)):
             steps.append(_Step(plan.source.name, order, high[2], high[0] - low[0], low[1] - high[1]))
     steps.sort(key=lambda step: (-step.gain / step.n_bytes, step.name, step.order))
