@@ -1,7 +1,7 @@
 """The compiled inner loops of rounding, for torch tensors; cpp/kernels/rounding.h defines what each computes.
 
-Matrices of weights are transposed here, [64, n]: one group of columns of n rows. Calls release Python's lock, so other
-threads can run.
+Matrices of weights are transposed here, [64, n]: one group of columns of n rows; on a grid, a block of columns. Calls
+release Python's lock, so other threads can run.
 """
 
 from __future__ import annotations

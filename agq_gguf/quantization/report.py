@@ -17,7 +17,7 @@ class TensorReport:
     n_elements: int
     n_bytes: int
     reason: str = ""  # why it is not AGQ4
-    error: float | None = None  # AGQ4: squared output error over squared output on the calibration data
+    error: float | None = None  # of searched codes: squared output error over squared output on the calibration data
     note: str = ""  # a fallback that was used, and why
 
 

@@ -176,7 +176,7 @@ class BestRun:
         return [self.chunks[i * total // room] for i in range(room)]
 
     def _stored(self) -> dict[str, torch.Tensor]:
-        """Embedding and output matrix as the file will hold them, if that is another type and not AGQ4."""
+        """Embedding and output matrix as the file will hold them, if `run` does not make them."""
         found = {}
         for plan in self.plans:
             name, new = plan.source.name, plan.type_name
@@ -191,7 +191,7 @@ class BestRun:
 def prepare(
     reader: Reader, session: Session, context: int, max_tokens: int, plans: list[TensorPlan], setting: Setting
 ) -> BestRun | str:
-    """A run over all AGQ4 weights that are multiplied at one place, looked up, or both.
+    """A run over all weights with searched codes that are multiplied at one place, looked up, or both.
 
     It uses up to `max_tokens` tokens of the session's text, in chunks of `context`. Returns the reason instead if this
     model is not supported.
