@@ -137,7 +137,7 @@ def choose_returning(
 
     The best of those return: at the last cut as many as `rule.revive` of the `n_before` tokens in front of the call.
     """
-    if rule.threshold is not None:
+    if rule.threshold is not None or not rule.revive:
         return choose(values, rule, protected)
     dropped = np.zeros(len(values), bool)
     dropped[~returns] = choose(values[~returns], rule, protected[~returns])

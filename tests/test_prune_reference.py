@@ -258,6 +258,10 @@ PIECES = {
         1: Rule(threshold=0.7, reach=4, heads=((0, 2), (1, 2))),
         2: Rule(threshold=0.9, reach=4, heads=((0, 2), (2, 1))),
     },
+    "threshold, then a share": {
+        1: Rule(threshold=0.8, reach=4, heads=((0, 2), (1, 2))),
+        3: Rule(share=0.4, reach=4, heads=((0, 2), (2, 1))),
+    },
     "share that returns": {1: Rule(share=0.5, heads=((1, 2), (0, 1)), reach=2, revive=0.1)},
     "two shares that return": {
         1: Rule(share=0.3, reach=3, keep=40, heads=((0, 1), (1, 0)), revive=0.2),

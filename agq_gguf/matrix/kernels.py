@@ -13,6 +13,8 @@ import torch
 from agq_gguf.format.blocks import GROUP_COLUMNS
 from agq_gguf.native import plugin_library
 
+_MOST_COLUMNS = 256  # of a block on a grid
+
 
 def _address(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
     if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
@@ -110,9 +112,6 @@ class GridBlock:
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What codes [columns, n] stand for."""
         return codes * self.steps + self.offsets
-
-
-_MOST_COLUMNS = 256
 
 
 def feed_back_on_grid(grid: GridBlock, upper: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

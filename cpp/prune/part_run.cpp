@@ -254,20 +254,20 @@ std::vector<int32_t> part_run::find_leaving(const run_input &in, const prune_cut
                                             const std::vector<uint8_t> &is_protected) const {
     const drop_rule &rule = cut.stage.rule;
     if (!rule.by_share) return choose_below(importance, is_protected, rule.value);
+    if (cut.stage.revive == 0) return choose_least(importance, is_protected, count_of_share(rule.value, left.size()));
     // A share is one of the prompt. What an earlier question has dropped is ranked by itself.
     std::vector<uint8_t> returns(left.size(), 0);
     for (size_t i = 0; i < early_alive_.size(); ++i) {
         returns[i] = !work_->tokens.missing[static_cast<size_t>(early_alive_[i])].is_deferred;
     }
     const size_t n_returning = static_cast<size_t>(std::count(returns.begin(), returns.end(), 1));
-    const size_t n_leaving = count_of_share(rule.value, left.size() - n_returning);
-    if (n_returning == 0) return choose_least(importance, is_protected, n_leaving);
     const auto protect = [&](uint8_t those) {
         std::vector<uint8_t> stays(is_protected);
         for (size_t i = 0; i < stays.size(); ++i) stays[i] = stays[i] || returns[i] == those;
         return stays;
     };
-    const std::vector<int32_t> of_prompt = choose_least(importance, protect(1), n_leaving);
+    const std::vector<int32_t> of_prompt =
+        choose_least(importance, protect(1), count_of_share(rule.value, left.size() - n_returning));
     const auto &missing = work_->tokens.missing;
     const auto waited = [](const early_token &token) { return token.is_deferred; };
     const size_t n_waited = static_cast<size_t>(std::count_if(missing.begin(), missing.end(), waited));
