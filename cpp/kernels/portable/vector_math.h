@@ -32,7 +32,7 @@ inline void store(float *p, vec v) {
     *reinterpret_cast<vec *>(p) = v;
 }
 inline vec splat(float x) {
-    return vec{} + x;
+    return x - vec{};  // a plain broadcast: the compiler must not leave out 0 + x, which turns -0 into 0
 }
 
 #if AGQ_VECTOR == 4
