@@ -19,7 +19,7 @@ def test_presets_set_what_is_at_its_default() -> None:
     assert (small.output_type, small.embedding_type, small.quality) == ("q6_K", "agq4", "fast")
     near = with_preset(QuantizeOptions(), "near-lossless")
     assert (near.target_bpw, near.target_types) == (7, ("q8_0",))
-    assert with_preset(QuantizeOptions(target_bpw=5), "near-lossless").target_bpw == 5
+    assert with_preset(QuantizeOptions(target_bpw=5), "near-lossless") == QuantizeOptions(target_bpw=5)
     with pytest.raises(InputError, match="preset must be one of small, balanced, near-lossless, got 'tiny'"):
         with_preset(QuantizeOptions(), "tiny")
 

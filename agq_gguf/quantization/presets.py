@@ -26,12 +26,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def with_preset(options: QuantizeOptions, name: str) -> QuantizeOptions:
     """The options with those of a preset.
 
-    Options that are not at their default stay. Raises InputError for an unknown name.
+    Options that are not at their default stay; with a target of their own, the preset's types for its target do not
+    count. Raises InputError for an unknown name.
     """
     if name not in PRESETS:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     defaults = QuantizeOptions()
     chosen = {key: value for key, value in PRESETS[name].items() if getattr(options, key) == getattr(defaults, key)}
+    if options.target_bpw:
+        chosen.pop("target_types", None)
     return replace(options, **chosen)
 
 
