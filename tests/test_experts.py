@@ -105,7 +105,7 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 # SiLU is computed with another exponential function, which moves an activation to the next int8 step now and then.
-CLOSE = 5e-3
+CLOSE = 1.5e-2  # 0.009 was seen with AVX2 alone (DeepSeek)
 
 
 @pytest.mark.parametrize("name", WRITERS)
