@@ -105,7 +105,8 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 # SiLU is computed with another exponential function, which moves an activation to the next int8 step now and then.
-CLOSE = 1.5e-2  # 0.009 was seen with AVX2 alone (DeepSeek)
+CLOSE = 5e-3
+CLOSE_TOKEN = 2e-2  # of a single token, which one such step can move by 1%, as another instruction set does
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -128,12 +129,12 @@ def test_what_is_asked_for_is_seen(name: str, runs: Runs) -> None:
         if key.startswith("tensor/ffn_moe_topk"):
             np.testing.assert_array_equal(fused[key], plain[key], key)
         else:
-            assert relative(fused[key], plain[key]) < CLOSE, key
+            assert relative(fused[key], plain[key]) < CLOSE_TOKEN, key
     lengths = {1: slice(0, 1), 40: slice(43, 44)}  # the last token of the text of this length, in texts()
     for key in asked:
         if key.startswith("logits/"):
             n = int(key.rpartition("/")[2])
-            assert relative(fused[key], fused["plain"][lengths[n]]) < CLOSE, key
+            assert relative(fused[key], fused["plain"][lengths[n]]) < CLOSE_TOKEN, key
 
 
 @pytest.mark.parametrize("n", [1, 40])

@@ -25,8 +25,6 @@ from test_prune_windows import assert_restored
 import agq_gguf
 
 WINDOW = 48
-CPU_FACTS = Path("/proc/cpuinfo")
-NO_AVX512 = CPU_FACTS.exists() and "avx512_vnni" not in CPU_FACTS.read_text()
 WRITERS: dict[str, Callable[[Path], Path]] = {
     # Layers 6 to 9 read the cache of layer 4 or, without a window, 5.
     "gemma4": partial(architectures.write_gemma4, layers=10, shared=4, window=WINDOW),
@@ -139,11 +137,10 @@ def test_a_cache_shows_who_had_left_before_it(tmp_path: Path) -> None:
 def test_generation_beyond_the_window(model: GetModel, arch: str, full: bool, flash: bool) -> None:
     """Prompts of several ubatches wrap the small cache; then the window leaves the prompt behind."""
     spec = {"gemma4": "1:0.3,4:0.4,6:0.3", "gemma3n": "9:0.3,18:0.4,20:0.3"}[arch]
-    if arch == "gemma3n" and full and flash and NO_AVX512:
-        pytest.skip("without AVX-512 a tie between two tokens falls the other way in one of the runs")
     options = {"n_ctx": 768, "n_ubatch": 96, "flash": flash, "swa_full": full}
+    seed = {"gemma4": 0, "gemma3n": 1}[arch]  # with 0, two tokens of gemma3n are equally important, up to noise
     with Pair(model(arch), spec + ";min=16", **options) as pair:
-        pair.decode(tokens(400))
+        pair.decode(tokens(400, seed))
         assert 200 < pair.dropped() < 320
         n_steps = WINDOW + 10 if arch == "gemma4" else 3
         for i in range(n_steps):
@@ -211,11 +208,10 @@ def test_states_are_used_again(model: GetModel) -> None:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("cut", "flash"), [*((cut, False) for cut in CUTS), ("behind the shared caches", True)])
 def test_same_choice_as_in_one_call(model: GetModel, cut: str, full: bool, flash: bool) -> None:
-    if cut == "two" and not full and NO_AVX512:
-        pytest.skip("without AVX-512 a tie between two tokens falls the other way in one of the runs")
     ubatches = (512, 128, 100, 59)  # 59 leaves 8 tokens for the last one
+    seed = 1 if cut == "two" else 0  # with 0, two tokens are equally important there, up to noise
     assert_same_choice(
-        model("gemma4"), CUTS[cut], tokens(480), ubatches, range(101, 450), 20 * ATOL,
+        model("gemma4"), CUTS[cut], tokens(480, seed), ubatches, range(101, 450), 20 * ATOL,
         flash=flash, n_ctx=768, swa_full=full,
     )  # fmt: skip
     assert warnings() == []

@@ -264,6 +264,7 @@ def test_gpt_oss_keeps_its_experts(gpt_oss: Path, words: str, tmp_path: Path) ->
         experts = [t for t in report.tensors if t.name.endswith("_exps.weight")]
         assert {t.type_name for t in experts} == {"mxfp4" if keep else "agq4"}
         size[keep] = sum(t.n_bytes for t in experts)
-        divergence[keep] = evaluate(out, gpt_oss, words, context=128, chunks=4).mean_kl
+        # Not the mean: a position where another expert is chosen, in both files, makes a third of it or more.
+        divergence[keep] = evaluate(out, gpt_oss, words, context=128, chunks=4).median_kl
     assert size[("mxfp4",)] == size[()]
-    assert divergence[("mxfp4",)] < 0.8 * divergence[()]  # 0.72 with AVX2 alone
+    assert divergence[("mxfp4",)] < 0.6 * divergence[()]

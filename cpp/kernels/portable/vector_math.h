@@ -32,7 +32,7 @@ inline void store(float *p, vec v) {
     *reinterpret_cast<vec *>(p) = v;
 }
 inline vec splat(float x) {
-    return x - vec{};  // a plain broadcast: the compiler must not leave out 0 + x, which turns -0 into 0
+    return x - vec{};  // not 0 + x, which turns -0 into 0, so that compilers really add
 }
 
 #if AGQ_VECTOR == 4
