@@ -60,8 +60,10 @@ function(agq_add_kernels)
     agq_file_flags(portable/attention_paper.cpp -fno-math-errno)
     # A product and the sum that rounds it must not become one operation.
     agq_file_flags(portable/q8_pack.cpp -ffp-contract=off)
-    # It writes its fused operations itself: which others are fused would differ from tile to tile.
-    agq_file_flags(x86/attention_avx512vnni.cpp -ffp-contract=off)
+    # They write their fused operations themselves: which others are fused would differ from tile to tile.
+    foreach(file attention_avx512vnni attention_256)
+        agq_file_flags(x86/${file}.cpp -ffp-contract=off)
+    endforeach()
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
         # GCC's scheduler before register allocation moves so many loads ahead that accumulators are spilled: up to a
         # quarter more instructions.
@@ -76,15 +78,14 @@ function(agq_add_kernels)
     agq_isa(generic VECTOR 4 TILE 2 FILES portable/scalar.cpp ${rows_and_rounding}
             VECTOR_FILES portable/attention.cpp portable/attention_paper.cpp ${few})
     if(processor MATCHES "^(x86_64|amd64|x64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
-        # The accumulators of attention, 6 rows of a tile, fill 12 of 16 registers with AVX2, and 24 of 32 with AVX-512.
+        # The accumulators of a tile of 6 rows fill 12 of 16 registers with AVX2, and 24 of 32 with AVX-512.
         set(avx2 -mavx2 -mfma -mf16c)
         set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mprefer-vector-width=512)
         agq_isa(avx2 VECTOR 8 TILE 2 FLAGS ${avx2} MSVC_FLAGS /arch:AVX2
-                FILES x86/avx2.cpp
-                      x86/avxvnni.cpp
-                      portable/q8_pack.cpp
-                      ${rows_and_rounding}
-                VECTOR_FILES portable/attention.cpp ${few})
+                FILES x86/avx2.cpp portable/q8_pack.cpp ${rows_and_rounding}
+                VECTOR_FILES x86/attention_256.cpp ${few})
+        agq_isa(avxvnni VECTOR 8 TILE 2 FLAGS ${avx2} -DAGQ_WITH_AVXVNNI MSVC_FLAGS /arch:AVX2
+                FILES x86/avxvnni.cpp VECTOR_FILES x86/attention_256.cpp)
         agq_isa(avx512vnni VECTOR 16 TILE 4 FLAGS ${avx512} MSVC_FLAGS /arch:AVX512
                 FILES x86/avx512vnni.cpp
                       x86/q8_avx512vnni.cpp

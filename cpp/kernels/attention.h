@@ -1,7 +1,8 @@
 // The contract of the attention kernels: softmax(scale * Q K^T + bias) V for a block of tokens of one key/value head.
 //
 // A kernel never allocates or starts threads. Kernels differ in the order of sums and in the operand type of the two
-// products: binary32, or 16-bit integers with scales, which are more precise than the cache's binary16.
+// products: binary32, or 16-bit integers with scales, which are more precise than the cache's binary16 unless one
+// channel of a vector is much larger than all others.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +28,7 @@ struct attention_args {
     const void *keys;
     const void *values;
     /// Added to the scores of (token t, key k), after multiplication by the head's slope. Row t begins at mask + t *
-    /// mask_stride (bytes); elements are binary16 or binary32. -inf hides a key. Null: nothing is hidden.
+    /// mask_stride (bytes); elements are binary16 or binary32, and not NaN. -inf hides a key. Null: nothing is hidden.
     const char *mask;
     size_t mask_stride;
     bool mask_is_f16;

@@ -1,9 +1,7 @@
 // Attention for AVX-512 with VNNI: both products in 16-bit integers (VPDPWSSD, twice as fast as binary32), everything
 // between them in binary32.
 //
-// The weights of 64 keys, times the scales of their values, are relative to the row's largest one among them. They
-// become integers whose sum is at most 131000. Values are at most 16383, and 131000 * 16383 is below 2^31. The header
-// explains how the other operands are scaled.
+// attention_int16.h explains how operands are scaled.
 //
 // Running softmax over blocks of 64 keys ("Online normalizer calculation for softmax", Milakov and Gimelshein, 2018;
 // FlashAttention, Dao et al., 2022), with powers of two instead of e. Six rows at a time go through all three steps of
@@ -16,8 +14,6 @@ namespace agq {
 namespace {
 
 constexpr int tile_rows = 6;
-constexpr float weight_limit = 32767.0f, weight_sum_limit = 131000.0f;
-constexpr float log2_e = 1.44269504f;
 
 /// State of the rows of a call.
 struct row_state {
@@ -33,23 +29,18 @@ struct row_state {
     size_t bytes;
 
     row_state(void *scratch, int head_qk, int head_v) {
-        char *base = static_cast<char *>(scratch), *next = base;
-        const size_t rows = attention_row_limit;
-        const auto take = [&next](size_t size) {
-            char *at = next;
-            next += round_up(size);
-            return at;
-        };
-        q = reinterpret_cast<int32_t *>(take(rows * static_cast<size_t>(channel_pairs(head_qk)) * 4));
-        out = reinterpret_cast<float *>(take(rows * static_cast<size_t>(head_v) * 4));
-        masks = reinterpret_cast<float *>(take(rows * attention_keys * 4));
-        sum = reinterpret_cast<float *>(take((rows + 16) * 4));
-        q_scale = reinterpret_cast<float *>(take((rows + 16) * 4));  // read in whole registers
-        maximum = reinterpret_cast<float *>(take((rows + 16) * 4));
-        bad = reinterpret_cast<unsigned char *>(take(rows));
-        visible = reinterpret_cast<unsigned char *>(take(rows));
-        unbiased = reinterpret_cast<signed char *>(take(rows));
-        bytes = static_cast<size_t>(next - base);
+        scratch_parts parts(scratch);
+        constexpr size_t rows = attention_row_limit;
+        q = parts.take<int32_t>(rows * static_cast<size_t>(channel_pairs(head_qk)));
+        out = parts.take<float>(rows * static_cast<size_t>(head_v));
+        masks = parts.take<float>(rows * attention_keys);
+        sum = parts.take<float>(rows + 16);
+        q_scale = parts.take<float>(rows + 16);  // read in whole registers
+        maximum = parts.take<float>(rows + 16);
+        bad = parts.take<unsigned char>(rows);
+        visible = parts.take<unsigned char>(rows);
+        unbiased = parts.take<signed char>(rows);
+        bytes = parts.bytes();
     }
 };
 
@@ -73,7 +64,6 @@ template <int N>
 inline void powers_of_two(__m512 (&x)[N]) {
     // 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the sum.
     const __m512 magic = _mm512_set1_ps(12582912.0f);
-    const float coefficients[] = {5.591786178e-2f, 2.402474484e-1f, 6.931218146e-1f, 9.999992614e-1f};
     __m512 shifted[N], p[N];
     AGQ_UNROLL
     for (int i = 0; i < N; ++i) x[i] = _mm512_max_ps(x[i], _mm512_set1_ps(-112.0f));  // NaN gives the second operand
@@ -84,11 +74,11 @@ inline void powers_of_two(__m512 (&x)[N]) {
     AGQ_UNROLL
     for (int i = 0; i < N; ++i) x[i] = _mm512_sub_ps(x[i], p[i]);
     AGQ_UNROLL
-    for (int i = 0; i < N; ++i) p[i] = _mm512_set1_ps(9.570101878e-3f);
+    for (int i = 0; i < N; ++i) p[i] = _mm512_set1_ps(power_coefficients[0]);
     AGQ_UNROLL
-    for (int c = 0; c < 4; ++c) {
+    for (int c = 1; c < 5; ++c) {
         AGQ_UNROLL
-        for (int i = 0; i < N; ++i) p[i] = _mm512_fmadd_ps(p[i], x[i], _mm512_set1_ps(coefficients[c]));
+        for (int i = 0; i < N; ++i) p[i] = _mm512_fmadd_ps(p[i], x[i], _mm512_set1_ps(power_coefficients[c]));
     }
     AGQ_UNROLL
     for (int i = 0; i < N; ++i) {
@@ -149,13 +139,6 @@ struct tile_weights {
     alignas(64) float factor[16];     ///< per row: the factor for this block's integers
 };
 
-struct maximum {
-    static __m256 of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
-};
-struct total {
-    static __m256 of(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
-};
-
 /// The maximum or total of each of eight registers, in lanes 0 to 7; the other lanes are 0.
 template <class operation>
 inline __m512 reduce_rows(const __m512 (&x)[8]) {
@@ -165,20 +148,7 @@ inline __m512 reduce_rows(const __m512 (&x)[8]) {
         half[i] = operation::of(_mm512_castps512_ps256(x[i]),
                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x[i]), 1)));
     }
-    // Transposed in 128-bit lanes, pair by pair.
-    __m256 pair[4], quad[2];
-    AGQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        pair[i] = operation::of(_mm256_unpacklo_ps(half[2 * i], half[2 * i + 1]),
-                                _mm256_unpackhi_ps(half[2 * i], half[2 * i + 1]));
-    }
-    AGQ_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        quad[i] = operation::of(_mm256_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0x44),
-                                _mm256_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0xEE));
-    }
-    const __m256 all =
-        operation::of(_mm256_permute2f128_ps(quad[0], quad[1], 0x20), _mm256_permute2f128_ps(quad[0], quad[1], 0x31));
+    const __m256 all = reduce_rows<operation>(half);
     return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_setzero_pd(), _mm256_castps_pd(all), 0));
 }
 
@@ -216,7 +186,7 @@ void weigh(const attention_args &args, const row_state &state, int row, const bl
     for (int r = R; r < 8; ++r) best[r] = best[0];
 
     // Without a bias, scores are in units of q_scale up to this point.
-    __m512 tops = reduce_rows<maximum>(best);
+    __m512 tops = reduce_rows<maximum_of>(best);
     if (!biased) tops = _mm512_mul_ps(tops, _mm512_loadu_ps(state.q_scale + row));
     constexpr int batch = R % 2 == 0 ? 2 : 1;
     __m512 sums[8], scaled_sums[8];
@@ -258,10 +228,10 @@ void weigh(const attention_args &args, const row_state &state, int row, const bl
     // Exactly 1 if the maximum stays: a block that is hidden from a row must not change its bits, and whether such a
     // block is left out depends on the other rows of the tile.
     relative[0] = _mm512_mask_mov_ps(relative[0], _mm512_cmp_ps_mask(before, after, _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
-    const __m512 totals = reduce_rows<total>(sums);
+    const __m512 totals = reduce_rows<total_of>(sums);
     const __m512 tiny = _mm512_set1_ps(0x1p-100f);  // so that the limits stay finite if all values are zero
-    const __m512 scaled_totals = _mm512_max_ps(reduce_rows<total>(scaled_sums), tiny);
-    const __m512 scaled_tops = _mm512_max_ps(reduce_rows<maximum>(best), tiny);
+    const __m512 scaled_totals = _mm512_max_ps(reduce_rows<total_of>(scaled_sums), tiny);
+    const __m512 scaled_tops = _mm512_max_ps(reduce_rows<maximum_of>(best), tiny);
     const __m512 units = _mm512_min_ps(_mm512_div_ps(_mm512_set1_ps(weight_sum_limit), scaled_totals),
                                        _mm512_div_ps(_mm512_set1_ps(weight_limit), scaled_tops));
     const __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(state.sum + row), relative[0]);

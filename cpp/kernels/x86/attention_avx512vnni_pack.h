@@ -1,10 +1,4 @@
-// Internal to attention_avx512vnni.cpp: how queries, keys and values are converted to 16-bit integers, and their
-// layout.
-//
-// A query or key vector is converted to integers with one scale, so that its Euclidean norm stays below 46000. By the
-// Cauchy-Schwarz inequality all products then fit 32 bits. A vector of 64 ordinary values keeps 14 bits. A value vector
-// keeps 14 bits of its largest element, with one scale, too. Keys and values in the cache have 11 bits. No scale
-// depends on other tokens, so a result does not depend on what its query does not see.
+// Internal to attention_avx512vnni.cpp: converts queries, keys and values to 16-bit integers.
 //
 // Everything is in an anonymous namespace, because the one file that includes this is compiled with its own flags.
 #pragma once
@@ -12,38 +6,12 @@
 #include <cmath>
 #include <cstring>
 
-#include "kernels/attention.h"
 #include "kernels/x86/avx512_intrinsics.h"
+// After the intrinsics:
+#include "kernels/x86/attention_int16.h"
 
 namespace agq {
 namespace {
-
-constexpr float norm_limit = 46000.0f, element_limit = 32767.0f;
-constexpr float value_limit = 16383.0f;
-
-/// Begins a packed block. Then follow int16: of keys [head_qk / 2, rounded up][64 keys][2 channels], of values [32
-/// pairs of keys][head_v][2 keys].
-struct block_header {
-    float scale[attention_keys];
-    uint64_t bad;  ///< bit i: the vector of key i is not finite, and stored as zeros
-    char filler[56];
-};
-
-constexpr size_t round_up(size_t bytes) {
-    return (bytes + 63) / 64 * 64;
-}
-
-int channel_pairs(int head_qk) {
-    return (head_qk + 1) / 2;
-}
-
-size_t key_bytes(int head_qk) {
-    return sizeof(block_header) + static_cast<size_t>(channel_pairs(head_qk)) * attention_keys * 4;
-}
-
-size_t value_bytes(int head_v) {
-    return sizeof(block_header) + static_cast<size_t>(head_v) * 2 * attention_keys;
-}
 
 __mmask16 first_lanes(int n) {
     return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1 << n) - 1);

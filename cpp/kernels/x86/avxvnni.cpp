@@ -1,19 +1,14 @@
 // AVX-VNNI: VPDPBUSD on 256-bit registers in its VEX encoding, for CPUs without AVX-512.
-//
-// Built with AGQ_AVXVNNI_AS_EVEX, the kernel uses the EVEX encoding of the same instruction. A CPU with AVX-512 VNNI
-// but without AVX-VNNI can then run its tests. The rest of the machine code is the same.
+#include "kernels/x86/avxvnni_encoding.h"
 #include "kernels/x86/q8_256.h"
 #include "kernels/x86/x86_256.h"
 #include "kernels/x86/x86_cpu.h"
 
 namespace agq {
-namespace {
 
-#ifdef AGQ_AVXVNNI_AS_EVEX
-#define AGQ_VPDPBUSD "%{evex%} vpdpbusd %2, %1, %0"
-#else
-#define AGQ_VPDPBUSD "%{vex%} vpdpbusd %2, %1, %0"
-#endif
+AGQ_DECLARE_ISA(avx2)
+
+namespace {
 
 struct dot4 {
     static __m256i start(int32_t bias) { return _mm256_set1_epi32(bias); }
@@ -24,9 +19,7 @@ struct dot4 {
     }
     static __m256i dot(__m256i sum, __m256i u, __m256i x) {
 #if defined(__GNUC__)
-        // Inline assembly for three reasons: GCC 12 copies the accumulators of the intrinsic from register to register,
-        // older compilers lack the intrinsic, and we choose the encoding.
-        asm(AGQ_VPDPBUSD : "+x"(sum) : "x"(u), "x"(x));
+        asm(AGQ_AVXVNNI "vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(x));
         return sum;
 #else
         return _mm256_dpbusd_avx_epi32(sum, u, x);
@@ -68,7 +61,7 @@ const kernel kernel_avxvnni = {"avxvnni",
                                1,
                                quantize_block<quantize_ops<0>>,
                                multiply<dot4>,
-                               AGQ_ATTENTION(isa::avx2::attention),
+                               AGQ_ATTENTION(isa::avxvnni::attention),
                                4,
                                0,
                                &isa::avx2::rows,

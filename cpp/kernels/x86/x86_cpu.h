@@ -17,7 +17,7 @@ namespace {
 
 struct x86_features {
     bool avx2;        ///< AVX2, FMA and F16C
-    bool avxvnni;     ///< the above and the VEX-encoded VPDPBUSD
+    bool avxvnni;     ///< the above and the VEX-encoded VPDPBUSD and VPDPWSSD
     bool avx512vnni;  ///< the above (except avxvnni) and AVX512F, BW, VL and VNNI
 };
 

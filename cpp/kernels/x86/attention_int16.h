@@ -1,0 +1,100 @@
+// Internal to the attention kernels of x86 with 16-bit integers: layout of packed keys and values, and how operands are
+// scaled.
+//
+// A query or key vector is converted to integers with one scale, so that its Euclidean norm stays below 46000. 46000^2
+// is below 2^31, so by the Cauchy-Schwarz inequality all products fit 32 bits. A vector of 64 normally distributed
+// channels keeps 14 bits. A value vector keeps 14 bits of its largest element, with one scale, too. Keys and values in
+// the cache have 11 bits. No scale depends on other tokens, so a result does not depend on what its query does not see.
+//
+// The weights of a row with the 64 keys of a block are multiplied with the scales of the values. Relative to the
+// largest of these products, they become integers whose sum is at most 131000. Values are at most 16383, and 131000 *
+// 16383 is below 2^31.
+//
+// Everything is in an anonymous namespace, because each file that includes this is compiled with its own flags.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/attention.h"
+#include "kernels/portable/unroll.h"
+
+namespace agq {
+namespace {
+
+constexpr float norm_limit = 46000.0f, element_limit = 32767.0f;
+constexpr float value_limit = 16383.0f;
+constexpr float weight_limit = 32767.0f, weight_sum_limit = 131000.0f;
+constexpr float log2_e = 1.44269504f;
+
+/// A polynomial for 2^x, |x| <= 1/2, to 2.6e-6; the highest power first.
+constexpr float power_coefficients[] = {9.570101878e-3f, 5.591786178e-2f, 2.402474484e-1f, 6.931218146e-1f,
+                                        9.999992614e-1f};
+
+/// Begins a packed block. Then follow int16: of keys [head_qk / 2, rounded up][64 keys][2 channels], of values [32
+/// pairs of keys][head_v][2 keys].
+struct block_header {
+    float scale[attention_keys];
+    uint64_t bad;  ///< bit i: the vector of key i is not finite, and stored as zeros
+    char filler[56];
+};
+
+constexpr size_t round_up(size_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
+
+int channel_pairs(int head_qk) {
+    return (head_qk + 1) / 2;
+}
+
+size_t key_bytes(int head_qk) {
+    return sizeof(block_header) + static_cast<size_t>(channel_pairs(head_qk)) * attention_keys * 4;
+}
+
+size_t value_bytes(int head_v) {
+    return sizeof(block_header) + static_cast<size_t>(head_v) * 2 * attention_keys;
+}
+
+/// Gives out parts of a kernel's scratch memory, each aligned to 64 bytes.
+class scratch_parts {
+  public:
+    explicit scratch_parts(void *scratch) : base_(static_cast<char *>(scratch)), next_(base_) {}
+    template <typename T>
+    T *take(size_t n) {
+        T *at = reinterpret_cast<T *>(next_);
+        next_ += round_up(n * sizeof(T));
+        return at;
+    }
+    size_t bytes() const { return static_cast<size_t>(next_ - base_); }
+
+  private:
+    char *base_, *next_;
+};
+
+struct maximum_of {
+    static __m256 of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+};
+struct total_of {
+    static __m256 of(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+};
+
+/// The maximum or total of each of eight registers, in lanes 0 to 7.
+template <class operation>
+inline __m256 reduce_rows(const __m256 (&x)[8]) {
+    // Transposed in 128-bit lanes, pair by pair.
+    __m256 pair[4], quad[2];
+    AGQ_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        pair[i] = operation::of(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    }
+    AGQ_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        quad[i] = operation::of(_mm256_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0x44),
+                                _mm256_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0xEE));
+    }
+    return operation::of(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
+                         _mm256_permute2f128_ps(quad[0], quad[1], 0x31));
+}
+
+}  // namespace
+}  // namespace agq
