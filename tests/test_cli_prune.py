@@ -187,6 +187,8 @@ def test_generate_shows_what_was_dropped(pruned: Path) -> None:
     assert re.search(r"4\d% of the work saved|3\d% of the work saved", shown.stderr)
     # What follows is what the model says without being asked to show it.
     assert shown.stdout.endswith(run(*arguments, "--prune", "1:0.5").stdout)
+    masked = run(*arguments, "--prune", "mask,1:0.5", "--show-pruned")
+    assert masked.stdout.startswith(prompt) and "mask saves no work" in masked.stderr
     unpruned = run(*arguments, "--prune", "off", "--show-pruned")
     assert "no token of this prompt was dropped" in unpruned.stderr and "{" not in unpruned.stdout
     assert "is not understood" in run(*arguments, "--prune", "1:2:3", code=2).stderr

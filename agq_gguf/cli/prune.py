@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -259,11 +260,15 @@ def show_dropped(text: TextModel, model: Path, spec: str | None, tokens: NDArray
         work = work_of({name: tensor.n_elements for name, tensor in reader.tensors.items()})
     text.read(tokens)
     pieces, left = pieces_of(tokens.tolist(), text.detokenize)
-    show_prompt(pieces, work.saving([left]), why_all_kept(text, spec, len(tokens)))
+    hidden = (os.environ.get("AGQ_PRUNE", "") if spec is None else spec).lstrip().startswith("mask")
+    show_prompt(pieces, None if hidden else work.saving([left]), why_all_kept(text, spec, len(tokens)))
 
 
-def show_prompt(pieces: list[tuple[str, int]], saving: float, why: str = "") -> None:
-    """Prints a prompt, given as pieces of text with the layer that dropped each (-1: kept), and the work saved."""
+def show_prompt(pieces: list[tuple[str, int]], saving: float | None, why: str = "") -> None:
+    """Prints a prompt, given as pieces of text with the layer that dropped each (-1: kept), and the work saved.
+
+    `saving` is None if the tokens were only hidden, and `why` says why none was dropped.
+    """
     out = show.console()
     layers = sorted({layer for _, layer in pieces if layer >= 0})
     text = Text()
@@ -277,7 +282,9 @@ def show_prompt(pieces: list[tuple[str, int]], saving: float, why: str = "") -> 
         else:
             text.append(f"{{{layer}:{clean}}}")
     out.print(text, soft_wrap=True)
-    if layers:
+    if layers and saving is None:
+        show.complain("each hidden token is marked with the layer after which it was hidden; mask saves no work")
+    elif layers:
         show.complain(
             f"each dropped token is marked with the layer after which it was dropped; {saving:.0%} of the work saved"
         )
