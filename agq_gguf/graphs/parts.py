@@ -159,6 +159,13 @@ def first_state(run: Executor, plan: Plan, tokens: torch.Tensor) -> State:
     return next_state(run, plan, 0, run.start(tokens))
 
 
+def read_between(graph: Graph, plan: Plan) -> set[str]:
+    """Names of the weights that are read from the first stage to the last, without those of the stages."""
+    later = [i for stage in plan.stages[1:] for i in stage.lead]
+    within = [i for stage in plan.stages for use in stage.uses for i in use.before]
+    return {graph.weight_of(j) for i in (*later, *within) for j in graph.nodes[i].inputs if j >= 0} - {""}
+
+
 def multiplied(
     run: Executor,
     stage: Stage,

@@ -84,6 +84,11 @@ class Executor:
             self._cache[name] = found
         return found
 
+    def release(self) -> None:
+        """Forgets the tensors of the file that were kept; they are read again when they are needed."""
+        self._room += sum(kept.nbytes for kept in self._cache.values())
+        self._cache.clear()
+
     @contextmanager
     def replacing(
         self, weights: Mapping[str, torch.Tensor] | None = None, readings: Replacement | None = None

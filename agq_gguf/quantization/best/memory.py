@@ -11,7 +11,6 @@ from agq_gguf.quantization.type_plan import TensorPlan
 _BATCH_TOKENS = 2048  # run through the graph at one time, or fewer where its values are large
 _COPIES = 5  # of the largest value, most often the logits, while gradients are computed
 _STREAMS = 2  # the float model's and the quantized model's
-_BEFORE_AND_AFTER = 2  # a stage keeps its inputs while it makes the next ones
 
 
 def for_weights(memory: int) -> int:
@@ -52,9 +51,9 @@ def needed(plans: Sequence[TensorPlan], memory: int, *, tokens: int, chunk: int,
     grams = min(sum(4 * tensor.shape[0] ** 2 for tensor in ours if len(tensor.shape) == 2), for_grams(memory))
     alive = chunk * (width + max((tensor.shape[-1] for tensor in ours), default=0))
     chunks = min(-(-tokens // chunk), chunks_of_text(memory, alive))
-    streams = _BEFORE_AND_AFTER * _STREAMS * 4 * alive * chunks
+    streams = _STREAMS * 4 * alive * chunks
     at_once = min(chunks, chunks_at_once(memory, chunk, chunk * vocabulary))
     gradients = _COPIES * 4 * chunk * vocabulary * at_once
     tuning = tune.bytes_needed(numbers, chunk * vocabulary)
-    stages = grams + max(gradients, streams)
-    return weights + max(stages, tuning if tunes and tuning <= memory else 0)
+    stages = grams + max(weights + gradients, streams + for_feedback(memory))
+    return max(stages, weights + tuning if tunes and tuning <= memory else 0)

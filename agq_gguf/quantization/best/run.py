@@ -27,7 +27,7 @@ from agq_gguf.graphs.support import graph_for, open_graph
 from agq_gguf.graphs.unsupported import Unsupported
 from agq_gguf.matrix import stock_types, typed
 from agq_gguf.matrix.options import MatrixOptions
-from agq_gguf.matrix.typed import SEARCHED
+from agq_gguf.matrix.typed import SEARCHED, Quantized
 from agq_gguf.quantization.best import memory as shares
 from agq_gguf.quantization.best import tune
 from agq_gguf.quantization.best.fisher import Sensitivity, affordable, measure
@@ -100,15 +100,15 @@ class BestRun:
             executor, plan, batches, grams, journal,
             lambda done: progress("sensitivity", done, n_tokens, "gradients"), tables=self.tables, logits=self.logits,
         )  # fmt: skip
-        stored = self._stored()
-        for name in self.tables:
-            table = _table(executor.weight(name), name, self._types[name], sensitivity, options)
-            _, stored[name] = applied(table, executor.device)
+        tables = {
+            name: _table(executor.weight(name), name, self._types[name], sensitivity, options) for name in self.tables
+        }
+        for name, table in tables.items():
             finish(name, [table])
         if not plan.stages:  # a budget may give every other matrix a larger type
             return Outcome({}, notes)
         run = Sequential(
-            executor, plan, self._types, batches, sensitivity, options, stored=stored, pairs=self.pairs,
+            executor, plan, self._types, batches, sensitivity, options, stored=self._stored(tables), pairs=self.pairs,
             movable=self._are_plain, room=shares.for_feedback(memory),
         )  # fmt: skip
 
@@ -133,7 +133,7 @@ class BestRun:
             matrices,
             norms,
             trained=[name for name in parts.norms(executor.graph) if self._are_plain([name])],
-            stored=stored,
+            stored=self._stored(tables),
             logits=self.logits,
             epochs=_EPOCHS,
             progress=lambda done, total: progress("tune", done, total, "norms and scales"),
@@ -175,9 +175,9 @@ class BestRun:
         notes.append(f"calibrated on {room} of {total} chunks of text; a larger --memory uses all")
         return [self.chunks[i * total // room] for i in range(room)]
 
-    def _stored(self) -> dict[str, torch.Tensor]:
-        """Embedding and output matrix as the file will hold them, if `run` does not make them."""
-        found = {}
+    def _stored(self, tables: Mapping[str, Quantized]) -> dict[str, torch.Tensor]:
+        """The tables, and embedding and output matrix, as the file will hold them."""
+        found = {name: applied(table, self.executor.device)[1] for name, table in tables.items()}
         for plan in self.plans:
             name, new = plan.source.name, plan.type_name
             if name in self.names or name not in (EMBEDDING, OUTPUT):
@@ -224,7 +224,7 @@ def _arrays(norms: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]
 
 def _table(
     table: torch.Tensor, name: str, type_name: str, sensitivity: Sensitivity, options: MatrixOptions
-) -> typed.Quantized:
+) -> Quantized:
     """A matrix whose rows are looked up, quantized by what errors in them cost (`fisher`)."""
     stats, square = None, sensitivity.squares.get(name)
     if square is not None and options.error_feedback:

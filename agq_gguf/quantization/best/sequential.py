@@ -25,7 +25,17 @@ from agq_gguf.calibration.sampling import spread
 from agq_gguf.calibration.stats import InputStats
 from agq_gguf.format.blocks import listable
 from agq_gguf.graphs.levelled import Pair
-from agq_gguf.graphs.parts import Group, Plan, Stage, first_state, groups, multiplied, next_state, norm_before
+from agq_gguf.graphs.parts import (
+    Group,
+    Plan,
+    Stage,
+    first_state,
+    groups,
+    multiplied,
+    next_state,
+    norm_before,
+    read_between,
+)
 from agq_gguf.graphs.run import Executor, Reading, State
 from agq_gguf.matrix import equalize, stock_types, typed
 from agq_gguf.matrix.options import MatrixOptions
@@ -109,6 +119,9 @@ class Sequential:
             self._float = [first_state(run, plan, tokens) for tokens in batches]
             with run.replacing(self._stored):
                 self._rounded = [first_state(run, plan, tokens) for tokens in batches]
+        # The tables are most of a small model, and only the beginning and the end read them.
+        between = read_between(run.graph, plan)
+        self._stored = {name: weight for name, weight in self._stored.items() if name in between}
 
     @torch.no_grad()
     def run(
@@ -200,12 +213,14 @@ class Sequential:
                 chosen.setdefault(place.weight, []).append(place.ids)
             return place.of(weights[place.weight])
 
+        self._run.release()  # each weight is needed in its stage only
         self._advance(self._float, number, multiply, choices)
         inputs = [state[stage.given] for state in self._rounded]
         done: dict[str, Matrices] = {}
         for group in groups(self._run.graph, stage):
             ids = chosen[group.key] if group.has_experts else None
             done |= self._group(group, weights, exact, inputs, ids, journal)
+        del exact, inputs  # the stream moves on batch by batch, and what it leaves is released
         applied = {name: Applied(matrices, self._run.device) for name, matrices in done.items()}
         with self._run.replacing(self._stored):
             self._advance(self._rounded, number, lambda place: place.by(applied[place.weight]), choices)
