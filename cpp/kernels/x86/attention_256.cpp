@@ -22,13 +22,13 @@ constexpr int registers = attention_keys / 8;
 
 /// State of the rows of a call, and memory for the rows that are at work.
 struct row_state {
-    int32_t *q;      ///< [rows][channel_pairs] pairs of int16
-    float *out;      ///< [rows][head_v]
-    float *masks;    ///< [tokens][64] masks of a block
-    float *sum;      ///< [rows] of the weights; this and `maximum` are read in whole registers
-    float *q_scale;  ///< [rows], with log2 e
-    float *maximum;  ///< [rows] largest score so far, in powers of two
-    bool *bad;       ///< [rows] whether the row has met a value that is not finite
+    int32_t *q;          ///< [rows][channel_pairs] pairs of int16
+    float *out;          ///< [rows][head_v]
+    float *masks;        ///< [tokens][64] masks of a block
+    float *sum;          ///< [rows] of the weights; this and `maximum` are read in whole registers
+    float *q_scale;      ///< [rows], with log2 e
+    float *maximum;      ///< [rows] largest score so far, in powers of two
+    unsigned char *bad;  ///< [rows] whether the row has met a value that is not finite
 
     float *scores;     ///< [rows_at_a_time][64]
     int16_t *weights;  ///< [rows_at_a_time][64], which include the scales of the values
@@ -45,7 +45,7 @@ struct row_state {
         sum = parts.take<float>(rows + 8);
         q_scale = parts.take<float>(rows);
         maximum = parts.take<float>(rows + 8);
-        bad = parts.take<bool>(rows);
+        bad = parts.take<unsigned char>(rows);
         scores = parts.take<float>(rows_at_a_time * attention_keys);
         weights = parts.take<int16_t>(rows_at_a_time * attention_keys);
         old_scale = parts.take<float>(rows_at_a_time);
@@ -246,16 +246,6 @@ void weigh(const attention_args &args, const row_state &state, int row, int at, 
     }
 }
 
-/// Marks rows that see a key that is not finite, or whose value is not.
-void mark_bad(const attention_args &args, const row_state &state, uint64_t keys) {
-    for (int r = 0; r < args.n_tokens * args.group; ++r) {
-        const float *mask = state.masks + r / args.group * attention_keys;
-        for (int i = 0; i < attention_keys; ++i) {
-            if ((keys >> i & 1) && mask[i] != -INFINITY) state.bad[r] = true;
-        }
-    }
-}
-
 /// A block, for n rows that begin at `row`; n is at most rows_at_a_time.
 void attend_rows(const attention_args &args, const row_state &state, int row, int n, const block_header *keys,
                  const block_header *values) {
@@ -299,7 +289,7 @@ void attend(const attention_args &args) {
         const block_header *keys = reinterpret_cast<const block_header *>(key_block);
         const block_header *values = reinterpret_cast<const block_header *>(value_block);
         const auto [begin, end] = read_masks(args, first, state.masks);
-        if (const uint64_t bad = keys->bad | values->bad) mark_bad(args, state, bad);
+        if (const uint64_t bad = keys->bad | values->bad) mark_bad(args, state.masks, state.bad, bad);
         for (int row = begin * args.group; row < end * args.group; row += rows_at_a_time) {
             const int left = end * args.group - row;
             attend_rows(args, state, row, left < rows_at_a_time ? left : rows_at_a_time, keys, values);

@@ -316,20 +316,10 @@ void read_mask(const attention_args &args, const row_state &state, int token, in
     state.unbiased[token] = zeros >= visible;
 }
 
-/// Marks rows that see a key that is not finite, or whose value is not.
-void mark_bad(const attention_args &args, const row_state &state, uint64_t keys) {
-    for (int r = 0; r < args.n_tokens * args.group; ++r) {
-        const float *mask = state.masks + r / args.group * attention_keys;
-        for (int i = 0; i < attention_keys; ++i) {
-            if ((keys >> i & 1) && mask[i] != -INFINITY) state.bad[r] = 1;
-        }
-    }
-}
-
 void attend_block(const attention_args &args, const row_state &state, const block_header *keys,
                   const block_header *values) {
     const int rows = args.n_tokens * args.group;
-    if (const uint64_t bad = keys->bad | values->bad) mark_bad(args, state, bad);
+    if (const uint64_t bad = keys->bad | values->bad) mark_bad(args, state.masks, state.bad, bad);
     for (int row = 0; row < rows;) {
         const int left = rows - row, n = left >= tile_rows ? tile_rows : left >= 2 ? 2 : 1;
         int columns = 0;

@@ -32,8 +32,6 @@ float largest_of(const float *x, int n) {
     return amax < 0x1p-100f ? 0.0f : amax;
 }
 
-/// Writes n floats as 16-bit integers, padded to `pairs` pairs, and returns their scale. If a float is not finite,
-/// returns NaN and writes zeros.
 float quantize_vector(const float *x, int n, int pairs, int16_t *to) {
     const float amax = largest_of(x, n);
     if (!(amax > 0)) {
@@ -55,25 +53,6 @@ float quantize_vector(const float *x, int n, int pairs, int16_t *to) {
         _mm256_mask_storeu_epi16(to + i, first_lanes(2 * pairs - i), rounded);
     }
     return amax / limit;
-}
-
-void pack_keys(const float *rows, int n, int head_qk, void *packed) {
-    block_header *header = static_cast<block_header *>(packed);
-    int32_t *to = reinterpret_cast<int32_t *>(header + 1);
-    const int pairs = channel_pairs(head_qk);
-    std::memset(header, 0, sizeof(*header));
-    if (n < attention_keys) std::memset(to, 0, static_cast<size_t>(pairs) * attention_keys * 4);
-    alignas(64) int32_t key[attention_head_limit / 2];
-    for (int i = 0; i < n; ++i) {
-        const float *x = rows + static_cast<int64_t>(i) * head_qk;
-        const float scale = quantize_vector(x, head_qk, pairs, reinterpret_cast<int16_t *>(key));
-        if (std::isnan(scale)) {
-            header->bad |= uint64_t{1} << i;
-        } else {
-            header->scale[i] = scale;
-        }
-        for (int d = 0; d < pairs; ++d) to[d * attention_keys + i] = key[d];
-    }
 }
 
 void pack_values(const float *rows, int n, int head_v, void *packed) {

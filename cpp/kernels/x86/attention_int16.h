@@ -13,8 +13,10 @@
 // Everything is in an anonymous namespace, because each file that includes this is compiled with its own flags.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/attention.h"
 #include "kernels/portable/unroll.h"
@@ -53,6 +55,39 @@ size_t key_bytes(int head_qk) {
 
 size_t value_bytes(int head_v) {
     return sizeof(block_header) + static_cast<size_t>(head_v) * 2 * attention_keys;
+}
+
+/// Writes n floats as 16-bit integers, padded to `pairs` pairs, and returns their scale. If a float is not finite,
+/// returns NaN and writes zeros.
+float quantize_vector(const float *x, int n, int pairs, int16_t *to);  // each instruction set has its own
+
+void pack_keys(const float *rows, int n, int head_qk, void *packed) {
+    block_header *header = static_cast<block_header *>(packed);
+    int32_t *to = reinterpret_cast<int32_t *>(header + 1);
+    const int pairs = channel_pairs(head_qk);
+    std::memset(header, 0, sizeof(*header));
+    if (n < attention_keys) std::memset(to, 0, static_cast<size_t>(pairs) * attention_keys * 4);
+    alignas(64) int32_t key[attention_head_limit / 2];
+    for (int i = 0; i < n; ++i) {
+        const float *x = rows + static_cast<int64_t>(i) * head_qk;
+        const float scale = quantize_vector(x, head_qk, pairs, reinterpret_cast<int16_t *>(key));
+        if (std::isnan(scale)) {
+            header->bad |= uint64_t{1} << i;
+        } else {
+            header->scale[i] = scale;
+        }
+        for (int d = 0; d < pairs; ++d) to[d * attention_keys + i] = key[d];
+    }
+}
+
+/// Marks rows that see a key that is not finite, or whose value is not: those of the bits in `keys`.
+void mark_bad(const attention_args &args, const float *masks, unsigned char *bad, uint64_t keys) {
+    for (int r = 0; r < args.n_tokens * args.group; ++r) {
+        const float *mask = masks + r / args.group * attention_keys;
+        for (int i = 0; i < attention_keys; ++i) {
+            if ((keys >> i & 1) && mask[i] != -INFINITY) bad[r] = 1;
+        }
+    }
 }
 
 /// Gives out parts of a kernel's scratch memory, each aligned to 64 bytes.
