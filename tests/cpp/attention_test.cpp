@@ -183,10 +183,11 @@ bool check_limits(const agq::attention_kernel &kern, double tolerance) {
             p.n_keys = 128;
             p.has_mask = p.mask_is_f16 = p.has_sinks = false;
             p.soft_cap = 0;
-            p.q.assign(static_cast<size_t>(p.tokens * head_qk), 0.1f);
-            p.k.assign(static_cast<size_t>(p.n_keys * head_qk), -0.1f);
-            p.v.assign(static_cast<size_t>(p.n_keys * p.head_v), value);
-            p.mask.assign(static_cast<size_t>(p.tokens * p.n_keys), 0);
+            const size_t tokens = static_cast<size_t>(p.tokens), keys = static_cast<size_t>(p.n_keys);
+            p.q.assign(tokens * static_cast<size_t>(head_qk), 0.1f);
+            p.k.assign(keys * static_cast<size_t>(head_qk), -0.1f);
+            p.v.assign(keys * static_cast<size_t>(p.head_v), value);
+            p.mask.assign(tokens * keys, 0);
             p.slopes = {1};
             const double size = std::fabs(static_cast<double>(value)), error = largest_error(run(kern, p), p);
             if (error <= tolerance * size) continue;
