@@ -140,6 +140,28 @@ bool check_not_finite(const agq::attention_kernel &kern, std::mt19937 &rng) {
     return true;
 }
 
+/// A score beyond binary32 and a sink that is NaN must give NaN, not the softmax over the other keys.
+bool check_overflow(const agq::attention_kernel &kern, std::mt19937 &rng) {
+    for (const bool sink : {false, true}) {
+        problem p;
+        do p = random_problem(rng);
+        while (p.has_mask || p.soft_cap != 0 || p.n_keys < 70 || p.has_sinks != sink);
+        const size_t head_qk = static_cast<size_t>(p.head_qk);
+        if (sink) {
+            p.sinks[0] = NAN;
+        } else {
+            std::fill_n(p.q.begin(), head_qk, 1e20f);
+            std::fill_n(p.k.begin() + static_cast<std::ptrdiff_t>(head_qk), head_qk, 1e20f);
+        }
+        const std::vector<float> out = run(kern, p);
+        if (!out.empty() && std::isnan(out[0])) continue;
+        std::printf("%s: the first output is %g\n", sink ? "sink" : "overflow",
+                    out.empty() ? 0.0 : static_cast<double>(out[0]));
+        return false;
+    }
+    return true;
+}
+
 /// A token's result must not depend, by a single bit, on the other tokens of the call or on what it does not see.
 bool check_independence(const agq::attention_kernel &kern, std::mt19937 &rng) {
     for (int round = 0; round < 40; ++round) {
@@ -277,6 +299,7 @@ int main(int argc, char **argv) {
             ++failures;
         }
         failures += !check_not_finite(*row->attention, rng);
+        failures += !check_overflow(*row->attention, rng);
         failures += !check_independence(*row->attention, rng);
         failures += !check_limits(*row->attention, tolerance);
         if (!check_conversion(*row->attention)) {

@@ -21,31 +21,14 @@ constexpr int rows_at_a_time = 24;
 constexpr int registers = attention_keys / 8;
 
 /// State of the rows of a call, and memory for the rows that are at work.
-struct row_state {
-    int32_t *q;          ///< [rows][channel_pairs] pairs of int16
-    float *out;          ///< [rows][head_v]
-    float *masks;        ///< [tokens][64] masks of a block
-    float *sum;          ///< [rows] of the weights; this and `maximum` are read in whole registers
-    float *q_scale;      ///< [rows], with log2 e
-    float *maximum;      ///< [rows] largest score so far, in powers of two
-    unsigned char *bad;  ///< [rows] whether the row has met a value that is not finite
-
+struct row_state : common_rows {
     float *scores;     ///< [rows_at_a_time][64]
     int16_t *weights;  ///< [rows_at_a_time][64], which include the scales of the values
     float *old_scale;  ///< [rows_at_a_time] the factor for the previous output
     float *factor;     ///< [rows_at_a_time] the factor for this block's integers
     size_t bytes;
 
-    row_state(void *scratch, int head_qk, int head_v) {
-        scratch_parts parts(scratch);
-        constexpr size_t rows = attention_row_limit;
-        q = parts.take<int32_t>(rows * static_cast<size_t>(channel_pairs(head_qk)));
-        out = parts.take<float>(rows * static_cast<size_t>(head_v));
-        masks = parts.take<float>(rows * attention_keys);
-        sum = parts.take<float>(rows + 8);
-        q_scale = parts.take<float>(rows);
-        maximum = parts.take<float>(rows + 8);
-        bad = parts.take<unsigned char>(rows);
+    row_state(scratch_parts parts, int head_qk, int head_v) : common_rows(parts, head_qk, head_v) {
         scores = parts.take<float>(rows_at_a_time * attention_keys);
         weights = parts.take<int16_t>(rows_at_a_time * attention_keys);
         old_scale = parts.take<float>(rows_at_a_time);
@@ -56,7 +39,7 @@ struct row_state {
 
 size_t scratch_bytes(int head_qk, int head_v) {
     alignas(64) char none[64];
-    return row_state(none, head_qk, head_v).bytes;  // only computes addresses; no memory is accessed
+    return row_state(scratch_parts(none), head_qk, head_v).bytes;  // only computes addresses; no memory is accessed
 }
 
 // ---- arithmetic ----
@@ -272,18 +255,9 @@ void attend_rows(const attention_args &args, const row_state &state, int row, in
 }
 
 void attend(const attention_args &args) {
-    const int rows = args.n_tokens * args.group, head_v = args.head_v, pairs = channel_pairs(args.head_qk);
-    const row_state state(args.scratch, args.head_qk, head_v);
-    std::memset(state.out, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(head_v));
-    for (int r = 0; r < rows; ++r) {
-        const float *x = args.q + static_cast<int64_t>(r) * args.head_qk;
-        int16_t *q = reinterpret_cast<int16_t *>(state.q + static_cast<int64_t>(r) * pairs);
-        const float scale = quantize_vector(x, args.head_qk, pairs, q);
-        state.bad[r] = std::isnan(scale) || (args.sinks && std::isnan(args.sinks[r % args.group]));
-        state.q_scale[r] = std::isnan(scale) ? 0.0f : scale * log2_e;
-        state.maximum[r] = args.sinks ? args.sinks[r % args.group] * log2_e : -INFINITY;
-        state.sum[r] = args.sinks ? 1.0f : 0.0f;
-    }
+    const int rows = args.n_tokens * args.group, head_v = args.head_v;
+    const row_state state(scratch_parts(args.scratch), args.head_qk, head_v);
+    state.start(args);
     const char *key_block = static_cast<const char *>(args.keys), *value_block = static_cast<const char *>(args.values);
     for (int64_t first = 0; first < args.n_keys; first += attention_keys) {
         const block_header *keys = reinterpret_cast<const block_header *>(key_block);
@@ -298,9 +272,7 @@ void attend(const attention_args &args) {
         value_block += value_bytes(head_v);
     }
     for (int r = 0; r < rows; ++r) {
-        // A score beyond binary32 leaves an infinite maximum.
-        const float sum = state.bad[r] || state.maximum[r] == INFINITY ? NAN : state.sum[r];
-        const __m256 inverse = _mm256_set1_ps(sum == 0 ? 0.0f : 1.0f / sum);
+        const __m256 inverse = _mm256_set1_ps(state.inverse(r));
         float *to = args.out + r / args.group * args.out_token_stride + r % args.group * args.out_head_stride;
         const float *out = state.out + static_cast<int64_t>(r) * head_v;
         for (int i = 0; i < head_v; i += 8) _mm256_storeu_ps(to + i, _mm256_mul_ps(_mm256_load_ps(out + i), inverse));

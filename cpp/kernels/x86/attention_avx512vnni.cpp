@@ -15,38 +15,22 @@ namespace {
 
 constexpr int tile_rows = 6;
 
-/// State of the rows of a call.
-struct row_state {
-    int32_t *q;             ///< [rows][channel_pairs] pairs of int16
-    float *out;             ///< [rows][head_v]
-    float *masks;           ///< [tokens][64] masks of a block, times log2 e
-    float *sum;             ///< [rows] of the weights
-    float *q_scale;         ///< [rows], with log2 e
-    float *maximum;         ///< [rows] largest score so far, in powers of two
-    unsigned char *bad;     ///< [rows] whether the row has met a value that is not finite
+/// State of the rows of a call. Masks are in powers of two, as scores are.
+struct row_state : common_rows {
     uint8_t *visible;       ///< [tokens] number of leading registers of 16 keys that hold all visible keys of a block
     signed char *unbiased;  ///< [tokens] whether the mask adds nothing in these registers
     size_t bytes;
 
-    row_state(void *scratch, int head_qk, int head_v) {
-        scratch_parts parts(scratch);
-        constexpr size_t rows = attention_row_limit;
-        q = parts.take<int32_t>(rows * static_cast<size_t>(channel_pairs(head_qk)));
-        out = parts.take<float>(rows * static_cast<size_t>(head_v));
-        masks = parts.take<float>(rows * attention_keys);
-        sum = parts.take<float>(rows + 16);
-        q_scale = parts.take<float>(rows + 16);  // read in whole registers
-        maximum = parts.take<float>(rows + 16);
-        bad = parts.take<unsigned char>(rows);
-        visible = parts.take<unsigned char>(rows);
-        unbiased = parts.take<signed char>(rows);
+    row_state(scratch_parts parts, int head_qk, int head_v) : common_rows(parts, head_qk, head_v) {
+        visible = parts.take<unsigned char>(attention_row_limit);
+        unbiased = parts.take<signed char>(attention_row_limit);
         bytes = parts.bytes();
     }
 };
 
 size_t scratch_bytes(int head_qk, int head_v) {
     alignas(64) char none[64];
-    return row_state(none, head_qk, head_v).bytes;  // only computes addresses; no memory is accessed
+    return row_state(scratch_parts(none), head_qk, head_v).bytes;  // only computes addresses; no memory is accessed
 }
 
 // ---- arithmetic ----
@@ -339,18 +323,9 @@ void attend_block(const attention_args &args, const row_state &state, const bloc
 }
 
 void attend(const attention_args &args) {
-    const int rows = args.n_tokens * args.group, head_v = args.head_v, pairs = channel_pairs(args.head_qk);
-    const row_state state(args.scratch, args.head_qk, head_v);
-    std::memset(state.out, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(head_v));
-    for (int r = 0; r < rows; ++r) {
-        const float *x = args.q + static_cast<int64_t>(r) * args.head_qk;
-        int16_t *q = reinterpret_cast<int16_t *>(state.q + static_cast<int64_t>(r) * pairs);
-        const float scale = quantize_vector(x, args.head_qk, pairs, q);
-        state.bad[r] = std::isnan(scale);
-        state.q_scale[r] = state.bad[r] ? 0.0f : scale * log2_e;
-        state.maximum[r] = args.sinks ? args.sinks[r % args.group] * log2_e : -INFINITY;
-        state.sum[r] = args.sinks ? 1.0f : 0.0f;
-    }
+    const int rows = args.n_tokens * args.group, head_v = args.head_v;
+    const row_state state(scratch_parts(args.scratch), args.head_qk, head_v);
+    state.start(args);
     const char *keys = static_cast<const char *>(args.keys), *values = static_cast<const char *>(args.values);
     for (int64_t first = 0; first < args.n_keys; first += attention_keys) {
         for (int t = 0; t < args.n_tokens; ++t) read_mask(args, state, t, first);
@@ -360,8 +335,7 @@ void attend(const attention_args &args) {
         values += value_bytes(head_v);
     }
     for (int r = 0; r < rows; ++r) {
-        const float sum = state.bad[r] ? NAN : state.sum[r];
-        const __m512 inverse = _mm512_set1_ps(sum == 0 ? 0.0f : 1.0f / sum);
+        const __m512 inverse = _mm512_set1_ps(state.inverse(r));
         float *to = args.out + r / args.group * args.out_token_stride + r % args.group * args.out_head_stride;
         const float *out = state.out + static_cast<int64_t>(r) * head_v;
         for (int i = 0; i < head_v; i += 16) {

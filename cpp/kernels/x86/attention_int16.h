@@ -106,6 +106,51 @@ class scratch_parts {
     char *base_, *next_;
 };
 
+/// What the kernels keep of each row of a call.
+struct common_rows {
+    int32_t *q;          ///< [rows][channel_pairs] pairs of int16
+    float *out;          ///< [rows][head_v]
+    float *masks;        ///< [tokens][64] masks of a block
+    float *sum;          ///< [rows] of the weights; this and the next two are read in whole registers
+    float *q_scale;      ///< [rows], with log2 e
+    float *maximum;      ///< [rows] largest score so far, in powers of two
+    unsigned char *bad;  ///< [rows] whether the row has met a value that is not finite
+
+    common_rows(scratch_parts &parts, int head_qk, int head_v) {
+        constexpr size_t rows = attention_row_limit;
+        q = parts.take<int32_t>(rows * static_cast<size_t>(channel_pairs(head_qk)));
+        out = parts.take<float>(rows * static_cast<size_t>(head_v));
+        masks = parts.take<float>(rows * attention_keys);
+        sum = parts.take<float>(rows + 16);
+        q_scale = parts.take<float>(rows + 16);
+        maximum = parts.take<float>(rows + 16);
+        bad = parts.take<unsigned char>(rows);
+    }
+
+    /// Before the first block of keys.
+    void start(const attention_args &args) const {
+        const int rows = args.n_tokens * args.group, pairs = channel_pairs(args.head_qk);
+        std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(args.head_v));
+        for (int r = 0; r < rows; ++r) {
+            const float *x = args.q + static_cast<int64_t>(r) * args.head_qk;
+            const float sink = args.sinks ? args.sinks[r % args.group] : -INFINITY;
+            const float scale = quantize_vector(x, args.head_qk, pairs,
+                                                reinterpret_cast<int16_t *>(q + static_cast<int64_t>(r) * pairs));
+            bad[r] = std::isnan(scale) || std::isnan(sink);
+            q_scale[r] = std::isnan(scale) ? 0.0f : scale * log2_e;
+            maximum[r] = sink * log2_e;
+            sum[r] = args.sinks ? 1.0f : 0.0f;
+        }
+    }
+
+    /// What a row's output is multiplied with after the last block.
+    float inverse(int r) const {
+        // A score beyond binary32 leaves an infinite maximum.
+        if (bad[r] || maximum[r] == INFINITY) return NAN;
+        return sum[r] == 0 ? 0.0f : 1.0f / sum[r];
+    }
+};
+
 struct maximum_of {
     static __m256 of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 };
